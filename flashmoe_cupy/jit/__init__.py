@@ -1,0 +1,1 @@
+"""Compiles and launches: source (text), compiler (NVRTC), cache (disk), launch (driver)."""

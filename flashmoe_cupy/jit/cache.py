@@ -1,0 +1,436 @@
+"""Compiled kernels in memory and on disk: each one is compiled once per machine, whoever asks first.
+
+Steps of `get`: dict -> file, checked -> lock between processes -> look again -> compile -> write -> dict.
+The key is a hash of everything that decides the cubin, and of nothing else: no path, no time, no package version.
+
+    <folder>/v1/ab/<key>.cubin   the kernel
+    <folder>/v1/ab/<key>.cu      its source, for reading
+    <folder>/v1/ab/<key>.json    name, arch, registers, spills, versions, and the cubin's size and SHA-256
+    <folder>/v1/ab/<key>.lock    empty; held while one process compiles
+
+A damaged or half-written kernel is a miss. A folder that cannot be written costs one warning and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import _env
+from flashmoe_cupy.errors import CompileError
+from flashmoe_cupy.jit import compiler, source
+
+SCHEMA = 1
+LOCK_TIMEOUT = 120.0  # seconds; after that the process compiles for itself
+NOTICE_AFTER = 0.5  # seconds of compiling before a terminal gets one line
+WARMUP = "FLASHMOE_JIT=1 python -m flashmoe_cupy warmup --arch {arch}"
+
+_log = _env.log
+
+
+class Entry(NamedTuple):
+    """One kernel. path is the cubin on disk, None when it is only in memory; info is the sidecar's content."""
+
+    key: str
+    cubin: bytes
+    path: Path | None
+    info: dict[str, Any]
+
+
+class Stats(NamedTuple):
+    """Counts of this process; milliseconds is the time spent in the compiler."""
+
+    hits_memory: int = 0
+    hits_disk: int = 0
+    compiled: int = 0
+    milliseconds: float = 0.0
+
+
+class Stored(NamedTuple):
+    """One kernel on disk. size: bytes of its three files; written: seconds since the epoch."""
+
+    key: str
+    name: str
+    arch: str
+    path: Path
+    size: int
+    written: float
+    info: dict[str, Any]
+
+
+_guard = threading.Lock()  # for the four names below
+_memory: dict[str, Entry] = {}
+_keys: dict[tuple[str, str, tuple[str, ...]], str] = {}  # (tu, arch, options) -> key: a memory hit hashes no header
+_busy: dict[str, threading.Lock] = {}
+_stats = Stats()
+
+_warned = False
+
+
+def cache_key(tu: str, headers: Mapping[str, str], arch: str, options: Sequence[str], nvrtc: tuple[int, int]) -> str:
+    """SHA-256 (hex) over length-prefixed parts: schema, NVRTC version, arch, ordered options, TU, sorted headers."""
+    parts = [str(SCHEMA), f"{nvrtc[0]}.{nvrtc[1]}", arch, str(len(options)), *options, tu]
+    for name in sorted(headers):
+        parts += [name, headers[name]]
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def options() -> tuple[str, ...]:
+    """The compiler's options in this process: compiler.OPTIONS, and -lineinfo under FLASHMOE_LINEINFO=1."""
+    return (*compiler.OPTIONS, "-lineinfo") if _env.get().lineinfo else compiler.OPTIONS
+
+
+def get(tu: str, name: str, arch: str, headers: Mapping[str, str] | None = None) -> Entry:
+    """The kernel of one TU for one arch, from memory, from disk or from the compiler.
+
+    name: the configuration's name, for messages and the sidecar; not part of the key.
+    headers: include name -> text; None = from `cuda_src` (source.headers_for).
+    Threads and processes that ask for the same key at the same time compile it once.
+    Raises CompileError (does not compile, or FLASHMOE_JIT=0 and not in the cache) and DependencyError.
+    """
+    chosen = options()
+    known = (tu, arch, chosen)
+    if headers is None:
+        entry = _memory.get(_keys.get(known, ""))
+        if entry is not None:
+            _count(hits_memory=1)
+            return entry
+    texts = source.headers_for(tu) if headers is None else headers
+    key = cache_key(tu, texts, arch, chosen, compiler.nvrtc_version())
+    with _guard:
+        busy = _busy.setdefault(key, threading.Lock())
+    with busy:
+        entry = _memory.get(key)
+        if entry is not None:
+            _count(hits_memory=1)
+        else:
+            entry = _from_disk(key, name) or _make(key, tu, texts, name, arch, chosen)
+            with _guard:
+                _memory[key] = entry
+        if headers is None:
+            with _guard:
+                _keys[known] = key
+    return entry
+
+
+def stats() -> Stats:
+    """Counts of this process since it started."""
+    return _stats
+
+
+def cache_dir() -> Path | None:
+    """The folder of the kernels, made at the first write; None when no place is known (no home).
+
+    Order: FLASHMOE_CACHE_DIR; XDG_CACHE_HOME/flashmoe_cupy; the platform's user cache, ~/.cache/flashmoe_cupy on Linux.
+    """
+    chosen = _env.get().cache_dir
+    if chosen is not None:
+        return chosen.absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg):  # the XDG rules: a relative path is to be ignored
+        return Path(xdg) / "flashmoe_cupy"
+    import platformdirs  # 20 ms, and most servers set one of the two variables
+
+    try:
+        folder = Path(platformdirs.user_cache_dir("flashmoe_cupy", appauthor=False))
+    except (OSError, RuntimeError, KeyError):
+        return None
+    return folder if folder.is_absolute() else None  # without a home the path keeps its "~"
+
+
+def entries() -> list[Stored]:
+    """The kernels on disk, oldest first. Damaged ones are left out."""
+    found = []
+    for json_path in _files("*.json"):
+        cubin = json_path.with_suffix(".cubin")
+        try:
+            info = json.loads(json_path.read_bytes())
+            size = sum(json_path.with_suffix(s).stat().st_size for s in (".json", ".cubin", ".cu"))
+            found.append(Stored(info["key"], info["name"], info["arch"], cubin, size, cubin.stat().st_mtime, info))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return sorted(found, key=lambda stored: (stored.written, stored.key))
+
+
+def clear() -> int:
+    """Forget every kernel, in memory and on disk; returns how many were on disk. Loaded kernels keep running."""
+    _forget()
+    count = len(_files("*.cubin"))
+    for path in _files("*"):
+        if path.suffix in _OURS:
+            _unlink(path)
+    return count
+
+
+def prune(max_bytes: int) -> int:
+    """Remove the oldest kernels on disk until the rest takes at most `max_bytes`; returns how many went.
+
+    Also removes what a killed process left behind: temporary files and sources without a kernel, older than an hour.
+    """
+    if max_bytes < 0:
+        raise ValueError(f"max_bytes must be 0 or more, got {max_bytes}")
+    kept = entries()
+    whole = {stored.key for stored in kept}
+    for path in _files("*"):
+        with suppress(OSError):
+            if path.suffix in _OURS and path.stem not in whole and time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
+    total = sum(stored.size for stored in kept)
+    removed = 0
+    for stored in kept:
+        if total <= max_bytes:
+            break
+        for suffix in (".cubin", ".json", ".cu", ".lock"):
+            _unlink(stored.path.with_suffix(suffix))
+        with _guard:
+            _memory.pop(stored.key, None)
+        total -= stored.size
+        removed += 1
+    return removed
+
+
+# ---- disk -----------------------------------------------------------------------------------------------------------
+
+_OURS = (".cubin", ".cu", ".json", ".lock", ".tmp")
+
+
+def _files(pattern: str) -> list[Path]:
+    folder = cache_dir()
+    if folder is None:
+        return []
+    try:
+        return sorted(folder.glob(f"v{SCHEMA}/[0-9a-f][0-9a-f]/{pattern}"))
+    except OSError:
+        return []
+
+
+def _stem(folder: Path, key: str) -> Path:
+    return folder / f"v{SCHEMA}" / key[:2] / key
+
+
+def _from_disk(key: str, name: str) -> Entry | None:
+    """The checked entry, counted as a hit; None when it is not there, not readable or damaged."""
+    folder = cache_dir()
+    if folder is None:
+        return None
+    stem = _stem(folder, key)
+    path = stem.with_suffix(".cubin")
+    try:
+        info = json.loads(stem.with_suffix(".json").read_bytes())
+        cubin = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        _log.info("cannot use the cached %s at %s: %s", name, path, error)
+        return None
+    if not (
+        isinstance(info, dict)
+        and info.get("key") == key
+        and info.get("size") == len(cubin)
+        and cubin.startswith(b"\x7fELF")
+        and info.get("sha256") == hashlib.sha256(cubin).hexdigest()
+    ):
+        _log.info("the cached %s at %s is damaged; it is compiled again", name, path)
+        return None
+    _count(hits_disk=1)
+    _log.debug("%s for %s from %s", name, info.get("arch"), path)
+    return Entry(key, cubin, path, info)
+
+
+def _store(key: str, tu: str, cubin: bytes, info: dict[str, Any]) -> Path | None:
+    """Write the three files, the cubin last; returns its path, or None after one warning when that is not possible."""
+    folder = cache_dir()
+    if folder is None:
+        _warn("no home and no FLASHMOE_CACHE_DIR")
+        return None
+    stem = _stem(folder, key)
+    try:
+        _replace(stem.with_suffix(".cu"), tu.encode())
+        _replace(stem.with_suffix(".json"), json.dumps(info, indent=1).encode())
+        _replace(stem.with_suffix(".cubin"), cubin)
+    except OSError as error:
+        _warn(f"{folder} cannot be written ({error})")
+        return None
+    return stem.with_suffix(".cubin")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that readers see all of it or nothing; its mode follows umask, so a cache can be shared."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(6)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        _unlink(temporary)
+        raise
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _warn(why: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        _log.warning("compiled kernels stay in memory only: %s; FLASHMOE_CACHE_DIR names a folder for them", why)
+
+
+# ---- compiling ------------------------------------------------------------------------------------------------------
+
+
+def _make(key: str, tu: str, headers: Mapping[str, str], name: str, arch: str, chosen: tuple[str, ...]) -> Entry:
+    if not _env.get().jit:
+        raise CompileError(
+            f"{name} for {arch} is not in the kernel cache ({cache_dir() or 'no folder'}) and FLASHMOE_JIT=0 "
+            f"forbids compiling; run `{WARMUP.format(arch=arch)}` with the same FLASHMOE_CACHE_DIR first"
+        )
+    with _between_processes(key, name) as made:
+        return made or _compile(key, tu, headers, name, arch, chosen)
+
+
+@contextmanager
+def _between_processes(key: str, name: str) -> Iterator[Entry | None]:
+    """Hold the key's lock file; yields what another process has written meanwhile, else None = compile now.
+
+    No lock to be had (read-only folder, file system without locks, timeout) also means compile now: the work may be
+    done twice, the result is the same.
+    """
+    folder = cache_dir()
+    if folder is None:
+        yield None
+        return
+    import filelock  # 30 ms; only a process that compiles needs it
+
+    path = _stem(folder, key).with_suffix(".lock")
+    lock = filelock.FileLock(path)
+    made: Entry | None = None
+    held = False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # made here, so that its mode follows umask
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while not held and made is None and (left := deadline - time.monotonic()) > 0:
+            # look between tries: a lock can be stuck after the kernel was written
+            with suppress(filelock.Timeout):
+                lock.acquire(timeout=min(2.0, left), poll_interval=0.02)
+                held = True
+            made = _from_disk(key, name)
+        if not held and made is None:
+            _log.warning("waited %.0f s for %s; compiling %s without it", LOCK_TIMEOUT, path, name)
+    except (OSError, RuntimeError) as error:
+        _log.debug("no lock at %s: %s", path, error)
+    try:
+        yield made
+    finally:
+        if held:
+            with suppress(OSError):
+                lock.release()
+
+
+def _compile(key: str, tu: str, headers: Mapping[str, str], name: str, arch: str, chosen: tuple[str, ...]) -> Entry:
+    with _notice(name, arch):
+        try:
+            made = compiler.compile_cubin(tu, headers, arch, chosen, name)
+        except CompileError as error:
+            path = _dump(key, name, arch, {"cu": tu.encode(), "log": error.log.encode()})
+            hint = "" if path else "; set FLASHMOE_DUMP to a folder to keep its source"
+            raise CompileError(error.message + hint, error.log, str(path) if path else None) from None
+    _count(compiled=1, milliseconds=made.milliseconds)
+    _log.info(
+        "compiled %s for %s in %.0f ms: %d registers, %d bytes spilled",
+        name, arch, made.milliseconds, made.registers, made.spill_stores + made.spill_loads,
+    )  # fmt: skip
+    _dump(key, name, arch, {"cu": tu.encode(), "ptx": made.ptx.encode(), "cubin": made.cubin, "log": made.log.encode()})
+    info: dict[str, Any] = {
+        "key": key,
+        "name": name,
+        "arch": arch,
+        "nvrtc": ".".join(map(str, compiler.nvrtc_version())),
+        "options": list(chosen),
+        "size": len(made.cubin),
+        "sha256": hashlib.sha256(made.cubin).hexdigest(),
+        "registers": made.registers,
+        "spill_stores": made.spill_stores,
+        "spill_loads": made.spill_loads,
+        "stack": made.stack,
+        "static_smem": made.static_smem,
+        "milliseconds": round(made.milliseconds, 1),
+        "remarks": list(made.remarks),
+        "log": made.log,
+    }
+    return Entry(key, made.cubin, _store(key, tu, made.cubin, info), info)
+
+
+@contextmanager
+def _notice(name: str, arch: str) -> Iterator[None]:
+    """After half a second, one line for a person who waits at a terminal."""
+    stream = sys.stderr
+    if stream is None or not stream.isatty():
+        yield
+        return
+
+    def tell() -> None:
+        with suppress(OSError, ValueError):
+            stream.write(f"flashmoe_cupy: compiling {name} for {arch} ... (cached for next time)\n")
+            stream.flush()
+
+    timer = threading.Timer(NOTICE_AFTER, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _dump(key: str, name: str, arch: str, files: Mapping[str, bytes]) -> Path | None:
+    """Write a compile's files into FLASHMOE_DUMP; returns the source's path. Never stops the compile."""
+    folder = _env.get().dump
+    if folder is None:
+        return None
+    stem = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:80]}.{arch}.{key[:12]}"
+    try:
+        for suffix, data in files.items():
+            _replace(folder.absolute() / f"{stem}.{suffix}", data)
+    except OSError as error:
+        _log.warning("FLASHMOE_DUMP=%s cannot be written: %s", folder, error)
+        return None
+    return folder.absolute() / f"{stem}.cu"
+
+
+def _count(hits_memory: int = 0, hits_disk: int = 0, compiled: int = 0, milliseconds: float = 0.0) -> None:
+    global _stats
+    with _guard:
+        a = _stats
+        _stats = Stats(
+            a.hits_memory + hits_memory, a.hits_disk + hits_disk, a.compiled + compiled, a.milliseconds + milliseconds
+        )
+
+
+def _forget() -> None:
+    """Drop what this process remembers, so that the next `get` looks at the disk."""
+    with _guard:
+        _memory.clear()
+        _keys.clear()
