@@ -1,0 +1,31 @@
+// What the host hands to the attention kernels. Strides count elements. One struct, by value, for every forward kernel.
+#pragma once
+#include "prelude.cuh"
+
+namespace fm {
+
+// Codes of element types that only a run-time branch distinguishes; the same numbers as flashmoe_cupy/dtypes.py.
+enum DTypeCode : int { kBF16 = 0, kFP16 = 1, kFP32 = 2, kBool = 4 };
+
+struct AttentionFwdParams {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;                                // natural logarithm; null: not wanted
+  const void *bias, *alibi_slopes, *sinks;   // null: absent
+  const int *cu_seqlens_q, *cu_seqlens_k;    // null: every sequence has seqlen_q, seqlen_k
+  const int *seqused_q, *seqused_k;          // null: all rows count
+  i64 q_stride_b, q_stride_s, q_stride_h;
+  i64 k_stride_b, k_stride_s, k_stride_h;
+  i64 v_stride_b, v_stride_s, v_stride_h;
+  i64 out_stride_b, out_stride_s, out_stride_h;
+  i64 bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k;
+  i64 lse_stride_b, lse_stride_h;
+  int heads_q, heads_per_key, seqlen_q, seqlen_k;
+  int head_dim, head_dim_v, window_left, window_right;  // window: -1 is unlimited; causal arrives as window_right = 0
+  int m_blocks, v_blocks, alibi_stride_b, bias_dtype;
+  int sinks_dtype, aligned;                  // aligned: every row of q, k, v, out starts at a multiple of 16 bytes
+  float softmax_scale, softcap;              // softcap 0: off
+};
+static_assert(sizeof(AttentionFwdParams) == 12 * 8 + 18 * 8 + 14 * 4 + 2 * 4, "the packer of plan/kernels.py counts on this layout");
+
+}  // namespace fm

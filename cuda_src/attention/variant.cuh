@@ -1,0 +1,80 @@
+// What happens to a score between q.k and the softmax. A kernel is compiled for one variant and asks it for
+//   kScore      false: scores stay q.k, and scale() folds into the exponent, so that nothing is paid
+//   scale(p)    what turns the scores that apply() leaves into natural units
+//   apply(...)  changes the tile of scores a thread holds, through for_each_score (kScore only)
+//   kWide       true: scores may come near the end of fp32's range
+//   kAligned    true: only inputs whose rows start at multiples of 16 bytes
+// A new expression on scores is a new struct here (or in a generated translation unit); no kernel changes.
+#pragma once
+#include "attention/params.cuh"
+#include "math/softmax.cuh"
+#include "tile/mask.cuh"
+
+namespace fm {
+
+// Where a thread's accumulator values lie: row, col are those of the warp's first tile.
+template <int kM, int kN, class F>
+FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) {
+  const int g = lane_id() >> 2, t = lane_id() & 3;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) f(r_s[m][n][2 * i + e], row + m * 16 + i * 8 + g, col + n * 8 + 2 * t + e);
+}
+
+FM_DEVICE float load_float(const void* g_pointer, i64 index, int dtype) {
+  if (dtype == kFP32) return static_cast<const float*>(g_pointer)[index];
+  if (dtype == kBF16) return to_float(static_cast<const bf16*>(g_pointer)[index]);
+  return to_float(static_cast<const fp16*>(g_pointer)[index]);
+}
+
+struct PlainScores {
+  static constexpr bool kScore = false, kWide = false, kAligned = true;
+  FM_DEVICE static float scale(const AttentionFwdParams& p) { return p.softmax_scale; }
+};
+
+// The same bits as PlainScores, for rows that start anywhere.
+struct PlainScoresUnaligned : PlainScores {
+  static constexpr bool kAligned = false;
+};
+
+// Softcap, ALiBi and (kBias) an additive or boolean bias, each when the parameters ask for it.
+template <bool kBias>
+struct ModifiedScores {
+  static constexpr bool kScore = true, kWide = kBias, kAligned = false;
+  FM_DEVICE static float scale(const AttentionFwdParams&) { return 1.f; }
+
+  template <int kM, int kN>
+  FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head, int row, int col, const BandMask& band) {
+    for_each_score(r_s, row, col, [&](float& s, int, int) { s *= p.softmax_scale; });
+    if (p.softcap > 0.f) {
+      const float inverse = 1.f / p.softcap;
+      for_each_score(r_s, row, col, [&](float& s, int, int) { s = p.softcap * tanh_exp2(s * inverse); });
+    }
+    if (p.alibi_slopes != nullptr) {
+      const float slope = static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head];
+      for_each_score(r_s, row, col, [&](float& s, int i, int j) { s -= slope * fabsf(static_cast<float>(i + band.shift - j)); });
+    }
+    if constexpr (kBias) {
+      if (p.bias != nullptr) {
+        const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h;
+        auto add = [&](auto* g_bias, auto convert) {
+          for_each_score(r_s, row, col, [&](float& s, int i, int j) {
+            if (i < band.rows && j < band.cols) s = convert(s, g_bias[base + i * p.bias_stride_q + j * p.bias_stride_k]);
+          });
+        };
+        auto plus = [](float s, auto x) { return s + to_float(x); };
+        if (p.bias_dtype == kFP32) add(static_cast<const fp32*>(p.bias), plus);
+        else if (p.bias_dtype == kBF16) add(static_cast<const bf16*>(p.bias), plus);
+        else if (p.bias_dtype == kFP16) add(static_cast<const fp16*>(p.bias), plus);
+        else add(static_cast<const u8*>(p.bias), [](float s, u8 attend) { return attend ? s : -infinity(); });
+      }
+    }
+  }
+};
+
+}  // namespace fm

@@ -1,0 +1,86 @@
+// Online softmax over rows whose scores arrive tile by tile (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
+// Works in base 2: with c = log2(e) * scale, exp(scale * (s - max)) = exp2(s * c - max * c), one FFMA and one ex2 per score.
+#pragma once
+#include "math/reduce.cuh"
+
+namespace fm {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+FM_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+FM_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh through ex2 and rcp: absolute error near 1e-7 over the whole line (tanh.approx has 5e-4).
+FM_DEVICE float tanh_exp2(float x) {
+  float e = exp2_approx(2.f * kLog2e * x), r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(e + 1.f));
+  return fmaf(-2.f, r, 1.f);
+}
+
+// State of the 2 * kM rows that one thread holds: kM accumulator tiles of 16 rows, rows g and g + 8 of each.
+template <int kM>
+struct OnlineSoftmax {
+  float r_max[2 * kM];  // shared by the quad, in units of the scores
+  float r_sum[2 * kM];  // this thread's columns only, until finish()
+
+  FM_DEVICE OnlineSoftmax() {
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) r_max[i] = -infinity(), r_sum[i] = 0.f;
+  }
+
+  // Scores become exp(scale * (s - max)); `correction` is what earlier sums and outputs must be multiplied by.
+  // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first, one FADD more.
+  template <bool kWide, int kN>
+  FM_DEVICE void update(float (&r_s)[kM][kN][4], float scale, float (&correction)[2 * kM]) {
+    const float c = scale * kLog2e;
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) {
+      float(&tile)[kN][4] = r_s[i / 2];
+      const int e = (i & 1) * 2;
+      float row_max = r_max[i];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) row_max = fmaxf(row_max, fmaxf(tile[n][e], tile[n][e + 1]));
+      row_max = quad_max(row_max);
+      // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.
+      const float top = row_max == -infinity() ? 0.f : row_max;
+      const float shift = top * c;
+      auto exponential = [&](float s) { return exp2_approx(kWide ? (s - top) * c : fmaf(s, c, -shift)); };
+      correction[i] = exponential(r_max[i]);
+      r_max[i] = row_max;
+      float sum = r_sum[i] * correction[i];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        tile[n][e] = exponential(tile[n][e]);
+        tile[n][e + 1] = exponential(tile[n][e + 1]);
+        sum += tile[n][e] + tile[n][e + 1];
+      }
+      r_sum[i] = sum;
+    }
+  }
+
+  // Joins a sink logit (natural units; -inf = none), then gives the factor of the output and the natural logarithm of the sum.
+  FM_DEVICE void finish(float scale, float sink, float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) {
+      const float row = r_max[i] == -infinity() ? -infinity() : r_max[i] * scale;  // -inf * 0 would be NaN
+      const float top = fmaxf(row, sink);
+      const float shift = top == -infinity() ? 0.f : top;
+      const float factor = exp2_approx((row - shift) * kLog2e);
+      const float sum = fmaf(quad_sum(r_sum[i]), factor, exp2_approx((sink - shift) * kLog2e));
+      out_scale[i] = sum == 0.f ? 0.f : __fdividef(factor, sum);
+      lse[i] = shift + log2_approx(sum) * kLn2;
+    }
+  }
+};
+
+}  // namespace fm

@@ -1,0 +1,73 @@
+// What every other header stands on: integer names, the three element types, small constexpr helpers. No toolkit header.
+#pragma once
+
+#define FM_DEVICE __device__ __forceinline__
+
+namespace fm {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+struct bf16 {
+  u16 bits;
+};
+struct fp16 {
+  u16 bits;
+};
+using fp32 = float;
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+// The first or the second argument, which may differ in type.
+template <bool kFirst, class A, class B>
+constexpr auto pick(A a, B b) {
+  if constexpr (kFirst) return a;
+  else return b;
+}
+
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
+
+FM_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+// threadIdx.x, read anew at every use: what follows from it is then computed where it is needed instead of kept in registers.
+FM_DEVICE int thread_index() {
+  u32 index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return static_cast<int>(index & 1023);
+}
+FM_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
+// The shuffle tells the compiler that the value is the same in the whole warp.
+FM_DEVICE int warp_id() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0); }
+
+// Shared memory is addressed by 32-bit offsets, as ldmatrix, cp.async and mbarrier want it.
+FM_DEVICE u32 smem_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// Two floats to one register of two 16-bit values, first argument in the low half; rounds to nearest even.
+template <class E>
+FM_DEVICE u32 pack2(float low, float high) {
+  u32 packed;
+  if constexpr (is_same<E, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+FM_DEVICE float to_float(bf16 x) { return __int_as_float(static_cast<int>(x.bits) << 16); }
+FM_DEVICE float to_float(fp16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+FM_DEVICE float to_float(fp32 x) { return x; }
+
+}  // namespace fm

@@ -1,0 +1,61 @@
+"""Configurations of the attention kernels: tile sizes, and what they cost in shared memory. No GPU, no CuPy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Shared memory that one block may use, in bytes (CUDA C programming guide, specifications per compute capability).
+MAX_SMEM = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_87": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
+    "sm_110": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "sm_121": 99 * 1024,
+}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class AttentionConfig(NamedTuple):
+    """One specialisation of `AttentionFwdSm80`; the fields are its template arguments, in their order."""
+
+    element: str  # "bf16", "fp16" or "fp32"
+    head_dim: int  # compiled sizes: head dims up to these run, the rest of a row is zero
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    warps: int
+    variant: str  # the C++ struct of attention/variant.cuh
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 128x64 PlainScores"."""
+        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        return f"{self.element} {dims} {self.block_m}x{self.block_n} {self.variant}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM that the compiler must leave registers for: as many as fit at 256 registers a thread."""
+        return 65536 // (256 * self.threads)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionFwdSm80::Smem`."""
+        size = ELEMENT_BYTES[self.element]
+        tiles = self.block_m * self.head_dim + self.block_n * (self.head_dim + self.head_dim_v)
+        return 128 + size * max(tiles, self.block_m * self.head_dim_v)
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = f"{self.head_dim}, {self.head_dim_v}, {self.block_m}, {self.block_n}, {self.warps}"
+        return f"AttentionFwdSm80<fm::{self.element}, {sizes}, fm::{self.variant}>"
