@@ -1,0 +1,64 @@
+"""Attention and mixture-of-experts kernels for NumPy, CuPy, PyTorch and JAX arrays.
+
+CUDA C compiled at run time through CuPy; NumPy arrays run without a GPU. Importing this package imports neither CuPy,
+torch nor JAX and needs no driver: every name below is loaded at its first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe_cupy import errors, reference
+    from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
+    from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
+    from flashmoe_cupy.service import clear_cache, explain, show_config, stats, warmup
+
+__version__ = "0.1.0"
+
+_PLACE = {
+    "flash_attention": "ops.attention",
+    "flash_attention_varlen": "ops.attention",
+    "explain": "service",
+    "warmup": "service",
+    "stats": "service",
+    "show_config": "service",
+    "clear_cache": "service",
+    "FlashMoEError": "errors",
+    "UnsupportedProblem": "errors",
+    "CompileError": "errors",
+    "DependencyError": "errors",
+    "errors": "",
+    "reference": "",
+}
+
+__all__ = [
+    "CompileError",
+    "DependencyError",
+    "FlashMoEError",
+    "UnsupportedProblem",
+    "__version__",
+    "clear_cache",
+    "errors",
+    "explain",
+    "flash_attention",
+    "flash_attention_varlen",
+    "reference",
+    "show_config",
+    "stats",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    place = _PLACE.get(name)
+    if place is None:
+        raise AttributeError(f"module 'flashmoe_cupy' has no attribute {name!r}")
+    value = getattr(import_module(f"flashmoe_cupy.{place}"), name) if place else import_module(f"flashmoe_cupy.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

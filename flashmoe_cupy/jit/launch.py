@@ -1,0 +1,167 @@
+"""Cubins on a device: loading, and the launch with one Params struct by value. The only file that talks to the driver.
+
+CuPy loads modules in the device's primary context, which torch and JAX share. A launch goes through CuPy's driver
+binding with the address of a per-thread buffer: the driver copies the bytes before it returns, so that the buffer is
+free again at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import _env
+from flashmoe_cupy.errors import DependencyError, FlashMoEError
+from flashmoe_cupy.jit import cache
+from flashmoe_cupy.jit.cache import Entry
+from flashmoe_cupy.jit.source import ENTRY
+
+_PARAMS_BYTES = 4096  # the driver's limit for kernel parameters
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class Loaded(NamedTuple):
+    """A kernel that a device can run: CUfunction as an integer, and the module that keeps it alive."""
+
+    function: int
+    module: object
+
+
+_loaded: dict[tuple[str, int], Loaded] = {}
+_by_source: dict[tuple[str, int], Loaded] = {}
+_lock = threading.Lock()
+_driver: Any = None
+_runtime: Any = None
+_devices = 0
+
+
+def devices() -> int:
+    """CUDA devices of this machine. Raises DependencyError when CuPy is missing or there is no working driver."""
+    global _driver, _runtime, _devices
+    if _devices == 0:
+        try:
+            import cupy
+            from cupy_backends.cuda.api import driver
+        except ImportError as error:
+            raise DependencyError(
+                f"running on a GPU needs CuPy, which cannot be imported ({error}); "
+                'repair: pip install "flashmoe-cupy[cuda12]" (or [cuda13])'
+            ) from error
+        try:
+            count = int(cupy.cuda.runtime.getDeviceCount())
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DependencyError(
+                f"the CUDA driver does not work ({error}); repair: install an NVIDIA driver for CUDA "
+                f"{cupy.cuda.runtime.runtimeGetVersion() // 1000} or newer; NumPy arrays run without one"
+            ) from error
+        _driver, _runtime, _devices = driver, cupy.cuda.runtime, count
+    return _devices
+
+
+def compute_capability(device: int) -> tuple[int, int]:
+    """(major, minor) of a CUDA device."""
+    devices()
+    major = _runtime.deviceGetAttribute(75, device)
+    return int(major), int(_runtime.deviceGetAttribute(76, device))
+
+
+def load(entry: Entry, device: int, smem_bytes: int = 0) -> Loaded:
+    """The kernel on a device, loaded once. smem_bytes: the most dynamic shared memory that a launch will ask for."""
+    loaded = _loaded.get((entry.key, device))
+    if loaded is not None:
+        return loaded
+    devices()
+    import cupy
+
+    with _lock, cupy.cuda.Device(device):
+        loaded = _loaded.get((entry.key, device))
+        if loaded is None:
+            module = cupy.cuda.Module()
+            module.load(entry.cubin)
+            function = module.get_function(ENTRY)
+            if smem_bytes > 48 * 1024:
+                _driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, smem_bytes)
+            loaded = _loaded[entry.key, device] = Loaded(int(function.ptr), (module, function))
+    return loaded
+
+
+def load_for(tu: str, name: str, arch: str, device: int, smem_bytes: int, stream: int | None) -> Loaded:
+    """The kernel of a translation unit on a device: found, or compiled and loaded.
+
+    Raises FlashMoEError when that would be needed while a graph is recorded on `stream`: neither compiling nor loading
+    belongs into a capture.
+    """
+    loaded = _by_source.get((tu, device))
+    if loaded is None:
+        if stream is not None and is_capturing(stream):
+            raise FlashMoEError(
+                f"{name} is used for the first time while a CUDA graph is recorded; call the operation once before "
+                f"the capture, or run flashmoe_cupy.warmup()"
+            )
+        loaded = _by_source[tu, device] = load(cache.get(tu, name, arch), device, smem_bytes)
+    return loaded
+
+
+def is_loaded(key: str, device: int) -> bool:
+    """Whether `load` has run for this kernel and device."""
+    return (key, device) in _loaded
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a CUDA graph is being recorded on the stream."""
+    devices()
+    return bool(_runtime.streamIsCapturing(stream))
+
+
+class _Buffer(threading.local):
+    """Aligned bytes for one Params struct, and the pointer array that the driver wants; one per thread."""
+
+    def __init__(self) -> None:
+        self.storage = ctypes.create_string_buffer(_PARAMS_BYTES + 128)
+        start = -ctypes.addressof(self.storage) % 128
+        self.view = memoryview(self.storage).cast("B")[start : start + _PARAMS_BYTES]
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
+        self.address = ctypes.addressof(self.pointers)
+        self.device = -1  # the device that this thread has used last
+
+
+_buffer = _Buffer()
+
+
+def launch(
+    function: int, grid: int, threads: int, smem: int, head: Any, pointers: tuple[int, ...], tail: bytes,
+    device: int, stream: int,
+) -> None:  # fmt: skip
+    """Queue one kernel. Params = `head(buffer, 0, *pointers)` followed by `tail`; nothing is waited for."""
+    buffer = _buffer
+    head(buffer.view, 0, *pointers)
+    start = 8 * len(pointers)
+    buffer.view[start : start + len(tail)] = tail
+    if buffer.device == device and _devices == 1:
+        _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
+    else:
+        _launch_on(device, function, grid, threads, smem, stream)
+    if _env.get().check:
+        check(device, stream)
+
+
+def _launch_on(device: int, function: int, grid: int, threads: int, smem: int, stream: int) -> None:
+    """The launch when the thread may have no context yet, or another device's."""
+    before = _runtime.getDevice()
+    _runtime.setDevice(device)
+    try:
+        _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, _buffer.address, 0)
+    finally:
+        _runtime.setDevice(before)
+    _buffer.device = device if _devices == 1 else -1
+
+
+def check(device: int, stream: int) -> None:
+    """Wait for the stream and raise what the kernel did wrong (FLASHMOE_CHECK=1); nothing while a graph is recorded."""
+    if is_capturing(stream):
+        return
+    try:
+        _runtime.streamSynchronize(stream)
+    except _runtime.CUDARuntimeError as error:
+        raise FlashMoEError(f"the kernel failed on device {device}: {error}") from error

@@ -1,0 +1,1 @@
+"""The public operations: arrays in, arrays of the same library out."""

@@ -1,0 +1,372 @@
+"""Scaled dot-product attention on arrays of any library.
+
+A call runs in three steps: arrays become views, the views' shapes and the options find a plan (validated once, then
+remembered), and the plan launches a kernel on the caller's stream or runs the NumPy back end.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashmoe_cupy import arrays, dtypes
+from flashmoe_cupy.arrays import View, view
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops.quick import Quick, find
+from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
+
+_OPTIONAL = ("bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+_MAX_PLANS = 4096  # distinct shapes that are remembered
+
+
+def flash_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    bias: Any = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """softmax(softmax_scale * q k^T, modified and masked) v, exactly, in O(seqlen) memory.
+
+    Arrays are NumPy, CuPy, torch or JAX (or have `__dlpack__`), all of one library on one device; the result is too.
+    GPU arrays run a CUDA kernel on the library's current stream, host arrays run the NumPy back end. Nothing is copied
+    between host and device, and nothing waits.
+
+    q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float32, like k and v. layout="bhsd" swaps axes 1, 2.
+    k: (batch, seqlen_k, heads_k, head_dim); query head h reads key head h // (heads_q // heads_k), a whole ratio.
+    v: (batch, seqlen_k, heads_k, head_dim_v). head_dim is a multiple of 8 up to 256, head_dim_v up to 512. Any strides
+        whose last dimension is contiguous, also 0; lengths and batch from 0 on.
+    causal: query i sees key j only if j <= i + seqlen_k - seqlen_q (aligned at the bottom right).
+    window_size: (left, right), -1 = unlimited; query i sees keys i + seqlen_k - seqlen_q - left ... + right.
+    softmax_scale: factor of q.k; None = head_dim ** -0.5.
+    softcap: s -> softcap * tanh(s / softcap) after the scale; 0 = off.
+    sinks: (heads_q,), float32 or q's dtype: one more logit per head that takes part in the softmax and adds no value.
+    alibi_slopes: (heads_q,) or (batch, heads_q), float32: adds -slope * |i + seqlen_k - seqlen_q - j|.
+    bias: broadcastable to (batch, heads_q, seqlen_q, seqlen_k); q's dtype or float32 is added to the scores, bool keeps
+        the pairs that are True. Any strides.
+    out: array of q's library for the result, overwritten; None = a new one. Not for JAX, whose arrays are immutable.
+
+    Returns out (batch, seqlen_q, heads_q, head_dim_v) in q's dtype and layout; with return_lse also the float32 natural
+    logarithm of the softmax's denominator, (batch, heads_q, seqlen_q), sinks included. A query that sees no key gives
+    out 0 and lse -inf (with sinks: the sink). The same inputs give the same bits in every run.
+
+    Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
+    Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode.
+
+    Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1; window as in its code; softcap as in Gemma 2;
+    sinks as in gpt-oss; ALiBi as in Press et al. (arXiv:2108.12409).
+    """
+    quick = options = short = None
+    if sinks is None and alibi_slopes is None and bias is None and out is None:
+        quick = find(type(q))
+        if quick is not None:
+            short = quick.key(q, k, v)
+            if short is not None:
+                options = (short, causal, window_size, softmax_scale, softcap, layout, return_lse)
+                plan = _find(options)
+                if plan is not None:
+                    return plan.run_quick(quick, q, k, v)
+    if _is_jax(q):
+        return _jax().flash_attention(
+            q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks,
+            alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse, out=out,
+        )  # fmt: skip
+    vq, vk, vv = view(q, "q"), view(k, "k"), view(v, "v")
+    vo = None if out is None else view(out, "out")
+    vs = None if sinks is None else view(sinks, "sinks")
+    va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
+    vb = None if bias is None else view(bias, "bias")
+    if type(window_size) is not tuple:
+        window_size = _as_tuple(window_size)
+    key = (
+        vq[1:6], vk[1:6], vv[1:6], causal, window_size, softmax_scale, softcap, layout, return_lse,
+        vo and vo[1:7], vs and vs[1:6], va and va[1:6], vb and vb[1:6],
+    )  # fmt: skip
+    plan = _find(key)
+    if plan is None:
+        problem = attention_problem(
+            vq, vk, vv, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+            sinks=vs, alibi_slopes=va, bias=vb, layout=layout, out=vo,
+        )  # fmt: skip
+        plan = _remember(key, _Plan(problem, vq, layout, bool(return_lse)))
+    if short is not None:
+        _remember(options, plan)
+    return plan.run(vq, vk, vv, vo, (vb, va, vs, None, None, None, None), out)
+
+
+def flash_attention_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """Attention inside each of many sequences that lie packed one behind the other. See `flash_attention`.
+
+    q: (total_q, heads_q, head_dim); k: (total_k, heads_k, head_dim); v: (total_k, heads_k, head_dim_v).
+    cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device; sequence b has rows cu_seqlens[b]:cu_seqlens[b + 1].
+        They are read on the device, so nothing waits for them; lengths of 0 are fine.
+    max_seqlen_q, max_seqlen_k: host ints, at least the longest sequence; they size the launch.
+    seqused_q, seqused_k: (batch,) int32: only so many first rows of each sequence count; causal and window are aligned
+        to the used lengths.
+    All others: as in `flash_attention`.
+
+    Returns out (total_q, heads_q, head_dim_v), with return_lse also lse (heads_q, total_q) float32. Rows that belong to
+    no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
+    Raises as `flash_attention` does.
+    """
+    if _is_jax(q):
+        return _jax().flash_attention_varlen(
+            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal, window_size=window_size,
+            softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
+            out=out,
+        )  # fmt: skip
+    vq, vk, vv = view(q, "q"), view(k, "k"), view(v, "v")
+    cq, ck = view(cu_seqlens_q, "cu_seqlens_q"), view(cu_seqlens_k, "cu_seqlens_k")
+    uq = None if seqused_q is None else view(seqused_q, "seqused_q")
+    uk = None if seqused_k is None else view(seqused_k, "seqused_k")
+    vo = None if out is None else view(out, "out")
+    vs = None if sinks is None else view(sinks, "sinks")
+    va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
+    if type(window_size) is not tuple:
+        window_size = _as_tuple(window_size)
+    key = (
+        vq[1:6], vk[1:6], vv[1:6], cq[1:6], ck[1:6], uq and uq[1:6], uk and uk[1:6], max_seqlen_q, max_seqlen_k,
+        causal, window_size, softmax_scale, softcap, return_lse, vo and vo[1:7], vs and vs[1:6], va and va[1:6],
+    )  # fmt: skip
+    plan = _find(key)
+    if plan is None:
+        problem = varlen_problem(
+            vq, vk, vv, cu_seqlens_q=cq, cu_seqlens_k=ck, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            seqused_q=uq, seqused_k=uk, causal=causal, window_size=window_size, softmax_scale=softmax_scale,
+            softcap=softcap, sinks=vs, alibi_slopes=va, out=vo,
+        )  # fmt: skip
+        plan = _remember(key, _Plan(problem, vq, "packed", bool(return_lse)))
+    return plan.run(vq, vk, vv, vo, (None, va, vs, cq, ck, uq, uk), out)
+
+
+def launch_attention(problem: AttentionProblem, device: int, stream: int, pointers: dict[str, int]) -> None:
+    """Queue the kernel for a problem on raw device addresses; for adapters that own their buffers, such as XLA's.
+
+    pointers: q, k, v, out, lse, and bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, which
+    are 0 when absent, like lse.
+    """
+    key = (problem, device)
+    plan = _find(key)
+    if plan is None:
+        plan = _remember(key, _Plan(problem, None, "", False))
+    if not plan.empty_output:
+        plan.launch(device, stream, tuple([pointers[name] for name in _POINTER_ORDER]))
+
+
+def load_attention(problem: AttentionProblem, device: int) -> None:
+    """Compile and load the kernel that `launch_attention` will use for 16-byte aligned buffers; launches nothing."""
+    plan = _find((problem, device)) or _remember((problem, device), _Plan(problem, None, "", False))
+    if not plan.empty_output and (device, plan.aligned) not in plan.ready:
+        plan.ready[device, plan.aligned] = _prepare(problem, device, None, plan.aligned)
+
+
+_POINTER_ORDER = ("q", "k", "v", "out", "lse", *_OPTIONAL)
+
+
+class _Ready(NamedTuple):
+    """A loaded kernel and all of its launch that does not change from call to call."""
+
+    function: int
+    grid: int
+    threads: int
+    smem: int
+    tail: bytes
+
+
+class _Plan:
+    """What one combination of shapes and options needs; made once, then found by its key."""
+
+    __slots__ = ("aligned", "empty_output", "lse_shape", "out_shape", "problem", "ready", "return_lse", "swap")
+
+    def __init__(self, problem: AttentionProblem, like: View | None, layout: str, return_lse: bool) -> None:
+        p = problem
+        self.problem = p
+        self.return_lse = return_lse
+        self.swap = layout == "bhsd"
+        self.out_shape: tuple[int, ...] = (p.batch, p.seqlen_q, p.heads_q, p.head_dim_v)
+        self.lse_shape: tuple[int, ...] = (p.batch, p.heads_q, p.seqlen_q)
+        if p.varlen:
+            self.out_shape, self.lse_shape = (p.total_q, p.heads_q, p.head_dim_v), (p.heads_q, p.total_q)
+        elif self.swap:
+            self.out_shape = (p.batch, p.heads_q, p.seqlen_q, p.head_dim_v)
+        self.empty_output = 0 in self.out_shape or 0 in (p.batch, p.seqlen_q)
+        self.ready: dict[tuple[int, bool], _Ready] = {}
+        self.aligned = False
+        if like is None or like.device >= 0:
+            from flashmoe_cupy.plan.kernels import rows_aligned
+
+            self.aligned = rows_aligned(p)
+
+    def run(self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any) -> Any:
+        """The call: outputs from the caller's library, then the kernel or the NumPy back end."""
+        if out_view is not None:
+            _check_overlap(out_view, (("q", q), ("k", k), ("v", v), *zip(_OPTIONAL, optional, strict=True)))
+        if q.device < 0:
+            return self._run_on_host(q, k, v, out_view, optional, out)
+        if out_view is None:
+            # Rows outside of every sequence are nobody's work, so a new packed output starts defined.
+            make = arrays.full if self.problem.varlen else arrays.empty
+            fill = (0.0,) if self.problem.varlen else ()
+            out = make(q, self.out_shape, q.dtype, *fill)
+            out_pointer = view(out, "out").ptr
+        else:
+            out_pointer = out_view.ptr
+        lse, lse_pointer = None, 0
+        if self.return_lse:
+            infinity = (-np.inf,) if self.problem.varlen else ()
+            lse = (arrays.full if self.problem.varlen else arrays.empty)(q, self.lse_shape, dtypes.FP32, *infinity)
+            lse_pointer = view(lse, "lse").ptr
+        if not self.empty_output:
+            extra = tuple([0 if x is None else x.ptr for x in optional])
+            self.launch(q.device, arrays.stream(q), (q.ptr, k.ptr, v.ptr, out_pointer, lse_pointer, *extra))
+            if q.library in _BORROWED:
+                arrays.keep_until_done([q, k, v, *[x for x in optional if x is not None]])
+        return (out, lse) if self.return_lse else out
+
+    def run_quick(self, quick: Quick, q: Any, k: Any, v: Any) -> Any:
+        """`run` for plain GPU arrays whose key was seen before."""
+        out = quick.empty(q, self.out_shape)
+        lse = quick.empty_float(q, self.lse_shape) if self.return_lse else None
+        if not self.empty_output:
+            pointer = quick.pointer
+            device = quick.device(q)
+            lse_pointer = 0 if lse is None else pointer(lse)
+            pointers = (pointer(q), pointer(k), pointer(v), pointer(out), lse_pointer, 0, 0, 0, 0, 0, 0, 0)
+            self.launch(device, quick.stream(device), pointers)
+        return out if lse is None else (out, lse)
+
+    def launch(self, device: int, stream: int, pointers: tuple[int, ...]) -> None:
+        """Queue the kernel; compiles and loads it first if this is its first use."""
+        aligned = self.aligned and not (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15
+        ready = self.ready.get((device, aligned))
+        if ready is None:
+            ready = self.ready[device, aligned] = _prepare(self.problem, device, stream, aligned)
+        _launch(ready.function, ready.grid, ready.threads, ready.smem, _pack, pointers, ready.tail, device, stream)
+
+    def _run_on_host(
+        self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any
+    ) -> Any:
+        from flashmoe_cupy.cpu.attention import attention
+
+        host = [arrays.as_numpy(x) for x in (q, k, v)]
+        target = np.zeros(self.out_shape, dtypes.to_numpy(q.dtype)) if out_view is None else arrays.as_numpy(out_view)
+        lse = np.full(self.lse_shape, -np.inf, np.float32)
+        if not self.empty_output:
+            # The back end's axes are (batch, seq, heads, dim).
+            a, b, c, d = [x.swapaxes(1, 2) if self.swap else x for x in (*host, target)]
+            extra: dict[str, Any] = {
+                n: None if x is None else arrays.as_numpy(x) for n, x in zip(_OPTIONAL, optional, strict=True)
+            }
+            attention(self.problem, a, b, c, d, lse, **extra)
+        if out_view is None:
+            out = arrays.from_numpy(q, target)
+        return (out, arrays.from_numpy(q, lse)) if self.return_lse else out
+
+
+_BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
+_plans: dict[Any, _Plan] = {}
+_plans_lock = threading.Lock()
+_launch: Any = None
+_pack: Any = None
+
+
+def _find(key: Any) -> _Plan | None:
+    try:
+        return _plans.get(key)
+    except TypeError:  # an option that cannot be hashed: validation names it
+        return None
+
+
+def _remember(key: Any, plan: _Plan) -> _Plan:
+    with _plans_lock:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        with suppress(TypeError):  # an unhashable option that validation let through
+            _plans[key] = plan
+    return plan
+
+
+def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned: bool) -> _Ready:
+    """Choose, compile (or find) and load the kernel for a problem on a device."""
+    global _launch, _pack
+    from flashmoe_cupy.jit import launch
+    from flashmoe_cupy.plan.kernels import KERNELS, arch_for
+
+    kernel = KERNELS["attention_fwd_sm80"]
+    arch = arch_for(launch.compute_capability(device))
+    why = kernel.why_not(problem, arch)
+    if why:
+        raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
+    config = kernel.choose(problem, arch, aligned)
+    _launch, _pack = launch.launch, kernel.pack_pointers
+    loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
+    tail = kernel.pack_tail(problem, config, aligned)
+    return _Ready(loaded.function, kernel.grid(problem, config), config.threads, config.smem_bytes, tail)
+
+
+def _check_overlap(out: View, named: Iterable[tuple[str, View | None]]) -> None:
+    """Refuse an `out` that shares memory with an input: blocks of the kernel read what others have overwritten."""
+    why = [f"out shares memory with {name}" for name, x in named if x is not None and arrays.overlap(out, x)]
+    if why:
+        raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
+
+
+def _as_tuple(window_size: Any) -> Any:
+    """Lists and arrays of two are windows too; what is no sequence stays, and validation names it."""
+    try:
+        return tuple(window_size)
+    except TypeError:
+        return window_size
+
+
+_jax_types: dict[type, bool] = {np.ndarray: False}
+
+
+def _is_jax(x: Any) -> bool:
+    kind = type(x)
+    known = _jax_types.get(kind)
+    if known is None:
+        jax = sys.modules.get("jax")
+        known = hasattr(jax, "Array") and isinstance(x, jax.Array)  # type: ignore[union-attr]
+        _jax_types[kind] = known
+    return known
+
+
+def _jax() -> Any:
+    from flashmoe_cupy import jax
+
+    return jax
