@@ -218,7 +218,7 @@ def _cai(x: Any, name: str) -> View:
     shape = tuple(info["shape"])
     ptr, readonly = info["data"]
     given = info.get("strides")
-    strides = _compact(shape) if given is None else _in_elements(x, name, tuple(given), dtype.itemsize)
+    strides = row_major(shape) if given is None else _in_elements(x, name, tuple(given), dtype.itemsize)
     device = _pointer_device(x, name, ptr or 0)
     stream = info.get("stream")
     if stream is not None:
@@ -226,7 +226,7 @@ def _cai(x: Any, name: str) -> View:
     return _make(View, (ptr or 0, shape, strides, dtype, device, "cai", bool(readonly), x))
 
 
-def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
@@ -372,7 +372,7 @@ def _open_capsule(capsule: Any, x: object, name: str, library: str) -> View:
     except ValueError as error:
         raise _refuse(x, name, str(error)) from None
     shape = tuple(t.shape[: t.ndim]) if t.ndim else ()
-    strides = tuple(t.strides[: t.ndim]) if t.ndim and t.strides else _compact(shape)
+    strides = tuple(t.strides[: t.ndim]) if t.ndim and t.strides else row_major(shape)
     ptr = (t.data or 0) + t.byte_offset
     device = t.device_id if t.device_type in (_CUDA, _CUDA_MANAGED) else -1
     # Writes to a producer's copy would be lost, so a copy counts as read-only.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flashmoe_cupy import _env
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 from flashmoe_cupy.jit import cache
 from flashmoe_cupy.jit.cache import Entry
@@ -114,47 +114,77 @@ def is_capturing(stream: int) -> bool:
     return bool(_runtime.streamIsCapturing(stream))
 
 
-class _Buffer(threading.local):
-    """Aligned bytes for one Params struct, and the pointer array that the driver wants; one per thread."""
+class Launch(NamedTuple):
+    """A loaded kernel and all of its launch that stays the same from call to call.
+
+    head packs the pointers at the start of Params; tail is the rest of it. check: synchronise after each launch.
+    """
+
+    device: int
+    function: int
+    grid: int
+    threads: int
+    smem: int
+    head: Callable[..., None]
+    tail: bytes
+    check: bool
+
+
+class _Buffer:
+    """Aligned bytes for one Params struct, and the pointer array that the driver wants."""
+
+    __slots__ = ("_pointers", "address", "bound", "storage", "tail", "view")
 
     def __init__(self) -> None:
         self.storage = ctypes.create_string_buffer(_PARAMS_BYTES + 128)
         start = -ctypes.addressof(self.storage) % 128
         self.view = memoryview(self.storage).cast("B")[start : start + _PARAMS_BYTES]
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
-        self.address = ctypes.addressof(self.pointers)
-        self.device = -1  # the device that this thread has used last
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
+        self.address = ctypes.addressof(self._pointers)
+        self.tail: bytes = b""  # what lies behind the pointers now
+        self.bound = -1  # the only device of this machine, once the thread has its context
 
 
-_buffer = _Buffer()
+class _Local(threading.local):
+    """The calling thread's buffer: launches of two threads must not mix."""
+
+    def __init__(self) -> None:
+        self.buffer = _Buffer()
 
 
-def launch(
-    function: int, grid: int, threads: int, smem: int, head: Any, pointers: tuple[int, ...], tail: bytes,
-    device: int, stream: int,
-) -> None:  # fmt: skip
-    """Queue one kernel. Params = `head(buffer, 0, *pointers)` followed by `tail`; nothing is waited for."""
-    buffer = _buffer
-    head(buffer.view, 0, *pointers)
-    start = 8 * len(pointers)
-    buffer.view[start : start + len(tail)] = tail
-    if buffer.device == device and _devices == 1:
+_local = _Local()
+
+
+def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
+    """Queue one kernel; nothing is waited for. The driver copies the parameters before it returns."""
+    device, function, grid, threads, smem, head, tail, synchronise = kernel
+    buffer = _local.buffer
+    view = buffer.view
+    head(view, 0, *pointers)
+    if buffer.tail is not tail:
+        start = 8 * len(pointers)
+        view[start : start + len(tail)] = tail
+        buffer.tail = tail
+    if buffer.bound == device:
         _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
     else:
-        _launch_on(device, function, grid, threads, smem, stream)
-    if _env.get().check:
+        _launch_on(kernel, stream, buffer)
+    if synchronise:
         check(device, stream)
 
 
-def _launch_on(device: int, function: int, grid: int, threads: int, smem: int, stream: int) -> None:
+def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
     """The launch when the thread may have no context yet, or another device's."""
     before = _runtime.getDevice()
-    _runtime.setDevice(device)
+    _runtime.setDevice(kernel.device)
     try:
-        _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, _buffer.address, 0)
+        _driver.launchKernel(
+            kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.smem, stream, buffer.address, 0
+        )
     finally:
         _runtime.setDevice(before)
-    _buffer.device = device if _devices == 1 else -1
+    if _devices == 1:
+        buffer.bound = kernel.device
 
 
 def check(device: int, stream: int) -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashmoe_cupy import arrays, dtypes
-from flashmoe_cupy.arrays import View, view
+from flashmoe_cupy import _env, arrays, dtypes
+from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.quick import Quick, find
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.jit.launch import Launch
 
 _OPTIONAL = ("bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 _MAX_PLANS = 4096  # distinct shapes that are remembered
@@ -103,7 +106,7 @@ def flash_attention(
             sinks=vs, alibi_slopes=va, bias=vb, layout=layout, out=vo,
         )  # fmt: skip
         plan = _remember(key, _Plan(problem, vq, layout, bool(return_lse)))
-    if short is not None:
+    if short is not None and vq.device >= 0:
         _remember(options, plan)
     return plan.run(vq, vk, vv, vo, (vb, va, vs, None, None, None, None), out)
 
@@ -197,20 +200,13 @@ def load_attention(problem: AttentionProblem, device: int) -> None:
 _POINTER_ORDER = ("q", "k", "v", "out", "lse", *_OPTIONAL)
 
 
-class _Ready(NamedTuple):
-    """A loaded kernel and all of its launch that does not change from call to call."""
-
-    function: int
-    grid: int
-    threads: int
-    smem: int
-    tail: bytes
-
-
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("aligned", "empty_output", "lse_shape", "out_shape", "problem", "ready", "return_lse", "swap")
+    __slots__ = (
+        "aligned", "empty_output", "last", "lse_shape", "out_shape", "out_strides", "problem", "ready", "return_lse",
+        "swap",
+    )  # fmt: skip
 
     def __init__(self, problem: AttentionProblem, like: View | None, layout: str, return_lse: bool) -> None:
         p = problem
@@ -224,7 +220,9 @@ class _Plan:
         elif self.swap:
             self.out_shape = (p.batch, p.heads_q, p.seqlen_q, p.head_dim_v)
         self.empty_output = 0 in self.out_shape or 0 in (p.batch, p.seqlen_q)
-        self.ready: dict[tuple[int, bool], _Ready] = {}
+        self.out_strides = row_major(self.out_shape)
+        self.ready: dict[tuple[int, bool], Launch] = {}
+        self.last: Launch | None = None  # the aligned launch of the device that was used last
         self.aligned = False
         if like is None or like.device >= 0:
             from flashmoe_cupy.plan.kernels import rows_aligned
@@ -259,14 +257,20 @@ class _Plan:
 
     def run_quick(self, quick: Quick, q: Any, k: Any, v: Any) -> Any:
         """`run` for plain GPU arrays whose key was seen before."""
-        out = quick.empty(q, self.out_shape)
-        lse = quick.empty_float(q, self.lse_shape) if self.return_lse else None
+        pointer = quick.pointer
+        device = quick.device(q)
+        out = quick.empty(device, self.out_shape, self.out_strides, q.dtype)
+        lse, lse_pointer = None, 0
+        if self.return_lse:
+            lse = quick.empty(device, self.lse_shape, (*self.problem.lse_strides, 1), quick.float32)
+            lse_pointer = pointer(lse)
         if not self.empty_output:
-            pointer = quick.pointer
-            device = quick.device(q)
-            lse_pointer = 0 if lse is None else pointer(lse)
             pointers = (pointer(q), pointer(k), pointer(v), pointer(out), lse_pointer, 0, 0, 0, 0, 0, 0, 0)
-            self.launch(device, quick.stream(device), pointers)
+            ready = self.last
+            if ready is None or ready[0] != device or (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15:
+                self.launch(device, quick.stream(device), pointers)
+            else:
+                _launch(ready, pointers, quick.stream(device))
         return out if lse is None else (out, lse)
 
     def launch(self, device: int, stream: int, pointers: tuple[int, ...]) -> None:
@@ -275,7 +279,9 @@ class _Plan:
         ready = self.ready.get((device, aligned))
         if ready is None:
             ready = self.ready[device, aligned] = _prepare(self.problem, device, stream, aligned)
-        _launch(ready.function, ready.grid, ready.threads, ready.smem, _pack, pointers, ready.tail, device, stream)
+        if aligned:
+            self.last = ready
+        _launch(ready, pointers, stream)
 
     def _run_on_host(
         self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any
@@ -300,8 +306,7 @@ class _Plan:
 _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
 _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
-_launch: Any = None
-_pack: Any = None
+_launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched
 
 
 def _find(key: Any) -> _Plan | None:
@@ -320,9 +325,9 @@ def _remember(key: Any, plan: _Plan) -> _Plan:
     return plan
 
 
-def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned: bool) -> _Ready:
+def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned: bool) -> Launch:
     """Choose, compile (or find) and load the kernel for a problem on a device."""
-    global _launch, _pack
+    global _launch
     from flashmoe_cupy.jit import launch
     from flashmoe_cupy.plan.kernels import KERNELS, arch_for
 
@@ -332,10 +337,11 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
     if why:
         raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
     config = kernel.choose(problem, arch, aligned)
-    _launch, _pack = launch.launch, kernel.pack_pointers
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
-    tail = kernel.pack_tail(problem, config, aligned)
-    return _Ready(loaded.function, kernel.grid(problem, config), config.threads, config.smem_bytes, tail)
+    _launch = launch.launch
+    grid, tail = kernel.grid(problem, config), kernel.pack_tail(problem, config, aligned)
+    pack, check = kernel.pack_pointers, _env.get().check
+    return launch.Launch(device, loaded.function, grid, config.threads, config.smem_bytes, pack, tail, check)
 
 
 def _check_overlap(out: View, named: Iterable[tuple[str, View | None]]) -> None:

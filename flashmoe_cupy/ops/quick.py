@@ -1,8 +1,8 @@
 """The short way in for plain torch and CuPy arrays on a GPU: key, pointers and outputs, with as few reads as possible.
 
 A view of an array costs a microsecond or two, and a call has three; what is read here is only what tells one validated
-call from another. Anything unusual (gradients, subclasses, another library, host arrays) gives None, and the call takes
-the long way through `arrays.view`, which explains itself.
+call from another. Anything unusual (gradients, subclasses, another library) gives None, and the call takes the long way
+through `arrays.view`, which explains itself.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+Key = tuple[Any, ...]
+Shape = tuple[int, ...]
+
 
 class Quick(NamedTuple):
     """How one array type is read."""
 
-    key: Callable[[Any, Any, Any], tuple[Any, ...] | None]  # q, k, v -> what decides the plan, or None
+    key: Callable[[Any, Any, Any], Key | None]  # q, k, v -> what decides the plan, or None
     pointer: Callable[[Any], int]
-    empty: Callable[[Any, tuple[int, ...]], Any]  # like q, of a shape -> new array on q's device
-    empty_float: Callable[[Any, tuple[int, ...]], Any]  # the same in float32
+    empty: Callable[[int, Shape, Shape, Any], Any]  # device, shape, row-major strides, dtype -> new array
+    float32: Any  # the library's dtype of that name
     device: Callable[[Any], int]
-    stream: Callable[[int], int]
+    stream: Callable[[int], int]  # the current one of a device
 
 
 _known: dict[type, Quick | None] = {}
@@ -46,61 +49,65 @@ def find(kind: type) -> Quick | None:
 
 
 def _torch(torch: Any) -> Quick:
-    kind, float32 = torch.Tensor, torch.float32
-    level = torch.autograd.forward_ad
+    kind, bfloat16 = torch.Tensor, torch.bfloat16
+    device_of, forward_ad = kind.get_device, torch.autograd.forward_ad
 
-    def key(q: Any, k: Any, v: Any) -> tuple[Any, ...] | None:
-        if not (
-            type(k) is kind
-            and type(v) is kind
-            and q.is_cuda
-            and not (q.requires_grad or k.requires_grad or v.requires_grad)
-            and level._current_level < 0
-            and not (q.is_neg() or k.is_neg() or v.is_neg())
+    def key(q: Any, k: Any, v: Any) -> Key | None:
+        if (
+            type(k) is not kind
+            or type(v) is not kind
+            or q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or forward_ad._current_level >= 0
         ):
             return None
+        dtype = q.dtype
+        # Only parts of complex numbers can carry the negative bit, and none of them is a bfloat16.
+        if dtype is not bfloat16 and (q.is_neg() or k.is_neg() or v.is_neg()):
+            return None
         return (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            q.get_device(), k.get_device(), v.get_device(),
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype,
+            device_of(q), device_of(k), device_of(v),
         )  # fmt: skip
 
-    def empty(q: Any, shape: tuple[int, ...]) -> Any:
-        return q.new_empty(shape)
+    current = torch._C._cuda_getDevice
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    fast = getattr(guards, "_empty_strided_cuda", None)  # what the code that torch.compile writes uses
 
-    def empty_float(q: Any, shape: tuple[int, ...]) -> Any:
-        return q.new_empty(shape, dtype=float32)
+    def empty(device: int, shape: Shape, strides: Shape, dtype: Any) -> Any:
+        if fast is not None and current() == device:
+            return fast(shape, strides, dtype)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
-    return Quick(key, kind.data_ptr, empty, empty_float, kind.get_device, torch._C._cuda_getCurrentRawStream)
+    return Quick(key, kind.data_ptr, empty, torch.float32, device_of, torch._C._cuda_getCurrentRawStream)
 
 
 def _cupy(cupy: Any) -> Quick:
-    kind, float32 = cupy.ndarray, cupy.dtype("float32")
-    new, current, get_device = cupy.ndarray, cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice
+    kind, current = cupy.ndarray, cupy.cuda.get_current_stream
+    runtime = cupy.cuda.runtime
+    single = runtime.getDeviceCount() == 1
 
-    def key(q: Any, k: Any, v: Any) -> tuple[Any, ...] | None:
+    def key(q: Any, k: Any, v: Any) -> Key | None:
         if type(k) is not kind or type(v) is not kind:
             return None
-        device = q.data.device_id
-        if device != get_device() or device != k.data.device_id or device != v.data.device_id:
-            return None
+        if not single:
+            device = q.data.device_id  # CuPy allocates on the current device
+            if device != k.data.device_id or device != v.data.device_id or device != runtime.getDevice():
+                return None
         # A dtype hashes slowly; its number does not, and means the same type as long as the process lives.
-        return (
-            q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype.num, k.dtype.num, v.dtype.num, device,
-        )  # fmt: skip
+        return q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype.num, k.dtype.num, v.dtype.num
 
     def pointer(x: Any) -> int:
-        return int(x.data.ptr)
+        return x.data.ptr  # type: ignore[no-any-return]
 
-    def empty(q: Any, shape: tuple[int, ...]) -> Any:
-        return new(shape, q.dtype)
-
-    def empty_float(q: Any, shape: tuple[int, ...]) -> Any:  # noqa: ARG001
-        return new(shape, float32)
+    def empty(device: int, shape: Shape, strides: Shape, dtype: Any) -> Any:  # noqa: ARG001
+        return kind(shape, dtype)
 
     def device(q: Any) -> int:
-        return int(q.data.device_id)
+        return 0 if single else q.data.device_id
 
     def stream(device: int) -> int:
-        return int(current(device).ptr)
+        return current(device).ptr  # type: ignore[no-any-return]
 
-    return Quick(key, pointer, empty, empty_float, device, stream)
+    return Quick(key, pointer, empty, cupy.dtype("float32"), device, stream)
