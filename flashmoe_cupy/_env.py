@@ -8,8 +8,7 @@
 | FLASHMOE_ARCH        | the device's   | target for work that only compiles, for example `sm_90a`                    |
 | FLASHMOE_DUMP        | off            | folder that gets the source, PTX, cubin and log of every compile            |
 | FLASHMOE_LINEINFO    | 0              | 1 = source lines for Nsight; part of the cache key                          |
-| FLASHMOE_CHECK       | 0              | 1 = synchronise and check after each launch, canaries around outputs        |
-| FLASHMOE_TUNE_FILE   | off            | JSON file with the user's tuning table                                      |
+| FLASHMOE_CHECK       | 0              | 1 = synchronise and check after each launch                                 |
 
 Switches take 1, 0, true, false, yes, no, on, off. An empty value is the same as an unset one.
 """
@@ -40,7 +39,6 @@ class Env(NamedTuple):
     dump: Path | None = None
     lineinfo: bool = False
     check: bool = False
-    tune_file: Path | None = None
 
 
 # Variable -> one line for `python -m flashmoe_cupy info`; the same order as Env's fields.
@@ -52,7 +50,6 @@ VARIABLES: dict[str, str] = {
     "FLASHMOE_DUMP": "folder that gets the source, PTX, cubin and log of every compile",
     "FLASHMOE_LINEINFO": "1 = source lines for Nsight",
     "FLASHMOE_CHECK": "1 = synchronise and check after each launch",
-    "FLASHMOE_TUNE_FILE": "JSON file with the user's tuning table",
 }
 
 
@@ -87,7 +84,6 @@ def parse(environ: Mapping[str, str]) -> Env:
         dump=path("FLASHMOE_DUMP"),
         lineinfo=switch("FLASHMOE_LINEINFO", False),
         check=switch("FLASHMOE_CHECK", False),
-        tune_file=path("FLASHMOE_TUNE_FILE"),
     )
 
 

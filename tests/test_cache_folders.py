@@ -231,8 +231,8 @@ def test_variables_are_parsed_with_clear_errors() -> None:
     assert _env.parse({"FLASHMOE_JIT": "off", "FLASHMOE_CHECK": " Yes ", "FLASHMOE_LOG": "DEBUG"}) == _env.Env(
         jit=False, check=True, log="debug"
     )
-    assert _env.parse({"FLASHMOE_ARCH": "SM_90a", "FLASHMOE_TUNE_FILE": "/t.json"}) == _env.Env(
-        arch="sm_90a", tune_file=Path("/t.json")
+    assert _env.parse({"FLASHMOE_ARCH": "SM_90a", "FLASHMOE_DUMP": "/t"}) == _env.Env(
+        arch="sm_90a", dump=Path("/t")
     )
     for name, value in (("JIT", "2"), ("LOG", "loud"), ("ARCH", "hopper"), ("LINEINFO", "maybe")):
         with pytest.raises(ValueError, match=f"FLASHMOE_{name}="):
