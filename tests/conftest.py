@@ -1,0 +1,124 @@
+"""Markers, skip reasons, seeds and the cache folder that all tests share.
+
+FLASHMOE_REQUIRE_GPU=1 turns "no GPU" from a skip into an error, for machines that must test the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+_CACHE_DIR = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A fresh cache for each run: a test must not pass because an older run left a cubin behind.
+    if "FLASHMOE_CACHE_DIR" not in os.environ:
+        config.stash[_CACHE_DIR] = os.environ["FLASHMOE_CACHE_DIR"] = tempfile.mkdtemp(prefix="flashmoe-tests-")
+    # No model or data set may be looked up on a hub by a test.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    # JAX would take most of a GPU's memory at its first use.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if find_spec("hypothesis") is not None:
+        from hypothesis import settings
+
+        settings.register_profile("flashmoe", derandomize=True, deadline=None, max_examples=50)
+        settings.load_profile("flashmoe")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_CACHE_DIR, None)
+    if folder is not None:
+        os.environ.pop("FLASHMOE_CACHE_DIR", None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def compute_capability() -> tuple[tuple[int, int] | None, str]:
+    """((major, minor), "") of the current device, or (None, why there is none)."""
+    if find_spec("cupy") is None:
+        return None, 'CuPy is not installed: pip install -e ".[cuda12]"'
+    try:
+        import cupy
+
+        if cupy.cuda.runtime.getDeviceCount() < 1:
+            return None, "the driver shows no CUDA device"
+        text = cupy.cuda.Device().compute_capability
+        return (int(text[:-1]), int(text[-1])), ""
+    except Exception as error:  # CuPy's own types, ImportError or OSError, by what is broken
+        return None, f"no CUDA device: {error}"
+
+
+@cache
+def _framework_sees_gpu(name: str) -> bool:
+    if name == "torch":
+        import torch
+
+        return bool(torch.cuda.is_available())
+    import jax
+
+    return any(device.platform in ("gpu", "cuda") for device in jax.devices())
+
+
+def _skip_reason(item: pytest.Item) -> str | None:
+    for name in ("torch", "jax"):
+        if item.get_closest_marker(name) and find_spec(name) is None:
+            return f"{name} is not installed"
+    if item.get_closest_marker("compile") and find_spec("cupy") is None:
+        return 'compiling needs NVRTC, which CuPy loads: pip install -e ".[cuda12]"'
+    if not any(item.get_closest_marker(name) for name in ("gpu", "sm80", "sm90")):
+        return None
+    capability, reason = compute_capability()
+    if capability is None:
+        return reason
+    if item.get_closest_marker("sm80") and capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, this device has {capability[0]}.{capability[1]}"
+    if item.get_closest_marker("sm90") and capability[0] != 9:
+        return f"needs compute capability 9.x, this device has {capability[0]}.{capability[1]}"
+    for name in ("torch", "jax"):
+        if item.get_closest_marker(name) and not _framework_sees_gpu(name):
+            return f"this {name} is built without CUDA or sees no device"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    required = os.environ.get("FLASHMOE_REQUIRE_GPU", "") not in ("", "0")
+    if required and compute_capability()[0] is None:
+        raise pytest.UsageError(f"FLASHMOE_REQUIRE_GPU is set, but {compute_capability()[1]}")
+    for item in items:
+        reason = _skip_reason(item)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> Iterator[None]:
+    """The same global random state in front of each test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and "cupy.random" in sys.modules and compute_capability()[0] is not None:
+        with contextlib.suppress(ImportError):  # no cuRAND in this environment: nothing can draw from it either
+            cupy.random.seed(0)
+    yield
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator whose seed is the test's own name: adding a test does not change another one's numbers."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
