@@ -1,0 +1,417 @@
+"""Named benchmark cases: shapes, where they come from, their work, their inputs and the check of an answer.
+
+Conventions. FLOP of attention forward: 2 * heads_q * pairs * (head_dim + head_dim_v), which is 4*b*h*sq*sk*d when
+head_dim_v == head_dim. `pairs` is sq*sk for full attention, half of it for causal with sq == sk, and the exact count of
+visible pairs for a window or for causal with sq != sk. Bytes: q, k, v, out and bias once each.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+T = TypeVar("T")
+
+OURS = "flashmoe_cupy"
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+# ||out - truth|| / ||truth|| that a right kernel of that dtype stays under; one row may have three times as much.
+ERROR_LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+class Case(NamedTuple):
+    """One attention problem. `seqlens` given: packed sequences of these lengths (batch and seqlen_* follow from them).
+
+    bias: "" none, else the dtype of a dense (batch, heads_q, seqlen_q, seqlen_k) bias ("same" = the case's dtype,
+    "float32", "bool").
+    arrays: the array library that holds the inputs ("torch", "cupy" or "numpy").
+    """
+
+    name: str
+    suite: str
+    source: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str = "bfloat16"
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: bool = False
+    bias: str = ""
+    layout: str = "bshd"
+    seqlens: tuple[int, ...] = ()
+    arrays: str = "torch"
+
+    @property
+    def varlen(self) -> bool:
+        return bool(self.seqlens)
+
+    @property
+    def tokens_q(self) -> int:
+        return sum(self.seqlens) if self.seqlens else self.batch * self.seqlen_q
+
+    @property
+    def tokens_k(self) -> int:
+        return sum(self.seqlens) if self.seqlens else self.batch * self.seqlen_k
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(seqlen_q, seqlen_k) of every sequence of the batch."""
+        return [(n, n) for n in self.seqlens] if self.seqlens else [(self.seqlen_q, self.seqlen_k)] * self.batch
+
+    def band(self) -> tuple[int, int]:
+        """(left, right) with causal folded in; -1 = unlimited."""
+        left, right = self.window_size
+        return left, 0 if self.causal else right
+
+    def flops(self) -> int:
+        """Floating-point operations of the forward pass by this module's conventions."""
+        counts: dict[tuple[int, int], int] = {}
+        for span in self.spans():
+            if span not in counts:
+                counts[span] = self._twice_pairs(*span)
+        return self.heads_q * (self.head_dim + self.head_dim_v) * sum(counts[span] for span in self.spans())
+
+    def _twice_pairs(self, sq: int, sk: int) -> int:
+        left, right = self.band()
+        if self.window_size == (-1, -1) and (not self.causal or sq == sk):
+            return sq * sk if self.causal else 2 * sq * sk
+        diagonal = np.arange(sq, dtype=np.int64) + (sk - sq)
+        last = np.minimum(sk - 1, diagonal + right) if right >= 0 else np.full(sq, sk - 1, np.int64)
+        first = np.maximum(0, diagonal - left) if left >= 0 else np.zeros(sq, np.int64)
+        return 2 * int(np.maximum(0, last - first + 1).sum())
+
+    def bytes(self) -> int:
+        """Fewest bytes through device memory: every input read once, the output written once."""
+        size = ITEMSIZE[self.dtype]
+        moved = size * self.tokens_q * self.heads_q * (self.head_dim + self.head_dim_v)
+        moved += size * self.tokens_k * self.heads_k * (self.head_dim + self.head_dim_v)
+        if self.bias:
+            bias_size = {"same": size, "float32": 4, "bool": 1}[self.bias]
+            moved += bias_size * self.batch * self.heads_q * self.seqlen_q * self.seqlen_k
+        return moved
+
+    def shape(self) -> dict[str, Any]:
+        """The fields that say what was computed, for a row of results."""
+        skip = ("name", "suite", "seqlens")
+        fields = {key: value for key, value in self._asdict().items() if key not in skip}
+        return fields | {"sequences": len(self.seqlens), "tokens": self.tokens_q} if self.seqlens else fields
+
+
+class Suite(NamedTuple):
+    """A list of cases, the libraries measured by default, the rivals that a ratio is taken against, and its measure."""
+
+    name: str
+    summary: str
+    cases: tuple[Case, ...]
+    libraries: tuple[str, ...]
+    rivals: tuple[str, ...]
+    measure: str = "device_us"
+
+
+def _dense(suite: str, source: str, seqlens: tuple[int, ...]) -> Iterator[Case]:
+    for d in (64, 128, 256):
+        for s in seqlens:
+            for causal in (False, True):
+                heads = 2048 // d
+                name = f"d{d}_s{s}_{'causal' if causal else 'full'}"
+                yield Case(name, suite, source, 16384 // s, s, s, heads, heads, d, d, causal=causal)
+
+
+def _square(name: str, suite: str, source: str, b: int, s: int, heads: tuple[int, int], d: int, **options: Any) -> Case:
+    dv = options.pop("head_dim_v", d)
+    return Case(name, suite, source, b, s, s, *heads, d, dv, **options)
+
+
+def _packed(
+    name: str, suite: str, source: str, seqlens: tuple[int, ...], heads: tuple[int, int], d: int, **options: Any
+) -> Case:
+    longest = max(seqlens)
+    return Case(name, suite, source, len(seqlens), longest, longest, *heads, d, d, seqlens=seqlens, **options)
+
+
+def _features() -> Iterator[Case]:
+    def case(name: str, b: int, s: int, heads: tuple[int, int], d: int, **options: Any) -> Case:
+        return _square(name, "attention_forward_features", "feature table, one H100", b, s, heads, d, **options)
+
+    yield case("d64_8k_causal", 2, 8192, (32, 32), 64, causal=True)
+    yield case("d64_4k_full", 4, 4096, (32, 32), 64)
+    yield case("d128_8k_causal", 2, 8192, (16, 16), 128, causal=True)
+    yield case("d128_4k_full", 4, 4096, (16, 16), 128)
+    yield case("gqa_32_4_d128_8k_causal", 2, 8192, (32, 4), 128, causal=True)
+    yield case("gqa_64_8_d128_8k_full", 2, 8192, (64, 8), 128)
+    yield case("window1024_d128_16k", 1, 16384, (16, 16), 128, causal=True, window_size=(1023, 0))
+    yield case("window128_gqa_64_8_d64_8k", 2, 8192, (64, 8), 64, causal=True, window_size=(127, 0))
+    yield case("d96_8k_causal", 2, 8192, (16, 16), 96, causal=True)
+    yield case("d192_128_8k_causal", 2, 8192, (16, 16), 192, head_dim_v=128, causal=True)
+    yield case("d64_256_8k_causal", 2, 8192, (16, 16), 64, head_dim_v=256, causal=True)
+    yield case("fp16_d128_8k_causal", 2, 8192, (16, 16), 128, dtype="float16", causal=True)
+    yield case("bhsd_d128_8k_causal", 2, 8192, (16, 16), 128, layout="bhsd", causal=True)
+    yield case("odd_s4097_gqa_12_4_d128_causal", 3, 4097, (12, 4), 128, causal=True)
+    yield case("odd_s3000_d80_causal", 2, 3000, (16, 16), 80, causal=True)
+    draw = random.Random(0)
+    lengths = (*(draw.randint(16, 769) for _ in range(63)), 8192)
+    source = "feature table, one H100"
+    yield _packed("varlen_64_d128_causal", "attention_forward_features", source, lengths, (16, 16), 128, causal=True)
+    yield case("softcap_d128_8k_causal", 2, 8192, (16, 16), 128, causal=True, softcap=30.0)
+    yield case("alibi_d128_8k_causal", 2, 8192, (16, 16), 128, causal=True, alibi=True)
+    yield case("sinks_window128_gqa_64_8_d64_8k", 2, 8192, (64, 8), 64, causal=True, window_size=(127, 0), sinks=True)
+
+
+def _models() -> Iterator[Case]:
+    def case(name: str, source: str, b: int, s: int, heads: tuple[int, int], d: int, **options: Any) -> Case:
+        return _square(name, "models", source, b, s, heads, d, causal=True, **options)
+
+    yield case("smollm2_135m_2k", "SmolLM2-135M prefill", 8, 2048, (9, 3), 64)
+    yield case("smollm2_1.7b_8k", "SmolLM2-1.7B prefill", 2, 8192, (32, 32), 64)
+    yield case("llama3.1_8b_8k", "Llama-3.1-8B prefill", 2, 8192, (32, 8), 128)
+    yield Case(
+        "llama3.1_8b_chunk", "models", "Llama-3.1-8B chunked prefill", 4, 1024, 8192, 32, 8, 128, 128, causal=True
+    )
+    lengths = tuple(random.Random(1).randint(64, 1024) for _ in range(32))
+    yield _packed("llama3.1_8b_packed", "models", "Llama-3.1-8B, 32 prompts", lengths, (32, 8), 128, causal=True)
+    yield case("gpt_oss_full_8k", "gpt-oss full layer", 2, 8192, (64, 8), 64, sinks=True)
+    yield case("gpt_oss_window_8k", "gpt-oss sliding layer", 2, 8192, (64, 8), 64, sinks=True, window_size=(127, 0))
+    yield case("deepseek_v3_4k", "DeepSeek-V3 prefill", 1, 4096, (128, 128), 192, head_dim_v=128)
+
+
+def _host() -> Iterator[Case]:
+    def case(name: str, heads: tuple[int, int], d: int, **options: Any) -> Case:
+        return _square(name, "attention_host", "tiny arrays: the host side is all there is", 1, 16, heads, d, **options)
+
+    for arrays in ("torch", "cupy"):
+        yield case(f"{arrays}_bshd_d64", (4, 4), 64, arrays=arrays)
+        yield case(f"{arrays}_bhsd_d64_fp16", (4, 4), 64, arrays=arrays, layout="bhsd", dtype="float16")
+        yield case(f"{arrays}_gqa_32_8_d128_causal", (32, 8), 128, arrays=arrays, causal=True)
+        name, packed = f"{arrays}_varlen_d64_causal", "tiny packed arrays"
+        yield _packed(name, "attention_host", packed, (5, 1, 10), (4, 4), 64, arrays=arrays, causal=True)
+
+
+def _smoke() -> Iterator[Case]:
+    def case(name: str, **options: Any) -> Case:
+        return _square(name, "smoke", "every feature, tiny", 2, 40, options.pop("heads", (4, 2)), 32, **options)
+
+    yield case("full_fp32", dtype="float32")
+    yield case("causal_bf16", causal=True)
+    yield case("bhsd_fp16", layout="bhsd", dtype="float16", heads=(3, 3))
+    yield Case("causal_wide", "smoke", "every feature, tiny", 1, 7, 33, 4, 4, 32, 32, "float32", causal=True)
+    yield case("window", window_size=(5, 3), dtype="float32")
+    yield case("softcap", softcap=2.0, dtype="float32")
+    yield case("sinks", sinks=True, causal=True, dtype="float32")
+    yield case("alibi", alibi=True, dtype="float32")
+    yield case("bias", bias="same", dtype="float32")
+    yield case("mask", bias="bool", dtype="float32")
+    yield case("wide_v", head_dim_v=48, dtype="float32")
+    yield case("numpy_fp32", arrays="numpy", dtype="float32")
+    yield case("numpy_bf16", arrays="numpy")
+    yield _packed("varlen", "smoke", "every feature, tiny", (3, 17, 1, 40), (4, 2), 32, dtype="float32", causal=True)
+
+
+def _small_systems() -> Iterator[Case]:
+    for atoms, systems in ((32, 2048), (64, 1024), (128, 512), (512, 64)):
+        name, source = f"atoms{atoms}_systems{systems}", "many small systems with a dense bias, one H100"
+        yield _square(name, "attention_small_systems", source, systems, atoms, (8, 8), 64, bias="same")
+
+
+_FA2_TABLE, _FA3_TABLE = "FA2 table, one H100", "FA3 and cuDNN table, one H100"
+_ALL_RIVALS = ("torch_fa2", "torch_cudnn", "flex_attention", "fa3")
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "attention_forward_portable",
+            "the 24 rows of the FA2 table: 16,384 tokens, heads 2048/d",
+            tuple(_dense("attention_forward_portable", _FA2_TABLE, (512, 2048, 8192, 16384))),
+            (OURS, "torch_fa2"),
+            ("torch_fa2",),
+        ),
+        Suite(
+            "attention_forward",
+            "the 36 rows of the FA3 and cuDNN table",
+            tuple(_dense("attention_forward", _FA3_TABLE, (512, 1024, 2048, 4096, 8192, 16384))),
+            (OURS, "torch_cudnn", "fa3"),
+            ("torch_cudnn", "fa3"),
+        ),
+        Suite(
+            "attention_forward_features",
+            "GQA, windows, odd sizes, packed sequences, softcap, ALiBi, sinks",
+            tuple(_features()),
+            (OURS, *_ALL_RIVALS),
+            _ALL_RIVALS,
+        ),
+        Suite("models", "shapes of published models", tuple(_models()), (OURS, *_ALL_RIVALS), _ALL_RIVALS),
+        Suite(
+            "attention_small_systems",
+            "many short sequences with a dense additive bias",
+            tuple(_small_systems()),
+            (OURS, "torch_sdpa", "torch_cudnn"),
+            ("torch_sdpa", "torch_cudnn"),
+        ),
+        Suite(
+            "attention_host",
+            "host microseconds of one call on tiny arrays",
+            tuple(_host()),
+            (OURS, "torch_sdpa"),
+            ("torch_sdpa",),
+            "host_us",
+        ),
+        Suite("smoke", "every feature, tiny", tuple(_smoke()), (OURS, "torch_sdpa"), ("torch_sdpa",)),
+    )
+}
+
+
+class Inputs(NamedTuple):
+    """Torch tensors of one case in the case's layout (packed cases: (tokens, heads, head_dim))."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    bias: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+
+def out_shape(case: Case) -> tuple[int, ...]:
+    """Shape of the output in the case's layout."""
+    if case.varlen:
+        return case.tokens_q, case.heads_q, case.head_dim_v
+    if case.layout == "bhsd":
+        return case.batch, case.heads_q, case.seqlen_q, case.head_dim_v
+    return case.batch, case.seqlen_q, case.heads_q, case.head_dim_v
+
+
+def make_inputs(case: Case, device: str, seed: int) -> Inputs:
+    """Random normal inputs; the same case, device kind and seed give the same bits for every library."""
+    import torch
+
+    draw = torch.Generator(device=device).manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, device=device, dtype=torch.float32).to(dtype)
+
+    def heads(n: int, seqlen: int, tokens: int, dim: int) -> torch.Tensor:
+        if case.varlen:
+            return normal(tokens, n, dim)
+        return normal(case.batch, n, seqlen, dim) if case.layout == "bhsd" else normal(case.batch, seqlen, n, dim)
+
+    q = heads(case.heads_q, case.seqlen_q, case.tokens_q, case.head_dim)
+    k = heads(case.heads_k, case.seqlen_k, case.tokens_k, case.head_dim)
+    v = heads(case.heads_k, case.seqlen_k, case.tokens_k, case.head_dim_v)
+    slopes = [2.0 ** (-8.0 * (h + 1) / case.heads_q) for h in range(case.heads_q)]
+    bias = None
+    if case.bias:
+        bias_dtype = torch.float32 if case.bias == "float32" else dtype
+        bias = normal(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, dtype=bias_dtype)
+        bias = bias > -0.5 if case.bias == "bool" else bias
+    cu_seqlens = None
+    if case.varlen:
+        ends = np.concatenate(([0], np.cumsum(case.seqlens)))
+        cu_seqlens = torch.tensor(ends.tolist(), dtype=torch.int32, device=device)
+    return Inputs(
+        q,
+        k,
+        v,
+        normal(case.heads_q, dtype=torch.float32) if case.sinks else None,
+        torch.tensor(slopes, dtype=torch.float32, device=device) if case.alibi else None,
+        bias,
+        cu_seqlens,
+    )
+
+
+class Check(NamedTuple):
+    """How far an output is from the truth: over all sampled rows, and the worst row (both relative 2-norms)."""
+
+    error: float
+    error_row: float
+    limit: float
+    finite: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.finite and self.error <= self.limit and self.error_row <= 3 * self.limit
+
+
+def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: int = 4, rows: int = 64) -> Check:
+    """Compare `out` (case's layout) with float64 maths on sampled query rows of sampled heads.
+
+    The scores of the whole problem never exist. Every element of `out` must be finite, sampled or not: an unwritten
+    element of a poisoned output is NaN. `heads` and `rows` are at least 2.
+    """
+    import torch
+
+    draw = random.Random(seed)
+
+    def some(population: Sequence[T], count: int) -> list[T]:
+        """First, last and a random draw between them, `count` in all."""
+        if len(population) <= count:
+            return list(population)
+        between = range(1, len(population) - 1)
+        return [population[0], *(population[i] for i in sorted(draw.sample(between, count - 2))), population[-1]]
+
+    pairs = some([(b, h) for b in range(case.batch) for h in range(case.heads_q)], heads)
+    differences, truths = [], []
+    for b, h in pairs:
+        shared = h // (case.heads_q // case.heads_k)
+        q, o = _one_head(case, inputs.q, b, h), _one_head(case, out, b, h)
+        k, v = _one_head(case, inputs.k, b, shared), _one_head(case, inputs.v, b, shared)
+        picked = some(range(q.shape[0]), rows)
+        index = torch.tensor(picked, device=q.device, dtype=torch.int64)
+        truth = _rows(case, inputs, b, h, q[index].double(), k.double(), v.double(), index, q.shape[0])
+        differences.append((o[index].double() - truth).norm(dim=-1))
+        truths.append(truth.norm(dim=-1))
+    difference, size = torch.cat(differences), torch.cat(truths)
+    worst = (difference / size.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=math.inf).max()
+    error = float(difference.norm() / size.norm())
+    finite = bool(torch.isfinite(out).all())
+    return Check(error if error == error else math.inf, float(worst), ERROR_LIMIT[case.dtype], finite)
+
+
+def _one_head(case: Case, tensor: torch.Tensor, b: int, h: int) -> torch.Tensor:
+    if case.varlen:
+        first = sum(case.seqlens[:b])
+        return tensor[first : first + case.seqlens[b], h]
+    return tensor[b, h] if case.layout == "bhsd" else tensor[b, :, h]
+
+
+def _rows(
+    case: Case, inputs: Inputs, b: int, h: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor,
+    seqlen_q: int,
+) -> torch.Tensor:  # fmt: skip
+    import torch
+
+    scores = q @ k.T * case.head_dim**-0.5
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    diagonal = (index + (k.shape[0] - seqlen_q))[:, None]
+    column = torch.arange(k.shape[0], device=k.device)[None, :]
+    if inputs.alibi_slopes is not None:
+        scores = scores - inputs.alibi_slopes[h].double() * (diagonal - column).abs()
+    if inputs.bias is not None:
+        bias = inputs.bias[b, h][index]
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.double()
+    left, right = case.band()
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if right >= 0:
+        hidden |= column > diagonal + right
+    if left >= 0:
+        hidden |= column < diagonal - left
+    scores = scores.masked_fill(hidden, -math.inf)
+    if inputs.sinks is not None:
+        sink = inputs.sinks[h].double().expand(scores.shape[0], 1)
+        return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[:, :-1] @ v
+    return torch.softmax(scores, dim=-1).nan_to_num(nan=0.0) @ v  # a row that sees nothing gives 0
