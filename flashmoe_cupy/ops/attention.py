@@ -306,6 +306,7 @@ class _Plan:
 _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
 _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
+_warned: set[str] = set()  # configurations whose slow loads were mentioned
 _launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched
 
 
@@ -337,6 +338,13 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
     if why:
         raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
     config = kernel.choose(problem, arch, aligned)
+    _env.log.debug("%s: %s; %s", problem.describe(), config.name, "; ".join(kernel.reasons(problem, config)))
+    if not aligned and config.name not in _warned:
+        _warned.add(config.name)
+        _env.log.warning(
+            "%s: rows of q, k, v or out do not start at multiples of 16 bytes, so elements are copied one by one; "
+            "contiguous arrays are faster", problem.describe(),
+        )  # fmt: skip
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch
     grid, tail = kernel.grid(problem, config), kernel.pack_tail(problem, config, aligned)
