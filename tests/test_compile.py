@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flashmoe_cupy.jit import cache, compiler, source
-from flashmoe_cupy.plan.config import MAX_SMEM
+from flashmoe_cupy.plan.config import MAX_SMEM, AttentionConfig
 from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, arch_for
 
 pytest.importorskip("cupy")
@@ -22,7 +22,7 @@ def test_all_configurations(kernel: str, arch: str) -> None:
     configs = spec.configs(arch)
     assert len({c.name for c in configs}) == len(configs) > 0
 
-    def build(config: object) -> list[str]:
+    def build(config: AttentionConfig) -> list[str]:
         tu = spec.source(config)
         made = compiler.compile_cubin(tu, source.headers_for(tu), arch, cache.options(), config.name)
         bad = list(made.remarks)
