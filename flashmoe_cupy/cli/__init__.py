@@ -1,0 +1,152 @@
+"""The command line: `python -m flashmoe_cupy` and `flashmoe-cupy`.
+
+Exit codes: 0 done, 1 the problem or the machine does not allow it, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flashmoe_cupy.errors import FlashMoEError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Wrong use raises SystemExit(2), as argparse does."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    from flashmoe_cupy import _env
+    from flashmoe_cupy.cli import commands, show
+
+    try:
+        _env.get()
+    except ValueError as error:  # a variable that nobody can understand
+        show.fail(str(error))
+        return 2
+    try:
+        return commands.COMMANDS[args.command](args)
+    except FlashMoEError as error:
+        show.fail(str(error))
+        return 1
+    except commands.Misuse as error:
+        show.fail(f"{error}\nsee: flashmoe-cupy {args.command} --help")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    from flashmoe_cupy import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="flashmoe-cupy", description="Exact attention on NVIDIA GPUs for NumPy, CuPy, PyTorch and JAX arrays."
+    )
+    parser.add_argument("--version", action="version", version=f"flashmoe-cupy {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(name: str, text: str, description: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=description or f"{text[0].upper()}{text[1:]}.")
+        sub.add_argument("--json", action="store_true", help="print JSON for programs")
+        return sub
+
+    info = command("info", "report on this installation, to paste into a bug report")
+    info.add_argument("--no-test", action="store_true", help="leave the self-test out")
+
+    demo = command("demo", "compute, check and time a few attentions on this machine")
+    demo.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
+
+    explain = command("explain", "say what would run for a problem, and why; needs no GPU")
+    _problem_options(explain)
+
+    kernels = command("kernels", "list the kernels and their configurations")
+    kernels.add_argument("--arch", help="only this one, for example sm_90a")
+    kernels.add_argument("--dtype", choices=DTYPES, help="only configurations for this dtype")
+    kernels.add_argument("--head-dim", type=_positive, help="only configurations for this head dimension")
+
+    warmup = command(
+        "warmup",
+        "compile, and load on the devices here, everything a call can ask for",
+        "Compile, and load on the devices here, every specialisation that a call can ask for, or those that calls with "
+        "the given dtype and head dimension can ask for. With --arch, only compile where no device has that arch.",
+    )
+    warmup.add_argument("--arch", action="append", help="compile for this arch, for example sm_90a; may be repeated")
+    warmup.add_argument("--all", action="store_true", help="everything; the default when no filter is given")
+    warmup.add_argument("--dtype", choices=DTYPES, help="only what calls with this dtype need")
+    warmup.add_argument("--head-dim", type=_positive, help="only what calls with this head dimension need")
+    warmup.add_argument("--head-dim-v", type=_positive, help="head dimension of v; default: as --head-dim")
+    warmup.add_argument("--workers", type=_positive, help="threads; default: one per core")
+
+    cache = command("cache", "look at or clean the folder of compiled kernels")
+    cache.add_argument(
+        "action", nargs="?", choices=("list", "path", "clear", "prune"), default="list", help="default: list"
+    )
+    cache.add_argument("--max-size", default="500M", help="for prune: keep the newest kernels up to this size")
+
+    bench = command(
+        "bench",
+        "time attention over sequence lengths",
+        "Time attention over sequence lengths. In a clone of the repository, arguments after -- go to its own "
+        "benchmark runner: flashmoe-cupy bench -- --help",
+    )
+    bench.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
+    bench.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 without")
+    bench.add_argument("--d", type=_positive, default=128, metavar="N", help="head dimension (default 128)")
+    bench.add_argument("--heads", type=_positive, default=16, metavar="N", help="query and key heads (default 16)")
+    bench.add_argument("--causal", action="store_true", help="causal mask")
+    bench.add_argument("--longest", type=_positive, metavar="N", help="default: 16384 on a GPU, 1024 without")
+    bench.add_argument("runner", nargs="*", metavar="-- ARGUMENTS", help="for the repository's benchmarks/run.py")
+    return parser
+
+
+def _problem_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--op", default="attention", choices=("attention",), help="operation")
+    add("--batch", type=_count, default=1, metavar="N", help="batch size (default 1)")
+    add("--q", type=_count, default=4096, metavar="N", help="query length (default 4096)")
+    add("--k", type=_count, metavar="N", help="key length (default: as --q)")
+    add("--heads", type=_count, default=32, metavar="N", help="query heads (default 32)")
+    add("--kv-heads", type=_count, metavar="N", help="key and value heads (default: as --heads)")
+    add("--d", type=_count, default=128, metavar="N", help="head dimension of q and k (default 128)")
+    add("--dv", type=_count, metavar="N", help="head dimension of v (default: as --d)")
+    add("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default bfloat16)")
+    add("--causal", action="store_true", help="causal mask, aligned bottom-right")
+    add("--window", type=_window, default=(-1, -1), metavar="LEFT[,RIGHT]", help="sliding window; -1 = unlimited")
+    add("--scale", type=float, metavar="X", help="softmax scale (default d ** -0.5)")
+    add("--softcap", type=float, default=0.0, metavar="X", help="softcap; 0 = off")
+    add("--alibi", action="store_true", help="ALiBi slopes")
+    add("--bias", nargs="?", const="same", choices=("same", "float32", "bool"), help="additive bias of this dtype")
+    add("--sinks", action="store_true", help="attention sinks")
+    add("--varlen", action="store_true", help="packed sequences (cu_seqlens)")
+    add("--arch", action="append", help="for this arch, for example sm_90a; may be repeated")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _window(text: str) -> tuple[int, int]:
+    left, _, right = text.partition(",")
+    try:
+        return int(left), int(right or -1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT or LEFT,RIGHT, for example 1024 or 512,0") from None

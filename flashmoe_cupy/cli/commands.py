@@ -1,0 +1,313 @@
+"""What each command does: asks `service` or `measure` for data, then shows it."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flashmoe_cupy import service
+from flashmoe_cupy.cli import measure, show
+from flashmoe_cupy.errors import UnsupportedProblem
+
+
+class Misuse(Exception):
+    """Wrong use that argparse cannot see."""
+
+
+def info(args: argparse.Namespace) -> int:
+    data = service.show_config()
+    gpu = data["backend"]["name"] == "cuda"
+    tests = [] if args.no_test else measure.self_test(gpu)
+    data["cache"] = service.show_config()["cache"]  # again: the self-test may have added to it
+    failed = any(not test["passed"] for test in tests)
+    if args.json:
+        show.emit_json({**data, "self_test": tests})
+        return int(failed)
+    out = show.Output()
+    mine, system = data["flashmoe_cupy"], data["system"]
+    out.facts(
+        f"flashmoe-cupy {mine['version']}",
+        {
+            "runs": data["backend"]["why"],
+            "python": f"{system['python']} on {system['platform']}, {system['cpus']} CPUs",
+            "device sources": mine["device_sources"] or mine.get("error"),
+        },
+    )
+    driver, compiler = data["driver"], data["compiler"]
+    found = f"{driver['release']} (runs CUDA up to {driver['cuda']})" if driver["cuda"] else ""
+    facts = {"driver": "; ".join(filter(None, (found.strip(), driver["error"])))}
+    for device in data["devices"]:
+        major, minor = device["compute_capability"]
+        facts[f"device {device['ordinal']}"] = (
+            f"{device['name']}, {major}.{minor} ({device['arch'] or 'too old'}), {device['multiprocessors']} SMs, "
+            f"{show.size(device['memory'])}, {device['shared_memory']} B shared memory per block"
+        )
+    facts["CuPy"] = ", ".join(f"{name} {number}" for name, number in compiler["cupy"].items()) or "not installed"
+    facts["NVRTC"] = "; ".join(filter(None, (compiler["nvrtc"], compiler["error"])))
+    out.facts("GPU", facts)
+    out.facts("Packages", {name: number or "not installed" for name, number in data["packages"].items()})
+    cache = data["cache"]
+    state = "writable" if cache["writable"] else "not writable, kernels stay in memory"
+    out.facts(
+        "Cache",
+        {
+            "path": f"{cache['path'] or 'no home and no FLASHMOE_CACHE_DIR'} ({state})",
+            "content": f"{cache['entries']} kernels, {show.size(cache['bytes'])}",
+        },
+    )
+    given = {name: value for name, value in data["environment"].items() if value is not None}
+    out.facts("Environment", given or {"(none of ours)": ""})
+    if tests:
+        out.title("Self-test")
+        for test in tests:
+            out.line(f"  {'ok    ' if test['passed'] else 'FAILED'}  {test['name']}: {test['detail']}")
+    return int(failed)
+
+
+def demo(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    gpu, why = _backend(args.backend)
+    out = show.Output()
+    if not args.json:
+        out.title(why)
+        out.line("softmax(scale * q k^T + masks) v, checked on its last rows against the same in float64")
+    results = []
+    for case in measure.cases(gpu):
+        out.progress(f"{case.title} ...")
+        results.append(measure.run(case, gpu))
+    ceiling, by = measure.matmul_ceiling() if gpu else (0.0, "")
+    out.progress_done()
+    passed = all(result.passed for result in results)
+    seconds = time.perf_counter() - start
+    if args.json:
+        data: dict[str, Any] = {"backend": "cuda" if gpu else "numpy", "why": why, "passed": passed}
+        data["results"] = [result._asdict() for result in results]
+        if gpu:
+            data["ceiling"] = {"flops_per_second": ceiling, "by": by}
+        show.emit_json({**data, "seconds": seconds})
+        return int(not passed)
+    unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
+    columns = ["attention", "problem", "dtype", "error", "allowed", "ok", "ms", unit]
+    if gpu:
+        columns += ["of ceiling", "compile ms"]
+    rows = []
+    for r in results:
+        row: list[Any] = [r.case, r.sizes, r.dtype, f"{r.error:.1e}", f"{r.allowed:.1e}", r.passed]
+        row += [f"{r.milliseconds:.3g}", f"{r.flops_per_second / scale:.3g}"]
+        if gpu:
+            row += [f"{r.flops_per_second / ceiling:.0%}" if ceiling else None, f"{r.compile_ms:.0f}"]
+        rows.append(row)
+    out.table(columns, rows)
+    if gpu:
+        out.line(f"ceiling: {ceiling / 1e12:.0f} TFLOP/s, {by}" if ceiling else f"ceiling: {by}")
+        out.line("compile ms is 0 where an earlier run or row has compiled the kernel")
+    out.line(f"{'all exact within tolerance' if passed else 'WRONG RESULTS, please report'}; {seconds:.1f} s in all")
+    return int(not passed)
+
+
+def explain(args: argparse.Namespace) -> int:
+    try:
+        answer = service.explain(
+            args.op,
+            arch=args.arch,
+            batch=args.batch,
+            seqlen_q=args.q,
+            seqlen_k=args.k,
+            heads_q=args.heads,
+            heads_k=args.kv_heads,
+            head_dim=args.d,
+            head_dim_v=args.dv,
+            dtype=args.dtype,
+            causal=args.causal,
+            window_size=args.window,
+            softmax_scale=args.scale,
+            softcap=args.softcap,
+            alibi=args.alibi,
+            bias=args.bias,
+            sinks=args.sinks,
+            varlen=args.varlen,
+        )
+    except UnsupportedProblem as error:
+        if args.json:
+            show.emit_json({"asked": error.asked, "reasons": error.reasons, "hint": error.hint})
+        raise
+    except ValueError as error:
+        raise Misuse(str(error)) from None
+    runs = any(choice.config for choice in answer.choices)
+    if args.json:
+        show.emit_json({**answer._asdict(), "choices": [choice._asdict() for choice in answer.choices]})
+        return int(not runs)
+    out = show.Output()
+    intensity = answer.flops / answer.bytes if answer.bytes else 0.0
+    out.title(answer.problem)
+    work = f"{answer.flops / 1e9:.3g} GFLOP over {show.size(answer.bytes)} of arrays, {intensity:.3g} FLOP per byte"
+    out.line(f"work: {work}")
+    out.line(f"here: {answer.here}")
+    groups: dict[Any, list[str]] = {}
+    for choice in answer.choices:  # archs that decide alike are shown once
+        key = (choice.kernel, choice.config, tuple(choice.fields.items()), choice.because, choice.rejected)
+        groups.setdefault(key, []).append(choice.arch)
+    for (kernel, config, fields, because, rejected), archs in groups.items():
+        out.line()
+        out.title(f"{' '.join(archs)}: {f'{kernel}, {config}' if config else 'no kernel runs this'}")
+        if fields:
+            out.line("  " + ", ".join(f"{name} {value}" for name, value in fields))
+        for reason in because:
+            out.line(f"  because {reason}")
+        for name, reason in rejected:
+            out.line(f"  not {name}: {reason}")
+    return int(not runs)
+
+
+def kernels(args: argparse.Namespace) -> int:
+    try:
+        rows = service.kernels(args.arch, dtype=args.dtype, head_dim=args.head_dim)
+    except UnsupportedProblem:
+        raise
+    except ValueError as error:
+        raise Misuse(str(error)) from None
+    if args.json:
+        show.emit_json(rows)
+        return 0
+    out = show.Output()
+    for name, group in rows.items():
+        out.line(f"{name}: {group['summary']}", "bold")
+        out.line(f"cuda_src/{group['header']}")
+        columns = ("config", "threads", "shared memory", "archs")
+        out.table(
+            columns, [(c["name"], c["threads"], c["smem_bytes"], " ".join(c["archs"])) for c in group["configs"]]
+        )
+        out.line()
+    return 0
+
+
+def warmup(args: argparse.Namespace) -> int:
+    if args.all and (args.dtype or args.head_dim or args.head_dim_v):
+        raise Misuse("--all does not go with --dtype, --head-dim or --head-dim-v")
+    out = show.Output()
+    start = time.perf_counter()
+    count = 0
+
+    def progress(warmed: service.Warmed) -> None:
+        nonlocal count
+        count += 1
+        if not args.json:
+            out.progress(f"{count}: {warmed.kernel} {warmed.config} {warmed.arch} {warmed.milliseconds:.0f} ms")
+
+    try:
+        done = service.warmup(
+            arch=args.arch,
+            dtype=args.dtype,
+            head_dim=args.head_dim,
+            head_dim_v=args.head_dim_v,
+            workers=args.workers,
+            progress=progress,
+        )
+    except UnsupportedProblem:
+        raise
+    except ValueError as error:
+        raise Misuse(str(error)) from None
+    out.progress_done()
+    seconds = time.perf_counter() - start
+    if args.json:
+        show.emit_json({"kernels": [warmed._asdict() for warmed in done], "seconds": seconds})
+        return 0
+    columns = ("kernel", "config", "arch", "from", "ms", "registers", "spilled", "loaded on")
+    rows = []
+    for w in done:
+        devices = " ".join(f"cuda:{d}" for d in w.devices)
+        rows.append((w.kernel, w.config, w.arch, w.source, round(w.milliseconds), w.registers, w.spills, devices))
+    out.table(columns, rows)
+    compiled = sum(w.source == "compiled" for w in done)
+    out.line(f"{len(done)} kernels ready, {compiled} compiled now, {seconds:.1f} s")
+    return 0
+
+
+def cache(args: argparse.Namespace) -> int:
+    from flashmoe_cupy.jit import cache as store
+
+    out = show.Output()
+    folder = store.cache_dir()
+    if args.action == "path":
+        if args.json:
+            show.emit_json({"path": folder})
+        else:
+            out.line(str(folder) if folder is not None else "(memory only)")
+        return 0
+    if args.action == "list":
+        stored = store.entries()
+        if args.json:
+            show.emit_json([entry._asdict() for entry in stored])
+            return 0
+        rows = []
+        for entry in stored:
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.written))
+            info = entry.info
+            spilled = int(info.get("spill_stores", 0)) + int(info.get("spill_loads", 0))
+            compiled = round(float(info.get("milliseconds", 0)))
+            rows.append((entry.name, entry.arch, info.get("registers"), spilled, compiled, show.size(entry.size), made))
+        if rows:
+            out.table(("kernel", "arch", "registers", "spilled", "compile ms", "size", "made"), rows)
+        total = show.size(sum(entry.size for entry in stored))
+        out.line(f"{len(stored)} kernels, {total}, in {folder or '(memory only)'}")
+        return 0
+    if args.action == "clear":
+        removed = store.clear()
+    else:
+        try:
+            removed = store.prune(show.parse_size(args.max_size))
+        except ValueError:
+            raise Misuse(f"--max-size {args.max_size!r} is not a size, for example 200M or 1GB") from None
+    if args.json:
+        show.emit_json({"removed": removed, "path": folder})
+    else:
+        out.line(f"removed {removed} kernels from {folder or '(memory only)'}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    if args.runner:
+        root = Path(__file__).resolve().parents[2]
+        if not (root / "benchmarks" / "run.py").is_file():
+            raise Misuse("there is no benchmarks/run.py beside the package; arguments after -- need a clone")
+        return subprocess.run([sys.executable, "-m", "benchmarks.run", *args.runner], cwd=root, check=False).returncode
+    gpu, why = _backend(args.backend)
+    dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    longest = args.longest or (16384 if gpu else 1024)
+    out = show.Output()
+    if not args.json:
+        out.title(why)
+    results = list(measure.sweep(gpu, dtype, args.d, args.heads, args.causal, longest))
+    if args.json:
+        show.emit_json([result._asdict() for result in results])
+        return 0
+    unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
+    rows = [(r.sizes, r.dtype, r.case, r.milliseconds, r.flops_per_second / scale, f"{r.error:.1e}") for r in results]
+    out.table(("problem", "dtype", "mask", "ms", unit, "error"), rows)
+    return int(not all(result.passed for result in results))
+
+
+def _backend(wanted: str) -> tuple[bool, str]:
+    """(runs on the GPU, in words). Raises UnsupportedProblem when a GPU is asked for and there is none."""
+    name, why = service.backend()
+    if wanted == "numpy":
+        return False, "NumPy back end, as asked"
+    if wanted == "cuda" and name != "cuda":
+        raise UnsupportedProblem("--backend cuda", [why], "leave --backend out to use what is here")
+    return name == "cuda", why
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "info": info,
+    "demo": demo,
+    "explain": explain,
+    "kernels": kernels,
+    "warmup": warmup,
+    "cache": cache,
+    "bench": bench,
+}

@@ -1,0 +1,30 @@
+"""What surrounds the operations: explain a choice, warm up, count, report, clean. The command line prints these.
+
+Nothing here is on the hot path, and all of it but the loading half of `warmup` works without a GPU.
+"""
+
+from __future__ import annotations
+
+from flashmoe_cupy.service.machine import Device, Driver, backend, devices, driver, show_config
+from flashmoe_cupy.service.plans import Choice, Explanation, explain, kernels, specialisations, visible_pairs
+from flashmoe_cupy.service.warm import Stats, Warmed, clear_cache, stats, warmup
+
+__all__ = [
+    "Choice",
+    "Device",
+    "Driver",
+    "Explanation",
+    "Stats",
+    "Warmed",
+    "backend",
+    "clear_cache",
+    "devices",
+    "driver",
+    "explain",
+    "kernels",
+    "show_config",
+    "specialisations",
+    "stats",
+    "visible_pairs",
+    "warmup",
+]

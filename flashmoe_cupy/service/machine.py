@@ -1,0 +1,179 @@
+"""What this machine has: driver, devices, compiler, cache, packages. Asked without making a CUDA context."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import _env
+from flashmoe_cupy.errors import DependencyError, FlashMoEError
+
+_PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "transformers", "cuda-bindings", "cuda-pathfinder")
+_FOREIGN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUPY_CACHE_DIR", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
+
+
+
+class Device(NamedTuple):
+    """One GPU as the driver shows it. arch: the target we compile for, "" when the device is older than sm_80."""
+
+    ordinal: int
+    name: str
+    compute_capability: tuple[int, int]
+    arch: str
+    multiprocessors: int
+    memory: int
+    shared_memory: int
+
+
+class Driver(NamedTuple):
+    """version: the newest CUDA that the driver runs, "" without one; error says why no driver or device is here."""
+
+    version: str
+    devices: tuple[Device, ...]
+    error: str
+
+
+_driver: Driver | None = None
+
+
+def driver() -> Driver:
+    """The driver and its devices, asked once per process through libcuda; needs no CuPy and makes no context."""
+    global _driver
+    if _driver is None:
+        _driver = _ask_driver()
+    return _driver
+
+
+def devices() -> tuple[Device, ...]:
+    """The CUDA devices that this process may see; empty without a driver."""
+    return driver().devices
+
+
+def _ask_driver() -> Driver:
+    from flashmoe_cupy.plan.kernels import arch_for
+
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Driver("", (), "no NVIDIA driver (libcuda is not on this machine)")
+    number = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(number))
+    newest = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    code = cuda.cuInit(0)
+    if code:
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorName(code, ctypes.byref(text))
+        return Driver(newest, (), f"the driver does not start: {(text.value or b'error').decode()} ({code})")
+    cuda.cuDeviceGetCount(ctypes.byref(number))
+    found = []
+    for ordinal in range(number.value):
+        handle, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        cuda.cuDeviceGet(ctypes.byref(handle), ordinal)
+        cuda.cuDeviceGetName(name, 256, handle)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle)
+
+        def attribute(which: int, handle: ctypes.c_int = handle) -> int:
+            value = ctypes.c_int()
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), which, handle)
+            return value.value
+
+        capability = attribute(75), attribute(76)  # COMPUTE_CAPABILITY_MAJOR, _MINOR
+        arch = arch_for(capability) if capability >= (8, 0) else ""
+        # 16 MULTIPROCESSOR_COUNT, 97 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        shape = attribute(16), memory.value, attribute(97)
+        found.append(Device(ordinal, name.value.decode(errors="replace"), capability, arch, *shape))
+    return Driver(newest, tuple(found), "" if found else "the driver shows no device (see CUDA_VISIBLE_DEVICES)")
+
+
+def backend() -> tuple[str, str]:
+    """("cuda", in words) when GPU arrays can run here, else ("numpy", why not). Does not import CuPy."""
+    from flashmoe_cupy.jit import compiler
+
+    seen = driver()
+    if not seen.devices:
+        return "numpy", f"NumPy back end: {seen.error}"
+    wheels = compiler.installed_cupy()
+    major = "13" if seen.version.startswith("13") else "12"
+    if not wheels:
+        return "numpy", f'NumPy back end: a GPU, but no CuPy; repair: pip install "flashmoe-cupy[cuda{major}]"'
+    usable = [device for device in seen.devices if device.arch]
+    if not usable:
+        return "numpy", f"NumPy back end: {seen.devices[0].name} is older than sm_80 (Ampere)"
+    names = ", ".join(dict.fromkeys(f"{device.name} ({device.arch})" for device in usable))
+    return "cuda", f"CUDA back end for GPU arrays on {names}; NumPy back end for CPU arrays"
+
+
+def show_config() -> dict[str, Any]:
+    """Everything about this installation that a bug report needs, as plain data. Imports CuPy when it is installed."""
+    import flashmoe_cupy
+
+    seen = driver()
+    return {
+        "flashmoe_cupy": {"version": flashmoe_cupy.__version__, **_sources()},
+        "system": {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()},
+        "backend": dict(zip(("name", "why"), backend(), strict=True)),
+        "driver": {"cuda": seen.version, "release": _driver_release(), "error": seen.error},
+        "devices": [device._asdict() for device in seen.devices],
+        "compiler": _compiler(),
+        "cache": _cache(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "environment": {name: os.environ.get(name) for name in (*_env.VARIABLES, *_FOREIGN_VARIABLES)},
+    }
+
+
+def _sources() -> dict[str, Any]:
+    from flashmoe_cupy.jit import source
+
+    try:
+        return {"device_sources": str(source.source_root())}
+    except FlashMoEError as error:
+        return {"device_sources": None, "error": str(error)}
+
+
+def _driver_release() -> str:
+    """The driver package's own version, such as 580.95.05; "" where the system does not tell."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            words = file.readline().split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[:1].isdigit() and "." in word), "")
+
+
+def _compiler() -> dict[str, Any]:
+    from flashmoe_cupy.jit import compiler
+
+    wheels = compiler.installed_cupy()
+    found: dict[str, Any] = {"cupy": {name: _version(name) for name in wheels}, "nvrtc": None, "error": ""}
+    try:
+        found["nvrtc"] = ".".join(map(str, compiler.nvrtc_version()))
+        if compiler.nvrtc_version() < compiler.MINIMUM:
+            found["error"] = f"NVRTC {'.'.join(map(str, compiler.MINIMUM))} or newer is needed"
+    except DependencyError as error:
+        found["error"] = str(error)
+    return found
+
+
+def _cache() -> dict[str, Any]:
+    from flashmoe_cupy.jit import cache
+
+    folder, stored = cache.cache_dir(), cache.entries()
+    known = next((p for p in (folder, *folder.parents) if p.exists()), None) if folder is not None else None
+    return {
+        "path": None if folder is None else str(folder),
+        "writable": known is not None and known.is_dir() and os.access(known, os.W_OK | os.X_OK),
+        "entries": len(stored),
+        "bytes": sum(entry.size for entry in stored),
+        "process": cache.stats()._asdict(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,253 @@
+"""Which kernel and configuration would run: for one problem, and for all of them. Needs no GPU and no CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import _env
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.service.machine import backend, devices
+
+OPS = ("attention",)
+
+
+
+class Choice(NamedTuple):
+    """What one arch would run, and why. kernel and config are empty when nothing runs.
+
+    fields: the configuration's numbers. because: why this one. rejected: (kernel, reason) of the others.
+    """
+
+    arch: str
+    kernel: str
+    config: str
+    fields: dict[str, Any]
+    because: tuple[str, ...]
+    rejected: tuple[tuple[str, str], ...]
+
+
+class Explanation(NamedTuple):
+    """What would run for a problem. flops and bytes count the visible part of the scores once, and each array once.
+
+    here: the back end that this machine would take for GPU and CPU arrays, in words.
+    """
+
+    problem: str
+    here: str
+    flops: int
+    bytes: int
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        lines = [self.problem, f"work: {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB", f"here: {self.here}"]
+        for choice in self.choices:
+            if choice.config:
+                lines.append(f"{choice.arch}: {choice.kernel}, {choice.config}")
+                lines += [f"  {reason}" for reason in choice.because]
+            else:
+                lines.append(f"{choice.arch}: nothing runs")
+            lines += [f"  not {kernel}: {reason}" for kernel, reason in choice.rejected]
+        return "\n".join(lines)
+
+
+def explain(
+    op: str = "attention",
+    *,
+    arch: str | Sequence[str] | None = None,
+    batch: int = 1,
+    seqlen_q: int = 4096,
+    seqlen_k: int | None = None,
+    heads_q: int = 32,
+    heads_k: int | None = None,
+    head_dim: int = 128,
+    head_dim_v: int | None = None,
+    dtype: str = "bfloat16",
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi: bool = False,
+    bias: str | None = None,
+    sinks: bool = False,
+    varlen: bool = False,
+) -> Explanation:
+    """Say which kernel and configuration would run a problem, per arch, and why not the others. Needs no GPU.
+
+    arch: one or several of plan.kernels.ARCHS; None = FLASHMOE_ARCH, else those of the devices here, else all.
+    seqlen_k, heads_k, head_dim_v: None = as seqlen_q, heads_q, head_dim. bias: None, "same" (q's dtype), "float32" or
+    "bool", of shape (batch, heads_q, seqlen_q, seqlen_k). varlen: `batch` packed sequences of exactly these lengths.
+    Raises UnsupportedProblem, with the same reasons as the call itself, and ValueError for an unknown op or arch.
+    """
+    from flashmoe_cupy.plan.kernels import KERNELS
+
+    require_known("op", op, OPS)
+    problem = _problem(
+        batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
+        softmax_scale, softcap, alibi, bias, sinks, varlen,
+    )  # fmt: skip
+    choices = []
+    for name in target_archs(arch):
+        chosen: Choice | None = None
+        rejected: list[tuple[str, str]] = []
+        for kernel in KERNELS.values():
+            why = kernel.why_not(problem, name)
+            if why or chosen is not None:
+                why = why or [f"{chosen.kernel} comes first"] if chosen is not None else why
+                rejected += [(kernel.name, reason) for reason in why]
+                continue
+            config = kernel.choose(problem, name)
+            fields = {**config._asdict(), "threads": config.threads, "smem_bytes": config.smem_bytes}
+            chosen = Choice(name, kernel.name, config.name, fields, tuple(kernel.reasons(problem, config)), ())
+        choices.append((chosen or Choice(name, "", "", {}, (), ()))._replace(rejected=tuple(rejected)))
+    pairs = visible_pairs(problem.seqlen_q, problem.seqlen_k, problem.window_left, problem.window_right)
+    size = problem.dtype.itemsize
+    rows_q, rows_k = problem.batch * problem.seqlen_q, problem.batch * problem.seqlen_k
+    dims = problem.head_dim + problem.head_dim_v
+    flops = 2 * problem.batch * problem.heads_q * pairs * dims
+    moved = size * dims * (rows_q * problem.heads_q + rows_k * problem.heads_k)
+    return Explanation(problem.describe(), backend()[1], flops, moved, tuple(choices))
+
+
+def visible_pairs(seqlen_q: int, seqlen_k: int, left: int = -1, right: int = -1) -> int:
+    """How many (query, key) pairs the causal rule and the window leave; left, right as in `window_size`, -1 = open."""
+    import numpy as np
+
+    last = np.arange(seqlen_q, dtype=np.int64) + (seqlen_k - seqlen_q)
+    high = np.minimum(last + right, seqlen_k - 1) if right >= 0 else np.full(seqlen_q, seqlen_k - 1)
+    low = np.maximum(last - left, 0) if left >= 0 else np.zeros(seqlen_q, dtype=np.int64)
+    return int(np.maximum(high - low + 1, 0).sum())
+
+
+def _problem(
+    batch: int, seqlen_q: int, seqlen_k: int | None, heads_q: int, heads_k: int | None, head_dim: int,
+    head_dim_v: int | None, dtype: str, causal: bool, window_size: tuple[int, int], softmax_scale: float | None,
+    softcap: float, alibi: bool, bias: str | None, sinks: bool, varlen: bool,
+) -> Any:  # fmt: skip
+    """The problem that a call with contiguous arrays of these sizes would make; the arrays do not exist."""
+    from flashmoe_cupy import dtypes
+    from flashmoe_cupy.arrays import View
+    from flashmoe_cupy.plan import problem
+
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    heads_k = heads_q if heads_k is None else heads_k
+    dim_v = head_dim if head_dim_v is None else head_dim_v
+    kind = dtypes.from_name(dtype)
+    address = iter(range(1 << 40, 1 << 50, 1 << 40))  # far apart, so that no two arrays seem to overlap
+
+    def array(of: dtypes.DType, *shape: int) -> View:
+        strides = [1]
+        for n in reversed(shape[1:]):
+            strides.append(strides[-1] * n)
+        return View(next(address), shape, tuple(reversed(strides)), of, 0, "cupy", False, None)
+
+    options: dict[str, Any] = {"causal": causal, "window_size": window_size, "softmax_scale": softmax_scale}
+    options["softcap"] = softcap
+    options["sinks"] = array(dtypes.FP32, heads_q) if sinks else None
+    options["alibi_slopes"] = array(dtypes.FP32, heads_q) if alibi else None
+    if varlen:
+        if bias is not None:
+            raise UnsupportedProblem("flash_attention_varlen", ["bias is not an argument of packed attention"])
+        return problem.varlen_problem(
+            array(kind, batch * seqlen_q, heads_q, head_dim),
+            array(kind, batch * seqlen_k, heads_k, head_dim),
+            array(kind, batch * seqlen_k, heads_k, dim_v),
+            cu_seqlens_q=array(dtypes.INT32, batch + 1),
+            cu_seqlens_k=array(dtypes.INT32, batch + 1),
+            max_seqlen_q=seqlen_q,
+            max_seqlen_k=seqlen_k,
+            **options,
+        )
+    if bias is not None:
+        of = kind if bias == "same" else dtypes.from_name(bias)
+        options["bias"] = array(of, batch, heads_q, seqlen_q, seqlen_k)
+    return problem.attention_problem(
+        array(kind, batch, seqlen_q, heads_q, head_dim),
+        array(kind, batch, seqlen_k, heads_k, head_dim),
+        array(kind, batch, seqlen_k, heads_k, dim_v),
+        **options,
+    )
+
+
+def require_known(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def target_archs(arch: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The archs that are meant: given, from FLASHMOE_ARCH, of the devices here, else all. Raises ValueError."""
+    from flashmoe_cupy.plan.config import MAX_SMEM
+    from flashmoe_cupy.plan.kernels import ARCHS
+
+    chosen = arch if arch is not None else _env.get().arch
+    if chosen is not None:
+        names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        for name in names:
+            require_known("arch", name, tuple(dict.fromkeys((*ARCHS, *MAX_SMEM))))
+        return names
+    found = tuple(dict.fromkeys(device.arch for device in devices() if device.arch))
+    return found or tuple(ARCHS)
+
+
+def kernels(
+    arch: str | None = None, *, dtype: str | None = None, head_dim: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Per kernel its summary, header and configurations, each with the archs that have it.
+
+    arch, dtype, head_dim: only these. Raises as `specialisations` does, and ValueError for an unknown arch.
+    """
+    from flashmoe_cupy.plan.kernels import ARCHS, KERNELS
+
+    names = ARCHS if arch is None else target_archs(arch)
+    table: dict[str, dict[str, Any]] = {
+        kernel.name: {"summary": kernel.summary, "header": kernel.header, "configs": []} for kernel in KERNELS.values()
+    }
+    rows: dict[tuple[str, Any], dict[str, Any]] = {}
+    for name in names:
+        for kernel, config in specialisations(name, dtype=dtype, head_dim=head_dim):
+            if (kernel.name, config) not in rows:
+                row = {"name": config.name, "archs": [], "threads": config.threads, "smem_bytes": config.smem_bytes}
+                table[kernel.name]["configs"].append(rows.setdefault((kernel.name, config), row))
+            rows[kernel.name, config]["archs"].append(name)
+    return table
+
+
+def specialisations(
+    arch: str, *, dtype: str | None = None, head_dim: int | None = None, head_dim_v: int | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """(kernel, config) of every specialisation that a call on `arch` can ask for, or of those that match.
+
+    dtype, head_dim, head_dim_v (None = as head_dim): only what calls with these can ask for, whatever their masks and
+    features. The sets are finite: no length, stride, batch or head count is part of a specialisation.
+    Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for head_dim_v without head_dim.
+    """
+    from flashmoe_cupy import dtypes
+    from flashmoe_cupy.plan.kernels import KERNELS
+
+    if head_dim is None and head_dim_v is not None:
+        raise ValueError("head_dim_v needs head_dim beside it")
+    names = [dtype] if dtype is not None else ["bfloat16", "float16", "float32"]
+    elements = {dtypes.from_name(name).cuda for name in names}
+    for kernel in KERNELS.values():
+        dims = None if head_dim is None else _compiled_dims(kernel, arch, names, head_dim, head_dim_v)
+        for config in kernel.configs(arch):
+            if config.element in elements and (dims is None or (config.head_dim, config.head_dim_v) in dims):
+                yield kernel, config
+
+
+def _compiled_dims(
+    kernel: Any, arch: str, names: Sequence[str], head_dim: int, head_dim_v: int | None
+) -> set[tuple[int, int]]:
+    """The compiled sizes in which `kernel` runs these head dimensions, asked of the kernel itself."""
+    found = set()
+    for name in names:
+        for length, softcap, bias in product((1, 4096), (0.0, 1.0), (None, "same")):
+            problem = _problem(
+                1, length, length, 1, 1, head_dim, head_dim_v, name, True, (-1, -1), None, softcap, False, bias, False,
+                False,
+            )  # fmt: skip
+            if not kernel.why_not(problem, arch):
+                config = kernel.choose(problem, arch)
+                found.add((config.head_dim, config.head_dim_v))
+    return found

@@ -1,0 +1,117 @@
+"""Compile and load ahead of use, count what was compiled, forget it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import _env
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.service.machine import backend, devices
+from flashmoe_cupy.service.plans import OPS, require_known, specialisations, target_archs
+
+
+class Warmed(NamedTuple):
+    """One specialisation that is now ready. source: "compiled" just now, or "cache". devices: where it is loaded."""
+
+    kernel: str
+    config: str
+    arch: str
+    source: str
+    milliseconds: float
+    registers: int
+    spills: int
+    devices: tuple[int, ...]
+
+
+_made: set[str] = set()  # keys that earlier warm-ups of this process made, also where there is no disk
+_compiled_when_warm: int | None = None
+
+
+def warmup(
+    op: str = "attention",
+    *,
+    arch: str | Sequence[str] | None = None,
+    dtype: str | None = None,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+    workers: int | None = None,
+    progress: Callable[[Warmed], None] | None = None,
+) -> list[Warmed]:
+    """Compile, and load on the devices here, every specialisation that a call can ask for. Nothing compiles after it.
+
+    arch: None = those of the devices here, compiled and loaded; given = compiled only, where no device has that arch.
+    dtype, head_dim, head_dim_v (None = as head_dim): only what calls with these need. workers: None = one per core.
+    progress is called once for each, from the calling thread. CUDA graphs can be captured after it.
+    Raises CompileError, DependencyError, and UnsupportedProblem when nothing matches or there is no device and no arch.
+    """
+    global _compiled_when_warm
+    from flashmoe_cupy.jit import cache
+
+    require_known("op", op, OPS)
+    here = devices()
+    if arch is None and _env.get().arch is None and not any(device.arch for device in here):
+        reason = f"there is no device to warm up: {backend()[1]}"
+        raise UnsupportedProblem("warmup", [reason], "give an arch, for example sm_90a, to compile only")
+    jobs = []
+    for name in target_archs(arch):
+        ordinals = tuple(device.ordinal for device in here if device.arch == name)
+        found = specialisations(name, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
+        jobs += [(kernel, config, name, ordinals) for kernel, config in found]
+    _made.update(stored.key for stored in cache.entries())
+
+    def make(job: tuple[Any, Any, str, tuple[int, ...]]) -> Warmed:
+        kernel, config, name, ordinals = job
+        start = time.perf_counter()
+        text = kernel.source(config)
+        entry = cache.get(text, config.name, name)
+        source = "cache" if entry.key in _made else "compiled"
+        _made.add(entry.key)
+        if ordinals:
+            from flashmoe_cupy.jit import launch
+
+            for ordinal in ordinals:
+                launch.load_for(text, config.name, name, ordinal, config.smem_bytes, 0)
+        took = (time.perf_counter() - start) * 1e3
+        registers = int(entry.info.get("registers", 0))
+        spills = int(entry.info.get("spill_stores", 0)) + int(entry.info.get("spill_loads", 0))
+        return Warmed(kernel.name, config.name, name, source, took, registers, spills, ordinals)
+
+    done = []
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for warmed in pool.map(make, jobs):
+            done.append(warmed)
+            if progress is not None:
+                progress(warmed)
+    _compiled_when_warm = cache.stats().compiled
+    return done
+
+
+class Stats(NamedTuple):
+    """Counts of this process. compiled_after_warmup: compiles since the last `warmup`; a server wants 0."""
+
+    hits_memory: int
+    hits_disk: int
+    compiled: int
+    milliseconds: float
+    compiled_after_warmup: int
+
+
+def stats() -> Stats:
+    """What this process has found and compiled so far; milliseconds is the time spent in the compiler."""
+    from flashmoe_cupy.jit import cache
+
+    now = cache.stats()
+    late = 0 if _compiled_when_warm is None else now.compiled - _compiled_when_warm
+    return Stats(now.hits_memory, now.hits_disk, now.compiled, now.milliseconds, late)
+
+
+def clear_cache() -> int:
+    """Forget every compiled kernel, in memory and on disk; returns how many were on disk. Running work is not hurt."""
+    from flashmoe_cupy.jit import cache
+
+    _made.clear()
+    return cache.clear()
