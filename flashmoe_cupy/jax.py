@@ -10,10 +10,14 @@ process compiled (`jax.export`, the persistent compilation cache) finds its prob
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import hashlib
 import json
 import math
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -382,11 +386,29 @@ def _array(
     return array
 
 
+_running = 0  # handler calls that have begun and not ended
+_counter = threading.Lock()
+
+
+def _counted(run: Callable[[_xla_ffi.Call], None]) -> Callable[[_xla_ffi.Call], None]:
+    def counted(call: _xla_ffi.Call) -> None:
+        global _running
+        with _counter:
+            _running += 1
+        try:
+            run(call)
+        finally:
+            with _counter:
+                _running -= 1
+
+    return counted
+
+
 def _install() -> tuple[Any, Any]:
     """Make the target known to XLA. Returns the C functions, which must never be freed."""
     if jax.__version_info__ < (0, 5):
         raise DependencyError(f"this is JAX {jax.__version__}, and 0.5 or newer is needed: pip install -U 'jax>=0.5'")
-    cpu, cuda = _xla_ffi.handler(_run_cpu), _xla_ffi.handler(_run_cuda)
+    cpu, cuda = _xla_ffi.handler(_counted(_run_cpu)), _xla_ffi.handler(_run_cuda)
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(cpu), platform="cpu")
     # XLA may record the first call into a CUDA graph, where no module can be loaded: that is done at "initialize".
     stages = {"initialize": jax.ffi.pycapsule(cuda), "execute": jax.ffi.pycapsule(cuda)}
@@ -395,3 +417,19 @@ def _install() -> tuple[Any, Any]:
 
 
 _handlers = _install()
+
+
+def _drain() -> None:
+    """At exit, wait for the work in flight: a handler that needs the interpreter after its end never returns."""
+    if not _problems:
+        return  # nothing was traced: do not start a backend now
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):  # its error will never be looked at
+            array.block_until_ready()
+    idle = 0
+    while idle < 20:  # results that nobody holds: their handlers may be running, or about to
+        idle = 0 if _running else idle + 1
+        time.sleep(0.001)
+
+
+atexit.register(_drain)
