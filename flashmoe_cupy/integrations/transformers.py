@@ -1,0 +1,150 @@
+"""Hugging Face transformers models on `flash_attention`. Tested with transformers 5.17.0.
+
+    from flashmoe_cupy.integrations.transformers import register
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=register())
+
+or `model.set_attn_implementation(register())`. GQA, windows, softcaps, sinks, position biases, padding, packing and KV
+caches are served. Forward only: use `torch.no_grad()`. Rows of padding are 0. A purely causal batch needs no mask;
+padding, a window shorter than the keys and a static cache need a boolean (batch, 1, seqlen_q, seqlen_k) one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DependencyError, UnsupportedProblem
+from ..ops.attention import flash_attention, flash_attention_varlen
+
+if TYPE_CHECKING:
+    import torch
+
+NAME, TESTED = "fmc_attention", "5.17.0"
+
+
+def register(name: str = NAME) -> str:
+    """Register the attention and its mask in transformers under `name` and return `name`. May be called again.
+
+    Raises ValueError for a name that means something else to transformers, DependencyError if it is missing or too old.
+    """
+    if "flash" in name or not name.replace("_", "").isalnum():
+        raise ValueError(
+            f"name={name!r}: to transformers a name with 'flash' means the flash-attn package, one with '/' a kernel "
+            "on the hub, one with '|' paged attention; use letters, digits and '_'"
+        )
+    try:
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.modeling_utils import AttentionInterface
+
+        sdpa_mask(1, q_length=1, kv_length=1, q_offset=0)
+    except (ImportError, TypeError) as error:  # not installed, or from before this mask interface
+        raise DependencyError(f"transformers does not fit ({error}): pip install 'transformers>={TESTED}'") from error
+    AttentionInterface.register(name, _uncompiled())
+    AttentionMaskInterface.register(name, mask)  # without it a padding mask is dropped in silence
+    return name
+
+
+@cache
+def _uncompiled() -> Any:
+    """`attention`, opaque to torch.compile: generate() compiles the decoding step of a static cache."""
+    import torch
+
+    return torch.compiler.disable(attention)
+
+
+def mask(
+    *, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None, local_size: int | None = None, allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:  # fmt: skip
+    """Boolean mask (batch, 1, q_length, kv_length), True = attend; None when bottom-right causal says the same.
+
+    Arguments: transformers.masking_utils.sdpa_mask. Its own None can also mean top-left causal (a static cache's first
+    forward pass), and the attention function cannot tell the two apart.
+    """
+    from transformers.masking_utils import sdpa_mask
+    from transformers.utils.import_utils import is_tracing
+
+    real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+    if (
+        allow_is_causal_skip
+        and isinstance(q_offset, int)  # a static cache has a tensor here, and keys behind the newest token
+        and q_offset + q_length == kv_offset + kv_length
+        and (local_size is None or kv_length < local_size)
+        and not is_tracing(attention_mask)  # its values cannot be read then
+        and (real is None or (real.shape[-1] == kv_length and bool(real.all())))
+    ):
+        return None
+    kwargs |= {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+    kwargs |= {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": False}
+    built: torch.Tensor = sdpa_mask(**kwargs)
+    return built
+
+
+def attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    is_causal: bool | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: torch.Tensor | None = None, position_bias: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None, cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int = 0, max_length_k: int = 0, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv) -> (new contiguous out (B, L, Hq, Dv), None).
+
+    attention_mask: boolean (True = attend) or additive, 4-D, broadcastable to (B, Hq, L, S); causality and window are
+    in it. Without one: causal, bottom-right, unless `is_causal` or else `module.is_causal` is false. cu_seq_lens part
+    packed sequences in both cases. Raises UnsupportedProblem for dropout, returned weights, sparse attention.
+    """
+    reasons = _why_not(attention_mask, dropout, kwargs)
+    if cu_seq_lens_q is not None and (query.shape[0] != 1 or position_bias is not None or cu_seq_lens_k is None):
+        reasons.append("cu_seq_lens_q: packed sequences need cu_seq_lens_k, batch 1 and no position_bias")
+    if reasons:
+        raise UnsupportedProblem("transformers attention", reasons, 'attn_implementation="eager" runs every case')
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    reach = sliding_window - 1 if sliding_window and attention_mask is None else -1
+    options: dict[str, Any] = {
+        "causal": bool(causal) and attention_mask is None,
+        "window_size": (reach, reach),
+        "softmax_scale": scaling,
+        "softcap": softcap or 0.0,
+        "sinks": s_aux if s_aux is None or s_aux.dtype == query.dtype else s_aux.float(),
+    }
+    # as (B, L, H, D) views, so that the new output has the layout that transformers wants
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if cu_seq_lens_q is not None and attention_mask is None:
+        options |= {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
+        options |= {"max_seqlen_q": int(max_length_q or q.shape[1]), "max_seqlen_k": int(max_length_k or k.shape[1])}
+        return flash_attention_varlen(q[0], k[0], v[0], **options)[None], None
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and attention_mask is not None:
+        # not every model has the packing in its mask
+        apart = _sequence(cu_seq_lens_q, q.shape[1])[:, None] != _sequence(cu_seq_lens_k, k.shape[1])
+        attention_mask = attention_mask.masked_fill(apart, False if _boolean(attention_mask) else float("-inf"))
+    bias = attention_mask if position_bias is None else position_bias
+    if position_bias is not None and attention_mask is not None:
+        add = not _boolean(attention_mask)
+        bias = position_bias + attention_mask if add else position_bias.masked_fill(~attention_mask, float("-inf"))
+    if bias is not None and not _boolean(bias) and bias.dtype != query.dtype:
+        bias = bias.float()
+    return flash_attention(q, k, v, bias=bias, **options), None
+
+
+def _why_not(mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) -> list[str]:
+    reasons: list[str] = []
+    if dropout:
+        reasons.append(f"dropout={dropout}: there is no dropout; model.eval() or attention_dropout=0.0 turns it off")
+    if kwargs.get("output_attentions"):
+        reasons.append("output_attentions=True: the weights are never formed")
+    if mask is not None and (mask.ndim != 4 or not (_boolean(mask) or mask.is_floating_point())):
+        reasons.append(f"attention_mask: {mask.ndim}-D, {mask.dtype}; it must be 4-D and boolean or floating")
+    for name in ("indices", "block_indices"):  # a model that passes one has left its choice of keys out of the mask
+        reasons += [f"{name}: sparse attention is not supported"] if kwargs.get(name) is not None else []
+    return reasons
+
+
+def _sequence(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
+    """The packed sequence that each of `length` places belongs to."""
+    return (cu_seq_lens.new_ones(length).cumsum(0)[:, None] > cu_seq_lens[1:]).sum(-1)
+
+
+def _boolean(tensor: torch.Tensor) -> bool:
+    return str(tensor.dtype) == "torch.bool"
