@@ -34,13 +34,13 @@ _TILES: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {
     (256, 256): {_PLAIN: (64, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
     (64, 256): {_PLAIN: (64, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
 }
-# Where another architecture's register allocation would spill with the tile above.
+# Where another architecture's register allocation would spill with the tile above, under some NVRTC from 12.4 to 13.5.
 _TILES_ON: dict[tuple[str, tuple[int, int], str], tuple[int, int, int]] = {
     **{(arch, (64, 64), _PLAIN): (128, 64, 4) for arch in ("sm_100", "sm_120")},
     **{(arch, (128, 128), _PLAIN): (128, 48, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")},
     **{(arch, (192, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
     **{(arch, (64, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
-    ("sm_100", (256, 256), _BIAS): (64, 32, 4),
+    **{(arch, (256, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
 }
 # fp32 has one variant, which does everything: its speed comes second. Wider values run as blocks of 128.
 _TILES_FP32 = {
