@@ -42,6 +42,7 @@ _TILES_ON: dict[tuple[str, tuple[int, int], str], tuple[int, int, int]] = {
     **{(arch, (64, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
     **{(arch, (256, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
 }
+_SIBLINGS = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}  # the same instructions
 # fp32 has one variant, which does everything: its speed comes second. Wider values run as blocks of 128.
 _TILES_FP32 = {
     (64, 64): (64, 32, 4),
@@ -196,7 +197,7 @@ def rows_aligned(p: AttentionProblem) -> bool:
 def _tile(arch: str, dims: tuple[int, int], variant: str) -> tuple[int, int, int]:
     if variant == _UNALIGNED:  # the same key tiles as the aligned one, which makes the same bits; fewer registers
         return 64, _tile(arch, dims, _PLAIN)[1], 4
-    return _TILES_ON.get((arch, dims, variant)) or _TILES[dims][variant]
+    return _TILES_ON.get((_SIBLINGS.get(arch, arch), dims, variant)) or _TILES[dims][variant]
 
 
 def _compiled_dims(head_dim: int, head_dim_v: int, element: str) -> tuple[int, int]:
