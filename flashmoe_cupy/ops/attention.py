@@ -342,8 +342,8 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
     if not aligned and config.name not in _warned:
         _warned.add(config.name)
         _env.log.warning(
-            "%s: rows of q, k, v or out do not start at multiples of 16 bytes, so elements are copied one by one; "
-            "contiguous arrays are faster", problem.describe(),
+            "%s: rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart, so their elements "
+            "are copied one by one; contiguous arrays are faster", problem.describe(),
         )  # fmt: skip
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch

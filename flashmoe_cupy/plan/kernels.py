@@ -37,7 +37,7 @@ _TILES: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {
 # Where another architecture's register allocation would spill with the tile above, under some NVRTC from 12.4 to 13.5.
 _TILES_ON: dict[tuple[str, tuple[int, int], str], tuple[int, int, int]] = {
     **{(arch, (64, 64), _PLAIN): (128, 64, 4) for arch in ("sm_100", "sm_120")},
-    **{(arch, (128, 128), _PLAIN): (128, 48, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")},
+    **{(arch, (128, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
     **{(arch, (192, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
     **{(arch, (64, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
     **{(arch, (256, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
@@ -56,7 +56,7 @@ _POINTERS = (
     "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks",
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
 )  # fmt: skip
-# The rest of fm::AttentionFwdParams, in its order; pack_tail gives the values in this order.
+# The rest of fm::AttentionFwdParams, in its order; pack_tail finds the values by these names.
 _TAIL_FIELDS = (
     *(f"{name}_stride_{axis}" for name in ("q", "k", "v", "out") for axis in "bsh"),
     *(f"bias_stride_{axis}" for axis in "bhqk"),
@@ -133,7 +133,7 @@ class Kernel:
         elif config.variant == _PLAIN:
             why.append("scores are only scaled and masked, so the scale folds into the exponent")
         elif config.variant == _UNALIGNED:
-            why.append("rows do not start at multiples of 16 bytes, so elements are loaded one by one")
+            why.append("rows do not start at multiples of 16 bytes, or lie 16 MiB apart: elements load one by one")
         elif config.variant == _SCORES:
             why.append("softcap, ALiBi or a scale <= 0 changes the scores")
         else:
@@ -148,38 +148,36 @@ class Kernel:
 
     def grid(self, problem: AttentionProblem, config: AttentionConfig) -> int:
         """Blocks of a launch."""
-        m_blocks = -(-problem.seqlen_q // config.block_m)
-        v_blocks = -(-problem.head_dim_v // config.head_dim_v)
+        m_blocks, v_blocks = _blocks(problem, config)
         return m_blocks * v_blocks * problem.heads_q * problem.batch
 
     def pack_tail(self, p: AttentionProblem, config: AttentionConfig, aligned: bool) -> bytes:
         """The bytes of Params behind the pointers: the same for every call with this problem."""
-        return _TAIL.pack(
-            *p.q_strides,
-            *p.k_strides,
-            *p.v_strides,
-            *p.out_strides,
-            *p.bias_strides,
-            *p.lse_strides,
-            p.heads_q,
-            p.heads_q // max(p.heads_k, 1),
-            p.seqlen_q,
-            p.seqlen_k,
-            p.head_dim,
-            p.head_dim_v,
-            _window(p.window_left, p),
-            _window(p.window_right, p),
-            -(-p.seqlen_q // config.block_m),
-            -(-p.head_dim_v // config.head_dim_v),
-            p.alibi_stride_b,
-            _code(p.bias_dtype),
-            _code(p.sinks_dtype),
-            int(aligned),
-            p.softmax_scale,
-            p.softcap,
-        )
-
-
+        m_blocks, v_blocks = _blocks(p, config)
+        strides = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "out": p.out_strides}
+        values: dict[str, float] = {
+            **{f"{name}_stride_{axis}": n for name, of in strides.items() for axis, n in zip("bsh", of, strict=True)},
+            **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
+            "lse_stride_b": p.lse_strides[0],
+            "lse_stride_h": p.lse_strides[1],
+            "heads_q": p.heads_q,
+            "heads_per_key": p.heads_q // max(p.heads_k, 1),
+            "seqlen_q": p.seqlen_q,
+            "seqlen_k": p.seqlen_k,
+            "head_dim": p.head_dim,
+            "head_dim_v": p.head_dim_v,
+            "window_left": _window(p.window_left, p),
+            "window_right": _window(p.window_right, p),
+            "m_blocks": m_blocks,
+            "v_blocks": v_blocks,
+            "alibi_stride_b": p.alibi_stride_b,
+            "bias_dtype": _code(p.bias_dtype),
+            "sinks_dtype": _code(p.sinks_dtype),
+            "aligned": int(aligned),
+            "softmax_scale": p.softmax_scale,
+            "softcap": p.softcap,
+        }
+        return _TAIL.pack(*[values[name] for name in _TAIL_FIELDS])
 
 
 def rows_aligned(p: AttentionProblem) -> bool:
@@ -209,6 +207,11 @@ def _compiled_dims(head_dim: int, head_dim_v: int, element: str) -> tuple[int, i
     if 128 < head_dim <= 192 and head_dim_v <= 128:
         return 192, 128
     return next((d, v) for d, v in _TILES if d == v and head_dim <= d and min(head_dim_v, 256) <= v)
+
+
+def _blocks(p: AttentionProblem, config: AttentionConfig) -> tuple[int, int]:
+    """Tiles of queries, and of value columns."""
+    return -(-p.seqlen_q // config.block_m), -(-p.head_dim_v // config.head_dim_v)
 
 
 def _window(size: int, p: AttentionProblem) -> int:
