@@ -19,10 +19,21 @@ struct fp16 {
 };
 using fp32 = float;
 
+// CUtensorMap: what the host tells the copy engine about a tensor. Nothing here looks inside.
+struct alignas(128) TensorMap {
+  u64 opaque[16];
+};
+
 template <class A, class B>
 constexpr bool is_same = false;
 template <class A>
 constexpr bool is_same<A, A> = true;
+
+// A bool as a type, for generic lambdas.
+template <bool k>
+struct Bool {
+  static constexpr bool value = k;
+};
 
 // The first or the second argument, which may differ in type.
 template <bool kFirst, class A, class B>
@@ -35,6 +46,13 @@ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
 
+// x << n for n from 0 on; 32 and more give 0 (in C++ they would be undefined).
+FM_DEVICE u32 shift_left(u32 x, int n) {
+  u32 y;
+  asm("shl.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(n));
+  return y;
+}
+
 FM_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // threadIdx.x, read anew at every use: what follows from it is then computed where it is needed instead of kept in registers.
@@ -44,8 +62,9 @@ FM_DEVICE int thread_index() {
   return static_cast<int>(index & 1023);
 }
 FM_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
-// The shuffle tells the compiler that the value is the same in the whole warp.
-FM_DEVICE int warp_id() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0); }
+// Tells the compiler that a value is the same in the whole warp.
+FM_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+FM_DEVICE int warp_id() { return uniform(static_cast<int>(threadIdx.x) >> 5); }
 
 // Shared memory is addressed by 32-bit offsets, as ldmatrix, cp.async and mbarrier want it.
 FM_DEVICE u32 smem_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }

@@ -26,6 +26,17 @@ struct AttentionFwdParams {
   int sinks_dtype, aligned;                  // aligned: every row of q, k, v, out starts at a multiple of 16 bytes
   float softmax_scale, softcap;              // softcap 0: off
 };
-static_assert(sizeof(AttentionFwdParams) == 12 * 8 + 18 * 8 + 14 * 4 + 2 * 4, "the packer of plan/kernels.py counts on this layout");
+static_assert(sizeof(AttentionFwdParams) == 12 * 8 + 18 * 8 + 14 * 4 + 2 * 4, "the packer of plan/attention.py counts on this layout");
+
+// For the Hopper kernel: the same, then the order of its work and the tensor maps.
+struct AttentionFwdSm90Params : AttentionFwdParams {
+  int tiles, batch;      // tiles = m_blocks * v_blocks * heads_q * batch; packed sequences have at most so many
+  int section;           // heads (of the whole batch) that are worked on together, so that L2 holds their keys; 0: one after the other
+  int ragged;            // rows that exist may follow the last key of a sequence
+  TensorMap q_map;                          // (head_dim, heads_per_key, seqlen_q, heads_k, batch)
+  TensorMap k_map, v_map;                   // (head_dim, seqlen_k, heads_k, batch)
+  TensorMap out_map;                        // (head_dim_v, seqlen_q, heads_q, batch)
+};
+static_assert(sizeof(AttentionFwdSm90Params) == 384 + 4 * 128, "the packer of plan/attention.py counts on this layout");
 
 }  // namespace fm

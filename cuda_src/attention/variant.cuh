@@ -46,18 +46,27 @@ struct PlainScoresUnaligned : PlainScores {
 template <bool kBias>
 struct ModifiedScores {
   static constexpr bool kScore = true, kWide = kBias, kAligned = false;
-  FM_DEVICE static float scale(const AttentionFwdParams&) { return 1.f; }
+  // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be added in those units.
+  FM_DEVICE static bool folds(const AttentionFwdParams& p) { return !kBias && p.softcap == 0.f && p.softmax_scale > 0.f; }
+  FM_DEVICE static float scale(const AttentionFwdParams& p) { return folds(p) ? p.softmax_scale : 1.f; }
 
   template <int kM, int kN>
   FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head, int row, int col, const BandMask& band) {
-    for_each_score(r_s, row, col, [&](float& s, int, int) { s *= p.softmax_scale; });
+    if (!folds(p)) for_each_score(r_s, row, col, [&](float& s, int, int) { s *= p.softmax_scale; });
     if (p.softcap > 0.f) {
       const float inverse = 1.f / p.softcap;
       for_each_score(r_s, row, col, [&](float& s, int, int) { s = p.softcap * tanh_exp2(s * inverse); });
     }
     if (p.alibi_slopes != nullptr) {
-      const float slope = static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head];
-      for_each_score(r_s, row, col, [&](float& s, int i, int j) { s -= slope * fabsf(static_cast<float>(i + band.shift - j)); });
+      const float slope = static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head] / scale(p);
+      // Distances from the thread's first score: one conversion to float for all.
+      const float first = static_cast<float>(row + (lane_id() >> 2) + band.shift - col - 2 * (lane_id() & 3));
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) r_s[m][n][e] = fmaf(-slope, fabsf(first + static_cast<float>(m * 16 + e / 2 * 8 - n * 8 - e % 2)), r_s[m][n][e]);
     }
     if constexpr (kBias) {
       if (p.bias != nullptr) {

@@ -55,7 +55,7 @@ struct OnlineSoftmax {
       const float top = row_max == -infinity() ? 0.f : row_max;
       const float shift = top * c;
       auto exponential = [&](float s) { return exp2_approx(kWide ? (s - top) * c : fmaf(s, c, -shift)); };
-      correction[i] = exponential(r_max[i]);
+      correction[i] = exp2_approx((r_max[i] - top) * c);  // exactly 1 when the maximum stays
       r_max[i] = row_max;
       float sum = r_sum[i] * correction[i];
 #pragma unroll
@@ -67,6 +67,64 @@ struct OnlineSoftmax {
       r_sum[i] = sum;
     }
   }
+
+  // `update` in two halves, between which other work fits. The maximum here stays where it is until it would grow by more than 2^8 in
+  // the exponent (FlashAttention-4): sums and outputs then need no correction in nearly every tile, and the last division makes up
+  // for what the maximum lags behind. `correction` is exactly 1 where the maximum stays.
+  template <bool kWide, int kN>
+  FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], float scale, float (&correction)[2 * kM]) {
+    constexpr float kLag = kWide ? 0.f : 8.f;
+    const float c = scale * kLog2e;
+    bool positive = true;
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) positive &= r_max[i] >= 0.f;
+    float row_max[2 * kM];
+    if (__all_sync(0xffffffffu, positive)) {
+      // With a maximum that is not negative, floats compare like the integers of their bits, of which one instruction takes three.
+      tile_max(r_s, row_max, [](float a, float b) { return __int_as_float(max(__float_as_int(a), __float_as_int(b))); });
+    } else {
+      tile_max(r_s, row_max, [](float a, float b) { return fmaxf(a, b); });
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) {
+      row_max[i] = quad_max(row_max[i]);
+      const float old = r_max[i];
+      if ((row_max[i] - old) * c > kLag) r_max[i] = row_max[i];
+      correction[i] = exp2_approx((old - top(i)) * c);
+      r_sum[i] *= correction[i];
+    }
+  }
+
+  // The maximum of each of the thread's rows and r_max.
+  template <int kN, class F>
+  FM_DEVICE void tile_max(const float (&r_s)[kM][kN][4], float (&row_max)[2 * kM], F&& larger) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) {
+      const float(&tile)[kN][4] = r_s[i / 2];
+      const int e = (i & 1) * 2;
+      float chain[2] = {r_max[i], r_max[i]};  // one chain would wait for itself
+#pragma unroll
+      for (int n = 0; n < kN; ++n) chain[n & 1] = larger(larger(chain[n & 1], tile[n][e]), tile[n][e + 1]);
+      row_max[i] = larger(chain[0], chain[1]);
+    }
+  }
+
+  // Scores become exp(scale * (s - max)), and the sums grow.
+  template <bool kWide, int kN>
+  FM_DEVICE void exponentiate(float (&r_s)[kM][kN][4], float scale) {
+    const float c = scale * kLog2e;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 2 * kM; ++i) {
+        auto exponential = [&](float& s) { return s = exp2_approx(kWide ? (s - top(i)) * c : fmaf(s, c, -top(i) * c)); };
+        const int e = (i & 1) * 2;
+        r_sum[i] += exponential(r_s[i / 2][n][e]) + exponential(r_s[i / 2][n][e + 1]);
+      }
+  }
+
+  // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.
+  FM_DEVICE float top(int i) const { return r_max[i] == -infinity() ? 0.f : r_max[i]; }
 
   // Joins a sink logit (natural units; -inf = none), then gives the factor of the output and the natural logarithm of the sum.
   FM_DEVICE void finish(float scale, float sink, float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {

@@ -20,4 +20,33 @@ struct BandMask {
   }
 };
 
+// The tiles of kCols columns that the band leaves whole for kRows rows from `row` on: first <= n < last.
+struct WholeTiles {
+  int first, last;
+  FM_DEVICE bool contains(int n) const { return first <= n && n < last; }
+};
+template <int kRows, int kCols>
+FM_DEVICE WholeTiles whole_tiles(const BandMask& band, int row) {
+  return {uniform(div_up(band.first(row + kRows - 1), kCols)), uniform(max(band.last(row) + 1, 0) / kCols)};
+}
+
+// Scores of a warp outside of the band become -inf; row, col are those of its 16 x (8 kN) tile.
+template <int kN>
+FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col) {
+  static_assert(kN <= 32);
+  const int g = lane_id() >> 2, t = lane_id() & 3;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      // Bit n: the thread's column 8 n + e is inside. Whole registers of predicates load from such bits at once.
+      const int c = col + 2 * t + e;
+      const u32 seen = shift_left(~0u, min(max((first - c + 7) >> 3, 0), 32)) & ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
+#pragma unroll
+      for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : -infinity();
+    }
+  }
+}
+
 }  // namespace fm

@@ -1,0 +1,52 @@
+// Accumulators to global memory.
+#pragma once
+#include "ptx/ldmatrix.cuh"
+#include "ptx/tma.cuh"
+#include "tile/smem.cuh"
+
+namespace fm {
+
+// Where one warp writes its rows of a matrix.
+template <class E>
+struct RowsOut {
+  const TensorMap* map;  // boxes of 16 rows and 64 columns
+  E* g_rows;             // the warp's first row at the first column, which lies at coordinates (col, row, head, batch) of the map
+  i64 row_stride;
+  int rows, cols;        // rows and columns that exist from there on
+  int col, row, head, batch;
+};
+
+// One warp writes its 16 x (8 kN) accumulator, scaled per row, as 16-bit values, through two 2 KiB panels of its own at s_panels
+// (a multiple of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one may begin, go by
+// ordinary stores. The panels are free again when the next call finds them so.
+template <int kN, class E>
+FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4], const float (&row_scale)[2]) {
+  using Panel = SmemTile<E, 16, 64>;
+  static_assert(sizeof(E) == 2);
+  const int lane = lane_id();
+  const int row = (lane >> 3 & 1) * 8 + (lane & 7), chunk = lane >> 4;
+#pragma unroll
+  for (int panel = 0; panel < div_up(kN, 8); ++panel) {
+    const u32 s_panel = s_panels + (panel & 1) * Panel::kBytes;
+    if (lane == 0) bulk_wait_group_read<1>();
+    __syncwarp();
+#pragma unroll
+    for (int n = panel * 8; n < min_of(kN, panel * 8 + 8); n += 2) {
+      const u32 r[4] = {pack2<E>(d[n][0] * row_scale[0], d[n][1] * row_scale[0]), pack2<E>(d[n][2] * row_scale[1], d[n][3] * row_scale[1]),
+                        pack2<E>(d[n + 1][0] * row_scale[0], d[n + 1][1] * row_scale[0]), pack2<E>(d[n + 1][2] * row_scale[1], d[n + 1][3] * row_scale[1])};
+      stmatrix_x4(s_panel + Panel::offset(row, n - panel * 8 + chunk), r);
+    }
+    if (to.rows >= 16) {
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) tma_store_4d(*to.map, s_panel, to.col + panel * 64, to.row, to.head, to.batch);
+    } else {
+      __syncwarp();
+      store_rows<Panel, 16, true>(to.g_rows + panel * 64, to.row_stride, s_panel, 0, to.rows, to.cols / 8 - panel * 8, true);
+      __syncwarp();
+    }
+    if (lane == 0) bulk_commit_group();
+  }
+}
+
+}  // namespace fm
