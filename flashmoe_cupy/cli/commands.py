@@ -50,6 +50,10 @@ def info(args: argparse.Namespace) -> int:
     facts["CuPy"] = ", ".join(f"{name} {number}" for name, number in compiler["cupy"].items()) or "not installed"
     facts["NVRTC"] = "; ".join(filter(None, (compiler["nvrtc"], compiler["error"])))
     out.facts("GPU", facts)
+    out.title("Kernels, the first that takes a problem runs it")
+    for name, kernel in data["kernels"].items():
+        here = " ".join(f"cuda:{ordinal}" for ordinal in kernel["devices"]) or "no device here"
+        out.line(f"  {name}  {kernel['summary']}; {here}")
     out.facts("Packages", {name: number or "not installed" for name, number in data["packages"].items()})
     cache = data["cache"]
     state = "writable" if cache["writable"] else "not writable, kernels stay in memory"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
-from flashmoe_cupy.jit import cache
+from flashmoe_cupy.jit import cache, tensormap
 from flashmoe_cupy.jit.cache import Entry
 from flashmoe_cupy.jit.source import ENTRY
+from flashmoe_cupy.jit.tensormap import TensorMap
 
 _PARAMS_BYTES = 4096  # the driver's limit for kernel parameters
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -64,6 +66,12 @@ def compute_capability(device: int) -> tuple[int, int]:
     devices()
     major = _runtime.deviceGetAttribute(75, device)
     return int(major), int(_runtime.deviceGetAttribute(76, device))
+
+
+def multiprocessors(device: int) -> int:
+    """SMs of a CUDA device."""
+    devices()
+    return int(_runtime.deviceGetAttribute(16, device))
 
 
 def load(entry: Entry, device: int, smem_bytes: int = 0) -> Loaded:
@@ -118,6 +126,7 @@ class Launch(NamedTuple):
     """A loaded kernel and all of its launch that stays the same from call to call.
 
     head packs the pointers at the start of Params; tail is the rest of it. check: synchronise after each launch.
+    maps: (8-byte word of Params, pointer that is stored there), for the addresses inside of tensor maps.
     """
 
     device: int
@@ -128,17 +137,65 @@ class Launch(NamedTuple):
     head: Callable[..., None]
     tail: bytes
     check: bool
+    maps: tuple[tuple[int, int], ...] = ()
+
+
+_MAX_ENCODED = 64  # sets of encoded maps that one launch remembers, where addresses cannot be stored
+
+
+def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
+    """The launch with tensor maps from byte `at` of Params on, the i-th over the array of the i-th pointer."""
+    if not maps:
+        return kernel
+    with _current(kernel.device):
+        templates = [tensormap.template(one) for one in maps]
+    known = [found for found in templates if found is not None]
+    if len(known) < len(maps):
+        return kernel._replace(head=_encoding_head(kernel, at, maps))
+    words = tuple(((at + i * tensormap.BYTES) // 8, i) for i in range(len(maps)))
+    return kernel._replace(tail=kernel.tail + b"".join(known), maps=words)
+
+
+def _encoding_head(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Callable[..., None]:
+    """A `head` that also encodes the maps, for a driver whose maps hold the address in an unknown way."""
+    encoded: dict[tuple[int, ...], bytes] = {}
+
+    def head(view: memoryview, offset: int, *pointers: int) -> None:
+        kernel.head(view, offset, *pointers)
+        addresses = pointers[: len(maps)]
+        found = encoded.get(addresses)
+        if found is None:
+            if len(encoded) >= _MAX_ENCODED:
+                encoded.clear()
+            with _current(kernel.device):
+                found = encoded[addresses] = b"".join(map(tensormap.encode, maps, addresses))
+        view[at : at + len(found)] = found
+
+    return head
+
+
+@contextmanager
+def _current(device: int) -> Iterator[None]:
+    """The device's context is the thread's, made if need be; legal while a graph is recorded."""
+    devices()
+    before = _runtime.getDevice()
+    _runtime.setDevice(device)
+    try:
+        yield
+    finally:
+        _runtime.setDevice(before)
 
 
 class _Buffer:
     """Aligned bytes for one Params struct, and the pointer array that the driver wants."""
 
-    __slots__ = ("_pointers", "address", "bound", "storage", "tail", "view")
+    __slots__ = ("_pointers", "address", "bound", "storage", "tail", "view", "words")
 
     def __init__(self) -> None:
         self.storage = ctypes.create_string_buffer(_PARAMS_BYTES + 128)
         start = -ctypes.addressof(self.storage) % 128
         self.view = memoryview(self.storage).cast("B")[start : start + _PARAMS_BYTES]
+        self.words = self.view.cast("Q")
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
         self.address = ctypes.addressof(self._pointers)
         self.tail: bytes = b""  # what lies behind the pointers now
@@ -157,7 +214,7 @@ _local = _Local()
 
 def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
     """Queue one kernel; nothing is waited for. The driver copies the parameters before it returns."""
-    device, function, grid, threads, smem, head, tail, synchronise = kernel
+    device, function, grid, threads, smem, head, tail, synchronise, maps = kernel
     buffer = _local.buffer
     view = buffer.view
     head(view, 0, *pointers)
@@ -165,6 +222,10 @@ def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
         start = 8 * len(pointers)
         view[start : start + len(tail)] = tail
         buffer.tail = tail
+    if maps:
+        words = buffer.words
+        for word, index in maps:
+            words[word] = pointers[index]
     if buffer.bound == device:
         _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
     else:

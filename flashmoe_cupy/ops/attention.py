@@ -18,6 +18,8 @@ from flashmoe_cupy import _env, arrays, dtypes
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.quick import Quick, find
+from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.attention import rows_aligned
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 if TYPE_CHECKING:
@@ -225,8 +227,6 @@ class _Plan:
         self.last: Launch | None = None  # the aligned launch of the device that was used last
         self.aligned = False
         if like is None or like.device >= 0:
-            from flashmoe_cupy.plan.kernels import rows_aligned
-
             self.aligned = rows_aligned(p)
 
     def run(self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any) -> Any:
@@ -306,6 +306,7 @@ class _Plan:
 _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
 _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
+kernels.forget.append(_plans.clear)
 _warned: set[str] = set()  # configurations whose slow loads were mentioned
 _launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched
 
@@ -330,15 +331,12 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
     """Choose, compile (or find) and load the kernel for a problem on a device."""
     global _launch
     from flashmoe_cupy.jit import launch
-    from flashmoe_cupy.plan.kernels import KERNELS, arch_for
 
-    kernel = KERNELS["attention_fwd_sm80"]
-    arch = arch_for(launch.compute_capability(device))
-    why = kernel.why_not(problem, arch)
-    if why:
-        raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
+    arch, sms = kernels.arch_for(launch.compute_capability(device)), launch.multiprocessors(device)
+    kernel = kernels.choose_kernel(problem, arch, aligned)
     config = kernel.choose(problem, arch, aligned)
-    _env.log.debug("%s: %s; %s", problem.describe(), config.name, "; ".join(kernel.reasons(problem, config)))
+    why = "; ".join(kernel.reasons(problem, config))
+    _env.log.debug("%s: %s, %s; %s", problem.describe(), kernel.name, config.name, why)
     if not aligned and config.name not in _warned:
         _warned.add(config.name)
         _env.log.warning(
@@ -347,9 +345,12 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
         )  # fmt: skip
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch
-    grid, tail = kernel.grid(problem, config), kernel.pack_tail(problem, config, aligned)
-    pack, check = kernel.pack_pointers, _env.get().check
-    return launch.Launch(device, loaded.function, grid, config.threads, config.smem_bytes, pack, tail, check)
+    tail = kernel.pack_tail(problem, config, aligned, sms)
+    ready = launch.Launch(
+        device, loaded.function, kernel.grid(problem, config, sms), config.threads, config.smem_bytes,
+        kernel.pack_pointers, tail, _env.get().check,
+    )  # fmt: skip
+    return launch.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(problem, config))
 
 
 def _check_overlap(out: View, named: Iterable[tuple[str, View | None]]) -> None:

@@ -20,7 +20,7 @@ MAX_SMEM = {
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-class AttentionConfig(NamedTuple):
+class Sm80Config(NamedTuple):
     """One specialisation of `AttentionFwdSm80`; the fields are its template arguments, in their order."""
 
     element: str  # "bf16", "fp16" or "fp32"
@@ -34,8 +34,7 @@ class AttentionConfig(NamedTuple):
     @property
     def name(self) -> str:
         """For people: "bf16 d128 128x64 PlainScores"."""
-        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
-        return f"{self.element} {dims} {self.block_m}x{self.block_n} {self.variant}"
+        return f"{self.element} {_dims(self)} {self.block_m}x{self.block_n} {self.variant}"
 
     @property
     def threads(self) -> int:
@@ -59,3 +58,53 @@ class AttentionConfig(NamedTuple):
         """The C++ type inside namespace fm."""
         sizes = f"{self.head_dim}, {self.head_dim_v}, {self.block_m}, {self.block_n}, {self.warps}"
         return f"AttentionFwdSm80<fm::{self.element}, {sizes}, fm::{self.variant}>"
+
+
+class Sm90Config(NamedTuple):
+    """One specialisation of `AttentionFwdSm90`; the fields are its template arguments, in their order."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # compiled sizes, as above
+    head_dim_v: int
+    block_m: int  # 64 for each consumer warpgroup
+    block_n: int
+    stages: int  # tiles of K, and of V, in shared memory
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 128x160x2 PlainScores"."""
+        return f"{self.element} {_dims(self)} {self.block_m}x{self.block_n}x{self.stages} {self.variant}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the producer's warpgroup and the consumers'."""
+        return 128 * (1 + self.block_m // 64)
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM: one, which takes most of its shared memory."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionFwdSm90::Smem`."""
+        width, width_v = (-(-dim // 64) * 64 * ELEMENT_BYTES[self.element] for dim in (self.head_dim, self.head_dim_v))
+        queries, keys = self.block_m * width, self.stages * self.block_n * (width + width_v)
+        keys += self.block_m // 64 * 4 * 4096  # and what each consumer warp stages of its output
+        q_stages = 2 if 2 * queries + keys + 1024 <= MAX_SMEM["sm_90a"] else 1
+        works, work_bytes, barriers = 4, 56, 16  # tiles ahead, their records, the two barriers of each buffer
+        return q_stages * queries + keys + works * work_bytes + barriers * (q_stages + 2 * self.stages + works)
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = f"{self.head_dim}, {self.head_dim_v}, {self.block_m}, {self.block_n}, {self.stages}"
+        return f"AttentionFwdSm90<fm::{self.element}, {sizes}, fm::{self.variant}>"
+
+
+Config = Sm80Config | Sm90Config
+
+
+def _dims(config: Config) -> str:
+    return f"d{config.head_dim}" + (f"/{config.head_dim_v}" if config.head_dim_v != config.head_dim else "")

@@ -118,6 +118,7 @@ def show_config() -> dict[str, Any]:
         "backend": dict(zip(("name", "why"), backend(), strict=True)),
         "driver": {"cuda": seen.version, "release": _driver_release(), "error": seen.error},
         "devices": [device._asdict() for device in seen.devices],
+        "kernels": _kernels(seen.devices),
         "compiler": _compiler(),
         "cache": _cache(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -142,6 +143,19 @@ def _driver_release() -> str:
     except OSError:
         return ""
     return next((word for word in words if word[:1].isdigit() and "." in word), "")
+
+
+def _kernels(seen: tuple[Device, ...]) -> dict[str, Any]:
+    """Each kernel in the order of preference, and the devices for which it has a configuration."""
+    from flashmoe_cupy.plan.kernels import KERNELS
+
+    return {
+        name: {
+            "summary": kernel.summary,
+            "devices": [device.ordinal for device in seen if device.arch and kernel.configs(device.arch)],
+        }
+        for name, kernel in KERNELS.items()
+    }
 
 
 def _compiler() -> dict[str, Any]:

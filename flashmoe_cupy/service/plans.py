@@ -80,6 +80,7 @@ def explain(
     "bool", of shape (batch, heads_q, seqlen_q, seqlen_k). varlen: `batch` packed sequences of exactly these lengths.
     Raises UnsupportedProblem, with the same reasons as the call itself, and ValueError for an unknown op or arch.
     """
+    from flashmoe_cupy.plan.attention import rows_aligned
     from flashmoe_cupy.plan.kernels import KERNELS
 
     require_known("op", op, OPS)
@@ -87,17 +88,18 @@ def explain(
         batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
         softmax_scale, softcap, alibi, bias, sinks, varlen,
     )  # fmt: skip
+    aligned = rows_aligned(problem)
     choices = []
     for name in target_archs(arch):
         chosen: Choice | None = None
         rejected: list[tuple[str, str]] = []
         for kernel in KERNELS.values():
-            why = kernel.why_not(problem, name)
+            why = kernel.why_not(problem, name, aligned)
             if why or chosen is not None:
                 why = why or [f"{chosen.kernel} comes first"] if chosen is not None else why
                 rejected += [(kernel.name, reason) for reason in why]
                 continue
-            config = kernel.choose(problem, name)
+            config = kernel.choose(problem, name, aligned)
             fields = {**config._asdict(), "threads": config.threads, "smem_bytes": config.smem_bytes}
             chosen = Choice(name, kernel.name, config.name, fields, tuple(kernel.reasons(problem, config)), ())
         choices.append((chosen or Choice(name, "", "", {}, (), ()))._replace(rejected=tuple(rejected)))

@@ -1,0 +1,67 @@
+"""Tensor maps: what Hopper's copy engine (TMA) needs to know of an array, encoded by the driver into 128 opaque bytes.
+
+Encoding costs microseconds, a launch has few. The address is the only part of a map that changes from call to call, and
+it is the map's first 8 bytes; the driver's interface does not promise that, so `template` looks before it is relied on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, NamedTuple
+
+from flashmoe_cupy.dtypes import BF16, FP16, DType
+from flashmoe_cupy.errors import DependencyError, FlashMoEError
+
+BYTES = 128
+
+_CODES = {FP16: 6, BF16: 9}  # CUtensorMapDataType
+_SWIZZLE_128B, _L2_128B = 3, 2  # CUtensorMapSwizzle, CUtensorMapL2promotion
+_PROBES = (0x1000, 0x7F5A_A5F0_1230)  # addresses, multiples of 16, that differ in many bits
+_cuda: Any = None
+
+
+class TensorMap(NamedTuple):
+    """The arguments of one map but its address: dimensions from the contiguous one on, which has no stride."""
+
+    dtype: DType
+    dims: tuple[int, ...]  # elements
+    strides: tuple[int, ...]  # bytes
+    box: tuple[int, ...]  # elements that one copy moves; what lies outside of the array arrives as zero
+
+
+def encode(of: TensorMap, address: int) -> bytes:
+    """The map of an array at `address`. A context of its device must be current. Raises FlashMoEError."""
+    rank = len(of.dims)
+    storage = ctypes.create_string_buffer(2 * BYTES)
+    start = -ctypes.addressof(storage) % BYTES
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(storage) + start), _CODES[of.dtype], rank, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*of.dims), (ctypes.c_uint64 * (rank - 1))(*of.strides),
+        (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B, _L2_128B, 0,
+    )  # fmt: skip
+    if code:
+        raise FlashMoEError(f"the driver does not encode a tensor map (error {code}) at {address:#x}: {of}")
+    return storage.raw[start : start + BYTES]
+
+
+def template(of: TensorMap) -> bytes | None:
+    """A map into whose first 8 bytes an address may be stored; None where the driver's maps are made in another way."""
+    try:
+        one, other = (encode(of, address) for address in _PROBES)
+    except FlashMoEError:  # perhaps only of these addresses: encoding a real one will tell
+        return None
+    for found, address in zip((one, other), _PROBES, strict=True):
+        if found[:8] != address.to_bytes(8, sys.byteorder) or found[8:] != one[8:]:
+            return None
+    return one
+
+
+def _driver() -> Any:
+    global _cuda
+    if _cuda is None:
+        try:
+            _cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        except OSError as error:
+            raise DependencyError(f"the CUDA driver cannot be loaded: {error}") from error
+    return _cuda

@@ -1,0 +1,428 @@
+"""The attention forward kernels as the host sees them: configurations, who may use them, and how Params are packed.
+
+One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything in this file runs anywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.jit import source
+from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
+from flashmoe_cupy.jit.tensormap import TensorMap
+from flashmoe_cupy.plan import order
+from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM, Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.problem import AttentionProblem
+
+DEFAULT_SMS = 132  # of an H100, where no device is at hand
+
+_VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
+_PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
+_UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
+
+# (block_m, block_n, warps) by compiled head dims. Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
+_TILES_SM80: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {
+    (64, 64): {_PLAIN: (128, 128, 4), _SCORES: (128, 64, 4), _BIAS: (64, 64, 4)},
+    (96, 96): {_PLAIN: (128, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
+    (128, 128): {_PLAIN: (128, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
+    (192, 128): {_PLAIN: (128, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
+    (256, 256): {_PLAIN: (64, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
+    (64, 256): {_PLAIN: (64, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
+}
+# Where another architecture's register allocation would spill with the tile above, under some NVRTC from 12.4 to 13.5.
+_TILES_SM80_ON: dict[tuple[str, tuple[int, int], str], tuple[int, int, int]] = {
+    **{(arch, (64, 64), _PLAIN): (128, 64, 4) for arch in ("sm_100", "sm_120")},
+    **{(arch, (128, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
+    **{(arch, (192, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
+    **{(arch, (64, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
+    **{(arch, (256, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
+}
+_SIBLINGS = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}  # the same instructions
+# fp32 has one variant, which does everything: its speed comes second. Wider values run as blocks of 128.
+_TILES_FP32 = {
+    (64, 64): (64, 32, 4),
+    (96, 96): (64, 32, 4),
+    (128, 128): (64, 32, 4),
+    (192, 128): (64, 32, 4),
+    (256, 128): (64, 16, 4),
+}
+
+_Tile = tuple[int, int, int]
+# (block_m, block_n, stages) of the Hopper kernel by compiled head dims; of two, the second is for short sequences. Measured on
+# an H100; benchmarks/NOTEBOOK.md has the candidates.
+_TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
+    (64, 64): ((192, 128, 3), (128, 128, 3)),
+    (96, 96): ((128, 160, 2), (128, 128, 2)),
+    (128, 128): ((128, 160, 2), (128, 128, 2)),
+    (192, 128): ((128, 112, 2),),
+    (192, 192): ((128, 96, 2),),
+    (256, 256): ((128, 64, 2),),
+    (64, 256): ((128, 80, 2),),
+}
+# Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly, by its size.
+_TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
+    ((64, 64), _SCORES): ((128, 128, 3),),
+    ((96, 96), _SCORES): ((128, 128, 2),),
+    ((128, 128), _SCORES): ((128, 128, 2),),
+    **{(dims, _BIAS): ((128, 64, 2),) for dims in _TILES_SM90},
+}
+_MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last tile
+_MANY_KEYS = 2048  # keys that a query sees on average, from which wider tiles of keys pay
+
+_POINTERS = (
+    "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks",
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+)  # fmt: skip
+# The rest of fm::AttentionFwdParams, in its order; pack_tail finds the values by these names.
+_TAIL_FIELDS = (
+    *(f"{name}_stride_{axis}" for name in ("q", "k", "v", "out") for axis in "bsh"),
+    *(f"bias_stride_{axis}" for axis in "bhqk"),
+    "lse_stride_b", "lse_stride_h",
+    "heads_q", "heads_per_key", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "window_left", "window_right",
+    "m_blocks", "v_blocks", "alibi_stride_b", "bias_dtype", "sinks_dtype", "aligned",
+    "softmax_scale", "softcap",
+)  # fmt: skip
+_HEAD = struct.Struct(f"{len(_POINTERS)}Q")
+_TAIL = struct.Struct("18q14i2f")
+
+
+class AttentionFwd(ABC):
+    """What the kernels share. A subclass says which problems it runs, and in which configuration."""
+
+    name: str
+    header: str
+    summary: str
+    params = "AttentionFwdParams"
+    params_size = _HEAD.size + _TAIL.size
+    params_align: int | None = None
+    fields = _POINTERS + _TAIL_FIELDS
+    pack_pointers = _HEAD.pack_into
+    pointer_bytes = _HEAD.size
+
+    @abstractmethod
+    def configs(self, arch: str) -> Sequence[Config]:
+        """The closed set for one architecture: warming these up leaves nothing to compile."""
+
+    @abstractmethod
+    def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
+        """Every reason why the problem cannot run on `arch`; empty = it runs. aligned: as for `choose`."""
+
+    @abstractmethod
+    def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Config:
+        """The configuration for a problem. `aligned`: every row of q, k, v and out starts at a multiple of 16 bytes."""
+
+    def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
+        """Why `choose` took this configuration, in sentences."""
+        why = [
+            f"head dims {problem.head_dim}/{problem.head_dim_v} run in the compiled size "
+            f"{config.head_dim}/{config.head_dim_v}, the smallest that holds them"
+        ]
+        if problem.head_dim_v > config.head_dim_v:
+            why.append(f"head_dim_v is cut into blocks of {config.head_dim_v}, each with its own pass over the scores")
+        if config.element == "fp32":
+            why.append("fp32 runs as three tf32 products with one variant for all features")
+        elif config.variant == _PLAIN:
+            why.append("scores are only scaled and masked, so the scale folds into the exponent")
+        elif config.variant == _UNALIGNED:
+            why.append("rows do not start at multiples of 16 bytes, or lie 16 MiB apart: elements load one by one")
+        elif config.variant == _SCORES:
+            why.append("softcap, ALiBi or a scale <= 0 changes the scores")
+        else:
+            why.append("a bias is added to the scores")
+        return why
+
+    def source(self, config: Config) -> str:
+        """The translation unit of one configuration."""
+        return source.render(
+            self.header, config.struct, self.params, self.params_size, config.threads, config.min_blocks,
+            params_align=self.params_align,
+        )  # fmt: skip
+
+    def tiles(self, problem: AttentionProblem, config: Config) -> int:
+        """Tiles of work: queries, value columns, heads and batch."""
+        m_blocks, v_blocks = _blocks(problem, config)
+        return m_blocks * v_blocks * problem.heads_q * problem.batch
+
+    def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        """Blocks of a launch on a device of `sms` multiprocessors."""
+        return self.tiles(problem, config)
+
+    def pack_tail(self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS) -> bytes:  # noqa: ARG002
+        """The bytes of Params between the pointers and the tensor maps: the same for every call with this problem."""
+        m_blocks, v_blocks = _blocks(p, config)
+        strides = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "out": p.out_strides}
+        values: dict[str, float] = {
+            **{f"{name}_stride_{axis}": n for name, of in strides.items() for axis, n in zip("bsh", of, strict=True)},
+            **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
+            "lse_stride_b": p.lse_strides[0],
+            "lse_stride_h": p.lse_strides[1],
+            "heads_q": p.heads_q,
+            "heads_per_key": _heads_per_key(p),
+            "seqlen_q": p.seqlen_q,
+            "seqlen_k": p.seqlen_k,
+            "head_dim": p.head_dim,
+            "head_dim_v": p.head_dim_v,
+            "window_left": _window(p.window_left, p),
+            "window_right": _window(p.window_right, p),
+            "m_blocks": m_blocks,
+            "v_blocks": v_blocks,
+            "alibi_stride_b": p.alibi_stride_b,
+            "bias_dtype": _code(p.bias_dtype),
+            "sinks_dtype": _code(p.sinks_dtype),
+            "aligned": int(aligned),
+            "softmax_scale": p.softmax_scale,
+            "softcap": p.softcap,
+        }
+        return _TAIL.pack(*[values[name] for name in _TAIL_FIELDS])
+
+    def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:  # noqa: ARG002
+        """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
+        return ()
+
+
+class AttentionFwdSm80(AttentionFwd):
+    """cuda_src/attention/fwd_sm80.cuh, which runs everything that a problem can describe."""
+
+    name = "attention_fwd_sm80"
+    header = "attention/fwd_sm80.cuh"
+    summary = "attention forward on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
+
+    def configs(self, arch: str) -> list[Sm80Config]:
+        found = [
+            Sm80Config(element, *dims, *_tile_sm80(arch, dims, variant), variant)
+            for element in ("bf16", "fp16")
+            for dims in _TILES_SM80
+            for variant in _VARIANTS
+        ]
+        found += [Sm80Config("fp32", *dims, *tile, _BIAS) for dims, tile in _TILES_FP32.items()]
+        return found
+
+    def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
+        why = []
+        if arch not in MAX_SMEM:
+            why.append(f"{arch} is not supported: this kernel needs compute capability 8.0 or newer")
+            return why
+        config = self.choose(problem, arch, aligned)
+        blocks = self.grid(problem, config)
+        if blocks >= 2**31:
+            why.append(f"{blocks} blocks of work: batch * heads_q * seqlen_q is too large for one launch (2**31 - 1)")
+        if config.smem_bytes > MAX_SMEM[arch]:
+            why.append(f"{config.name} needs {config.smem_bytes} bytes of shared memory, {arch} has {MAX_SMEM[arch]}")
+        return why
+
+    def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Sm80Config:
+        element = problem.dtype.cuda
+        if element == "fp32":
+            head_dim, head_dim_v = problem.head_dim, min(problem.head_dim_v, 128)
+            dims = next((d, v) for d, v in _TILES_FP32 if head_dim <= d and head_dim_v <= v)
+            return Sm80Config(element, *dims, *_TILES_FP32[dims], _BIAS)
+        dims = _compiled_dims(problem, _TILES_SM80)
+        variant = _variant(problem)
+        if variant == _PLAIN and not aligned:
+            variant = _UNALIGNED
+        return Sm80Config(element, *dims, *_tile_sm80(arch, dims, variant), variant)
+
+
+class AttentionFwdSm90(AttentionFwd):
+    """cuda_src/attention/fwd_sm90.cuh: faster, for 16-bit rows that the copy engine can fetch."""
+
+    name = "attention_fwd_sm90"
+    header = "attention/fwd_sm90.cuh"
+    summary = "attention forward on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
+    params = "AttentionFwdSm90Params"
+    maps_at = 384  # where the tensor maps begin in Params
+    params_size = maps_at + 4 * MAP_BYTES  # of q, k, v and out
+    params_align = 128
+
+    def configs(self, arch: str) -> list[Sm90Config]:
+        if arch != "sm_90a":
+            return []
+        return [
+            Sm90Config(element, *dims, *tile, variant)
+            for element in ("bf16", "fp16")
+            for dims in _TILES_SM90
+            for variant in (_PLAIN, _SCORES, _BIAS)
+            for tile in _tiles_sm90(dims, variant)
+        ]
+
+    def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
+        p = problem
+        if arch != "sm_90a":
+            return [f"{arch} has no Hopper tensor cores: this kernel is for sm_90a"]
+        why = []
+        if p.dtype.cuda not in ("bf16", "fp16"):
+            why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")
+        if not aligned:
+            why.append(f"{_UNALIGNED_ROWS}: the copy engine cannot fetch them")
+        if 0 in (p.batch, p.heads_q, p.heads_k, *_rows(p)) or 0 in (p.seqlen_q, p.seqlen_k):
+            why.append("a dimension is 0: the copy engine has no empty arrays")
+        if why:
+            return why
+        config = self.choose(p, arch, aligned)
+        for name, of in zip(("q", "k", "v", "out"), self.map_arguments(p, config), strict=True):
+            if min(of.strides) < 0 or max(of.strides) >= 2**40:
+                why.append(f"{name} has a stride that is negative, or 1 TiB or more: the copy engine cannot follow it")
+        tiles = self.tiles(p, config)
+        if tiles >= _MOST_TILES:
+            why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
+        return why
+
+    def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Sm90Config:  # noqa: ARG002
+        dims, variant = _compiled_dims(problem, _TILES_SM90), _variant(problem)
+        return Sm90Config(problem.dtype.cuda, *dims, *_tile_for(problem, dims, variant), variant)
+
+    def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
+        why = super().reasons(problem, config)
+        tiles = _tiles_sm90((config.head_dim, config.head_dim_v), config.variant)
+        if len(tiles) > 1:
+            others = ", ".join(f"{m}x{n}" for m, n, _ in tiles if (m, n) != (config.block_m, config.block_n))
+            why.append(f"tiles of {config.block_m}x{config.block_n} rather than {others}, by the lengths and the mask")
+        return why
+
+    def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
+        """One block per multiprocessor, which takes tile after tile."""
+        return min(sms, self.tiles(problem, config))
+
+    def section(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
+        """How many heads are worked on together; see plan/order.py. Packed sequences have an order of their own."""
+        if p.varlen or max(_window(p.window_left, p), _window(p.window_right, p)) < 0:
+            return 1
+        m_blocks, v_blocks = _blocks(p, config)
+        if m_blocks >= 2 * sms:
+            return 1  # one head fills two rounds
+        steps = [_key_tiles(p, config, m) + 1.0 for m in range(m_blocks)]  # opening and storing a tile is about one more
+        per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / _heads_per_key(p) / v_blocks
+        return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
+
+    def extra(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> dict[str, int]:
+        """The ints of fm::AttentionFwdSm90Params behind those of its base, in their order."""
+        return {
+            "tiles": self.tiles(p, config),
+            "batch": p.batch,
+            "section": self.section(p, config, sms),
+            "ragged": int(p.varlen),
+        }
+
+    def pack_tail(self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS) -> bytes:
+        extra = self.extra(p, config, sms)
+        tail = super().pack_tail(p, config, aligned, sms) + struct.pack(f"{len(extra)}i", *extra.values())
+        return tail.ljust(self.maps_at - self.pointer_bytes, b"\0")
+
+    def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
+        group, batch, (rows_q, rows_k) = _heads_per_key(p), 1 if p.varlen else p.batch, _rows(p)
+        (q_b, q_s, q_h), (k_b, k_s, k_h), (v_b, v_s, v_h) = p.q_strides, p.k_strides, p.v_strides
+        out_b, out_s, out_h = p.out_strides
+        queries = (group, q_h), (rows_q, q_s), (p.heads_k, q_h * group), (batch, q_b)
+        keys = (rows_k, k_s), (p.heads_k, k_h), (batch, k_b)
+        values = (rows_k, v_s), (p.heads_k, v_h), (batch, v_b)
+        results = (rows_q, out_s), (p.heads_q, out_h), (batch, out_b)
+        return (
+            _map(p.dtype, p.head_dim, queries, (64, 1, 64, 1, 1)),
+            _map(p.dtype, p.head_dim, keys, (64, config.block_n, 1, 1)),
+            _map(p.dtype, p.head_dim_v, values, (64, config.block_n, 1, 1)),
+            _map(p.dtype, p.head_dim_v, results, (64, 16, 1, 1)),  # what one warp stores
+        )
+
+
+def rows_aligned(p: AttentionProblem) -> bool:
+    """Whether strides keep every row of q, k, v, out at a multiple of 16 bytes, and tiles within 4 GiB."""
+    size = ELEMENT_BYTES[p.dtype.cuda]
+    queries, keys = (p.batch, p.total_q or p.seqlen_q, p.heads_q), (p.batch, p.total_k or p.seqlen_k, p.heads_k)
+    for shape, strides in ((queries, p.q_strides), (keys, p.k_strides), (keys, p.v_strides), (queries, p.out_strides)):
+        if any(n > 1 and stride * size % 16 for n, stride in zip(shape, strides, strict=True)):
+            return False
+        if shape[1] > 1 and not 0 <= strides[1] * size * 256 < 2**32:
+            return False
+    return True
+
+
+def _tile_sm80(arch: str, dims: tuple[int, int], variant: str) -> _Tile:
+    if variant == _UNALIGNED:  # the same key tiles as the aligned one, which makes the same bits; fewer registers
+        return 64, _tile_sm80(arch, dims, _PLAIN)[1], 4
+    return _TILES_SM80_ON.get((_SIBLINGS.get(arch, arch), dims, variant)) or _TILES_SM80[dims][variant]
+
+
+def _tiles_sm90(dims: tuple[int, int], variant: str) -> tuple[_Tile, ...]:
+    return _TILES_SM90_FOR.get((dims, variant)) or _TILES_SM90[dims]
+
+
+def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str) -> _Tile:
+    """The tile of the Hopper kernel: lengths only choose among the tiles that the table, and so the warm-up, has."""
+    tiles = _tiles_sm90(dims, variant)
+    if len(tiles) == 1:
+        return tiles[0]
+    (long_m, _, _), (short_m, _, _) = tiles
+    if long_m != short_m:  # fewer rows in a tile, where they leave clearly fewer rows empty
+        q = problem.seqlen_q
+        return tiles[-(-q // short_m) * short_m * 1.15 < -(-q // long_m) * long_m]
+    return tiles[_mean_keys(problem) < _MANY_KEYS]
+
+
+def _mean_keys(p: AttentionProblem) -> float:
+    """About how many keys a query sees."""
+    left, right = _window(p.window_left, p), _window(p.window_right, p)
+    keys = p.seqlen_k / 2 if right == 0 else p.seqlen_k
+    return min(keys, left + max(right, 0) + 1) if left >= 0 else keys
+
+
+def _key_tiles(p: AttentionProblem, config: Config, m_block: int) -> int:
+    """Tiles of keys that a tile of queries goes through, as the kernel counts them."""
+    left, right = _window(p.window_left, p), _window(p.window_right, p)
+    shift, first_row = p.seqlen_k - p.seqlen_q, m_block * config.block_m
+    last_row = min(first_row + config.block_m, p.seqlen_q) - 1
+    last = p.seqlen_k - 1 if right < 0 else min(p.seqlen_k - 1, last_row + shift + right)
+    first = 0 if left < 0 else max(0, first_row + shift - left)
+    end = max(1, -(-(last + 1) // config.block_n))
+    return end - min(first // config.block_n, end - 1)
+
+
+def _variant(problem: AttentionProblem) -> str:
+    """What happens to the scores, for rows that are aligned."""
+    if problem.bias_dtype is not None:
+        return _BIAS
+    # A scale that is not positive would turn the order of the scores, on which the folded exponent relies.
+    return _SCORES if problem.softcap or problem.alibi or problem.softmax_scale <= 0 else _PLAIN
+
+
+def _compiled_dims(problem: AttentionProblem, table: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The smallest compiled 16-bit size for a problem; values wider than it run in blocks."""
+    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
+    if head_dim <= 64 and head_dim_v > 128:
+        return 64, 256
+    if 128 < head_dim <= 192 and head_dim_v <= 128:
+        return 192, 128
+    return next((d, v) for d, v in table if d == v and head_dim <= d and min(head_dim_v, 256) <= v)
+
+
+def _map(dtype: DType, width: int, outer: Sequence[tuple[int, int]], box: tuple[int, ...]) -> TensorMap:
+    """outer: (size, stride in elements) of each dimension but the contiguous one."""
+    size = dtype.itemsize
+    # One row has no next one, so its stride may be anything in the array; the driver wants a multiple of 16 bytes.
+    strides = tuple([stride * size if n > 1 else 16 for n, stride in outer])
+    return TensorMap(dtype, (width, *[n for n, _ in outer]), strides, box)
+
+
+def _rows(p: AttentionProblem) -> tuple[int, int]:
+    """Rows of q, and of k and v, that one batch coordinate reaches."""
+    return (p.total_q, p.total_k) if p.varlen else (p.seqlen_q, p.seqlen_k)
+
+
+def _heads_per_key(p: AttentionProblem) -> int:
+    return p.heads_q // max(p.heads_k, 1)
+
+
+def _blocks(p: AttentionProblem, config: Config) -> tuple[int, int]:
+    """Tiles of queries, and of value columns."""
+    return -(-p.seqlen_q // config.block_m), -(-p.head_dim_v // config.head_dim_v)
+
+
+def _window(size: int, p: AttentionProblem) -> int:
+    """A window that hides nothing is unlimited: row + window then stays far from 2**31."""
+    return -1 if size >= p.seqlen_q + p.seqlen_k else size
+
+
+def _code(dtype: DType | None) -> int:
+    return 0 if dtype is None else dtype.code
