@@ -2,6 +2,7 @@
 
 python benchmarks/report.py                                     tables of the newest results
 python benchmarks/report.py --ratio attention_forward_portable  last line: geomean X.XXX min Y.YYY rows N
+python benchmarks/report.py --ratio attention_forward_features  and, above it, our features over our plain kernel
 python benchmarks/report.py --plot --readme                     plots, and the block of README.md made from them
 """
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
-from benchmarks.cases import OURS, SUITES, Suite  # noqa: E402
+from benchmarks.cases import OUR_LIBRARIES, OURS, OURS_SM80, PLAIN_TWIN, SUITES, TWIN_LIMIT, Suite  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 RESULTS = ROOT / "benchmarks" / "results"
 LABELS = {
     OURS: "flashmoe_cupy",
+    OURS_SM80: "flashmoe_cupy (sm_80 kernel)",
     "torch_fa2": "torch FA2",
     "torch_cudnn": "torch cuDNN",
     "torch_sdpa": "torch SDPA",
@@ -35,12 +37,14 @@ LABELS = {
 }
 COLOURS = {
     OURS: "#0072b2",
+    OURS_SM80: "#0072b2",
     "torch_fa2": "#d55e00",
     "torch_cudnn": "#009e73",
     "torch_sdpa": "#e69f00",
     "flex_attention": "#cc79a7",
     "fa3": "#56b4e9",
 }
+_FAILED = ("error", "wrong", "missing")
 MEASURES = {"device_us": "µs", "host_us": "host µs"}
 
 Row = dict[str, Any]
@@ -73,6 +77,8 @@ def load(paths: Iterable[Path]) -> list[Row]:
             lacking = [key for key in ("suite", "case", "library", "status", "run", "device") if key not in row]
             if lacking:
                 raise ReportError(f"{path}:{number}: a row without {', '.join(lacking)}")
+            if row.get("schema") == 1 and row["suite"] == "attention_forward_portable" and row["library"] == OURS:
+                row["library"] = OURS_SM80  # rows of that schema are from when there was no other kernel
             rows.append(row)
     return rows
 
@@ -83,19 +89,26 @@ def newest(rows: Sequence[Row], suite: str, device: str = "") -> dict[str, dict[
     All rows of a case come from one run, since only rows of one process compare: the newest run that has ours beside
     another library, else the newest that has the case.
     """
-    ours = [row for row in rows if row["suite"] == suite and re.search(device, row["device"])]
-    if not ours:
-        return {}
-    on = str(max(ours, key=lambda row: str(row["run"]))["device"])
     runs: dict[str, dict[str, dict[str, Row]]] = {}
-    for row in ours:
-        if row["device"] == on:
-            runs.setdefault(row["case"], {}).setdefault(row["run"], {})[row["library"]] = row
+    for row in _of_device(rows, suite, device):
+        runs.setdefault(row["case"], {}).setdefault(row["run"], {})[row["library"]] = row
     order = {case.name: place for place, case in enumerate(SUITES[suite].cases)} if suite in SUITES else {}
+    mine = SUITES[suite].ours if suite in SUITES else OURS
     return {
-        case: max(by_run.items(), key=lambda item: (OURS in item[1] and len(item[1]) > 1, item[0]))[1]
+        case: max(by_run.items(), key=lambda item: (mine in item[1] and len(item[1]) > 1, item[0]))[1]
         for case, by_run in sorted(runs.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
     }
+
+
+def _of_device(rows: Sequence[Row], suite: str, device: str) -> list[Row]:
+    """The suite's rows of the device that the newest run is of."""
+    found = [row for row in rows if row["suite"] == suite and re.search(device, row["device"])]
+    on = max(found, key=lambda row: str(row["run"]))["device"] if found else ""
+    return [row for row in found if row["device"] == on]
+
+
+def _timed(row: Row | None, measure: str) -> bool:
+    return row is not None and row["status"] == "ok" and bool(row.get(measure))
 
 
 def compare(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Comparison]:
@@ -108,12 +121,12 @@ def compare(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Compari
     made, lacking = [], []
     for case in suite.cases:
         here = found.get(case.name, {})
-        ours = here.get(OURS)
-        if ours is None or ours["status"] != "ok" or not ours.get(suite.measure):
-            lacking.append(f"{case.name}: {OURS} {_state(ours)}")
+        ours = here.get(suite.ours)
+        if ours is None or not _timed(ours, suite.measure):
+            lacking.append(f"{case.name}: {suite.ours} {_state(ours)}")
             continue
         rivals = [here[name] for name in suite.rivals if name in here]
-        right = [row for row in rivals if row["status"] == "ok" and row.get(suite.measure)]
+        right = [row for row in rivals if _timed(row, suite.measure)]
         if right:
             best = min(right, key=lambda row: float(row[suite.measure]))
             made.append(Comparison(case.name, ours, best, best[suite.measure] / ours[suite.measure]))
@@ -130,6 +143,29 @@ def compare(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Compari
     return made
 
 
+def twins(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Comparison]:
+    """Our own features against our own plain kernel: `rival` is our row of the case's plain twin in the same run.
+
+    ReportError when a run that timed both is lacking.
+    """
+    runs: dict[str, dict[str, Row]] = {}
+    for row in _of_device(rows, suite.name, device):
+        if row["library"] == suite.ours and _timed(row, suite.measure):
+            runs.setdefault(str(row["run"]), {})[row["case"]] = row
+    made, lacking = [], []
+    for name in (case.name for case in suite.cases if case.name in PLAIN_TWIN):
+        twin = PLAIN_TWIN[name]
+        both = [run for run, cases in runs.items() if name in cases and twin in cases]
+        if not both:
+            lacking.append(f"{name}: no run timed it and {twin}")
+            continue
+        ours, plain = runs[max(both)][name], runs[max(both)][twin]
+        made.append(Comparison(name, ours, plain, plain[suite.measure] / ours[suite.measure]))
+    if lacking:
+        raise ReportError("\n  ".join([f"features of {suite.name} without their plain twin", *lacking]))
+    return made
+
+
 def _state(row: Row | None) -> str:
     if row is None:
         return "not measured"
@@ -143,6 +179,13 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return f"geomean {geomean:.3f} min {min(ratios):.3f} rows {len(ratios)}"
 
 
+def twin_summary(comparisons: Sequence[Comparison]) -> str:
+    """One line: the slowest feature, and which are below the limit."""
+    below = [item.case for item in comparisons if item.ratio < TWIN_LIMIT]
+    state = f"below {TWIN_LIMIT}: {', '.join(below)}" if below else f"none below {TWIN_LIMIT}"
+    return f"against our own plain kernel: {summary(comparisons)}, {state}"
+
+
 def absent(rows: Sequence[Row], suite: Suite, device: str = "") -> list[str]:
     """Rivals of the suite that gave no time in any case, with the reason of the first."""
     found = newest(rows, suite.name, device)
@@ -151,6 +194,18 @@ def absent(rows: Sequence[Row], suite: Suite, device: str = "") -> list[str]:
         here = [case[name] for case in found.values() if name in case]
         if not any(row["status"] == "ok" for row in here):
             lines.append(f"{LABELS.get(name, name)}: {_state(here[0] if here else None)}")
+    return lines
+
+
+def gaps(comparisons: Sequence[Comparison], rows: Sequence[Row], suite: Suite, device: str = "") -> list[str]:
+    """Cases in which a rival that should have a time has none, so that the ratio is against the others only."""
+    found = newest(rows, suite.name, device)
+    lines = []
+    for name in suite.rivals:
+        states = {item.case: found[item.case].get(name) for item in comparisons}
+        if any(row is not None and row["status"] == "ok" for row in states.values()):
+            lost = {case: row for case, row in states.items() if row is None or row["status"] in _FAILED}
+            lines += [f"{LABELS.get(name, name)} in {case}: {_state(row)}" for case, row in lost.items()]
     return lines
 
 
@@ -231,6 +286,18 @@ def ratio_table(comparisons: Sequence[Comparison], suite: Suite) -> Table:
     return Table(f"{suite.name}\n{facts(item.ours for item in comparisons)}", head, cells)
 
 
+def twin_table(comparisons: Sequence[Comparison], suite: Suite) -> Table:
+    """One line per feature that rivals lack: ours with it, ours without it, the ratio."""
+    unit = MEASURES[suite.measure]
+    head = ("case", f"ours {unit}", "plain twin", f"twin {unit}", "ratio", "limit", "error")
+    cells: list[tuple[str, ...]] = []
+    for item in comparisons:
+        mine, twin = f"{item.ours[suite.measure]:.1f}", f"{(item.rival or {})[suite.measure]:.1f}"
+        error = f"{item.ours.get('error', math.nan):.1e}"
+        cells.append((item.case, mine, PLAIN_TWIN[item.case], twin, f"{item.ratio:.3f}", f"{TWIN_LIMIT:.3f}", error))
+    return Table(f"{suite.name}: against our own plain kernel", head, cells)
+
+
 def plot(rows: Sequence[Row], suite: str, folder: Path, device: str = "") -> list[Path]:
     """Throughput against length, a column of panels per head dim, causal and full; the measured ceiling drawn in."""
     import matplotlib as mpl
@@ -255,7 +322,7 @@ def plot(rows: Sequence[Row], suite: str, folder: Path, device: str = "") -> lis
             for name in LABELS:
                 points = sorted((row["shape"]["seqlen_q"], row["tflops"]) for row in panel if row["library"] == name)
                 if points:
-                    style = {"linewidth": 2.4, "zorder": 3} if name == OURS else {"linewidth": 1.4}
+                    style = {"linewidth": 2.4, "zorder": 3} if name in OUR_LIBRARIES else {"linewidth": 1.4}
                     axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=LABELS[name], ms=4, **style)
             axis.axhline(ceiling, color="#555555", linestyle="--", linewidth=1, label="8192³ matrix product")
             axis.set_xscale("log", base=2)
@@ -324,7 +391,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/report.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="JSON lines (default: benchmarks/results/*.jsonl)")
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), help="default: every suite with rows")
-    parser.add_argument("--ratio", choices=sorted(SUITES), metavar="SUITE", help="ours over the best rival per row")
+    parser.add_argument("--ratio", choices=sorted(SUITES), metavar="SUITE", help="ours over the best rival, per row")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     parser.add_argument("--plot", action="store_true", help="PNG and SVG beside the results")
     parser.add_argument(
@@ -353,8 +420,13 @@ def _main(options: argparse.Namespace) -> int:
     if options.ratio:
         suite = SUITES[options.ratio]
         comparisons = compare(rows, suite, options.device)
-        show(ratio_table(comparisons, suite), options.markdown)
-        for line in absent(rows, suite, options.device):
+        features = twins(rows, suite, options.device)
+        alone = {item.case for item in features} & {item.case for item in comparisons if item.rival is None}
+        show(ratio_table([item for item in comparisons if item.case not in alone], suite), options.markdown)
+        if features:
+            show(twin_table(features, suite), options.markdown)
+            print(twin_summary(features))
+        for line in (*absent(rows, suite, options.device), *gaps(comparisons, rows, suite, options.device)):
             print(f"not compared: {line}")
         print(summary(comparisons))
         return 0

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.cases import OURS, Case, Inputs, out_shape
+from benchmarks.cases import OURS, OURS_SM80, Case, Inputs, out_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -138,6 +138,30 @@ class Ours(Library):
             return function(*arrays, **keywords, out=from_torch(out, case.arrays))
 
         return Prepared(run, lambda out: to_torch(out, case.arrays), into)
+
+
+class OursForced(Ours):
+    """flashmoe_cupy with one kernel of its registry, whatever it would choose by itself."""
+
+    def __init__(self, name: str, kernel: str) -> None:
+        self.name = name
+        self.kernel = kernel
+
+    def missing(self, setup: Setup) -> str:
+        if not setup.cuda:
+            return "needs a CUDA device"
+        if reason := super().missing(setup):
+            return reason
+        kernels = importlib.import_module("flashmoe_cupy.plan.kernels")
+        return first_reason(
+            (not hasattr(kernels, "only"), "this flashmoe_cupy cannot force a kernel"),
+            (self.kernel not in kernels.KERNELS, f"this flashmoe_cupy has no kernel {self.kernel}"),
+        )
+
+    def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:
+        kernels = importlib.import_module("flashmoe_cupy.plan.kernels")
+        # Around every loop of calls: the choice belongs to a call, not to what was prepared.
+        return super().prepare(case, sets, setup)._replace(scope=lambda: kernels.only(self.kernel))
 
 
 def _array_options(one: Inputs) -> dict[str, Any]:
@@ -323,12 +347,16 @@ class Flex(Library):
 
 
 class FA3(Library):
-    """FA3's C++ operators, loaded from a folder given by the user (load_fa3.py beside fa3_C.so.xz)."""
+    """FA3's C++ operators, loaded from a folder given by the user (load_fa3.py beside fa3_C.so.xz).
+
+    Head dims between its compiled ones are rounded up inside. num_splits and pack_gqa stay at the operator's defaults,
+    which are its own heuristics.
+    """
 
     name = "fa3"
 
     def __init__(self) -> None:
-        self._module: Any = None
+        self._loaded = False
 
     def missing(self, setup: Setup) -> str:
         if not setup.cuda:
@@ -339,7 +367,7 @@ class FA3(Library):
 
         if torch.cuda.get_device_capability(setup.device)[0] != 9:
             return "needs compute capability 9.x"
-        if self._module is not None:
+        if self._loaded:
             return ""
         loader = Path(setup.peers) / "load_fa3.py"
         lacking = [name for name in ("load_fa3.py", "fa3_C.so.xz") if not (loader.parent / name).exists()]
@@ -354,7 +382,7 @@ class FA3(Library):
             module.load()
         except Exception as error:  # any failure to load a foreign binary means: not here
             return f"load failed: {type(error).__name__}: {error}"
-        self._module = module
+        self._loaded = True
         return ""
 
     def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
@@ -365,14 +393,24 @@ class FA3(Library):
             (case.sinks, "this FA3 has no sinks"),
             (case.alibi, "FA3 has no ALiBi slopes"),
             (case.bias, "FA3 has no dense bias"),
+            (case.head_dim > 256, "FA3 takes head_dim up to 256"),
+            (
+                case.head_dim_v != case.head_dim
+                and not (128 < case.head_dim <= 192 and 96 < case.head_dim_v <= 128)
+                and not (case.head_dim <= 64 and case.head_dim_v <= 512),
+                "FA3 takes another head_dim_v only with head_dim 129 to 192 and up to 64",
+            ),
         )
 
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
-        forward = self._module.forward
-        options: dict[str, Any] = {}
-        if case.window_size != (-1, -1):
-            options["window_size_left"], options["window_size_right"] = case.band()
-        causal = case.causal and not options
+        import torch
+
+        # One overload, looked up here: no Python of its own stands between the timed call and the operator.
+        operator = torch.ops.flash_attn_3.fwd.default
+        options: dict[str, Any] = {"is_causal": case.causal}
+        if case.window_size != (-1, -1):  # a window that ends at the diagonal is causal
+            left, right = case.band()
+            options = {"is_causal": False, "window_size_left": left, "window_size_right": right}
         if case.varlen:
             longest = max(case.seqlens)
             options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -382,7 +420,7 @@ class FA3(Library):
 
         def run(i: int) -> Any:
             arrays, keywords = calls[i % len(calls)]
-            return forward(*arrays, causal, **keywords)[0]
+            return operator(*arrays, **keywords)[0]
 
         return Prepared(run, lambda out: out if case.varlen else bshd(case, out))
 
@@ -398,6 +436,7 @@ LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
         Ours(),
+        OursForced(OURS_SM80, "attention_fwd_sm80"),
         TorchFA2(),
         Sdpa("torch_cudnn", "CUDNN_ATTENTION"),
         Sdpa("torch_sdpa"),

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
-from benchmarks.cases import OURS, SUITES, Case, Inputs, check, make_inputs  # noqa: E402
+from benchmarks.cases import OUR_LIBRARIES, SUITES, Case, Inputs, check, make_inputs  # noqa: E402
 from benchmarks.rivals import LIBRARIES, Prepared, Setup, default_peers, poison  # noqa: E402
 from benchmarks.timing import Clocks, CpuTimer, GpuTimer, Timer, host_microseconds, machine  # noqa: E402
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     import torch
 
-SCHEMA = 1
+SCHEMA = 2  # 1: when there was no kernel beside the portable one
 
 
 class Effort(NamedTuple):
@@ -247,7 +247,7 @@ def _short(error: object, limit: int = 300) -> str:
 
 def line_of(row: dict[str, Any]) -> str:
     """One row as a line for people."""
-    head = f"{row['case']:<34} {row['library']:<14} {row['status']:<11}"
+    head = f"{row['case']:<34} {row['library']:<18} {row['status']:<11}"
     if row["status"] != "ok":
         return f"{head} {row['reason']}"
     host = "" if row["host_us"] is None else f"  host {row['host_us']:6.1f} us"
@@ -332,7 +332,7 @@ def _run(bench: Bench, work: Sequence[tuple[Case, tuple[str, ...]]], options: ar
             left_out.append(case.name)
             continue
         rows = bench.measure(case, libraries, options.seed, begin + options.budget)
-        bad += sum(row["library"] == OURS and row["status"] in ("wrong", "error") for row in rows)
+        bad += sum(row["library"] in OUR_LIBRARIES and row["status"] in ("wrong", "error") for row in rows)
         longest = max(longest, time.perf_counter() - start) if len(rows) else longest
     print(f"{len(work) - len(left_out)} of {len(work)} cases in {time.perf_counter() - begin:.1f} s", flush=True)
     if options.out is None:
