@@ -314,16 +314,14 @@ struct AttentionFwdSm90 {
       }
       if (!kPlain || Variant::kScore) change_scores(p, s_works[here], whole, r_s, tile_row, n);
       softmax.template raise_max<Variant::kWide>(r_s, Variant::scale(p), correction);
-      if (!last && any_differs(correction)) {
-        wgmma_wait_group<0>(r_out[0]);
-        scale_rows(r_out, correction);
-      }
-      // Behind a branch, over which ptxas does not move it up to the other wait.
+      // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not over this branch.
+      k_here = n > steps.begin;
+      if (k_here) rings.k.wait_full(k);
       wgmma_wait_group<0>(r_out[0]);
       release(rings.v.empty(v.stage));
       v.advance();
       skip_v(rings, v, skip);
-      k_here = n > steps.begin && rings.k.is_full(k);
+      if (!last && any_differs(correction)) scale_rows(r_out, correction);
       softmax.template exponentiate<Variant::kWide>(r_s, Variant::scale(p));
       pack_scores(r_p, r_s[0]);
       tail = last ? tail_rows(p, s_works[here], n) : 0;
