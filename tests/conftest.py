@@ -118,6 +118,24 @@ def _seeds() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(params=["chosen", "attention_fwd_sm80"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For GPU tests: once with the kernels that the library chooses, once with the general one where it has a rival."""
+    from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
+
+    if request.param == "chosen":
+        yield
+        return
+    capability, given = compute_capability()[0], request.node.callspec.params
+    arch = arch_for(capability or (0, 0))
+    if not any(other.configs(arch) for name, other in KERNELS.items() if name != request.param):
+        pytest.skip(f"{arch} has no other kernel")
+    if getattr(given.get("case"), "dtype", given.get("dtype")) == "float32":
+        pytest.skip("fp32 has no other kernel")
+    with only(request.param):
+        yield
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator whose seed is the test's own name: adding a test does not change another one's numbers."""

@@ -18,11 +18,11 @@ import numpy as np
 
 import flashmoe_cupy
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan.kernels import KERNELS, arch_for
-from flashmoe_cupy.plan.problem import attention_problem
+from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
+from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
 from flashmoe_cupy.testing import AttentionCase, VarlenCase
 
-DIMS = ((64, 64), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (64, 256), (64, 512), (8, 24))
+DIMS = ((64, 64), (40, 40), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 256), (64, 512), (8, 24))
 FEATURES: tuple[dict[str, Any], ...] = (
     {},
     {"causal": True, "sinks": "float32"},
@@ -42,6 +42,8 @@ def cases() -> list[AttentionCase | VarlenCase]:
         found.append(packed._replace(head_dim=d, dtype=dtype, causal=True))
         found.append(packed._replace(head_dim=d, dtype=dtype, softcap=9.0, alibi="bh"))
     sizes = ((1, 1), (1, 300), (300, 1), (5, 0))
+    for dtype, d in itertools.product(("bfloat16", "float16"), (64, 128)):  # tiles that only long sequences get
+        found += [AttentionCase(1100, 147, 1, 2, 1, d, d, dtype, **features) for features in FEATURES[:3]]
     return [*found, *(AttentionCase(*s, 1, 2, 1, 64, causal=causal) for s in sizes for causal in (False, True))]
 
 
@@ -73,25 +75,33 @@ def main() -> int:
     flashmoe_cupy.warmup()  # on all cores: one by one the compiles would take longer than all launches
     digits = str(cupy.cuda.Device().compute_capability)
     arch = arch_for((int(digits[:-1]), int(digits[-1])))
-    wrong, used, launches = [], set(), 0
+    wrong: list[str] = []
+    used: set[tuple[str, str]] = set()
+    launches = 0
+
+    def run(case: AttentionCase | VarlenCase, arrays: dict[str, Any], aligned: bool) -> None:
+        """One launch of each kernel that takes the problem."""
+        nonlocal launches
+        packed = isinstance(case, VarlenCase)
+        problem = (varlen_problem if packed else attention_problem)(
+            **{n: view(a, n) for n, a in arrays.items()}, **case.options()
+        )
+        call = flashmoe_cupy.flash_attention_varlen if packed else flashmoe_cupy.flash_attention
+        for kernel in KERNELS.values():
+            if kernel.why_not(problem, arch, aligned):
+                continue
+            with only(kernel.name):
+                out = call(**arrays, **case.options(), return_lse=True)[0]
+            used.add((kernel.name, kernel.choose(problem, arch, aligned).name))
+            launches += 1
+            if not finite(out):
+                wrong.append(f"{kernel.name} {case}: the result is not finite")
+
     for case in cases():
         arrays = {n: on_device(a) for n, a in case.random().items()}
-        options = case.options()
-        if isinstance(case, VarlenCase):
-            out = flashmoe_cupy.flash_attention_varlen(**arrays, **options, return_lse=True)[0]
-        else:
-            views = {n: view(a, n) for n, a in arrays.items()}
-            problem = attention_problem(**views, **options)
-            kernels = [k for k in KERNELS.values() if not k.why_not(problem, arch)]
-            used |= {(k.name, k.choose(problem, arch).name) for k in kernels}
-            out = flashmoe_cupy.flash_attention(**arrays, **options, return_lse=True)[0]
-            if case.causal and not case.bias:
-                used |= {(k.name, k.choose(problem, arch, aligned=False).name) for k in kernels}
-                flashmoe_cupy.flash_attention(**arrays | unaligned({n: arrays[n] for n in "qkv"}), **options)
-                launches += 1
-        launches += 1
-        if not finite(out):
-            wrong.append(f"{case}: the result is not finite")
+        run(case, arrays, True)
+        if isinstance(case, AttentionCase) and case.causal and not case.bias:
+            run(case, arrays | unaligned({n: arrays[n] for n in "qkv"}), False)
     every = {(kernel.name, config.name) for kernel in KERNELS.values() for config in kernel.configs(arch)}
     wrong += [f"not launched: {' '.join(name)}" for name in sorted(every - used)]
     sys.stdout.write("".join(f"{line}\n" for line in wrong))

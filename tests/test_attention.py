@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import test_attention_gpu as dense
 import test_gpu_arrays as arrays
+import test_gpu_random as drawn
 import test_gpu_streams as streams
 import test_gpu_variants as variants
 import test_gpu_varlen as varlen
+from hypothesis import given, settings
 from test_gpu_truth import check_all, registered, specialisations, tensors
 
 import flashmoe_cupy
@@ -173,7 +175,7 @@ def test_gpu_tests_use_every_configuration(arch: str) -> None:
     """Whatever configuration a call can choose is chosen by at least one problem of the GPU tests."""
     from flashmoe_cupy.plan.kernels import KERNELS
 
-    assert all((dense, variants, varlen, arrays, streams))  # importing them has registered their problems
+    assert all((dense, variants, varlen, arrays, streams, drawn))  # importing them has registered their problems
     used = set(specialisations(registered(), arch).values())
     every = {f"{kernel.name} {config.name}" for kernel in KERNELS.values() for config in kernel.configs(arch)}
     assert every - used == set()
@@ -196,6 +198,18 @@ def test_small_grid() -> None:
 def test_small_varlen_grid() -> None:
     short = [c for c in varlen.grid("bfloat16", 64, True) if max(*c.lengths_q, *c.lengths_k) < 30]
     check_all([*short, *varlen.variants("float16")[:8:3], *varlen.dims("float32")[::5]], "cpu")
+
+
+@settings(max_examples=20)
+@given(drawn.dense_problems())
+def test_random_problems(problem: drawn.Drawn) -> None:
+    assert drawn.wrong(problem, "cpu") == []
+
+
+@settings(max_examples=20)
+@given(drawn.packed_problems())
+def test_random_packed_problems(problem: drawn.Drawn) -> None:
+    assert drawn.wrong(problem, "cpu") == []
 
 
 DEVICE_CHECKS = (

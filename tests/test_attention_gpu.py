@@ -135,6 +135,7 @@ def test_causal_is_aligned_bottom_right(dtype: str) -> None:
     check_all(bottom_right(dtype), "cuda")
 
 
+@pytest.mark.usefixtures("kernel")
 def test_rows_without_keys_are_exact_zeros() -> None:
     """Queries that stand before the first key: out 0 and lse -inf, as bits, also from inputs that are huge."""
     for case in bottom_right("bfloat16"):

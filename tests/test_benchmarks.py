@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.cases import ITEMSIZE, OURS, SUITES, Case
+from benchmarks.cases import ITEMSIZE, OURS, OURS_SM80, PLAIN_TWIN, SUITES, Case
 from flashmoe_cupy import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,11 +85,35 @@ def test_the_suites_are_the_measured_tables() -> None:
         names = [case.name for case in suite.cases]
         assert len(set(names)) == len(names)
         assert all(case.suite == suite.name for case in suite.cases)
-        assert OURS in suite.libraries and set(suite.rivals) <= set(suite.libraries)
+        assert suite.ours in suite.libraries and set(suite.rivals) <= set(suite.libraries)
     for case in ALL_CASES:
         assert case.dtype in ITEMSIZE and case.heads_q % case.heads_k == 0
         assert case.head_dim % 8 == 0 and case.head_dim_v % 8 == 0
         assert not case.seqlens or (case.batch, case.seqlen_q) == (len(case.seqlens), max(case.seqlens))
+
+
+def test_the_feature_suite_has_its_rows() -> None:
+    suite = SUITES["attention_forward_features"]
+    assert (suite.libraries, suite.rivals) == ((OURS, "fa3"), ("fa3",))
+    found = {case.name: case for case in suite.cases}
+    assert list(found) == [
+        "d128_8k_causal", "gqa_32_4_d128_8k_causal", "gqa_64_8_d128_8k_full", "window1024_d128_16k",
+        "window128_gqa_64_8_d64_8k", "d96_8k_causal", "d192_128_8k_causal", "d64_256_8k_causal", "fp16_d128_8k_causal",
+        "bhsd_d128_8k_causal", "odd_s4097_gqa_12_4_d128_causal", "odd_s3000_d80_causal", "varlen_64_d128_causal",
+        "softcap_d128_8k_causal", "alibi_d128_8k_causal", "sinks_window128_gqa_64_8_d64_8k",
+    ]  # fmt: skip
+    lengths = found["varlen_64_d128_causal"].seqlens
+    assert len(lengths) == 64 and lengths[-1] == 8192 and all(16 <= n <= 769 for n in lengths[:-1])
+    assert {found[name].seqlen_q for name in ("odd_s4097_gqa_12_4_d128_causal", "odd_s3000_d80_causal")} == {4097, 3000}
+
+
+def test_a_twin_differs_by_its_feature_only() -> None:
+    found = {case.name: case for case in SUITES["attention_forward_features"].cases}
+    with_feature = {name for name, case in found.items() if case.softcap or case.sinks or case.alibi}
+    assert set(PLAIN_TWIN) == with_feature
+    for name, twin in PLAIN_TWIN.items():
+        assert found[name]._replace(name=twin, softcap=0.0, sinks=False, alibi=False) == found[twin]
+        assert twin not in PLAIN_TWIN
 
 
 # ---- the check of an answer ------------------------------------------------------------------------------------------
@@ -155,227 +179,15 @@ def test_inputs_are_random_and_repeatable() -> None:
     assert float(first.k.std()) > 0.9 and not torch.equal(first.k, first.v)
 
 
-# ---- ratios and reports on made-up rows ------------------------------------------------------------------------------
-
-
-def made_up(suite: str, case: Case, library: str, us: float | None, **fields: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "suite": suite,
-        "case": case.name,
-        "library": library,
-        "status": "ok",
-        "reason": "",
-        "run": "2026-01-01T00:00:00Z-1",
-        "device": "Device A",
-        "commit": "0123456789abcdef",
-        "versions": {"torch": "2.11"},
-        "shape": case.shape(),
-        "ceiling_tflops": 700.0,
-        "error": 1e-3,
-    }
-    if us is not None:
-        tflops = case.flops() / us / 1e6
-        row |= {"device_us": us, "host_us": us / 10, "tflops": tflops, "share": tflops / 700}
-    return row | fields
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def portable_rows(ours: float = 200.0, fa2: float = 100.0, **fields: Any) -> list[dict[str, Any]]:
-    rows = []
-    for case in SUITES["attention_forward_portable"].cases:
-        rows.append(made_up(case.suite, case, OURS, ours, **fields))
-        rows.append(made_up(case.suite, case, "torch_fa2", fa2, **fields))
-    return rows
-
-
-def last_line(text: str) -> str:
-    return text.rstrip("\n").split("\n")[-1]
-
-
-def test_ratio_is_speed_over_the_rival(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = portable_rows(ours=100.0, fa2=90.0)
-    rows[0]["device_us"] = 125.0  # 90 / 125 = 0.72, the slowest row
-    path = write(tmp_path / "a.jsonl", rows)
-    assert report.main([str(path), "--ratio", "attention_forward_portable"]) == 0
-    text = capsys.readouterr().out
-    assert last_line(text) == f"geomean {math.exp((23 * math.log(0.9) + math.log(0.72)) / 24):.3f} min 0.720 rows 24"
-    assert last_line(text) == "geomean 0.892 min 0.720 rows 24"
-    for case in SUITES["attention_forward_portable"].cases:
-        assert case.name in text
-
-
-def test_portable_suite_has_one_rival_others_take_the_best() -> None:
-    rows = portable_rows()
-    rows += [made_up(c.suite, c, "torch_cudnn", 1.0) for c in SUITES["attention_forward_portable"].cases]
-    made = report.compare(rows, SUITES["attention_forward_portable"])
-    assert {item.ratio for item in made} == {0.5}
-    suite = SUITES["attention_forward"]
-    rows = []
-    for place, case in enumerate(suite.cases):
-        times = {OURS: 100.0, "torch_cudnn": 80.0, "fa3": 50.0 if place % 2 else 120.0}
-        rows += [made_up(suite.name, case, name, us) for name, us in times.items()]
-    best = [(item.rival["library"], item.ratio) for item in report.compare(rows, suite) if item.rival]
-    assert best == [("fa3", 0.5) if place % 2 else ("torch_cudnn", 0.8) for place in range(36)]
-
-
-def test_a_rival_that_was_not_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    suite = SUITES["attention_forward"]
-    rows = []
-    for case in suite.cases:
-        rows += [made_up(suite.name, case, OURS, 100.0), made_up(suite.name, case, "torch_cudnn", 80.0)]
-        rows.append(made_up(suite.name, case, "fa3", None, status="missing", reason="no folder given"))
-    path = write(tmp_path / "a.jsonl", rows)
-    assert report.main([str(path), "--ratio", "attention_forward"]) == 0
-    text = capsys.readouterr().out
-    assert "not compared: FA3: missing: no folder given" in text
-    assert last_line(text) == "geomean 0.800 min 0.800 rows 36"
-    block = report.readme_block(rows, suite, "x.svg")
-    assert "the speed over torch cuDNN in the same process" in block and "FA3" not in block
-
-
-def test_host_suite_compares_host_time() -> None:
-    suite = SUITES["attention_host"]
-    rows = []
-    for case in suite.cases:
-        rows.append(made_up(suite.name, case, OURS, 50.0, host_us=10.0))
-        unsupported = case.arrays == "cupy" or case.varlen
-        state = {"status": "unsupported", "reason": "no", "host_us": None} if unsupported else {"host_us": 25.0}
-        rows.append(made_up(suite.name, case, "torch_sdpa", 5.0, **state))
-    made = report.compare(rows, suite)
-    assert report.summary(made) == "geomean 2.500 min 2.500 rows 3"
-    assert sum(item.rival is None for item in made) == 5
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"drop": (OURS, 3)}, "d64_s2048_causal: flashmoe_cupy not measured"),
-        ({"drop": ("torch_fa2", 0)}, "d64_s512_full: no rival to compare with (torch_fa2 not measured)"),
-        ({"state": (OURS, "wrong")}, "flashmoe_cupy wrong: because"),
-        ({"state": ("torch_fa2", "missing")}, "torch_fa2 missing: because"),
-        ({"state": ("torch_fa2", "error")}, "torch_fa2 error: because"),
-        ({"state": ("torch_fa2", "wrong")}, "torch_fa2 wrong: because"),
-    ],
-)
-def test_missing_rows_are_an_error(
-    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = portable_rows()
-    if "drop" in change:
-        library, place = change["drop"]
-        name = SUITES["attention_forward_portable"].cases[place].name
-        rows = [row for row in rows if (row["library"], row["case"]) != (library, name)]
-    else:
-        library, status = change["state"]
-        next(row for row in rows if row["library"] == library).update(status=status, reason="because")
-    path = write(tmp_path / "a.jsonl", rows)
-    assert report.main([str(path), "--ratio", "attention_forward_portable"]) == 1
-    captured = capsys.readouterr()
-    assert "1 of 24 rows of attention_forward_portable are missing" in captured.err
-    assert message in captured.err
-    assert "geomean" not in captured.out
-
-
-def test_no_rows_at_all_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(["--results", str(tmp_path)]) == 1
-    assert "no results" in capsys.readouterr().err
-    path = write(tmp_path / "a.jsonl", portable_rows())
-    assert report.main([str(path), "--ratio", "attention_forward"]) == 1
-    assert "36 of 36 rows of attention_forward are missing" in capsys.readouterr().err
-    path.write_text(path.read_text(encoding="utf-8") + "{half a row\n", encoding="utf-8")
-    assert report.main([str(path)]) == 1
-    assert "a.jsonl:49: not JSON" in capsys.readouterr().err
-    path.write_text('{"suite": "smoke"}\n', encoding="utf-8")
-    assert report.main([str(path)]) == 1
-    assert "a row without case, library" in capsys.readouterr().err
-
-
-def test_only_rows_of_one_run_and_one_device_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old, new = {"run": "2026-01-01T00:00:00Z-1"}, {"run": "2026-02-01T00:00:00Z-1"}
-    write(tmp_path / "a.jsonl", portable_rows(200.0, 100.0, **old))
-    write(tmp_path / "b.jsonl", portable_rows(100.0, 100.0, **new))
-    arguments = ["--results", str(tmp_path), "--ratio", "attention_forward_portable"]
-    assert report.main(arguments) == 0
-    assert last_line(capsys.readouterr().out) == "geomean 1.000 min 1.000 rows 24"  # the newest run's
-    # A later run that timed only ours has nothing beside it: the last complete comparison stands.
-    alone = [row for row in portable_rows(10.0, 100.0, run="2026-03-01T00:00:00Z-1") if row["library"] == OURS]
-    write(tmp_path / "c.jsonl", alone)
-    assert report.main(arguments) == 0
-    assert last_line(capsys.readouterr().out) == "geomean 1.000 min 1.000 rows 24"
-    # Another machine's newer rows are that machine's.
-    write(tmp_path / "d.jsonl", portable_rows(100.0, 50.0, run="2026-04-01T00:00:00Z-1", device="Device B"))
-    assert report.main(arguments) == 0
-    assert last_line(capsys.readouterr().out) == "geomean 0.500 min 0.500 rows 24"
-    assert report.main([*arguments, "--device", "Device A"]) == 0
-    assert last_line(capsys.readouterr().out) == "geomean 1.000 min 1.000 rows 24"
-
-
-def test_tables_say_why_a_cell_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = portable_rows()
-    rows[1] |= {"status": "missing", "reason": "needs a CUDA device"}
-    path = write(tmp_path / "a.jsonl", rows)
-    assert report.main([str(path), "--markdown"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "| case | flashmoe_cupy | torch FA2 |" in lines
-    assert any(line.startswith("| d64_s512_full | ") and line.endswith("| missing |") for line in lines)
-    full = next(line for line in lines if line.startswith("| d128_s512_full"))
-    assert f"{case_of('attention_forward_portable', 'd128_s512_full').flops() / 200e6:.3g} (200, " in full
-
-
-def test_readme_block_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    results = tmp_path / "results"
-    results.mkdir()
-    write(results / "a.jsonl", portable_rows(100.0, 95.0))
-    readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- results -->\nold\n<!-- /results -->\nbelow\n", encoding="utf-8")
-    arguments = ["--results", str(results), "--readme", str(readme)]
-    assert report.main(arguments) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("above\n<!-- results -->\n") and text.endswith("\n<!-- /results -->\nbelow\n")
-    assert "old" not in text and "geomean 0.950 min 0.950 rows 24" in text
-    assert "](results/attention_forward_portable.svg)" in text
-    shown = case_of("attention_forward_portable", "d64_s512_full").flops() / 100 / 1e6
-    assert next(line for line in text.splitlines() if line.startswith("| 64, full")).startswith(
-        f"| 64, full | {shown:.0f} (0.95) |"
-    )
-    images = [results / f"attention_forward_portable.{kind}" for kind in ("png", "svg")]
-    assert images[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    before = images[1].read_bytes()
-    assert b"<svg" in before
-    assert report.main(arguments) == 0  # again: nothing changes
-    assert readme.read_text(encoding="utf-8") == text and images[1].read_bytes() == before
-    readme.write_text("no markers\n", encoding="utf-8")
-    assert report.main(arguments) == 1
-    assert "has no <!-- results -->" in capsys.readouterr().err
-
-
 # ---- the measuring loop ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["run.py", "report.py"])
+@pytest.mark.parametrize("script", ["run.py", "report.py", "llama_prefill.py"])
 def test_command_lines_run_from_anywhere(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage: benchmarks/" in done.stdout
-
-
-def test_the_report_needs_no_framework(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", portable_rows())
-    code = (
-        "import sys; from benchmarks import report; "
-        f"assert report.main(['--results', {str(tmp_path)!r}, '--ratio', 'attention_forward_portable']) == 0; "
-        "assert not {'torch', 'cupy', 'jax'} & set(sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -408,7 +220,7 @@ def test_run_on_the_cpu_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert rivals["window"]["status"] == "unsupported" and rivals["window"]["reason"] == "SDPA has no window"
     capsys.readouterr()
     assert report.main([str(out), "--ratio", "smoke"]) == 0
-    assert last_line(capsys.readouterr().out).endswith(f"rows {sum(row['status'] == 'ok' for row in rivals.values())}")
+    assert capsys.readouterr().out.rstrip().endswith(f"rows {sum(row['status'] == 'ok' for row in rivals.values())}")
 
 
 @pytest.mark.torch
@@ -471,7 +283,7 @@ def test_rivals_say_why_they_are_missing() -> None:
     from benchmarks.rivals import LIBRARIES, Setup
 
     cpu = Setup("cpu")
-    for name in ("torch_fa2", "torch_cudnn", "flex_attention", "fa3"):
+    for name in ("torch_fa2", "torch_cudnn", "flex_attention", "fa3", OURS_SM80):
         assert LIBRARIES[name].missing(cpu) == "needs a CUDA device"
     assert LIBRARIES["torch_sdpa"].missing(cpu) == "" and LIBRARIES[OURS].missing(cpu) == ""
     assert "--peers" in LIBRARIES["fa3"].missing(Setup("cuda"))
@@ -511,3 +323,72 @@ def test_host_time_is_of_one_call_and_drains_the_queue() -> None:
 
     assert 2000 <= host_microseconds(Spy(), call, calls=9, batch=4) < 20000
     assert calls == list(range(9)) and drained == [0, 4, 8, 9]
+
+
+@pytest.mark.torch
+def test_the_forced_kernel_is_forced_around_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    from benchmarks import rivals
+    from benchmarks.cases import check, make_inputs
+    from flashmoe_cupy.plan import kernels
+
+    library = rivals.LIBRARIES[OURS_SM80]
+    forced: list[str] = []
+
+    @contextlib.contextmanager
+    def only(name: str) -> Any:
+        forced.append(name)
+        yield
+        forced.append("free")
+
+    monkeypatch.setattr(kernels, "only", only, raising=False)
+    case = case_of("smoke", "causal_bf16")
+    inputs = make_inputs(case, "cpu", seed=1)
+    made = library.prepare(case, [inputs], rivals.Setup("cpu"))
+    assert forced == []  # nothing is held between the loops of calls
+    for _ in range(2):
+        with made.scope():
+            assert forced[-1] == "attention_fwd_sm80"
+            out = made.as_torch(made.run(0))
+        assert forced[-1] == "free"
+        assert check(case, inputs, out).passed
+
+
+@pytest.mark.torch
+def test_fa3_is_called_as_its_operator_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from benchmarks import rivals
+    from benchmarks.cases import make_inputs
+
+    calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
+
+    def operator(*arrays: Any, **keywords: Any) -> Any:
+        calls.append(([tuple(t.shape) for t in arrays], keywords))
+        return arrays[0], None, None, None
+
+    fake = SimpleNamespace(fwd=SimpleNamespace(default=operator))
+    monkeypatch.setattr(torch.ops, "flash_attn_3", fake, raising=False)
+    fa3, setup = rivals.LIBRARIES["fa3"], rivals.Setup("cpu")
+
+    def called(case: Case) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
+        made = fa3.prepare(case, [make_inputs(case, "cpu", seed=1)], setup)
+        made.as_torch(made.run(0))
+        return calls[-1]
+
+    plain = Case("x", "smoke", "", 2, 9, 9, 4, 2, 16, 16, dtype="float16", causal=True)
+    queries_first = [(2, 9, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16)]
+    assert called(plain) == (queries_first, {"is_causal": True})
+    assert called(plain._replace(layout="bhsd")) == (queries_first, {"is_causal": True})
+    band = {"is_causal": False, "window_size_left": 3, "window_size_right": 0}
+    assert called(plain._replace(window_size=(3, 0))) == (queries_first, band)
+    shapes, keywords = called(plain._replace(batch=2, seqlens=(4, 9)))
+    assert shapes == [(13, 4, 16), (13, 2, 16), (13, 2, 16)]
+    assert keywords["cu_seqlens_q"].tolist() == keywords["cu_seqlens_k"].tolist() == [0, 4, 13]
+    assert (keywords["max_seqlen_q"], keywords["max_seqlen_k"], keywords["is_causal"]) == (9, 9, True)
+    for case in SUITES["attention_forward_features"].cases:
+        assert bool(fa3.why_not(case, setup)) == (case.name in PLAIN_TWIN)
+    assert "head_dim_v" in fa3.why_not(plain._replace(head_dim=128, head_dim_v=64), setup)

@@ -150,6 +150,19 @@ def test_explain_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sm_90a" in text and "GFLOP" in text
 
 
+def test_explain_says_why_not_the_other_kernel() -> None:
+    def rejected(arch: str, **options: Any) -> tuple[str, str, str]:
+        (choice,) = service.explain(arch=arch, **options).choices
+        ((name, reason),) = choice.rejected
+        return choice.kernel, name, reason
+
+    special, general = KERNELS
+    assert rejected("sm_90a") == (special, general, f"{special} comes first")
+    for arch, options, word in (("sm_90a", {"dtype": "float32"}, "float32"), ("sm_80", {}, "sm_90a")):
+        kernel, name, reason = rejected(arch, **options)
+        assert (kernel, name) == (general, special) and word in reason
+
+
 def test_explain_gives_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("explain", "--d", "20", "--heads", "6", "--kv-heads", "4", "--softcap", "-1", "--arch", "sm_80")
     code, out, err = run(capsys, *argv)
@@ -347,9 +360,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["self_test"] and all(test["passed"] for test in data["self_test"])
     assert data["cache"]["path"] == str(_env.get().cache_dir)
     assert bool(data["devices"]) or data["driver"]["error"]
+    assert list(data["kernels"]) == list(KERNELS)
     code, out, _ = run(capsys, "info", "--no-test")
     assert code == 0 and "Self-test" not in out
-    for word in ("driver", "CuPy", "NVRTC", "torch", "jax", "Cache"):
+    for word in ("driver", "CuPy", "NVRTC", "torch", "jax", "Cache", *KERNELS):
         assert word in out
 
 

@@ -6,23 +6,27 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from test_problem import dense
 
-from flashmoe_cupy.jit import cache, compiler, source
-from flashmoe_cupy.plan.config import MAX_SMEM, AttentionConfig
+from flashmoe_cupy.jit import cache, compiler, source, tensormap
+from flashmoe_cupy.plan.attention import AttentionFwdSm90
+from flashmoe_cupy.plan.config import MAX_SMEM, Config
 from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, arch_for
 
 pytest.importorskip("cupy")
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("arch", ARCHS)
+PAIRS = [(name, arch) for name, kernel in KERNELS.items() for arch in ARCHS if kernel.configs(arch)]
+
+
+@pytest.mark.parametrize(("kernel", "arch"), PAIRS)
 def test_all_configurations(kernel: str, arch: str) -> None:
     spec = KERNELS[kernel]
     configs = spec.configs(arch)
     assert len({c.name for c in configs}) == len(configs) > 0
 
-    def build(config: AttentionConfig) -> list[str]:
+    def build(config: Config) -> list[str]:
         tu = spec.source(config)
         made = compiler.compile_cubin(tu, source.headers_for(tu), arch, cache.options(), config.name)
         bad = list(made.remarks)
@@ -42,27 +46,57 @@ def test_all_configurations(kernel: str, arch: str) -> None:
 def test_shared_memory_arithmetic(kernel: str) -> None:
     """The host's smem_bytes is the kernel's Smem::kBytes: a wrong number stops the compile."""
     spec = KERNELS[kernel]
-    for config in spec.configs("sm_80")[::5]:
-        tu = spec.source(config) + f"static_assert(Kernel::Smem::kBytes == {config.smem_bytes});\n"
-        compiler.compile_cubin(tu, source.headers_for(tu), "sm_80")
-        with pytest.raises(Exception, match=r"static assertion"):
-            compiler.compile_cubin(tu.replace(f"== {config.smem_bytes}", "== 1"), source.headers_for(tu), "sm_80")
+    arch = next(arch for name, arch in PAIRS if name == kernel)
+    text = f'#include "{spec.header}"\n'
+    for config in spec.configs(arch):
+        text += f"static_assert(fm::{config.struct}::Smem::kBytes == {config.smem_bytes});\n"
+    compiler.compile_cubin(text, source.headers_for(text), arch)
+    with pytest.raises(Exception, match=r"static assertion"):
+        compiler.compile_cubin(text.replace(f"== {config.smem_bytes}", "== 1"), source.headers_for(text), arch)
+
+
+def members(header: str, struct: str) -> list[tuple[str, str]]:
+    """(type, name) of each member of a struct, read from the C++ text."""
+    body = re.search(rf"struct {struct}\b[^{{;]*\{{(.*?)\}};", re.sub(r"//[^\n]*", "", header), re.S)
+    assert body is not None
+    found = []
+    for line in filter(str.strip, body[1].split(";")):
+        kind, names = re.fullmatch(r"\s*(?:const )?(\w+)(.*)", line, re.S).groups()  # type: ignore[union-attr]
+        found += [(kind, name.strip(" *\n")) for name in names.split(",")]
+    return found
 
 
 def test_params_layout() -> None:
     """The packer's fields are the C++ struct's, in its order and sizes; equal total size then forbids padding."""
     spec = KERNELS["attention_fwd_sm80"]
     text = f'#include "{spec.header}"\n'
-    header = re.sub(r"//[^\n]*", "", source.headers_for(text)["attention/params.cuh"])
-    body = re.search(r"struct AttentionFwdParams \{(.*?)\};", header, re.S)
-    assert body is not None
-    lines = [re.sub(r"^\s*(const )?\w+", "", line).split(",") for line in body[1].split(";")]
-    assert [name.strip(" *") for line in lines for name in line if name.strip()] == list(spec.fields)
+    header = source.headers_for(text)["attention/params.cuh"]
+    assert [name for _, name in members(header, "AttentionFwdParams")] == list(spec.fields)
     sizes = [8] * (len(spec.fields) - 16) + [4] * 16
     assert sum(sizes) == spec.params_size
     for name, size in zip(spec.fields, sizes, strict=True):
         text += f"static_assert(sizeof(fm::{spec.params}::{name}) == {size});\n"
     compiler.compile_cubin(text, source.headers_for(text), "sm_80")
+
+
+def test_params_layout_with_maps() -> None:
+    """Behind the base struct come the packer's ints without a gap, then the maps. NVRTC has no offsetof of its own."""
+    spec = AttentionFwdSm90()
+    text = f'#include "{spec.header}"\n'
+    ints = list(spec.extra(dense(), spec.choose(dense(), "sm_90a")))
+    maps = ["q_map", "k_map", "v_map", "out_map"]
+    header = source.headers_for(text)["attention/params.cuh"]
+    want = [("int", name) for name in ints] + [("TensorMap", name) for name in maps]
+    assert members(header, spec.params) == want
+    base = KERNELS["attention_fwd_sm80"].params_size
+    places = [(name, base + 4 * i) for i, name in enumerate(ints)]
+    places += [(name, spec.maps_at + tensormap.BYTES * i) for i, name in enumerate(maps)]
+    assert places[len(ints) - 1][1] + 4 <= spec.maps_at
+    text += "using P = fm::AttentionFwdSm90Params;\nstatic_assert(sizeof(fm::TensorMap) == 128);\n"
+    for name, offset in [*places, ("q", 0), ("softcap", base - 4)]:
+        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {offset});\n"
+    text += f"static_assert(sizeof(P) == {spec.params_size} && alignof(P) == {spec.params_align});\n"
+    compiler.compile_cubin(text, source.headers_for(text), "sm_90a")
 
 
 CAPABILITIES = [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120")]

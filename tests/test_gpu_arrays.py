@@ -31,7 +31,7 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.testing import TOLERANCES, AttentionCase, VarlenCase, relative_error, row_error
 
 torch = pytest.importorskip("torch")
-pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+pytestmark = [pytest.mark.gpu, pytest.mark.torch, pytest.mark.usefixtures("kernel")]
 
 HALVES = ("bfloat16", "float16")
 BASE = AttentionCase(37, 83, 2, 4, 2, 64, causal=True)

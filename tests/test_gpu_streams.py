@@ -47,6 +47,7 @@ def warm(case: Case) -> tuple[Arrays, Tensor, Tensor]:
 # streams
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("case", CASES, ids=["dense", "features", "packed", "fp32"])
 def test_torch_stream(case: Case) -> None:
     """Inputs arrive late on a side stream: the kernel waits for them there, and the host waits for nothing."""
@@ -68,6 +69,7 @@ def test_torch_stream(case: Case) -> None:
     assert same_bits(after, want) and same_bits(lse, want_lse)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_cupy_stream() -> None:
     """The same for CuPy's current stream, while torch's current stream is another one."""
     import cupy
@@ -89,6 +91,7 @@ def test_cupy_stream() -> None:
     assert same_bits(as_torch(out), want) and same_bits(as_torch(lse), want_lse)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_streams_run_beside_each_other() -> None:
     """Two threads, two streams, different problems: nobody's arguments reach the other's kernel."""
     from threading import Thread
@@ -115,6 +118,7 @@ def test_streams_run_beside_each_other() -> None:
 # determinism
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("case", CASES, ids=["dense", "features", "packed", "fp32"])
 def test_same_bits_every_run(case: Case) -> None:
     """50 runs while a second stream keeps the device busy: out and lse are equal to the bit."""
@@ -130,6 +134,7 @@ def test_same_bits_every_run(case: Case) -> None:
     assert differ == []
 
 
+@pytest.mark.usefixtures("kernel")
 def test_batch_does_not_change_a_sequence() -> None:
     """A sequence alone and the same sequence inside a batch."""
     t, want, want_lse = warm(DENSE)
@@ -143,6 +148,7 @@ def test_batch_does_not_change_a_sequence() -> None:
 # graphs
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("case", CASES, ids=["dense", "features", "packed", "fp32"])
 @pytest.mark.parametrize("given", [False, True], ids=["allocated", "given"])
 def test_torch_graph(case: Case, given: bool) -> None:
@@ -163,6 +169,7 @@ def test_torch_graph(case: Case, given: bool) -> None:
         assert same_bits(out, direct) and same_bits(lse, direct_lse)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_torch_graph_with_new_lengths() -> None:
     """The offsets of packed sequences are read when the graph is replayed."""
     t, want, _ = warm(PACKED)
@@ -179,6 +186,7 @@ def test_torch_graph_with_new_lengths() -> None:
     assert judge(other, t, out, lse) == []
 
 
+@pytest.mark.usefixtures("kernel")
 def test_cupy_graph() -> None:
     import cupy
 

@@ -9,6 +9,7 @@ kernels that they need at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 import flashmoe_cupy
+from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
 from flashmoe_cupy.testing import (
     TOLERANCES,
     AttentionCase,
@@ -171,8 +173,17 @@ def attention(case: Case, t: Arrays, **more: Any) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: str, seed: int = 0) -> list[str]:
-    """Run one problem and judge it: what is wrong with it, each line naming the case; empty when all is well."""
+    """Run one problem on each kernel that takes it and judge it: what is wrong, each line naming the case."""
     t = tensors(case, device, seed)
+    known, found = truth(case, t), []
+    for name in kernel_names(case) if device == "cuda" else ("",):
+        with only(name) if name else contextlib.nullcontext():
+            found += [f"{case} {name}: {line}" for line in check_once(case, t, known)]
+    return found
+
+
+def check_once(case: Case, t: Arrays, known: Truth) -> list[str]:
+    device = str(t["q"].device)
     shape = (*t["q"].shape[:-1], case.dim_v)
     guarded = Guarded.like(shape, t["q"].dtype, device)
     # freed at once: the library's own lse is then likely to be given this memory, so that an unwritten entry shows
@@ -180,25 +191,41 @@ def check(case: Case, device: str, seed: int = 0) -> list[str]:
     try:
         out, lse = attention(case, t, out=guarded.out)
     except flashmoe_cupy.errors.FlashMoEError as e:
-        return [f"{case}: {type(e).__name__}: {e}"]
+        return [f"{type(e).__name__}: {e}"]
     wrong = [] if out is guarded.out else ["out= was not handed back"]
     wrong += [] if guarded.intact() else ["wrote outside out"]
-    return [f"{case}: {w}" for w in (*wrong, *judge(case, t, out, lse))]
+    return wrong + judge(case, t, out, lse, known)
 
 
-def judge(case: Case, t: Arrays, out: Tensor, lse: Tensor) -> list[str]:
-    """What is wrong with a result, against the truth. Rows of a varlen result that do not count must still be NaN."""
-    exact = torch.float64 if case.dtype == "float32" else torch.float32
-    wrong = []
+class Truth(NamedTuple):
+    """What a problem's result is, what the low dtype can give of it, and which rows of a packed one count."""
+
+    out: Tensor
+    lse: Tensor
+    low: Tensor | None
+    counts: Tensor | None
+
+
+def truth(case: Case, t: Arrays, exact: Any = None) -> Truth:
+    """`exact`: the dtype to compute in, instead of one that is exact enough for the case's."""
+    low = None if case.dtype == "float32" else t["q"].dtype
+    exact = exact or (torch.float64 if low is None else torch.float32)
     if isinstance(case, VarlenCase):
-        ref, ref_lse, counts = attend_varlen(case, t, exact)
+        ref, lse, counts = attend_varlen(case, t, exact)
+        naive = None if low is None else attend_varlen(case, t, low)[0][counts]
+        return Truth(ref[counts], lse[:, counts], naive, counts)
+    naive = None if low is None else attend(**t, **case.options(), dtype=low)[0]
+    return Truth(*attend(**t, **case.options(), dtype=exact), naive, None)
+
+
+def judge(case: Case, t: Arrays, out: Tensor, lse: Tensor, known: Truth | None = None) -> list[str]:
+    """What is wrong with a result, against the truth. Rows of a varlen result that do not count must still be NaN."""
+    ref, ref_lse, low, counts = known or truth(case, t)
+    wrong = []
+    if counts is not None:
         if not bool(out[~counts].isnan().all()):
             wrong.append("wrote rows of out that belong to no query")
-        out, ref, lse, ref_lse = out[counts], ref[counts], lse[:, counts], ref_lse[:, counts]
-        low = attend_varlen(case, t, out.dtype)[0][counts] if case.dtype != "float32" else None
-    else:
-        ref, ref_lse = attend(**t, **case.options(), dtype=exact)
-        low = attend(**t, **case.options(), dtype=out.dtype)[0] if case.dtype != "float32" else None
+        out, lse = out[counts], lse[:, counts]
     return wrong + [v.text for v in verdicts(case, out, ref, low, lse, ref_lse) if not v]
 
 
@@ -257,30 +284,37 @@ def problem(case: Case) -> Any:
 
 
 def specialisations(cases: Iterable[tuple[Case, bool]], arch: str) -> dict[str, str]:
-    """Source -> name of each kernel that these problems, in 16-byte aligned memory or not, need on `arch`."""
-    from flashmoe_cupy.plan.kernels import KERNELS
-
+    """Source -> name of each kernel that takes these problems, in 16-byte aligned memory or not, on `arch`."""
     found = {}
     for case, aligned in cases:
         p = problem(case)
-        kernel = next((k for k in KERNELS.values() if not k.why_not(p, arch)), None)
-        if kernel is not None:
-            config = kernel.choose(p, arch, aligned)
-            found[kernel.source(config)] = f"{kernel.name} {config.name}"
+        for kernel in KERNELS.values():
+            if not kernel.why_not(p, arch, aligned):
+                config = kernel.choose(p, arch, aligned)
+                found[kernel.source(config)] = f"{kernel.name} {config.name}"
     return found
+
+
+@functools.cache
+def arch_here() -> str:
+    import cupy
+
+    digits = str(cupy.cuda.Device().compute_capability)
+    return arch_for((int(digits[:-1]), int(digits[-1])))
+
+
+def kernel_names(case: Case) -> list[str]:
+    """The kernels that take a problem, in aligned memory, on the device here; the library would choose the first."""
+    p = problem(case)
+    return [name for name, kernel in KERNELS.items() if not kernel.why_not(p, arch_here())]
 
 
 @functools.cache
 def compile_registered() -> int:
     """Compile the kernels of all registered problems, on all cores, for the device here; how many there are."""
-    import cupy
-
     from flashmoe_cupy.jit import cache
-    from flashmoe_cupy.plan.kernels import arch_for
 
-    digits = str(cupy.cuda.Device().compute_capability)
-    arch = arch_for((int(digits[:-1]), int(digits[-1])))
-    found = specialisations(_registered, arch)
+    found, arch = specialisations(_registered, arch_here()), arch_here()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda item: cache.get(item[0], item[1], arch), found.items()))
     return len(found)

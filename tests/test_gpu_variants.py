@@ -62,7 +62,7 @@ def mixtures(dtype: str) -> list[AttentionCase]:
 def wide(dtype: str) -> list[AttentionCase]:
     """The features at other head dimensions, with and without a bias, because that may take another kernel."""
     some: dict[str, Any] = {"softcap": 15.0, "sinks": "same", "alibi": "h", "window_size": (60, 20)}
-    dims = ((128, 128), (256, 256), (40, 40), (96, 96), (192, 128), (64, 256), (64, 512), (80, 24))
+    dims = ((128, 128), (256, 256), (40, 40), (96, 96), (192, 128), (192, 192), (64, 256), (64, 512), (80, 24))
     grid = itertools.product(SIZES[1:], dims, ("", "bhqk"))
     return [AttentionCase(q, k, 2, 6, 2, d, dv, dtype, bias=bias, **some) for (q, k), (d, dv), bias in grid]
 
@@ -235,26 +235,31 @@ def check_lowest_bias(device: str, dtype: str = "bfloat16") -> None:
         assert bool(out.isfinite().all()) and not bool(lse.isnan().any()), bias_dtype
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bias_strides(dtype: str) -> None:
     check_bias_strides("cuda", dtype)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])
 def test_masked_rows(dtype: str) -> None:
     check_masked_rows("cuda", dtype)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])
 def test_extreme_values(dtype: str) -> None:
     check_extreme_values("cuda", dtype)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])
 def test_nan_stays_in_its_row(dtype: str) -> None:
     check_nan_stays_in_its_row("cuda", dtype)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])
 def test_lowest_bias(dtype: str) -> None:
     check_lowest_bias("cuda", dtype)

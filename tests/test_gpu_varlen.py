@@ -173,12 +173,14 @@ def check_no_sequences(device: str, dtype: str = "bfloat16") -> None:
 CHECKS = (check_same_as_dense, check_rows_of_nobody, check_loose_maxima, check_no_sequences)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [*HALVES, "float32"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 def test_packing(check: Any, dtype: str) -> None:
     check("cuda", dtype)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_offsets_are_read_on_the_device_when_the_kernel_runs() -> None:
     """New lengths written into the same cu_seqlens take effect: nothing about them is kept from the call before."""
     case = VarlenCase((40, 60), (40, 60), heads_q=4)

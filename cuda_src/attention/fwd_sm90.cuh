@@ -43,12 +43,19 @@ struct AttentionFwdSm90 {
   using TileK = SmemTile<Element, kBlockN, div_up(kHeadDim, 64) * 64>;
   using TileV = SmemTile<Element, kBlockN, div_up(kHeadDimV, 64) * 64>;
 
+  // A consumer's part of a tile: the steps begin <= n < end. The others of the tile, where all its rows are masked, it lets pass, so
+  // many before and after its own; in steps first_whole <= n < last_whole no score of its rows is masked.
+  struct Steps {
+    int begin, end, skip_before, skip_after, first_whole, last_whole;
+    FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
+  };
   // One tile of queries. Written by the producer, read by the consumers.
   struct Work {
     BandMask band;
     int batch, head, head_k, m0, v_block;
     int q_row, k_row;    // rows of the arrays where the tile's first query and the sequence's first key lie
     int n_begin, n_end;  // key tiles; n_end 0: there is no more work
+    Steps steps[kConsumers];
   };
   struct Smem {
     static constexpr int kOutBytes = 4 * 4096;  // of one consumer: two panels of 16 x 64 for each warp
@@ -104,6 +111,7 @@ struct AttentionFwdSm90 {
     int round = 0;
     int batch = -1, begin = 0, end = 0;  // packed sequences: the one looked at, and the numbers of its tiles
     int q_row = 0, k_row = 0, seqlen_q, seqlen_k;
+    int skipped[kConsumers] = {};  // after the tile before
 
     FM_DEVICE explicit Cursor(const Params& p) : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {}
     FM_DEVICE void next_sequence(const Params& p) {
@@ -144,6 +152,16 @@ struct AttentionFwdSm90 {
     // A tile that sees no key still takes one step, whose scores are all masked.
     w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, at.seqlen_q) - 1) + 1, kBlockN));
     w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) {
+      // What is let pass between two products with V holds buffers: one has to stay free.
+      const int row = w.m0 + i * 64, seen = div_up(max(w.band.last(row + 63) + 1, 0), kBlockN);
+      const int before = max(0, min(min(w.n_end - seen, w.n_end - 1 - w.n_begin), kStages - 1 - at.skipped[i]));
+      const int after = min(max(0, min(w.n_end - before - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
+      const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
+      w.steps[i] = {w.n_begin + after, w.n_end - before, before, after, whole.first, whole.last};
+      at.skipped[i] = after;
+    }
   }
 
   // One thread. It reads what it needs from the published work: this warpgroup has given its registers away.
@@ -239,7 +257,7 @@ struct AttentionFwdSm90 {
     if (kInTurn && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
     rings.work.wait_full(works);
     if (s_works[0].n_end == 0) return;
-    Steps steps = steps_of(s_works[0], consumer, 0);
+    Steps steps = steps_of(s_works[0], consumer);
     int n = steps.end - 1;
     works.advance();
 
@@ -254,8 +272,7 @@ struct AttentionFwdSm90 {
     release(rings.k.empty(k.stage));
     k.advance();
     if (n == steps.begin) release(rings.q.empty(q.stage));
-    WholeTiles whole = whole_tiles<16, kBlockN>(s_works[0].band, s_works[0].m0 + tile_row);
-    change_scores(p, s_works[0], whole, r_s, tile_row, n);
+    change_scores(p, s_works[0], steps, r_s, tile_row, n);
     softmax.template raise_max<Variant::kWide>(r_s, Variant::scale(p), correction);
     softmax.template exponentiate<Variant::kWide>(r_s, Variant::scale(p));
     pack_scores(r_p, r_s[0]);
@@ -277,11 +294,10 @@ struct AttentionFwdSm90 {
         here = works.stage;
         if (s_works[here].n_end == 0) return false;
         skip = steps.skip_after;
-        steps = steps_of(s_works[here], consumer, skip);
+        steps = steps_of(s_works[here], consumer);
         n = steps.end;
         skip_k(rings, k, consumer, steps.skip_before);
         skip += steps.skip_before;
-        whole = whole_tiles<16, kBlockN>(s_works[here].band, s_works[here].m0 + tile_row);
         works.advance();
         q.advance();
         rings.q.wait_full(q);
@@ -312,7 +328,7 @@ struct AttentionFwdSm90 {
         softmax.finish(Variant::scale(p), sink_of(p, s_works[now]), out_scale, lse);
         softmax = OnlineSoftmax<1>();
       }
-      if (!kPlain || Variant::kScore) change_scores(p, s_works[here], whole, r_s, tile_row, n);
+      if (!kPlain || Variant::kScore) change_scores(p, s_works[here], steps, r_s, tile_row, n);
       softmax.template raise_max<Variant::kWide>(r_s, Variant::scale(p), correction);
       // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not over this branch.
       k_here = n > steps.begin;
@@ -333,7 +349,7 @@ struct AttentionFwdSm90 {
     while (step(Bool<false>())) {
       if constexpr (Variant::kWide) continue;  // a bias is slow to load and to compile: no second loop for it
 #pragma unroll 1
-      while (!pending && n > steps.begin && whole.contains(n - 1)) step(Bool<true>());
+      while (!pending && n > steps.begin && steps.whole(n - 1)) step(Bool<true>());
     }
 #pragma unroll 1
     for (bool finished = !pending;; finished = true) {
@@ -351,21 +367,9 @@ struct AttentionFwdSm90 {
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
-  // The steps begin <= n < end of one tile that a consumer takes part in. The others of its tile, where all its rows are masked, it
-  // lets pass: so many before and after its own.
-  struct Steps {
-    int begin, end, skip_before, skip_after;
-  };
-
-  // `skipped`: steps already let pass since the last product with V, whose buffers are not free yet. One buffer has to stay free.
-  FM_DEVICE static Steps steps_of(const Work& w, int consumer, int skipped) {
-    const int row = w.m0 + consumer * 64;
-    Steps s{w.n_begin, w.n_end, 0, 0};
-    s.skip_before = min(max(0, min(w.n_end - 1 - w.n_begin, w.n_end - div_up(max(w.band.last(row + 63) + 1, 0), kBlockN))), kStages - 1 - skipped);
-    s.end -= s.skip_before;
-    s.skip_after = min(max(0, min(s.end - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
-    s.begin += s.skip_after;
-    return {uniform(s.begin), uniform(s.end), uniform(s.skip_before), uniform(s.skip_after)};
+  FM_DEVICE static Steps steps_of(const Work& w, int consumer) {
+    const Steps& s = w.steps[consumer];
+    return {uniform(s.begin), uniform(s.end), uniform(s.skip_before), uniform(s.skip_after), uniform(s.first_whole), uniform(s.last_whole)};
   }
 
   FM_DEVICE static void skip_k(const Rings& rings, RingKV& k, int consumer, int count) {
@@ -436,9 +440,9 @@ struct AttentionFwdSm90 {
   }
 
   template <int kN>
-  FM_DEVICE static void change_scores(const Params& p, const Work& w, const WholeTiles& whole, float (&r_s)[1][kN][4], int tile_row, int n) {
+  FM_DEVICE static void change_scores(const Params& p, const Work& w, const Steps& steps, float (&r_s)[1][kN][4], int tile_row, int n) {
     if constexpr (Variant::kScore) Variant::apply(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
-    if (!whole.contains(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
+    if (!steps.whole(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
   }
 
   FM_DEVICE static float sink_of(const Params& p, const Work& w) {

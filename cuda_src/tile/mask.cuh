@@ -23,11 +23,10 @@ struct BandMask {
 // The tiles of kCols columns that the band leaves whole for kRows rows from `row` on: first <= n < last.
 struct WholeTiles {
   int first, last;
-  FM_DEVICE bool contains(int n) const { return first <= n && n < last; }
 };
 template <int kRows, int kCols>
 FM_DEVICE WholeTiles whole_tiles(const BandMask& band, int row) {
-  return {uniform(div_up(band.first(row + kRows - 1), kCols)), uniform(max(band.last(row) + 1, 0) / kCols)};
+  return {div_up(band.first(row + kRows - 1), kCols), max(band.last(row) + 1, 0) / kCols};
 }
 
 // Scores of a warp outside of the band become -inf; row, col are those of its 16 x (8 kN) tile.

@@ -1,0 +1,320 @@
+"""The registry: which kernel takes a problem and why not another one, its configuration, and what it hands the GPU."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from typing import Any
+
+import pytest
+from test_problem import array, dense, packed
+
+from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.attention import AttentionFwdSm80, AttentionFwdSm90, rows_aligned
+from flashmoe_cupy.plan.config import MAX_SMEM
+from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, choose_kernel, only
+from flashmoe_cupy.plan.problem import AttentionProblem
+
+SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"
+hopper = AttentionFwdSm90()
+
+
+def problem(
+    batch: int = 2, q: int = 300, k: int = 400, heads_q: int = 8, heads_k: int = 2, d: int = 128, dv: int = 0,
+    dtype: Any = BF16, **options: Any,
+) -> AttentionProblem:  # fmt: skip
+    return dense(
+        q=array(batch, q, heads_q, d, dtype=dtype), k=array(batch, k, heads_k, d, dtype=dtype),
+        v=array(batch, k, heads_k, dv or d, dtype=dtype), **options,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which kernel
+
+
+def test_special_kernels_come_first() -> None:
+    assert list(KERNELS) == [SM90, SM80]
+    assert [arch for arch in ARCHS if KERNELS[SM90].configs(arch)] == ["sm_90a"]
+    assert all(KERNELS[SM80].configs(arch) for arch in ARCHS)
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {}, {"causal": True}, {"window_size": (5, 6)}, {"softcap": 9.0}, {"softmax_scale": -1.0},
+    {"sinks": array(8, dtype=FP32)}, {"alibi_slopes": array(2, 8, dtype=FP32)},
+    {"bias": array(300, 400, dtype=FP32)}, {"dtype": FP16}, {"d": 8, "dv": 512}, {"d": 256}, {"heads_k": 8},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_hopper_gets_its_own_kernel(options: dict[str, Any]) -> None:
+    p = problem(**options)
+    assert rows_aligned(p)
+    assert choose_kernel(p, "sm_90a", True).name == SM90
+    assert choose_kernel(packed(), "sm_90a", True).name == SM90
+    for arch in ARCHS:
+        if arch != "sm_90a":
+            assert choose_kernel(p, arch, True).name == SM80
+            assert "sm_90a" in KERNELS[SM90].why_not(p, arch)[0]
+
+
+TURNED = (300 * 8 * 128, -8 * 128, 128, 1)
+REFUSED: tuple[tuple[AttentionProblem, bool, str], ...] = (
+    (problem(dtype=FP32), True, "float32"),
+    (problem(), False, "16 bytes"),
+    (problem(k=0), True, "is 0"),
+    (problem(q=0), True, "is 0"),
+    (problem(batch=0), True, "is 0"),
+    (problem(heads_q=0, heads_k=0), True, "is 0"),
+    (packed(k=array(0, 2, 64), v=array(0, 2, 32)), True, "is 0"),
+    (packed(max_seqlen_k=0), True, "is 0"),
+    (dense(q=array(2, 300, 8, 128, strides=TURNED), k=array(2, 9, 8, 128), v=array(2, 9, 8, 128)), True, "q has a"),
+    (dense(k=array(2, 7, 2, 64, strides=(2**40, 128, 64, 1))), True, "k has a"),
+    (dense(v=array(2, 7, 2, 32, strides=(448, 64, -32, 1))), True, "v has a"),
+    (dense(out=array(2, 5, 4, 32, strides=(2**40, 128, 32, 1))), True, "out has a"),
+    (problem(batch=2**15, q=2**18, heads_q=64, heads_k=1), True, "tiles"),
+)
+
+
+@pytest.mark.parametrize(("p", "aligned", "word"), REFUSED, ids=[f"{i}: {r[2]}" for i, r in enumerate(REFUSED)])
+def test_what_the_hopper_kernel_leaves_to_the_general_one(p: AttentionProblem, aligned: bool, word: str) -> None:
+    (reason,) = hopper.why_not(p, "sm_90a", aligned)
+    assert word in reason
+    if "tiles" not in word:
+        assert choose_kernel(p, "sm_90a", aligned).name == SM80
+
+
+def test_all_reasons_at_once() -> None:
+    assert len(hopper.why_not(problem(dtype=FP32, k=0), "sm_90a", False)) == 3
+    many = dense(k=array(2, 7, 2, 64, strides=(2**40, 128, 64, 1)), v=array(2, 7, 2, 32, strides=(448, -64, 32, 1)))
+    assert [reason[0] for reason in hopper.why_not(many, "sm_90a")] == ["k", "v"]
+
+
+def test_dimensions_of_one_may_have_any_stride() -> None:
+    """Nothing follows them, so a stride that TMA could not take does not matter."""
+    p = dense(
+        q=array(1, 1, 4, 64, strides=(-7, 3, 64, 1)), k=array(1, 7, 1, 64, strides=(2**50, 64, -1, 1)),
+        v=array(1, 7, 1, 32, strides=(1, 32, 1, 1)),
+    )  # fmt: skip
+    assert rows_aligned(p) and hopper.why_not(p, "sm_90a") == []
+    for one in hopper.map_arguments(p, hopper.choose(p, "sm_90a")):
+        assert all(stride > 0 and stride % 16 == 0 for stride in one.strides)
+
+
+def test_nothing_runs() -> None:
+    with pytest.raises(UnsupportedProblem, match=r"compute capability 8\.0") as caught:
+        choose_kernel(problem(), "sm_75", True)
+    assert "sm_75 is not supported" in caught.value.reasons[0] and len(caught.value.reasons) == 1
+
+
+def test_only() -> None:
+    calls: list[str] = []
+    kernels.forget.append(lambda: calls.append("forgotten"))
+    try:
+        with only(SM80):
+            assert choose_kernel(problem(), "sm_90a", True).name == SM80 and len(calls) == 1
+            with only(SM90):
+                assert choose_kernel(problem(), "sm_90a", True).name == SM90
+                with pytest.raises(UnsupportedProblem, match="float32"):
+                    choose_kernel(problem(dtype=FP32), "sm_90a", True)
+            assert choose_kernel(problem(), "sm_90a", True).name == SM80
+        assert choose_kernel(problem(), "sm_90a", True).name == SM90 and len(calls) == 4
+        with pytest.raises(KeyError), only("attention_fwd_sm10"):
+            pass
+        with pytest.raises(ZeroDivisionError), only(SM80):
+            raise ZeroDivisionError
+        assert choose_kernel(problem(), "sm_90a", True).name == SM90
+    finally:
+        kernels.forget.pop()
+
+
+def test_only_makes_remembered_plans_go() -> None:
+    import numpy as np
+
+    from flashmoe_cupy.ops import attention
+
+    q = np.zeros((1, 3, 2, 8), np.float32)
+    attention.flash_attention(q, q, q)
+    assert attention._plans
+    with only(SM80):
+        assert not attention._plans
+        attention.flash_attention(q, q, q)
+        assert attention._plans
+    assert not attention._plans
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configurations
+
+
+def test_hopper_configurations_are_legal() -> None:
+    for config in hopper.configs("sm_90a"):
+        assert config.smem_bytes <= MAX_SMEM["sm_90a"]
+        assert config.block_m % 64 == 0 and config.threads == 128 + 2 * config.block_m
+        assert config.block_n % 16 == 0 and config.block_n <= 256, "a box has at most 256 rows"
+        assert config.variant != "PlainScoresUnaligned" and config.element != "fp32"
+
+
+def test_shared_memory_by_hand() -> None:
+    """Two buffers of queries where they fit, one where not; rows are whole panels of 64; 16 KiB for 64 rows of out."""
+    by_name = {config.name: config for config in hopper.configs("sm_90a")}
+    tile, rest = 64 * 128, 2 * 16384 + 4 * (56 + 2 * 24) + 64 + 2 * 32
+    one, two = by_name["bf16 d128 128x160x2 PlainScores"], by_name["fp16 d64/256 128x64x2 ModifiedScores<true>"]
+    assert one.smem_bytes == 2 * 2 * tile + 2 * 2 * 160 * 256 + rest + 16
+    assert two.smem_bytes == 2 * 2 * tile + 2 * 64 * (128 + 512) + rest + 2 * 16
+    three = by_name["bf16 d64 192x128x3 PlainScores"].smem_bytes  # each consumer has its steps in the record
+    assert three == 2 * 3 * tile + 3 * 128 * 256 + 3 * 16384 + 4 * (56 + 3 * 24) + 16 * (2 + 2 * 3 + 4)
+    narrow = by_name["bf16 d96 128x128x2 PlainScores"]
+    assert narrow.smem_bytes == by_name["bf16 d128 128x128x2 PlainScores"].smem_bytes
+
+
+DIMS = (
+    ((8, 8), (64, 64)), ((64, 64), (64, 64)), ((64, 72), (96, 96)), ((64, 128), (128, 128)), ((64, 136), (64, 256)),
+    ((8, 512), (64, 256)), ((72, 64), (96, 96)), ((104, 104), (128, 128)), ((128, 256), (256, 256)),
+    ((136, 128), (192, 128)), ((192, 128), (192, 128)), ((192, 136), (192, 192)), ((160, 160), (192, 192)),
+    ((200, 8), (256, 256)), ((256, 512), (256, 256)), ((128, 512), (256, 256)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dims", "compiled"), DIMS, ids=str)
+def test_hopper_head_dims(dims: tuple[int, int], compiled: tuple[int, int]) -> None:
+    p = problem(d=dims[0], dv=dims[1])
+    config = hopper.choose(p, "sm_90a")
+    assert (config.head_dim, config.head_dim_v) == compiled
+    assert hopper.tiles(p, config) == -(-300 // config.block_m) * (-(-dims[1] // compiled[1])) * 8 * 2
+
+
+def tile(**options: Any) -> tuple[int, int, int]:
+    config = hopper.choose(problem(**options), "sm_90a")
+    assert config in hopper.configs("sm_90a")
+    return config.block_m, config.block_n, config.stages
+
+
+def test_rows_choose_the_tile_at_d_64() -> None:
+    """128 rows where 192 would leave clearly more of them empty."""
+    for q, rows in ((1, 128), (128, 128), (129, 192), (192, 192), (193, 128), (256, 128), (257, 192), (385, 192)):
+        assert tile(d=64, q=q) == (rows, 128, 3), q
+    assert {tile(d=64, q=q) for q in (1024, 10**6)} == {(192, 128, 3)}
+    assert {tile(d=64, q=q, softcap=1.0) for q in (1, 192, 10**6)} == {(128, 128, 3)}, "registers for changed scores"
+
+
+def test_keys_choose_the_tile_at_d_128() -> None:
+    """Wide tiles of keys from 2048 keys on that a query sees on average; how many queries there are does not matter."""
+    wide, narrow = (128, 160, 2), (128, 128, 2)
+    cases: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
+        (narrow, {"k": 2047}), (wide, {"k": 2048}), (wide, {"q": 1, "k": 2048}),
+        (narrow, {"k": 4095, "causal": True}), (wide, {"k": 4096, "causal": True}),
+        (narrow, {"k": 9000, "window_size": (1000, 1046)}), (wide, {"k": 9000, "window_size": (1000, 1047)}),
+        (narrow, {"k": 9000, "window_size": (2046, 0)}), (wide, {"k": 9000, "window_size": (2047, 0)}),
+        (narrow, {"k": 100, "window_size": (9000, 0)}), (wide, {"k": 9000, "window_size": (-1, 5)}),
+        (narrow, {"k": 9000, "softcap": 1.0}),
+    )  # fmt: skip
+    for want, options in cases:
+        assert tile(d=128, **options) == tile(d=128, **(options | {"q": 10**6})) == want, options
+
+
+def test_tiles_that_lengths_do_not_choose() -> None:
+    for d, dv in ((256, 256), (192, 128), (64, 256)):
+        assert len({tile(d=d, dv=dv, q=q, k=k) for q in (1, 5000) for k in (1, 400, 9000)}) == 1
+    for d in (8, 64, 96, 128, 192, 256):
+        for q, k in ((1, 1), (5000, 9000)):
+            assert tile(d=d, q=q, k=k, bias=array(1, 1, dtype=FP32)) == (128, 64, 2)
+
+
+def test_the_other_tile_is_a_reason() -> None:
+    for p, words in ((problem(q=5), "128x128 rather than 128x160"), (problem(d=64), "192x128 rather than 128x128")):
+        assert words in hopper.reasons(p, hopper.choose(p, "sm_90a"))[-1]
+    single = problem(d=256)
+    assert not any("rather" in reason for reason in hopper.reasons(single, hopper.choose(single, "sm_90a")))
+
+
+def test_every_choice_is_in_the_closed_set() -> None:
+    """All head dims, features, short and long lengths, on both kernels."""
+    features: tuple[dict[str, Any], ...] = ({}, {"softcap": 1.0}, {"bias": array(1, 1, dtype=FP32)})
+    lengths = ((1, 400), (2000, 4000))
+    for kernel in KERNELS.values():
+        used, every = set(), set(kernel.configs("sm_90a"))
+        grid = itertools.product(range(8, 257, 8), range(8, 513, 8), lengths, features, (BF16, FP16, FP32))
+        for d, dv, (q, k), options, dtype in grid:
+            p = problem(q=q, k=k, d=d, dv=dv, dtype=dtype, **options) if (d + dv) % 48 == 0 else None
+            if p is not None and not kernel.why_not(p, "sm_90a"):
+                used.add(kernel.choose(p, "sm_90a"))
+        assert used <= every
+        assert {c for c in every if "Unaligned" not in c.variant} == used
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the GPU gets
+
+
+def test_grid_and_section() -> None:
+    def numbers(p: AttentionProblem, sms: int) -> tuple[int, int, int]:
+        config = hopper.choose(p, "sm_90a")
+        return hopper.tiles(p, config), hopper.grid(p, config, sms), hopper.section(p, config, sms)
+
+    plain = problem(q=4096, k=4096)  # 32 tiles of queries, 16 heads in all
+    assert numbers(plain, 132) == (512, 132, 1), "all tiles take as long: head after head"
+    assert numbers(plain._replace(causal=True, window_right=0), 132) == (512, 132, 8), "two rounds of 132 in 32 tiles"
+    assert numbers(plain._replace(window_left=100), 132) == (512, 132, 8)
+    assert numbers(plain._replace(window_left=4096 + 4096), 132) == (512, 132, 1), "a window that hides nothing"
+    assert numbers(plain._replace(window_right=0), 1000) == (512, 512, 16)
+    assert numbers(problem(q=10**6, causal=True), 132)[2] == 1, "one head fills two rounds"
+    wide = problem(q=100, d=64, dv=512, causal=True)  # one tile of queries, two blocks of values
+    assert numbers(wide, 132) == (32, 32, 0), "few tiles in each head"
+    assert numbers(problem(q=600, k=600, causal=True), 132) == (80, 80, 16), "not more heads than there are"
+
+
+def test_tail_of_the_hopper_kernel() -> None:
+    """The general kernel's bytes, its own ints, zeros up to the maps."""
+    p = problem(q=4096, k=4096, causal=True)
+    config = hopper.choose(p, "sm_90a")
+    tail = hopper.pack_tail(p, config, True, 100)
+    base = AttentionFwdSm80().pack_tail(p, AttentionFwdSm80().choose(p, "sm_90a"), True)
+    assert len(tail) == hopper.maps_at - hopper.pointer_bytes == 288 and len(base) == 208
+    m_blocks = 18 * 8 + 4 * 8  # where the number of tiles lies, which differ
+    assert tail[:m_blocks] == base[:m_blocks] and tail[m_blocks + 4 : 208] == base[m_blocks + 4 :]
+    assert struct.unpack("i", tail[m_blocks : m_blocks + 4]) == (32,)
+    section = hopper.section(p, config, 100)
+    assert section > 1 and hopper.extra(p, config, 100) == {"tiles": 512, "batch": 2, "section": section, "ragged": 0}
+    assert struct.unpack("4i", tail[208:224]) == (512, 2, section, 0) and not any(tail[224:])
+    assert hopper.params_size == 896 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
+    assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
+
+
+def test_packed_sequences_have_their_own_order() -> None:
+    p = packed(causal=True)
+    extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
+    assert extra == {"tiles": p.batch * p.heads_q, "batch": p.batch, "section": 1, "ragged": 1}
+
+
+def test_maps_of_a_dense_problem() -> None:
+    p = problem(q=300, k=400, d=96, dv=64)
+    config = hopper.choose(p, "sm_90a")
+    q, k, v, out = hopper.map_arguments(p, config)
+    assert q == (BF16, (96, 4, 300, 2, 2), (192, 8 * 192, 4 * 192, 300 * 8 * 192), (64, 1, 64, 1, 1))
+    assert k == (BF16, (96, 400, 2, 2), (2 * 192, 192, 400 * 2 * 192), (64, config.block_n, 1, 1))
+    assert v == (BF16, (64, 400, 2, 2), (2 * 128, 128, 400 * 2 * 128), (64, config.block_n, 1, 1))
+    assert out == (BF16, (64, 300, 8, 2), (8 * 128, 128, 300 * 8 * 128), (64, 16, 1, 1))
+    assert AttentionFwdSm80().map_arguments(p, AttentionFwdSm80().choose(p, "sm_90a")) == ()
+
+
+def test_maps_of_other_layouts() -> None:
+    swapped = dense(q=array(2, 8, 300, 64), k=array(2, 8, 400, 64), v=array(2, 8, 400, 64), layout="bhsd")
+    q, k, _, out = hopper.map_arguments(swapped, hopper.choose(swapped, "sm_90a"))
+    assert q.dims == (64, 1, 300, 8, 2) and q.strides == (16, 128, 300 * 128, 8 * 300 * 128)
+    assert k.dims == (64, 400, 8, 2) and k.strides == (128, 400 * 128, 8 * 400 * 128)
+    assert out.dims == (64, 300, 8, 2) and out.strides == (128, 300 * 128, 8 * 300 * 128)
+    one = dense(k=array(2, 7, 2, 64, strides=(0, 64, 0, 1)), v=array(2, 7, 2, 32, strides=(0, 32, 0, 1)))
+    _, k, *_ = hopper.map_arguments(one, hopper.choose(one, "sm_90a"))
+    assert k.strides == (128, 0, 0) and hopper.why_not(one, "sm_90a") == [], "a broadcast head has stride 0"
+
+
+def test_maps_of_packed_sequences() -> None:
+    p = packed(seqused_k=array(3, dtype=INT32))
+    q, k, v, out = hopper.map_arguments(p, hopper.choose(p, "sm_90a"))
+    assert q.dims == (64, 2, 12, 2, 1) and q.strides == (128, 4 * 128, 2 * 128, 16)
+    assert k.dims == (64, 20, 2, 1) and k.strides == (2 * 128, 128, 16)
+    assert v.dims == (32, 20, 2, 1) and v.strides == (2 * 64, 64, 16)
+    assert out.dims == (32, 12, 4, 1) and out.strides == (4 * 64, 64, 16)
