@@ -51,8 +51,8 @@ _TILES_FP32 = {
 }
 
 _Tile = tuple[int, int, int]
-# (block_m, block_n, stages) of the Hopper kernel by compiled head dims; of two, the second is for short sequences. Measured on
-# an H100; benchmarks/NOTEBOOK.md has the candidates.
+# (block_m, block_n, stages) of the Hopper kernel by compiled head dims; of two, the second is for short sequences.
+# Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
 _TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
     (64, 64): ((192, 128, 3), (128, 128, 3)),
     (96, 96): ((128, 160, 2), (128, 128, 2)),
@@ -62,7 +62,7 @@ _TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
     (256, 256): ((128, 64, 2),),
     (64, 256): ((128, 80, 2),),
 }
-# Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly, by its size.
+# Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly.
 _TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
     ((64, 64), _SCORES): ((128, 128, 3),),
     ((96, 96), _SCORES): ((128, 128, 2),),
@@ -293,7 +293,7 @@ class AttentionFwdSm90(AttentionFwd):
         m_blocks, v_blocks = _blocks(p, config)
         if m_blocks >= 2 * sms:
             return 1  # one head fills two rounds
-        steps = [_key_tiles(p, config, m) + 1.0 for m in range(m_blocks)]  # opening and storing a tile is about one more
+        steps = [_key_tiles(p, config, m) + 1.0 for m in range(m_blocks)]  # opening a tile costs about one more
         per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / _heads_per_key(p) / v_blocks
         return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
 
