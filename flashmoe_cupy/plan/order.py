@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_FEW_TILES = 4  # tiles of queries up to which a head is not mixed with others: its keys are then read once
+_FEW_TILES = 4  # tiles of queries up to which heads may go one by one, so that their keys are read once
 _L2_BYTES = 36 << 20  # keys and values that the heads of a section may have; an H100 has 50 MiB of L2
 _ROUNDS = (2, 1, 3, 4, 5, 6, 8)  # rounds that the tiles of a section may fill; the first that is good enough
 _GOOD_ENOUGH = 0.01  # of the whole time
+_WORTH_ONE_READ = 0.03  # of it, for keys that are read from memory only once
 _MOST_TILES = 1 << 18  # beyond, the order hardly matters, and looking at it takes time
 
 
@@ -46,14 +47,17 @@ def loads(steps: Sequence[float], groups: int, blocks: int, section: int) -> np.
 def section(steps: Sequence[float], groups: int, blocks: int, bytes_per_group: float) -> int:
     """The section under which blocks have even work and L2 holds the keys. Arguments as for `loads`."""
     m_blocks = len(steps)
-    if m_blocks <= _FEW_TILES:
-        return 0
     sizes = [max(1, min(groups, round(k * blocks / m_blocks))) for k in _ROUNDS]
     sizes = [size for size in sizes if size * bytes_per_group <= _L2_BYTES] or sizes[:1]
+    few = m_blocks <= _FEW_TILES
     if m_blocks * groups > _MOST_TILES:
-        return sizes[0]
-    uneven = []
-    for size in sizes:
-        work = loads(steps, groups, blocks, size)
-        uneven.append(float(work.max() / work.mean()))
+        return 0 if few else sizes[0]
+    uneven = [_uneven(steps, groups, blocks, size) for size in sizes]
+    if few and _uneven(steps, groups, blocks, 0) <= min(uneven) + _WORTH_ONE_READ:
+        return 0
     return next(size for size, found in zip(sizes, uneven, strict=True) if found <= min(uneven) + _GOOD_ENOUGH)
+
+
+def _uneven(steps: Sequence[float], groups: int, blocks: int, size: int) -> float:
+    work = loads(steps, groups, blocks, size)
+    return float(work.max() / work.mean())
