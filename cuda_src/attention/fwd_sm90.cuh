@@ -28,7 +28,7 @@
 
 namespace fm {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kStages_, class Variant_, bool kInTurn_ = true>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kStages_, class Variant_>
 struct AttentionFwdSm90 {
   using Element = Element_;
   using Variant = Variant_;
@@ -36,7 +36,7 @@ struct AttentionFwdSm90 {
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr int kConsumers = kBlockM / 64, kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  static constexpr bool kInTurn = kInTurn_ && kConsumers > 1;
+  static constexpr bool kInTurn = kConsumers > 1;
   static constexpr int kWorks = 4;  // tiles that the producer may be ahead, and those that a consumer still needs
 
   using TileQ = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;  // of one consumer
@@ -171,7 +171,6 @@ struct AttentionFwdSm90 {
     RingKV k, v;
     RingWork works;
     Cursor at(p);
-    int now = 0;
     // Publishes the next tile of this block, or the end.
     auto open_work = [&] {
       rings.work.wait_empty(works);
@@ -181,26 +180,28 @@ struct AttentionFwdSm90 {
       works.advance();
       return stage;
     };
+    auto load_k = [&](const Work& w, int n) { load_keys<TileK>(p, w, p.k_map, rings.k, k, s_base + Smem::kK, 0, n); };
+    auto load_v = [&](const Work& w, int n) { load_keys<TileV>(p, w, p.v_map, rings.v, v, s_base + Smem::kV, w.v_block * kHeadDimV, n); };
     int next = open_work();
     int n_before = -1, before = 0;  // V comes one step later than K: it is needed one step later
     while (s_works[next].n_end != 0) {
-      now = next;
+      const int now = next;
       const Work& w = s_works[now];
       for (int n = w.n_end - 1; n >= w.n_begin; --n) {
-        load_k(p, w, rings, s_base, k, n);
-        if (n_before >= 0) load_v(p, s_works[before], rings, s_base, v, n_before);
-        if (n == w.n_end - 1) load_q(p, w, rings, s_base, q);
+        load_k(w, n);
+        if (n_before >= 0) load_v(s_works[before], n_before);
         n_before = n, before = now;
         if (n == w.n_end - 1) {
+          load_q(p, w, rings, s_base, q);
           next = open_work();  // one tile ahead, for the time that its queries take from memory
           if (s_works[next].n_end != 0) prefetch(p, s_works[next]);
         }
       }
     }
-    if (n_before >= 0) load_v(p, s_works[before], rings, s_base, v, n_before);
+    if (n_before >= 0) load_v(s_works[before], n_before);
   }
 
-  // Brings a tile's queries and first keys near.
+  // Brings a tile's queries as far as L2.
   FM_DEVICE static void prefetch(const Params& p, const Work& w) {
 #pragma unroll
     for (int part = 0; part < kConsumers * TileQ::kPanels; ++part)
@@ -220,24 +221,17 @@ struct AttentionFwdSm90 {
     q.advance();
   }
 
-  FM_DEVICE static void load_k(const Params& p, const Work& w, const Rings& rings, u32 s_base, RingKV& k, int n) {
-    rings.k.wait_empty(k);
-    mbarrier_arrive_expect_tx(rings.k.full(k.stage), TileK::kBytes);
+  // Tile n of K or V, from column `col` on.
+  template <class Tile>
+  FM_DEVICE static void load_keys(const Params& p, const Work& w, const TensorMap& map, const RingBarriers<kStages>& ring, RingKV& at, u32 s_tiles,
+                                  int col, int n) {
+    ring.wait_empty(at);
+    mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes);
 #pragma unroll
-    for (int panel = 0; panel < TileK::kPanels; ++panel)
-      tma_load_4d(s_base + Smem::kK + k.stage * TileK::kBytes + panel * TileK::kPanelBytes, p.k_map, rings.k.full(k.stage),
-                  createpolicy_evict_last(), panel * 64, w.k_row + n * kBlockN, w.head_k, batch_coordinate(p, w));
-    k.advance();
-  }
-
-  FM_DEVICE static void load_v(const Params& p, const Work& w, const Rings& rings, u32 s_base, RingKV& v, int n) {
-    rings.v.wait_empty(v);
-    mbarrier_arrive_expect_tx(rings.v.full(v.stage), TileV::kBytes);
-#pragma unroll
-    for (int panel = 0; panel < TileV::kPanels; ++panel)
-      tma_load_4d(s_base + Smem::kV + v.stage * TileV::kBytes + panel * TileV::kPanelBytes, p.v_map, rings.v.full(v.stage),
-                  createpolicy_evict_last(), w.v_block * kHeadDimV + panel * 64, w.k_row + n * kBlockN, w.head_k, batch_coordinate(p, w));
-    v.advance();
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+      tma_load_4d(s_tiles + at.stage * Tile::kBytes + panel * Tile::kPanelBytes, map, ring.full(at.stage), createpolicy_evict_last(),
+                  col + panel * 64, w.k_row + n * kBlockN, w.head_k, batch_coordinate(p, w));
+    at.advance();
   }
 
   // ---- consumer ----
