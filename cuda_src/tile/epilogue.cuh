@@ -18,7 +18,7 @@ struct RowsOut {
 
 // One warp writes its 16 x (8 kN) accumulator, scaled per row, as 16-bit values, through two 2 KiB panels of its own at s_panels
 // (a multiple of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one may begin, go by
-// ordinary stores. The panels are free again when the next call finds them so.
+// ordinary stores. A panel is written again only when its last store has been read: at the start both, later the older one.
 template <int kN, class E>
 FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4], const float (&row_scale)[2]) {
   using Panel = SmemTile<E, 16, 64>;
@@ -28,7 +28,7 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
 #pragma unroll
   for (int panel = 0; panel < div_up(kN, 8); ++panel) {
     const u32 s_panel = s_panels + (panel & 1) * Panel::kBytes;
-    if (lane == 0) bulk_wait_group_read<1>();
+    if (lane == 0) panel == 0 ? bulk_wait_group_read<0>() : bulk_wait_group_read<1>();
     __syncwarp();
 #pragma unroll
     for (int n = panel * 8; n < min_of(kN, panel * 8 + 8); n += 2) {
