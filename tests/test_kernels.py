@@ -86,6 +86,17 @@ def test_what_the_hopper_kernel_leaves_to_the_general_one(p: AttentionProblem, a
         assert choose_kernel(p, "sm_90a", aligned).name == SM80
 
 
+def test_what_was_passed_over() -> None:
+    """The reasons of faster kernels of that architecture, and of no others."""
+    general, turned = KERNELS[SM80], REFUSED[8][0]
+    (why,) = kernels.passed_over(general, turned, "sm_90a", True)
+    assert "q has a stride" in why
+    assert kernels.passed_over(general, turned, "sm_80", True) == []
+    assert kernels.passed_over(KERNELS[SM90], problem(), "sm_90a", True) == []
+    with only(SM80):
+        assert kernels.passed_over(general, turned, "sm_90a", True) == []
+
+
 def test_all_reasons_at_once() -> None:
     assert len(hopper.why_not(problem(dtype=FP32, k=0), "sm_90a", False)) == 3
     many = dense(k=array(2, 7, 2, 64, strides=(2**40, 128, 64, 1)), v=array(2, 7, 2, 32, strides=(448, -64, 32, 1)))

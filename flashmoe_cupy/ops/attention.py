@@ -307,7 +307,7 @@ _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before t
 _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
 kernels.forget.append(_plans.clear)
-_warned: set[str] = set()  # configurations whose slow loads were mentioned
+_warned: set[str] = set()  # configurations and reasons whose slowness was mentioned
 _launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched
 
 
@@ -343,6 +343,10 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
             "%s: rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart, so their elements "
             "are copied one by one; contiguous arrays are faster", problem.describe(),
         )  # fmt: skip
+    slow = kernels.passed_over(kernel, problem, arch, aligned) if aligned and problem.dtype is not dtypes.FP32 else []
+    if slow and problem.seqlen_k and problem.total_k and slow[0] not in _warned:
+        _warned.add(slow[0])
+        _env.log.warning("%s runs on the slower %s: %s", problem.describe(), kernel.name, "; ".join(slow))
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch
     tail = kernel.pack_tail(problem, config, aligned, sms)

@@ -41,6 +41,12 @@ def choose_kernel(problem: AttentionProblem, arch: str, aligned: bool) -> Attent
     raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
 
 
+def passed_over(kernel: AttentionFwd, problem: AttentionProblem, arch: str, aligned: bool) -> list[str]:
+    """Why faster kernels that `arch` has did not take the problem."""
+    before = _considered[: _considered.index(kernel)]
+    return [why for other in before if other.configs(arch) for why in other.why_not(problem, arch, aligned)]
+
+
 @contextmanager
 def only(name: str) -> Iterator[None]:
     """Within it `choose_kernel` knows one kernel. For tests and benchmarks, in one thread: the setting is global."""
