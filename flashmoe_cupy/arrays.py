@@ -404,14 +404,13 @@ def empty(like: View, shape: tuple[int, ...], dtype: DType) -> Any:
     return array if storage == to_numpy(dtype) else array.view(to_numpy(dtype))
 
 
-def full(like: View, shape: tuple[int, ...], dtype: DType, value: float) -> Any:
-    """Like `empty`, filled with `value` on the current stream."""
-    array = empty(like, shape, dtype)
+def fill(like: View, array: Any, value: float) -> None:
+    """Write `value` everywhere into an array that `empty` made, on the current stream."""
     if like.library == "torch":
-        return array.fill_(value)
+        array.fill_(value)
+        return
     with contextlib.nullcontext() if like.device < 0 else _cupy().cuda.Device(like.device):
         array.fill(value)
-    return array
 
 
 class _Interface:

@@ -171,7 +171,7 @@ def test_hopper_configurations_are_legal() -> None:
 def test_shared_memory_by_hand() -> None:
     """Two buffers of queries where they fit, one where not; rows are whole panels of 64; 16 KiB for 64 rows of out."""
     by_name = {config.name: config for config in hopper.configs("sm_90a")}
-    tile, rest = 64 * 128, 2 * 16384 + 4 * (56 + 2 * 24) + 64 + 2 * 32
+    tile, rest = 64 * 128, 2 * 16384 + 4 * (56 + 2 * 24) + 4 * 16 + 2 * 32
     one, two = by_name["bf16 d128 128x160x2 PlainScores"], by_name["fp16 d64/256 128x64x2 ModifiedScores<true>"]
     assert one.smem_bytes == 2 * 2 * tile + 2 * 2 * 160 * 256 + rest + 16
     assert two.smem_bytes == 2 * 2 * tile + 2 * 64 * (128 + 512) + rest + 2 * 16
@@ -204,11 +204,18 @@ def tile(**options: Any) -> tuple[int, int, int]:
 
 
 def test_rows_choose_the_tile_at_d_64() -> None:
-    """128 rows where 192 would leave clearly more of them empty."""
-    for q, rows in ((1, 128), (128, 128), (129, 192), (192, 192), (193, 128), (256, 128), (257, 192), (385, 192)):
-        assert tile(d=64, q=q) == (rows, 128, 3), q
-    assert {tile(d=64, q=q) for q in (1024, 10**6)} == {(192, 128, 3)}
-    assert {tile(d=64, q=q, softcap=1.0) for q in (1, 192, 10**6)} == {(128, 128, 3)}, "registers for changed scores"
+    """The rows of a tile by how many stay empty, and many of them with few keys where queries see few."""
+    wide, fine, low = (192, 128, 3), (256, 64, 4), (128, 128, 3)
+    for q, want in ((1, low), (128, low), (129, wide), (192, wide), (193, fine), (256, fine), (300, wide), (385, fine)):
+        assert tile(d=64, q=q, k=300) == want, q
+    cases: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
+        (fine, {"q": 512, "k": 512}), (fine, {"q": 1024, "k": 1024}), (wide, {"q": 2048, "k": 2048}),
+        (fine, {"q": 1024, "k": 1024, "causal": True}), (wide, {"q": 2048, "k": 2048, "causal": True}),
+        (fine, {"q": 10**6, "k": 10**6, "window_size": (127, 0)}), (wide, {"q": 10**6, "k": 10**6}),
+        (fine, {"q": 10**6, "k": 10**6, "softcap": 1.0}), (low, {"q": 1, "softcap": 1.0}),
+    )  # fmt: skip
+    for want, options in cases:
+        assert tile(d=64, **options) == want, options
 
 
 def test_keys_choose_the_tile_at_d_128() -> None:
@@ -235,7 +242,11 @@ def test_tiles_that_lengths_do_not_choose() -> None:
 
 
 def test_the_other_tile_is_a_reason() -> None:
-    for p, words in ((problem(q=5), "128x128 rather than 128x160"), (problem(d=64), "192x128 rather than 128x128")):
+    cases = (
+        (problem(q=5), "128x128 rather than 128x160"),
+        (problem(d=64, q=2048, k=2048), "192x128 rather than 256x64, 128x128"),
+    )
+    for p, words in cases:
         assert words in hopper.reasons(p, hopper.choose(p, "sm_90a"))[-1]
     single = problem(d=256)
     assert not any("rather" in reason for reason in hopper.reasons(single, hopper.choose(single, "sm_90a")))
@@ -244,7 +255,7 @@ def test_the_other_tile_is_a_reason() -> None:
 def test_every_choice_is_in_the_closed_set() -> None:
     """All head dims, features, short and long lengths, on both kernels."""
     features: tuple[dict[str, Any], ...] = ({}, {"softcap": 1.0}, {"bias": array(1, 1, dtype=FP32)})
-    lengths = ((1, 400), (2000, 4000))
+    lengths = ((1, 400), (200, 400), (2000, 4000))
     for kernel in KERNELS.values():
         used, every = set(), set(kernel.configs("sm_90a"))
         grid = itertools.product(range(8, 257, 8), range(8, 513, 8), lengths, features, (BF16, FP16, FP32))
@@ -288,8 +299,12 @@ def test_tail_of_the_hopper_kernel() -> None:
     assert tail[:m_blocks] == base[:m_blocks] and tail[m_blocks + 4 : 208] == base[m_blocks + 4 :]
     assert struct.unpack("i", tail[m_blocks : m_blocks + 4]) == (32,)
     section = hopper.section(p, config, 100)
-    assert section > 1 and hopper.extra(p, config, 100) == {"tiles": 512, "batch": 2, "section": section, "ragged": 0}
+    assert section > 1 and hopper.extra(p, config, 100) == {
+        "tiles": 512, "batch": 2, "section": section, "ragged": 0, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
+    }  # fmt: skip
     assert struct.unpack("4i", tail[208:224]) == (512, 2, section, 0) and not any(tail[224:])
+    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == 96 + 224, "8-byte words, behind the pointers"
+    assert hopper.pack_tail(packed(), config, True, 100, 3)[232:240] == struct.pack("2i", packed().total_q, 3)
     assert hopper.params_size == 896 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
     assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
 
@@ -297,7 +312,9 @@ def test_tail_of_the_hopper_kernel() -> None:
 def test_packed_sequences_have_their_own_order() -> None:
     p = packed(causal=True)
     extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
-    assert extra == {"tiles": p.batch * p.heads_q, "batch": p.batch, "section": 1, "ragged": 1}
+    assert extra == {"tiles": p.batch * p.heads_q, "batch": p.batch, "section": 1, "ragged": 1} | {
+        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0,
+    }  # fmt: skip
 
 
 def test_maps_of_a_dense_problem() -> None:

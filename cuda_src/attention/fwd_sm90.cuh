@@ -15,6 +15,7 @@
 #pragma once
 #include "attention/params.cuh"
 #include "attention/variant.cuh"
+#include "math/reduce.cuh"
 #include "math/softmax.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
@@ -35,9 +36,9 @@ struct AttentionFwdSm90 {
   using Params = AttentionFwdSm90Params;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr int kConsumers = kBlockM / 64, kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  static constexpr bool kInTurn = kConsumers > 1;
-  static constexpr int kWorks = 4;  // tiles that the producer may be ahead, and those that a consumer still needs
+  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 40, kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : 232;
+  static constexpr bool kInTurn = kConsumers == 2 || kConsumers == 3;  // four fill the gaps of each other by themselves
+  static constexpr int kWorks = 4;  // tiles that the scheduler may be ahead, and those that a consumer still needs
 
   using TileQ = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;  // of one consumer
   using TileK = SmemTile<Element, kBlockN, div_up(kHeadDim, 64) * 64>;
@@ -49,7 +50,7 @@ struct AttentionFwdSm90 {
     int begin, end, skip_before, skip_after, first_whole, last_whole;
     FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
   };
-  // One tile of queries. Written by the producer, read by the consumers.
+  // One tile of queries. Written by the scheduler, read by all.
   struct Work {
     BandMask band;
     int batch, head, head_k, m0, v_block;
@@ -59,7 +60,7 @@ struct AttentionFwdSm90 {
   };
   struct Smem {
     static constexpr int kOutBytes = 4 * 4096;  // of one consumer: two panels of 16 x 64 for each warp
-    static constexpr int kQ = 0, kRest = kStages * (TileK::kBytes + TileV::kBytes) + kConsumers * kOutBytes + 1024;
+    static constexpr int kQ = 0, kRest = kStages * (TileK::kBytes + TileV::kBytes) + kConsumers * kOutBytes + 1536;
     static constexpr int kQStages = 2 * kConsumers * TileQ::kBytes + kRest <= 227 * 1024 ? 2 : 1;
     static constexpr int kK = kQ + kQStages * kConsumers * TileQ::kBytes, kV = kK + kStages * TileK::kBytes;
     static constexpr int kOut = kV + kStages * TileV::kBytes, kWork = kOut + kConsumers * kOutBytes;
@@ -68,7 +69,7 @@ struct AttentionFwdSm90 {
     static constexpr int kBarriersV = kBarriersK + RingBarriers<kStages>::kBytes;
     static constexpr int kBarriersWork = kBarriersV + RingBarriers<kStages>::kBytes;
     static constexpr int kBytes = kBarriersWork + RingBarriers<kWorks>::kBytes;
-    static_assert(kBytes <= 227 * 1024 && kBytes - kWork <= 1024);
+    static_assert(kBytes <= 227 * 1024 && kBytes - kWork <= 1536);
   };
   using RingQ = Ring<Smem::kQStages>;
   using RingKV = Ring<kStages>;
@@ -97,104 +98,165 @@ struct AttentionFwdSm90 {
     const int warp = warp_id();
     if (warp < 4) {
       setmaxnreg_dec<kProducerRegisters>();
-      if (threadIdx.x == 0) produce(p, smem, rings, s_base);
+      if (warp == 0 && lane_id() == 0) produce(p, smem, rings, s_base);
+      if (warp == 1) schedule(p, smem, rings);
+      if (warp == 2 && p.clear_rest != 0) clear_rest(p);
     } else {
       setmaxnreg_inc<kConsumerRegisters>();
       consume(p, smem, rings, s_base, warp / 4 - 1);
     }
   }
 
-  // ---- producer ----
+  // ---- scheduler ----
 
-  // Where a block is in the order of tiles.
+  // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes look at one tile.
   struct Cursor {
     int round = 0;
-    int batch = -1, begin = 0, end = 0;  // packed sequences: the one looked at, and the numbers of its tiles
-    int q_row = 0, k_row = 0, seqlen_q, seqlen_k;
-    int skipped[kConsumers] = {};  // after the tile before
+    int next_batch = 0, tiles_seen = 0;  // sequences looked at so far, and the tiles of them all
+    int q_row = 0, k_row = 0, seqlen_q, seqlen_k, begin = 0, end = 0;  // the lane's sequence, and the numbers of its tiles
 
     FM_DEVICE explicit Cursor(const Params& p) : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {}
-    FM_DEVICE void next_sequence(const Params& p) {
-      ++batch;
-      q_row = p.cu_seqlens_q[batch], k_row = p.cu_seqlens_k[batch];
-      seqlen_q = p.cu_seqlens_q[batch + 1] - q_row, seqlen_k = p.cu_seqlens_k[batch + 1] - k_row;
-      if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[batch]);
-      if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[batch]);
-      begin = end, end += div_up(seqlen_q, kBlockM) * p.v_blocks * p.heads_q;
+    FM_DEVICE void next_sequences(const Params& p) {
+      const int batch = next_batch + lane_id();
+      next_batch += 32;
+      seqlen_q = seqlen_k = 0;
+      if (batch < p.batch) {
+        q_row = p.cu_seqlens_q[batch], k_row = p.cu_seqlens_k[batch];
+        seqlen_q = p.cu_seqlens_q[batch + 1] - q_row, seqlen_k = p.cu_seqlens_k[batch + 1] - k_row;
+        if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[batch]);
+        if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[batch]);
+      }
+      const int tiles = div_up(seqlen_q, kBlockM) * p.v_blocks * p.heads_q;
+      end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
+      tiles_seen = __shfl_sync(0xffffffffu, end, 31);
     }
   };
 
-  // The block's next tile, or n_end 0.
-  FM_DEVICE static void find_work(const Params& p, Cursor& at, Work& w) {
+  // One warp. It runs ahead of the producer, so that nobody waits for the arithmetic.
+  FM_DEVICE static void schedule(const Params& p, u8* smem, const Rings& rings) {
+    Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
+    RingWork works;
+    Cursor at(p);
+    const int consumer = lane_id();  // the one whose steps this lane works out
+    int skipped = 0;                 // by it after the tile before
+    for (bool found = true; found; works.advance()) {
+      rings.work.wait_empty(works);
+      Work& w = s_works[works.stage];
+      found = find_work(p, at, w);
+      if (consumer < kConsumers) {
+        w.steps[consumer] = steps_in(w, consumer, skipped);
+        skipped = w.steps[consumer].skip_after;
+      }
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.work.full(works.stage));
+    }
+    finish_counting(p);
+  }
+
+  // The number of the block's next tile. Lengths that only the device knows give no even order: blocks then take the next that is free.
+  FM_DEVICE static u32 next_index(const Params& p, int round) {
+    const u32 blocks = gridDim.x, block = blockIdx.x;
+    if (p.tile_counter == nullptr) return p.section == 0 ? round * blocks + block : snake(round, block, blocks);
+    if (round == 0) return block;
+    return blocks + __shfl_sync(0xffffffffu, lane_id() == 0 ? atomicAdd(p.tile_counter, 1) : 0, 0);
+  }
+
+  // The last block that has taken all its numbers leaves the counter as it was.
+  FM_DEVICE static void finish_counting(const Params& p) {
+    if (p.tile_counter == nullptr || lane_id() != 0 || atomicAdd(p.tile_counter + 1, 1) != static_cast<int>(gridDim.x) - 1) return;
+    p.tile_counter[0] = p.tile_counter[1] = 0;
+  }
+
+  // The block's next tile; all lanes write the same. False, and n_end 0: there is none.
+  FM_DEVICE static bool find_work(const Params& p, Cursor& at, Work& w) {
+    const u32 blocks = gridDim.x, heads = p.v_blocks * p.heads_q;
+    const u32 index = next_index(p, at.round++);
     w.n_end = 0;
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), round = at.round++, heads = p.v_blocks * p.heads_q;
-    const int index = p.section == 0 ? round * blocks + block : snake(round, block, blocks);
-    int group;  // v_block, head and batch
+    u32 group;  // v_block and head
     if (p.cu_seqlens_q == nullptr) {
-      if (index >= p.tiles) return;
-      const TileIndex tile = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
-      w.m0 = tile.m_block * kBlockM, group = tile.group;
-      w.batch = group / heads;
+      if (index >= p.tiles) return false;
+      const TileIndex place = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
+      w.batch = place.group / heads, group = place.group % heads;
+      w.m0 = place.m_block * kBlockM, w.q_row = w.m0, w.k_row = 0;
+      w.band.rows = p.seqlen_q, w.band.cols = p.seqlen_k;
     } else {
       // Sequence by sequence, in each the last rows first and all heads of a row together.
-      while (index >= at.end) {
-        if (at.batch + 1 == p.batch) return;
-        at.next_sequence(p);
+      while (index >= at.tiles_seen) {
+        if (at.next_batch >= p.batch) return false;
+        at.next_sequences(p);
       }
-      w.m0 = ((at.end - 1 - index) / heads) * kBlockM, group = (index - at.begin) % heads;
-      w.batch = at.batch;
+      const int lane = __popc(__ballot_sync(0xffffffffu, index >= at.end));
+      auto of_lane = [&](int x) { return __shfl_sync(0xffffffffu, x, lane); };
+      w.batch = at.next_batch - 32 + lane, group = (index - of_lane(at.begin)) % heads;
+      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = w.m0 + of_lane(at.q_row), w.k_row = of_lane(at.k_row);
+      w.band.rows = of_lane(at.seqlen_q), w.band.cols = of_lane(at.seqlen_k);
     }
-    w.v_block = group % p.v_blocks;
-    w.head = group / p.v_blocks % p.heads_q;
+    w.v_block = group % p.v_blocks, w.head = group / p.v_blocks;
     w.head_k = w.head / p.heads_per_key;
-    w.q_row = w.m0 + at.q_row, w.k_row = at.k_row;
-    w.band = BandMask{at.seqlen_q, at.seqlen_k, at.seqlen_k - at.seqlen_q, p.window_left, p.window_right};
+    w.band.shift = w.band.cols - w.band.rows, w.band.left = p.window_left, w.band.right = p.window_right;
     // A tile that sees no key still takes one step, whose scores are all masked.
-    w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, at.seqlen_q) - 1) + 1, kBlockN));
+    w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
     w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
-#pragma unroll
-    for (int i = 0; i < kConsumers; ++i) {
-      // What is let pass between two products with V holds buffers: one has to stay free.
-      const int row = w.m0 + i * 64, seen = div_up(max(w.band.last(row + 63) + 1, 0), kBlockN);
-      const int before = max(0, min(min(w.n_end - seen, w.n_end - 1 - w.n_begin), kStages - 1 - at.skipped[i]));
-      const int after = min(max(0, min(w.n_end - before - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
-      const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
-      w.steps[i] = {w.n_begin + after, w.n_end - before, before, after, whole.first, whole.last};
-      at.skipped[i] = after;
+    return true;
+  }
+
+  // The steps of one consumer. skipped: those it lets pass after the tile before.
+  FM_DEVICE static Steps steps_in(const Work& w, int consumer, int skipped) {
+    // What is let pass between two products with V holds buffers: one has to stay free.
+    const int row = w.m0 + consumer * 64, seen = div_up(max(w.band.last(row + 63) + 1, 0), kBlockN);
+    const int before = max(0, min(min(w.n_end - seen, w.n_end - 1 - w.n_begin), kStages - 1 - skipped));
+    const int after = min(max(0, min(w.n_end - before - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
+    const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
+    return {w.n_begin + after, w.n_end - before, before, after, whole.first, whole.last};
+  }
+
+  // One warp. Rows of no sequence: before and between the used parts of sequences, and behind the last one.
+  FM_DEVICE static void clear_rest(const Params& p) {
+    for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x) {
+      int row = 0;
+      if (gap > 0) {
+        const int begin = p.cu_seqlens_q[gap - 1], rows = p.cu_seqlens_q[gap] - begin;
+        row = begin + (p.seqused_q == nullptr ? rows : min(rows, p.seqused_q[gap - 1]));
+      }
+      const int end = gap < p.batch ? p.cu_seqlens_q[gap] : p.total_q;
+      for (; row < end; ++row)
+        for (int head = 0; head < p.heads_q; ++head) {
+          uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + row * p.out_stride_s + head * p.out_stride_h);
+          if (p.clear_rest & 1)
+            for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32) g_row[chunk] = make_uint4(0, 0, 0, 0);
+          if ((p.clear_rest & 2) && lane_id() == 0) p.lse[head * p.lse_stride_h + row] = -infinity();
+        }
     }
   }
 
-  // One thread. It reads what it needs from the published work: this warpgroup has given its registers away.
+  // ---- producer ----
+
+  // One thread.
   FM_DEVICE static void produce(const Params& p, u8* smem, const Rings& rings, u32 s_base) {
-    Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
+    const Work* s_works = reinterpret_cast<const Work*>(smem + Smem::kWork);
     RingQ q;
     RingKV k, v;
     RingWork works;
-    Cursor at(p);
-    // Publishes the next tile of this block, or the end.
-    auto open_work = [&] {
-      rings.work.wait_empty(works);
-      const int stage = works.stage;
-      find_work(p, at, s_works[stage]);
-      mbarrier_arrive(rings.work.full(stage));
-      works.advance();
-      return stage;
-    };
     auto load_k = [&](const Work& w, int n) { load_keys<TileK>(p, w, p.k_map, rings.k, k, s_base + Smem::kK, 0, n); };
     auto load_v = [&](const Work& w, int n) { load_keys<TileV>(p, w, p.v_map, rings.v, v, s_base + Smem::kV, w.v_block * kHeadDimV, n); };
-    int next = open_work();
     int n_before = -1, before = 0;  // V comes one step later than K: it is needed one step later
-    while (s_works[next].n_end != 0) {
-      const int now = next;
+    rings.work.wait_full(works);
+    if (Smem::kQStages == 2 && s_works[works.stage].n_end != 0) load_q(p, s_works[works.stage], rings, s_base, q);
+    while (s_works[works.stage].n_end != 0) {
+      const int now = works.stage;
       const Work& w = s_works[now];
+      // With two buffers the queries of the next tile come as soon as those of the tile before are done with: when its last keys are.
+      const int n_look_ahead = Smem::kQStages == 2 ? max(w.n_end - kStages, w.n_begin) : w.n_end - 1;
       for (int n = w.n_end - 1; n >= w.n_begin; --n) {
         load_k(w, n);
         if (n_before >= 0) load_v(s_works[before], n_before);
         n_before = n, before = now;
-        if (n == w.n_end - 1) {
-          load_q(p, w, rings, s_base, q);
-          next = open_work();  // one tile ahead, for the time that its queries take from memory
-          if (s_works[next].n_end != 0) prefetch(p, s_works[next]);
+        if (n == n_look_ahead) {
+          if (Smem::kQStages == 1) load_q(p, w, rings, s_base, q);
+          works.advance();
+          rings.work.wait_full(works);
+          const Work& next = s_works[works.stage];
+          if (next.n_end != 0) Smem::kQStages == 2 ? load_q(p, next, rings, s_base, q) : prefetch_q(p, next);
         }
       }
     }
@@ -202,7 +264,7 @@ struct AttentionFwdSm90 {
   }
 
   // Brings a tile's queries as far as L2.
-  FM_DEVICE static void prefetch(const Params& p, const Work& w) {
+  FM_DEVICE static void prefetch_q(const Params& p, const Work& w) {
 #pragma unroll
     for (int part = 0; part < kConsumers * TileQ::kPanels; ++part)
       tma_prefetch_5d(p.q_map, part % TileQ::kPanels * 64, w.head % p.heads_per_key, w.q_row + part / TileQ::kPanels * 64, w.head_k, batch_coordinate(p, w));
@@ -311,8 +373,9 @@ struct AttentionFwdSm90 {
       if (!v_here) rings.v.wait_full(v);
       if (!kPlain && tail) clear_tail(s_base, consumer, v, tail);
       wgmma_fence();
-      multiply_pv(r_out[0], r_p, s_base, v, !kPlain && fresh);
-      if (kInTurn && (kPlain || !pending)) barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
+      multiply_pv(r_out[0], r_p, s_base, v, !kPlain && fresh, [&] {
+        if (kInTurn && (kPlain || !pending)) barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
+      });
       wgmma_wait_group<1>(r_s[0]);
       release(rings.k.empty(k.stage));
       k.advance();
@@ -351,7 +414,7 @@ struct AttentionFwdSm90 {
         rings.v.wait_full(v);
         if (tail) clear_tail(s_base, consumer, v, tail);
         wgmma_fence();
-        multiply_pv(r_out[0], r_p, s_base, v, fresh);
+        multiply_pv(r_out[0], r_p, s_base, v, fresh, [] {});
         wgmma_wait_group<0>(r_out[0]);
         softmax.finish(Variant::scale(p), sink_of(p, s_works[now]), out_scale, lse);
       }
@@ -404,10 +467,16 @@ struct AttentionFwdSm90 {
     wgmma_commit_group();
   }
 
-  FM_DEVICE static void multiply_pv(float (&r_out)[kHeadDimV / 8][4], const u32 (&r_p)[kBlockN / 16][4], u32 s_base, const RingKV& v, bool fresh) {
+  // pass_turn() comes before the last products: handing over takes about as long as they do.
+  template <class F>
+  FM_DEVICE static void multiply_pv(float (&r_out)[kHeadDimV / 8][4], const u32 (&r_p)[kBlockN / 16][4], u32 s_base, const RingKV& v, bool fresh,
+                                    F&& pass_turn) {
     const u64 b = wgmma_descriptor(s_base + Smem::kV + v.stage * TileV::kBytes, TileV::kPanelBytes);
 #pragma unroll
-    for (int i = 0; i < kBlockN / 16; ++i) Wgmma<Element, kHeadDimV, true>::rs(r_out, r_p[i], b + (i * 16 * TileV::kRowBytes >> 4), i != 0 || !fresh);
+    for (int i = 0; i < kBlockN / 16; ++i) {
+      if (i == kBlockN / 16 - 2) pass_turn();
+      Wgmma<Element, kHeadDimV, true>::rs(r_out, r_p[i], b + (i * 16 * TileV::kRowBytes >> 4), i != 0 || !fresh);
+    }
     wgmma_commit_group();
   }
 

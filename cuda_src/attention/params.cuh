@@ -33,6 +33,9 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int tiles, batch;      // tiles = m_blocks * v_blocks * heads_q * batch; packed sequences have at most so many
   int section;           // heads (of the whole batch) that are worked on together, so that L2 holds their keys; 0: one after the other
   int ragged;            // rows that exist may follow the last key of a sequence
+  int* tile_counter;     // two zeros, which the kernel leaves as zeros; null: every block knows its tiles from the start
+  int total_q;           // packed sequences: rows of q and out
+  int clear_rest;        // rows of no sequence get 0 in out (1), -inf in lse (2), both (3) or are left alone (0)
   TensorMap q_map;                          // (head_dim, heads_per_key, seqlen_q, heads_k, batch)
   TensorMap k_map, v_map;                   // (head_dim, seqlen_k, heads_k, batch)
   TensorMap out_map;                        // (head_dim_v, seqlen_q, heads_q, batch)

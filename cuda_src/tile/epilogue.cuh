@@ -28,8 +28,10 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
 #pragma unroll
   for (int panel = 0; panel < div_up(kN, 8); ++panel) {
     const u32 s_panel = s_panels + (panel & 1) * Panel::kBytes;
-    if (lane == 0) panel == 0 ? bulk_wait_group_read<0>() : bulk_wait_group_read<1>();
-    __syncwarp();
+    if (panel != 1) {
+      if (lane == 0) panel == 0 ? bulk_wait_group_read<0>() : bulk_wait_group_read<1>();
+      __syncwarp();
+    }
 #pragma unroll
     for (int n = panel * 8; n < min_of(kN, panel * 8 + 8); n += 2) {
       const u32 r[4] = {pack2<E>(d[n][0] * row_scale[0], d[n][1] * row_scale[0]), pack2<E>(d[n][2] * row_scale[1], d[n][3] * row_scale[1]),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
-from flashmoe_cupy.jit import cache, tensormap
+from flashmoe_cupy.jit import cache, counters, tensormap
 from flashmoe_cupy.jit.cache import Entry
 from flashmoe_cupy.jit.source import ENTRY
 from flashmoe_cupy.jit.tensormap import TensorMap
@@ -127,6 +127,8 @@ class Launch(NamedTuple):
 
     head packs the pointers at the start of Params; tail is the rest of it. check: synchronise after each launch.
     maps: (8-byte word of Params, pointer that is stored there), for the addresses inside of tensor maps.
+    counter: 8-byte word of Params for the address of a counter (`jit.counters`); 0: the kernel wants none.
+    clears: the kernel itself writes the rows of no sequence.
     """
 
     device: int
@@ -138,6 +140,8 @@ class Launch(NamedTuple):
     tail: bytes
     check: bool
     maps: tuple[tuple[int, int], ...] = ()
+    counter: int = 0
+    clears: bool = False
 
 
 _MAX_ENCODED = 64  # sets of encoded maps that one launch remembers, where addresses cannot be stored
@@ -214,7 +218,7 @@ _local = _Local()
 
 def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
     """Queue one kernel; nothing is waited for. The driver copies the parameters before it returns."""
-    device, function, grid, threads, smem, head, tail, synchronise, maps = kernel
+    device, function, grid, threads, smem, head, tail, synchronise, maps, counter, _ = kernel
     buffer = _local.buffer
     view = buffer.view
     head(view, 0, *pointers)
@@ -227,6 +231,8 @@ def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
         for word, index in maps:
             words[word] = pointers[index]
     if buffer.bound == device:
+        if counter:
+            buffer.words[counter] = counters.counter(_runtime, device, stream)
         _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
     else:
         _launch_on(kernel, stream, buffer)
@@ -239,6 +245,8 @@ def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
     before = _runtime.getDevice()
     _runtime.setDevice(kernel.device)
     try:
+        if kernel.counter:
+            buffer.words[kernel.counter] = counters.counter(_runtime, kernel.device, stream)
         _driver.launchKernel(
             kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.smem, stream, buffer.address, 0
         )

@@ -35,7 +35,7 @@ def encode(of: TensorMap, address: int) -> bytes:
     rank = len(of.dims)
     storage = ctypes.create_string_buffer(2 * BYTES)
     start = -ctypes.addressof(storage) % BYTES
-    code = _driver().cuTensorMapEncodeTiled(
+    code = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(storage) + start), _CODES[of.dtype], rank, ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*of.dims), (ctypes.c_uint64 * (rank - 1))(*of.strides),
         (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B, _L2_128B, 0,
@@ -57,7 +57,8 @@ def template(of: TensorMap) -> bytes | None:
     return one
 
 
-def _driver() -> Any:
+def driver() -> Any:
+    """The CUDA driver library, for what CuPy does not wrap. Raises DependencyError when there is none."""
     global _cuda
     if _cuda is None:
         try:

@@ -174,7 +174,7 @@ def flash_attention_varlen(
             seqused_q=uq, seqused_k=uk, causal=causal, window_size=window_size, softmax_scale=softmax_scale,
             softcap=softcap, sinks=vs, alibi_slopes=va, out=vo,
         )  # fmt: skip
-        plan = _remember(key, _Plan(problem, vq, "packed", bool(return_lse)))
+        plan = _remember(key, _Plan(problem, vq, "packed", bool(return_lse), vo is None))
     return plan.run(vq, vk, vv, vo, (None, va, vs, cq, ck, uq, uk), out)
 
 
@@ -206,13 +206,17 @@ class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
     __slots__ = (
-        "aligned", "empty_output", "last", "lse_shape", "out_shape", "out_strides", "problem", "ready", "return_lse",
-        "swap",
+        "aligned", "clear_rest", "empty_output", "last", "lse_shape", "out_shape", "out_strides", "problem", "ready",
+        "return_lse", "swap",
     )  # fmt: skip
 
-    def __init__(self, problem: AttentionProblem, like: View | None, layout: str, return_lse: bool) -> None:
+    def __init__(
+        self, problem: AttentionProblem, like: View | None, layout: str, return_lse: bool, new_out: bool = False
+    ) -> None:
         p = problem
         self.problem = p
+        # Rows outside of every sequence are nobody's work, but what is new starts defined: 1 out, 2 lse.
+        self.clear_rest = (int(new_out) | 2 * int(return_lse)) if p.varlen else 0
         self.return_lse = return_lse
         self.swap = layout == "bhsd"
         self.out_shape: tuple[int, ...] = (p.batch, p.seqlen_q, p.heads_q, p.head_dim_v)
@@ -236,21 +240,23 @@ class _Plan:
         if q.device < 0:
             return self._run_on_host(q, k, v, out_view, optional, out)
         if out_view is None:
-            # Rows outside of every sequence are nobody's work, so a new packed output starts defined.
-            make = arrays.full if self.problem.varlen else arrays.empty
-            fill = (0.0,) if self.problem.varlen else ()
-            out = make(q, self.out_shape, q.dtype, *fill)
+            out = arrays.empty(q, self.out_shape, q.dtype)
             out_pointer = view(out, "out").ptr
         else:
             out_pointer = out_view.ptr
         lse, lse_pointer = None, 0
         if self.return_lse:
-            infinity = (-np.inf,) if self.problem.varlen else ()
-            lse = (arrays.full if self.problem.varlen else arrays.empty)(q, self.lse_shape, dtypes.FP32, *infinity)
+            lse = arrays.empty(q, self.lse_shape, dtypes.FP32)
             lse_pointer = view(lse, "lse").ptr
+        pointers = (q.ptr, k.ptr, v.ptr, out_pointer, lse_pointer, *[0 if x is None else x.ptr for x in optional])
+        stream = arrays.stream(q)
+        if self.clear_rest and (self.empty_output or not self._launch_for(q.device, stream, pointers).clears):
+            if out_view is None:
+                arrays.fill(q, out, 0.0)
+            if lse is not None:
+                arrays.fill(q, lse, -np.inf)
         if not self.empty_output:
-            extra = tuple([0 if x is None else x.ptr for x in optional])
-            self.launch(q.device, arrays.stream(q), (q.ptr, k.ptr, v.ptr, out_pointer, lse_pointer, *extra))
+            self.launch(q.device, stream, pointers)
             if q.library in _BORROWED:
                 arrays.keep_until_done([q, k, v, *[x for x in optional if x is not None]])
         return (out, lse) if self.return_lse else out
@@ -275,13 +281,18 @@ class _Plan:
 
     def launch(self, device: int, stream: int, pointers: tuple[int, ...]) -> None:
         """Queue the kernel; compiles and loads it first if this is its first use."""
+        ready = self._launch_for(device, stream, pointers)
+        _launch(ready, pointers, stream)
+
+    def _launch_for(self, device: int, stream: int, pointers: tuple[int, ...]) -> Launch:
         aligned = self.aligned and not (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15
         ready = self.ready.get((device, aligned))
         if ready is None:
-            ready = self.ready[device, aligned] = _prepare(self.problem, device, stream, aligned)
+            ready = _prepare(self.problem, device, stream, aligned, self.clear_rest)
+            self.ready[device, aligned] = ready
         if aligned:
             self.last = ready
-        _launch(ready, pointers, stream)
+        return ready
 
     def _run_on_host(
         self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any
@@ -327,7 +338,9 @@ def _remember(key: Any, plan: _Plan) -> _Plan:
     return plan
 
 
-def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned: bool) -> Launch:
+def _prepare(
+    problem: AttentionProblem, device: int, stream: int | None, aligned: bool, clear_rest: int = 0
+) -> Launch:
     """Choose, compile (or find) and load the kernel for a problem on a device."""
     global _launch
     from flashmoe_cupy.jit import launch
@@ -349,10 +362,10 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
         _env.log.warning("%s runs on the slower %s: %s", problem.describe(), kernel.name, "; ".join(slow))
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch
-    tail = kernel.pack_tail(problem, config, aligned, sms)
+    tail = kernel.pack_tail(problem, config, aligned, sms, clear_rest)
     ready = launch.Launch(
         device, loaded.function, kernel.grid(problem, config, sms), config.threads, config.smem_bytes,
-        kernel.pack_pointers, tail, _env.get().check,
+        kernel.pack_pointers, tail, _env.get().check, (), kernel.counter_at(problem) // 8, kernel.clears,
     )  # fmt: skip
     return launch.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(problem, config))
 

@@ -54,7 +54,7 @@ _Tile = tuple[int, int, int]
 # (block_m, block_n, stages) of the Hopper kernel by compiled head dims; of two, the second is for short sequences.
 # Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
 _TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
-    (64, 64): ((192, 128, 3), (128, 128, 3)),
+    (64, 64): ((192, 128, 3), (256, 64, 4), (128, 128, 3)),
     (96, 96): ((128, 160, 2), (128, 128, 2)),
     (128, 128): ((128, 160, 2), (128, 128, 2)),
     (192, 128): ((128, 112, 2),),
@@ -64,13 +64,14 @@ _TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
 }
 # Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly.
 _TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
-    ((64, 64), _SCORES): ((128, 128, 3),),
+    ((64, 64), _SCORES): ((256, 64, 4), (128, 128, 3)),
     ((96, 96), _SCORES): ((128, 128, 2),),
     ((128, 128), _SCORES): ((128, 128, 2),),
     **{(dims, _BIAS): ((128, 64, 2),) for dims in _TILES_SM90},
 }
 _MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last tile
 _MANY_KEYS = 2048  # keys that a query sees on average, from which wider tiles of keys pay
+_WIDE_TILE_KEYS = 1024  # the same, at d 64, for 192 queries by 128 keys against 256 by 64
 
 _POINTERS = (
     "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks",
@@ -87,6 +88,7 @@ _TAIL_FIELDS = (
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(_POINTERS)}Q")
 _TAIL = struct.Struct("18q14i2f")
+_EXTRA = struct.Struct("4iQ2i")  # what the Hopper kernel has beyond them
 
 
 class AttentionFwd(ABC):
@@ -101,6 +103,7 @@ class AttentionFwd(ABC):
     fields = _POINTERS + _TAIL_FIELDS
     pack_pointers = _HEAD.pack_into
     pointer_bytes = _HEAD.size
+    clears = False  # whether the kernel can write the rows of no sequence
 
     @abstractmethod
     def configs(self, arch: str) -> Sequence[Config]:
@@ -150,8 +153,18 @@ class AttentionFwd(ABC):
         """Blocks of a launch on a device of `sms` multiprocessors."""
         return self.tiles(problem, config)
 
-    def pack_tail(self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS) -> bytes:  # noqa: ARG002
-        """The bytes of Params between the pointers and the tensor maps: the same for every call with this problem."""
+    def pack_tail(
+        self,
+        p: AttentionProblem,
+        config: Config,
+        aligned: bool,
+        sms: int = DEFAULT_SMS,  # noqa: ARG002
+        clear_rest: int = 0,  # noqa: ARG002
+    ) -> bytes:
+        """The bytes of Params between the pointers and the tensor maps: the same for every call with this problem.
+
+        clear_rest: 1 to write the rows of no sequence in out, 2 in lse, 3 in both; for kernels that have `clears`.
+        """
         m_blocks, v_blocks = _blocks(p, config)
         strides = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "out": p.out_strides}
         values: dict[str, float] = {
@@ -177,6 +190,10 @@ class AttentionFwd(ABC):
             "softcap": p.softcap,
         }
         return _TAIL.pack(*[values[name] for name in _TAIL_FIELDS])
+
+    def counter_at(self, p: AttentionProblem) -> int:  # noqa: ARG002
+        """Where in Params the address of a counter of tiles belongs; 0: the kernel wants none."""
+        return 0
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:  # noqa: ARG002
         """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
@@ -234,6 +251,7 @@ class AttentionFwdSm90(AttentionFwd):
     summary = "attention forward on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
     params = "AttentionFwdSm90Params"
     maps_at = 384  # where the tensor maps begin in Params
+    clears = True
     params_size = maps_at + 4 * MAP_BYTES  # of q, k, v and out
     params_align = 128
 
@@ -297,18 +315,29 @@ class AttentionFwdSm90(AttentionFwd):
         per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / _heads_per_key(p) / v_blocks
         return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
 
-    def extra(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> dict[str, int]:
-        """The ints of fm::AttentionFwdSm90Params behind those of its base, in their order."""
+    def extra(
+        self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS, clear_rest: int = 0
+    ) -> dict[str, int]:
+        """The fields of fm::AttentionFwdSm90Params behind those of its base, in their order."""
         return {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
             "section": self.section(p, config, sms),
             "ragged": int(p.varlen),
+            "tile_counter": 0,  # each launch stores its own
+            "total_q": p.total_q if p.varlen else 0,
+            "clear_rest": clear_rest,
         }
 
-    def pack_tail(self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS) -> bytes:
-        extra = self.extra(p, config, sms)
-        tail = super().pack_tail(p, config, aligned, sms) + struct.pack(f"{len(extra)}i", *extra.values())
+    def counter_at(self, p: AttentionProblem) -> int:
+        """Only the device knows the lengths of packed sequences: no order of the host's could be even."""
+        return self.pointer_bytes + _TAIL.size + 4 * 4 if p.varlen else 0
+
+    def pack_tail(
+        self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS, clear_rest: int = 0
+    ) -> bytes:
+        extra = self.extra(p, config, sms, clear_rest)
+        tail = super().pack_tail(p, config, aligned, sms) + _EXTRA.pack(*extra.values())
         return tail.ljust(self.maps_at - self.pointer_bytes, b"\0")
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
@@ -351,14 +380,16 @@ def _tiles_sm90(dims: tuple[int, int], variant: str) -> tuple[_Tile, ...]:
 
 def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str) -> _Tile:
     """The tile of the Hopper kernel: lengths only choose among the tiles that the table, and so the warm-up, has."""
-    tiles = _tiles_sm90(dims, variant)
-    if len(tiles) == 1:
-        return tiles[0]
-    (long_m, _, _), (short_m, _, _) = tiles
-    if long_m != short_m:  # fewer rows in a tile, where they leave clearly fewer rows empty
-        q = problem.seqlen_q
-        return tiles[-(-q // short_m) * short_m * 1.15 < -(-q // long_m) * long_m]
-    return tiles[_mean_keys(problem) < _MANY_KEYS]
+    tiles, keys = _tiles_sm90(dims, variant), _mean_keys(problem)
+    if len({m for m, _, _ in tiles}) == 1:
+        return tiles[keys < _MANY_KEYS] if len(tiles) > 1 else tiles[0]
+
+    def cost(tile: _Tile) -> float:  # rows, the empty ones of a last tile included, by the time that a row takes
+        m = tile[0]
+        relative = {256: 1.0, 192: 0.93 if keys >= _WIDE_TILE_KEYS else 1.03, 128: 1.12}
+        return -(-problem.seqlen_q // m) * m * relative[m]
+
+    return min(tiles, key=cost)
 
 
 def _mean_keys(p: AttentionProblem) -> float:

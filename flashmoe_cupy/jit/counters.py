@@ -1,0 +1,67 @@
+"""Counters in device memory, from which the blocks of a launch take the number of their next piece of work.
+
+A counter is two zeros, and a kernel that used it leaves two zeros. Launches of a stream run one after the other and
+share one. A launch that is recorded into a graph gets one for itself: the graph may run beside anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, NamedTuple
+
+from flashmoe_cupy.jit import tensormap
+
+_COUNTERS = 16384  # of a device
+_BYTES = 8  # of one
+
+
+class _Pool(NamedTuple):
+    address: int
+    taken: list[int]  # how many are handed out
+    memory: object
+
+
+_pools: dict[int, _Pool] = {}
+_of_stream: dict[tuple[int, int], int] = {}
+_lock = threading.Lock()
+
+
+def counter(runtime: Any, device: int, stream: int) -> int:
+    """The address of the counter for one launch on a stream of a device, which is the current one.
+
+    0 when there is none: all are handed out, or the first one of all is asked for while a graph is recorded.
+    """
+    if runtime.streamIsCapturing(stream):
+        return _take(_pools.get(device))
+    unique = ctypes.c_ulonglong()  # handles of streams are used again, and threads share that of their default streams
+    if tensormap.driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(unique)):
+        return 0
+    key = device, unique.value
+    found = _of_stream.get(key)
+    if found is None:
+        with _lock:
+            if device not in _pools:
+                _pools[device] = _make(runtime)
+        found = _of_stream.setdefault(key, _take(_pools[device]))
+    return found
+
+
+def _make(runtime: Any) -> _Pool:
+    import cupy
+
+    memory = cupy.cuda.Memory(_COUNTERS * _BYTES)  # never given back: graphs keep addresses
+    runtime.memset(memory.ptr, 0, _COUNTERS * _BYTES)
+    runtime.deviceSynchronize()
+    return _Pool(int(memory.ptr), [0], memory)
+
+
+def _take(pool: _Pool | None) -> int:
+    if pool is None:
+        return 0
+    with _lock:
+        if pool.taken[0] == _COUNTERS:
+            return 0
+        pool.taken[0] += 1
+        return pool.address + (pool.taken[0] - 1) * _BYTES
+
