@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe_cupy import dtypes
-from flashmoe_cupy.arrays import View, as_numpy, empty, from_numpy, full, overlap, stream, view
+from flashmoe_cupy.arrays import View, as_numpy, empty, fill, from_numpy, overlap, stream, view
 from flashmoe_cupy.dtypes import ALL, BF16, FP8_E4M3, FP16, FP32, DType
 from flashmoe_cupy.errors import UnsupportedProblem
 
@@ -29,6 +29,12 @@ def refused(array: object, name: str = "q") -> str:
         view(array, name)
     assert f"argument {name} (" in str(caught.value)
     return str(caught.value)
+
+
+def full(like: View, shape: tuple[int, ...], dtype: DType, value: float) -> Any:
+    array = empty(like, shape, dtype)
+    fill(like, array, value)
+    return array
 
 
 def numbers(shape: tuple[int, ...], dtype: DType) -> np.ndarray[Any, np.dtype[Any]]:
@@ -133,7 +139,8 @@ class Stranger:
 x = np.zeros((2, 3, 4, 8), np.float32)
 for array in (x, Stranger(x)):
     v = arrays.view(array, "q")
-    arrays.full(v, (2,), v.dtype, 1.0), arrays.as_numpy(v), arrays.stream(v), problem.attention_problem(v, v, v)
+    arrays.fill(v, arrays.empty(v, (2,), v.dtype), 1.0)
+    arrays.as_numpy(v), arrays.stream(v), problem.attention_problem(v, v, v)
 assert not {"torch", "jax", "cupy"} & set(sys.modules), "a framework was imported"
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)

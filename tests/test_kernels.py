@@ -6,6 +6,7 @@ import itertools
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 from test_problem import array, dense, packed
 
@@ -171,12 +172,12 @@ def test_hopper_configurations_are_legal() -> None:
 def test_shared_memory_by_hand() -> None:
     """Two buffers of queries where they fit, one where not; rows are whole panels of 64; 16 KiB for 64 rows of out."""
     by_name = {config.name: config for config in hopper.configs("sm_90a")}
-    tile, rest = 64 * 128, 2 * 16384 + 4 * (56 + 2 * 24) + 4 * 16 + 2 * 32
+    tile, rest = 64 * 128, 2 * 16384 + 4 * (64 + 2 * 24) + 4 * 16 + 2 * 32
     one, two = by_name["bf16 d128 128x160x2 PlainScores"], by_name["fp16 d64/256 128x64x2 ModifiedScores<true>"]
-    assert one.smem_bytes == 2 * 2 * tile + 2 * 2 * 160 * 256 + rest + 16
-    assert two.smem_bytes == 2 * 2 * tile + 2 * 64 * (128 + 512) + rest + 2 * 16
+    assert one.smem_bytes == 2 * 2 * tile + 2 * 2 * 160 * 256 + rest + 2 * 16
+    assert two.smem_bytes == 2 * 2 * tile + 2 * 64 * (128 + 512) + rest + 2 * 2 * 16
     three = by_name["bf16 d64 192x128x3 PlainScores"].smem_bytes  # each consumer has its steps in the record
-    assert three == 2 * 3 * tile + 3 * 128 * 256 + 3 * 16384 + 4 * (56 + 3 * 24) + 16 * (2 + 2 * 3 + 4)
+    assert three == 2 * 3 * tile + 3 * 128 * 256 + 3 * 16384 + 4 * (64 + 3 * 24) + 16 * (3 * 2 + 2 * 3 + 4)
     narrow = by_name["bf16 d96 128x128x2 PlainScores"]
     assert narrow.smem_bytes == by_name["bf16 d128 128x128x2 PlainScores"].smem_bytes
 
@@ -212,22 +213,22 @@ def test_rows_choose_the_tile_at_d_64() -> None:
         (fine, {"q": 512, "k": 512}), (fine, {"q": 1024, "k": 1024}), (wide, {"q": 2048, "k": 2048}),
         (fine, {"q": 1024, "k": 1024, "causal": True}), (wide, {"q": 2048, "k": 2048, "causal": True}),
         (fine, {"q": 10**6, "k": 10**6, "window_size": (127, 0)}), (wide, {"q": 10**6, "k": 10**6}),
-        (fine, {"q": 10**6, "k": 10**6, "softcap": 1.0}), (low, {"q": 1, "softcap": 1.0}),
+        (fine, {"q": 10**6, "k": 10**6, "softmax_scale": -1.0}), (low, {"q": 1, "softmax_scale": -1.0}),
     )  # fmt: skip
     for want, options in cases:
         assert tile(d=64, **options) == want, options
 
 
 def test_keys_choose_the_tile_at_d_128() -> None:
-    """Wide tiles of keys from 2048 keys on that a query sees on average; how many queries there are does not matter."""
+    """Wide tiles of keys from 4096 keys on that a query sees on average; how many queries there are does not matter."""
     wide, narrow = (128, 160, 2), (128, 128, 2)
     cases: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
-        (narrow, {"k": 2047}), (wide, {"k": 2048}), (wide, {"q": 1, "k": 2048}),
-        (narrow, {"k": 4095, "causal": True}), (wide, {"k": 4096, "causal": True}),
-        (narrow, {"k": 9000, "window_size": (1000, 1046)}), (wide, {"k": 9000, "window_size": (1000, 1047)}),
-        (narrow, {"k": 9000, "window_size": (2046, 0)}), (wide, {"k": 9000, "window_size": (2047, 0)}),
+        (narrow, {"k": 4095}), (wide, {"k": 4096}), (wide, {"q": 1, "k": 4096}),
+        (narrow, {"k": 8191, "causal": True}), (wide, {"k": 8192, "causal": True}),
+        (narrow, {"k": 9000, "window_size": (2000, 2094)}), (wide, {"k": 9000, "window_size": (2000, 2095)}),
+        (narrow, {"k": 9000, "window_size": (4094, 0)}), (wide, {"k": 9000, "window_size": (4095, 0)}),
         (narrow, {"k": 100, "window_size": (9000, 0)}), (wide, {"k": 9000, "window_size": (-1, 5)}),
-        (narrow, {"k": 9000, "softcap": 1.0}),
+        (narrow, {"k": 9000, "softmax_scale": -1.0}), (wide, {"k": 9000, "softcap": 1.0}),
     )  # fmt: skip
     for want, options in cases:
         assert tile(d=128, **options) == tile(d=128, **(options | {"q": 10**6})) == want, options
@@ -254,8 +255,10 @@ def test_the_other_tile_is_a_reason() -> None:
 
 def test_every_choice_is_in_the_closed_set() -> None:
     """All head dims, features, short and long lengths, on both kernels."""
-    features: tuple[dict[str, Any], ...] = ({}, {"softcap": 1.0}, {"bias": array(1, 1, dtype=FP32)})
-    lengths = ((1, 400), (200, 400), (2000, 4000))
+    features: tuple[dict[str, Any], ...] = (
+        {}, {"softcap": 1.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
+    )  # fmt: skip
+    lengths = ((1, 400), (200, 400), (2000, 5000))
     for kernel in KERNELS.values():
         used, every = set(), set(kernel.configs("sm_90a"))
         grid = itertools.product(range(8, 257, 8), range(8, 513, 8), lengths, features, (BF16, FP16, FP32))
@@ -301,6 +304,7 @@ def test_tail_of_the_hopper_kernel() -> None:
     section = hopper.section(p, config, 100)
     assert section > 1 and hopper.extra(p, config, 100) == {
         "tiles": 512, "batch": 2, "section": section, "ragged": 0, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
+        "to_tanh": 0, **{f"softcap_exponent_{k}": 0 for k in range(4)},
     }  # fmt: skip
     assert struct.unpack("4i", tail[208:224]) == (512, 2, section, 0) and not any(tail[224:])
     assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == 96 + 224, "8-byte words, behind the pointers"
@@ -309,11 +313,30 @@ def test_tail_of_the_hopper_kernel() -> None:
     assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
 
 
+def test_softcap_is_a_polynomial_of_small_scores() -> None:
+    """Exponents of 2 up to half of the softcap, as float32 computes them; then numbers that no float32 holds."""
+    p = problem(softcap=30.0, softmax_scale=0.125)
+    extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
+    c = np.array([extra[f"softcap_exponent_{k}"] for k in range(4)], np.float32)
+    s = np.linspace(-119.0, 119.0, 2001, dtype=np.float32)
+    assert extra["to_tanh"] == 0.125 / 30 and abs(s).max() * extra["to_tanh"] < 0.5
+    x = s * s
+    found = s * (c[0] + x * (c[1] + x * (c[2] + x * c[3])))
+    want = 30 * np.tanh(s.astype(np.float64) / 240) / np.log(2)
+    np.testing.assert_allclose(found, want, rtol=1.5e-6, atol=1e-30)
+    odd = problem(softcap=2e-38, softmax_scale=1e38)
+    config = hopper.choose(odd, "sm_90a")
+    assert config.variant == "SoftcapScores" and len(hopper.pack_tail(odd, config, True)) == 288
+    for options in ({"alibi_slopes": array(8, dtype=FP32)}, {"softmax_scale": -1.0}):
+        assert hopper.choose(problem(softcap=1.0, **options), "sm_90a").variant == "ModifiedScores<false>"
+
+
 def test_packed_sequences_have_their_own_order() -> None:
     p = packed(causal=True)
     extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
     assert extra == {"tiles": p.batch * p.heads_q, "batch": p.batch, "section": 1, "ragged": 1} | {
-        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0,
+        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0, "to_tanh": 0,
+        **{f"softcap_exponent_{k}": 0 for k in range(4)},
     }  # fmt: skip
 
 

@@ -69,7 +69,8 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "math": ("prelude.cuh", "math/"),
     "tile": ("prelude.cuh", "ptx/", "math/", "tile/"),
 }
-SHARED = ("params.cuh", "variant.cuh")  # what the kernels of one family share; a kernel never includes another one
+# What the kernels of one family share; a kernel never includes another one.
+SHARED = ("params.cuh", "schedule_sm90.cuh", "variant.cuh")
 
 
 def python_files() -> list[Path]:

@@ -129,7 +129,7 @@ def square(d: int, s: int, group: int = 1, **options: Any) -> AttentionProblem:
 
 def plan(d: int, s: int) -> tuple[list[float], int, float]:
     """(steps, groups, bytes of a group's keys) of `square`, counted here by hand."""
-    rows, keys = {64: (256, 64) if s <= 1024 else (192, 128), 128: (128, 160 if s >= 4096 else 128), 256: (128, 64)}[d]
+    rows, keys = {64: (256, 64) if s <= 1024 else (192, 128), 128: (128, 160 if s >= 8192 else 128), 256: (128, 64)}[d]
     steps = [-(-min(s, first + rows) // keys) + 1.0 for first in range(0, s, rows)]
     return steps, 16384 // s * (2048 // d), s * d * 4
 

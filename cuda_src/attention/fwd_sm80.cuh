@@ -154,7 +154,7 @@ struct AttentionFwdSm80 {
                                      const float (&r_out)[kM][kHeadDimV / 8][4], const OnlineSoftmax<kM>& softmax) {
     const float sink = p.sinks == nullptr ? -infinity() : load_float(p.sinks, w.head, p.sinks_dtype);
     float out_scale[2 * kM], lse[2 * kM];
-    softmax.finish(Variant::scale(p), sink, out_scale, lse);
+    softmax.finish(Variant::exponent(p), sink, out_scale, lse);
     __syncthreads();  // the other warps may still read K or V where the output goes
     store_accumulator<Element, TileO>(s_base + Smem::kO, warp_row, r_out, out_scale);
     __syncwarp();

@@ -1,6 +1,7 @@
 // What happens to a score between q.k and the softmax. A kernel is compiled for one variant and asks it for
 //   kScore      false: scores stay q.k, and scale() folds into the exponent, so that nothing is paid
-//   scale(p)    what turns the scores that apply() leaves into natural units
+//   scale(p)    what turns the scores that apply() leaves into natural units (not SoftcapScores)
+//   exponent(p) the same as an exponent of math/softmax.cuh
 //   apply(...)  changes the tile of scores a thread holds, through for_each_score (kScore only)
 //   kWide       true: scores may come near the end of fp32's range
 //   kAligned    true: only inputs whose rows start at multiples of 16 bytes
@@ -35,6 +36,13 @@ FM_DEVICE float load_float(const void* g_pointer, i64 index, int dtype) {
 struct PlainScores {
   static constexpr bool kScore = false, kWide = false, kAligned = true;
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return p.softmax_scale; }
+  FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams& p) { return {scale(p)}; }
+};
+
+// Softcap alone, and a positive scale: the scores stay q.k, the cap is part of the exponent.
+struct SoftcapScores {
+  static constexpr bool kScore = false, kWide = false, kAligned = true;
+  FM_DEVICE static SoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent}; }
 };
 
 // The same bits as PlainScores, for rows that start anywhere.
@@ -49,6 +57,7 @@ struct ModifiedScores {
   // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be added in those units.
   FM_DEVICE static bool folds(const AttentionFwdParams& p) { return !kBias && p.softcap == 0.f && p.softmax_scale > 0.f; }
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return folds(p) ? p.softmax_scale : 1.f; }
+  FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams& p) { return {scale(p)}; }
 
   template <int kM, int kN>
   FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head, int row, int col, const BandMask& band) {

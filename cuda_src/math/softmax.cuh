@@ -27,6 +27,55 @@ FM_DEVICE float tanh_exp2(float x) {
   return fmaf(-2.f, r, 1.f);
 }
 
+// The exponent (of 2) that a score s gets in the softmax is scale * log2(e) * s ...
+template <bool kWide>
+struct LinearExponent {
+  // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first, one FADD more.
+  static constexpr bool kCurved = false;
+  static constexpr float kLag = kWide ? 0.f : 8.f;
+  float scale;
+
+  FM_DEVICE float difference(float s, float other) const { return (s - other) * (scale * kLog2e); }
+  FM_DEVICE float below(float s, float top) const { return kWide ? difference(s, top) : fmaf(s, scale * kLog2e, -top * (scale * kLog2e)); }
+  FM_DEVICE float natural(float s) const { return s * scale; }
+};
+
+// ... or softcap * log2(e) * tanh(scale * s / softcap), where -inf stays -inf. It grows with s, so the maximum may be taken before.
+struct SoftcapExponent {
+  static constexpr bool kCurved = true;
+  static constexpr float kLag = 8.f;
+  static constexpr float kLimit = 0.5f;  // |argument| of tanh up to which a polynomial has a relative error of 6e-7
+  float softcap;
+  float to_tanh;        // scale / softcap
+  const float (&c)[4];  // the polynomial: exponent = s (c0 + c1 s^2 + c2 s^4 + c3 s^6), from the host
+
+  FM_DEVICE float natural(float s) const { return s == -infinity() ? s : softcap * tanh_exp2(s * to_tanh); }
+  FM_DEVICE float difference(float s, float other) const { return (natural(s) - natural(other)) * kLog2e; }
+  FM_DEVICE float below(float s, float top) const { return difference(s, top); }
+
+  // `below` for scores of which `all_small` holds: on the FMA units alone, beside exp2 on the other one.
+  FM_DEVICE float below_small(float s, float top) const {
+    const float x = s * s;
+    return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -natural(top) * kLog2e);
+  }
+  template <int kM, int kN>
+  FM_DEVICE bool all_small(const float (&r_s)[kM][kN][4]) const {
+    // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative float is the largest.
+    int high = 0;
+    u32 low = 0;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          high = max(max(high, __float_as_int(r_s[m][n][e])), __float_as_int(r_s[m][n][e + 1]));
+          low = max(max(low, __float_as_uint(r_s[m][n][e])), __float_as_uint(r_s[m][n][e + 1]));
+        }
+    return __all_sync(0xffffffffu, fmaxf(__int_as_float(high), fabsf(__uint_as_float(low))) * to_tanh <= kLimit);
+  }
+};
+
 // State of the 2 * kM rows that one thread holds: kM accumulator tiles of 16 rows, rows g and g + 8 of each.
 template <int kM>
 struct OnlineSoftmax {
@@ -71,10 +120,8 @@ struct OnlineSoftmax {
   // `update` in two halves, between which other work fits. The maximum here stays where it is until it would grow by more than 2^8 in
   // the exponent (FlashAttention-4): sums and outputs then need no correction in nearly every tile, and the last division makes up
   // for what the maximum lags behind. `correction` is exactly 1 where the maximum stays.
-  template <bool kWide, int kN>
-  FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], float scale, float (&correction)[2 * kM]) {
-    constexpr float kLag = kWide ? 0.f : 8.f;
-    const float c = scale * kLog2e;
+  template <class Exponent, int kN>
+  FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], const Exponent& exponent, float (&correction)[2 * kM]) {
     bool positive = true;
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) positive &= r_max[i] >= 0.f;
@@ -89,8 +136,8 @@ struct OnlineSoftmax {
     for (int i = 0; i < 2 * kM; ++i) {
       row_max[i] = quad_max(row_max[i]);
       const float old = r_max[i];
-      if ((row_max[i] - old) * c > kLag) r_max[i] = row_max[i];
-      correction[i] = exp2_approx((old - top(i)) * c);
+      if (exponent.difference(row_max[i], old) > Exponent::kLag) r_max[i] = row_max[i];
+      correction[i] = exp2_approx(exponent.difference(old, top(i)));
       r_sum[i] *= correction[i];
     }
   }
@@ -109,15 +156,24 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become exp(scale * (s - max)), and the sums grow.
-  template <bool kWide, int kN>
-  FM_DEVICE void exponentiate(float (&r_s)[kM][kN][4], float scale) {
-    const float c = scale * kLog2e;
+  // Scores become exp2(exponent of s - exponent of the maximum), and the sums grow.
+  template <class Exponent, int kN>
+  FM_DEVICE void exponentiate(float (&r_s)[kM][kN][4], const Exponent& exponent) {
+    if constexpr (Exponent::kCurved) {
+      if (exponent.all_small(r_s)) {
+        exponentiate_by(r_s, [&](float s, float top) { return exponent.below_small(s, top); });
+        return;
+      }
+    }
+    exponentiate_by(r_s, [&](float s, float top) { return exponent.below(s, top); });
+  }
+  template <int kN, class F>
+  FM_DEVICE void exponentiate_by(float (&r_s)[kM][kN][4], F&& below) {
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int i = 0; i < 2 * kM; ++i) {
-        auto exponential = [&](float& s) { return s = exp2_approx(kWide ? (s - top(i)) * c : fmaf(s, c, -top(i) * c)); };
+        auto exponential = [&](float& s) { return s = exp2_approx(below(s, top(i))); };
         const int e = (i & 1) * 2;
         r_sum[i] += exponential(r_s[i / 2][n][e]) + exponential(r_s[i / 2][n][e + 1]);
       }
@@ -127,10 +183,11 @@ struct OnlineSoftmax {
   FM_DEVICE float top(int i) const { return r_max[i] == -infinity() ? 0.f : r_max[i]; }
 
   // Joins a sink logit (natural units; -inf = none), then gives the factor of the output and the natural logarithm of the sum.
-  FM_DEVICE void finish(float scale, float sink, float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {
+  template <class Exponent>
+  FM_DEVICE void finish(const Exponent& exponent, float sink, float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) {
-      const float row = r_max[i] == -infinity() ? -infinity() : r_max[i] * scale;  // -inf * 0 would be NaN
+      const float row = r_max[i] == -infinity() ? -infinity() : exponent.natural(r_max[i]);  // -inf * 0 would be NaN
       const float top = fmaxf(row, sink);
       const float shift = top == -infinity() ? 0.f : top;
       const float factor = exp2_approx((row - shift) * kLog2e);

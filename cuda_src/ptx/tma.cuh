@@ -37,12 +37,6 @@ FM_DEVICE void tma_load_5d(u32 s_target, const TensorMap& map, u32 s_barrier, u6
       : "memory");
 }
 
-// The same box, only as far as L2.
-FM_DEVICE void tma_prefetch_5d(const TensorMap& map, int c0, int c1, int c2, int c3, int c4) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-               : "memory");
-}
-
 // A box from shared memory to the tensor; what lies outside of it is not written. Stores belong to the thread's current bulk group.
 FM_DEVICE void tma_store_4d(const TensorMap& map, u32 s_source, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1),

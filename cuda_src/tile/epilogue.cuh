@@ -16,38 +16,42 @@ struct RowsOut {
   int col, row, head, batch;
 };
 
-// One warp writes its 16 x (8 kN) accumulator, scaled per row, as 16-bit values, through two 2 KiB panels of its own at s_panels
-// (a multiple of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one may begin, go by
-// ordinary stores. A panel is written again only when its last store has been read: at the start both, later the older one.
+// One warp writes its 16 x (8 kN) accumulator, scaled per row, as 16-bit values, two panels of 64 columns at a time, through 4 KiB of
+// its own at s_panels (a multiple of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one
+// may begin, go by ordinary stores. One fence for two panels: it waits for all that the warp has under way.
 template <int kN, class E>
 FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4], const float (&row_scale)[2]) {
   using Panel = SmemTile<E, 16, 64>;
   static_assert(sizeof(E) == 2);
+  constexpr int kPanels = div_up(kN, 8);
   const int lane = lane_id();
   const int row = (lane >> 3 & 1) * 8 + (lane & 7), chunk = lane >> 4;
 #pragma unroll
-  for (int panel = 0; panel < div_up(kN, 8); ++panel) {
-    const u32 s_panel = s_panels + (panel & 1) * Panel::kBytes;
-    if (panel != 1) {
-      if (lane == 0) panel == 0 ? bulk_wait_group_read<0>() : bulk_wait_group_read<1>();
-      __syncwarp();
-    }
+  for (int first = 0; first < kPanels; first += 2) {
+    if (lane == 0) bulk_wait_group_read<0>();
+    __syncwarp();
 #pragma unroll
-    for (int n = panel * 8; n < min_of(kN, panel * 8 + 8); n += 2) {
+    for (int n = first * 8; n < min_of(kN, first * 8 + 16); n += 2) {
       const u32 r[4] = {pack2<E>(d[n][0] * row_scale[0], d[n][1] * row_scale[0]), pack2<E>(d[n][2] * row_scale[1], d[n][3] * row_scale[1]),
                         pack2<E>(d[n + 1][0] * row_scale[0], d[n + 1][1] * row_scale[0]), pack2<E>(d[n + 1][2] * row_scale[1], d[n + 1][3] * row_scale[1])};
-      stmatrix_x4(s_panel + Panel::offset(row, n - panel * 8 + chunk), r);
+      stmatrix_x4(s_panels + (n / 8 & 1) * Panel::kBytes + Panel::offset(row, n % 8 + chunk), r);
     }
     if (to.rows >= 16) {
       fence_proxy_async();
       __syncwarp();
-      if (lane == 0) tma_store_4d(*to.map, s_panel, to.col + panel * 64, to.row, to.head, to.batch);
+      if (lane == 0) {
+#pragma unroll
+        for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
+          tma_store_4d(*to.map, s_panels + (panel & 1) * Panel::kBytes, to.col + panel * 64, to.row, to.head, to.batch);
+        bulk_commit_group();
+      }
     } else {
       __syncwarp();
-      store_rows<Panel, 16, true>(to.g_rows + panel * 64, to.row_stride, s_panel, 0, to.rows, to.cols / 8 - panel * 8, true);
+#pragma unroll
+      for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
+        store_rows<Panel, 16, true>(to.g_rows + panel * 64, to.row_stride, s_panels + (panel & 1) * Panel::kBytes, 0, to.rows, to.cols / 8 - panel * 8, true);
       __syncwarp();
     }
-    if (lane == 0) bulk_commit_group();
   }
 }
 

@@ -19,7 +19,6 @@ _BYTES = 8  # of one
 class _Pool(NamedTuple):
     address: int
     taken: list[int]  # how many are handed out
-    memory: object
 
 
 _pools: dict[int, _Pool] = {}
@@ -48,12 +47,10 @@ def counter(runtime: Any, device: int, stream: int) -> int:
 
 
 def _make(runtime: Any) -> _Pool:
-    import cupy
-
-    memory = cupy.cuda.Memory(_COUNTERS * _BYTES)  # never given back: graphs keep addresses
-    runtime.memset(memory.ptr, 0, _COUNTERS * _BYTES)
+    address = int(runtime.malloc(_COUNTERS * _BYTES))  # never given back: graphs keep addresses
+    runtime.memset(address, 0, _COUNTERS * _BYTES)
     runtime.deviceSynchronize()
-    return _Pool(int(memory.ptr), [0], memory)
+    return _Pool(address, [0])
 
 
 def _take(pool: _Pool | None) -> int:

@@ -5,6 +5,7 @@ One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything 
 
 from __future__ import annotations
 
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,9 @@ DEFAULT_SMS = 132  # of an H100, where no device is at hand
 
 _VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 _PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
+_SOFTCAP = "SoftcapScores"  # the Hopper kernel's, where a softcap is all that changes the scores
+# tanh(x) = x (c[0] + c[1] x^2 + c[2] x^4 + c[3] x^6), relative error 6e-7 up to x = 0.5 (SoftcapExponent::kLimit).
+_TANH = (0.99999946, -0.33326318, 0.13190296, -0.0444022)
 _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
 
 # (block_m, block_n, warps) by compiled head dims. Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
@@ -60,7 +64,7 @@ _TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
     (192, 128): ((128, 112, 2),),
     (192, 192): ((128, 96, 2),),
     (256, 256): ((128, 64, 2),),
-    (64, 256): ((128, 80, 2),),
+    (64, 256): ((128, 64, 2),),
 }
 # Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly.
 _TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
@@ -69,8 +73,9 @@ _TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
     ((128, 128), _SCORES): ((128, 128, 2),),
     **{(dims, _BIAS): ((128, 64, 2),) for dims in _TILES_SM90},
 }
+_FLOAT_MAX = 3.4028234663852886e38
 _MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last tile
-_MANY_KEYS = 2048  # keys that a query sees on average, from which wider tiles of keys pay
+_MANY_KEYS = 4096  # keys that a query sees on average, from which wider tiles of keys pay
 _WIDE_TILE_KEYS = 1024  # the same, at d 64, for 192 queries by 128 keys against 256 by 64
 
 _POINTERS = (
@@ -88,7 +93,7 @@ _TAIL_FIELDS = (
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(_POINTERS)}Q")
 _TAIL = struct.Struct("18q14i2f")
-_EXTRA = struct.Struct("4iQ2i")  # what the Hopper kernel has beyond them
+_EXTRA = struct.Struct("4iQ2i5f")  # what the Hopper kernel has beyond them
 
 
 class AttentionFwd(ABC):
@@ -131,6 +136,8 @@ class AttentionFwd(ABC):
             why.append("scores are only scaled and masked, so the scale folds into the exponent")
         elif config.variant == _UNALIGNED:
             why.append("rows do not start at multiples of 16 bytes, or lie 16 MiB apart: elements load one by one")
+        elif config.variant == _SOFTCAP:
+            why.append("softcap alone is part of the exponent: a polynomial where its tanh stays small")
         elif config.variant == _SCORES:
             why.append("softcap, ALiBi or a scale <= 0 changes the scores")
         else:
@@ -262,7 +269,7 @@ class AttentionFwdSm90(AttentionFwd):
             Sm90Config(element, *dims, *tile, variant)
             for element in ("bf16", "fp16")
             for dims in _TILES_SM90
-            for variant in (_PLAIN, _SCORES, _BIAS)
+            for variant in (_PLAIN, _SOFTCAP, _SCORES, _BIAS)
             for tile in _tiles_sm90(dims, variant)
         ]
 
@@ -290,6 +297,8 @@ class AttentionFwdSm90(AttentionFwd):
 
     def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Sm90Config:  # noqa: ARG002
         dims, variant = _compiled_dims(problem, _TILES_SM90), _variant(problem)
+        if variant == _SCORES and problem.softcap and not problem.alibi and problem.softmax_scale > 0:
+            variant = _SOFTCAP
         return Sm90Config(problem.dtype.cuda, *dims, *_tile_for(problem, dims, variant), variant)
 
     def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
@@ -317,8 +326,12 @@ class AttentionFwdSm90(AttentionFwd):
 
     def extra(
         self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS, clear_rest: int = 0
-    ) -> dict[str, int]:
+    ) -> dict[str, float]:
         """The fields of fm::AttentionFwdSm90Params behind those of its base, in their order."""
+        to_tanh, capped = 0.0, [0.0] * len(_TANH)
+        if p.softcap:
+            to_tanh = _float32(p.softmax_scale / p.softcap)
+            capped = [_float32(c * p.softmax_scale / math.log(2) * to_tanh ** (2 * k)) for k, c in enumerate(_TANH)]
         return {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
@@ -327,6 +340,8 @@ class AttentionFwdSm90(AttentionFwd):
             "tile_counter": 0,  # each launch stores its own
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": clear_rest,
+            "to_tanh": to_tanh,
+            **{f"softcap_exponent_{k}": c for k, c in enumerate(capped)},
         }
 
     def counter_at(self, p: AttentionProblem) -> int:
@@ -384,18 +399,26 @@ def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str) ->
     if len({m for m, _, _ in tiles}) == 1:
         return tiles[keys < _MANY_KEYS] if len(tiles) > 1 else tiles[0]
 
+    rows = _mean(problem.seqlen_q, problem.total_q, problem)
+
     def cost(tile: _Tile) -> float:  # rows, the empty ones of a last tile included, by the time that a row takes
         m = tile[0]
         relative = {256: 1.0, 192: 0.93 if keys >= _WIDE_TILE_KEYS else 1.03, 128: 1.12}
-        return -(-problem.seqlen_q // m) * m * relative[m]
+        return -(-rows // m) * m * relative[m]
 
     return min(tiles, key=cost)
+
+
+def _mean(seqlen: int, total: int, p: AttentionProblem) -> int:
+    """The length of a sequence; of packed ones the mean, because their maximum may be any bound."""
+    return -(-total // p.batch) if p.varlen and p.batch else seqlen
 
 
 def _mean_keys(p: AttentionProblem) -> float:
     """About how many keys a query sees."""
     left, right = _window(p.window_left, p), _window(p.window_right, p)
-    keys = p.seqlen_k / 2 if right == 0 else p.seqlen_k
+    keys: float = _mean(p.seqlen_k, p.total_k, p)
+    keys = keys / 2 if right == 0 else keys
     return min(keys, left + max(right, 0) + 1) if left >= 0 else keys
 
 
@@ -416,6 +439,11 @@ def _variant(problem: AttentionProblem) -> str:
         return _BIAS
     # A scale that is not positive would turn the order of the scores, on which the folded exponent relies.
     return _SCORES if problem.softcap or problem.alibi or problem.softmax_scale <= 0 else _PLAIN
+
+
+def _float32(x: float) -> float:
+    """The nearest number that a float32 holds."""
+    return max(-_FLOAT_MAX, min(_FLOAT_MAX, x))
 
 
 def _compiled_dims(problem: AttentionProblem, table: Iterable[tuple[int, int]]) -> tuple[int, int]:

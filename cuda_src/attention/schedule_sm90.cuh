@@ -1,0 +1,156 @@
+// Who works on what in the Hopper kernels: one warp of every block finds the block's tiles of queries, and how each consumer
+// warpgroup goes through their keys. It runs ahead of the others, so that nobody waits for the arithmetic.
+#pragma once
+#include "attention/params.cuh"
+#include "math/reduce.cuh"
+#include "tile/mask.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/scheduler.cuh"
+
+namespace fm {
+
+template <int kBlockM, int kBlockN, int kStages>
+struct AttentionScheduleSm90 {
+  using Params = AttentionFwdSm90Params;
+  static constexpr int kConsumers = kBlockM / 64;
+  static constexpr int kWorks = 4;  // tiles that the scheduler may be ahead, and those that a consumer still needs
+
+  // A consumer's part of a tile: the steps begin <= n < end. The others of the tile, where all its rows are masked, it lets pass, so
+  // many before and after its own; in steps first_whole <= n < last_whole no score of its rows is masked.
+  struct Steps {
+    int begin, end, skip_before, skip_after, first_whole, last_whole;
+    FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
+  };
+  // One tile of queries. Written by this warp, read by all.
+  struct Work {
+    BandMask band;
+    int batch, head, head_k, m0, v_block;
+    int q_row, k_row;    // rows of the arrays where the tile's first query and the sequence's first key lie
+    int n_begin, n_end;  // key tiles; n_end 0: there is no more work
+    i64 lse_offset;      // elements of lse before the tile's first
+    Steps steps[kConsumers];
+  };
+
+  // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes look at one tile.
+  struct Cursor {
+    int round = 0;
+    int next_batch = 0, tiles_seen = 0;  // sequences looked at so far, and the tiles of them all
+    int q_row = 0, k_row = 0, seqlen_q, seqlen_k, begin = 0, end = 0;  // the lane's sequence, and the numbers of its tiles
+
+    FM_DEVICE explicit Cursor(const Params& p) : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {}
+    FM_DEVICE void next_sequences(const Params& p) {
+      const int batch = next_batch + lane_id();
+      next_batch += 32;
+      seqlen_q = seqlen_k = 0;
+      if (batch < p.batch) {
+        q_row = p.cu_seqlens_q[batch], k_row = p.cu_seqlens_k[batch];
+        seqlen_q = p.cu_seqlens_q[batch + 1] - q_row, seqlen_k = p.cu_seqlens_k[batch + 1] - k_row;
+        if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[batch]);
+        if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[batch]);
+      }
+      const int tiles = div_up(seqlen_q, kBlockM) * p.v_blocks * p.heads_q;
+      end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
+      tiles_seen = __shfl_sync(0xffffffffu, end, 31);
+    }
+  };
+
+  // One warp. It runs ahead of the producer, so that nobody waits for the arithmetic.
+  FM_DEVICE static void run(const Params& p, Work* s_works, const RingBarriers<kWorks>& ring) {
+    Ring<kWorks> works;
+    Cursor at(p);
+    const int consumer = lane_id();  // the one whose steps this lane works out
+    int skipped = 0;                 // by it after the tile before
+    for (bool found = true; found; works.advance()) {
+      ring.wait_empty(works);
+      Work& w = s_works[works.stage];
+      found = find_work(p, at, w);
+      if (consumer < kConsumers) {
+        w.steps[consumer] = steps_in(w, consumer, skipped);
+        skipped = w.steps[consumer].skip_after;
+      }
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(ring.full(works.stage));
+    }
+    finish_counting(p);
+  }
+
+  // The number of the block's next tile. Lengths that only the device knows give no even order: blocks then take the next that is free.
+  FM_DEVICE static u32 next_index(const Params& p, int round) {
+    const u32 blocks = gridDim.x, block = blockIdx.x;
+    if (p.tile_counter == nullptr) return p.section == 0 ? round * blocks + block : snake(round, block, blocks);
+    if (round == 0) return block;
+    return blocks + __shfl_sync(0xffffffffu, lane_id() == 0 ? atomicAdd(p.tile_counter, 1) : 0, 0);
+  }
+
+  // The last block that has taken all its numbers leaves the counter as it was.
+  FM_DEVICE static void finish_counting(const Params& p) {
+    if (p.tile_counter == nullptr || lane_id() != 0 || atomicAdd(p.tile_counter + 1, 1) != static_cast<int>(gridDim.x) - 1) return;
+    p.tile_counter[0] = p.tile_counter[1] = 0;
+  }
+
+  // The block's next tile; all lanes write the same. False, and n_end 0: there is none.
+  FM_DEVICE static bool find_work(const Params& p, Cursor& at, Work& w) {
+    const u32 blocks = gridDim.x, heads = p.v_blocks * p.heads_q;
+    const u32 index = next_index(p, at.round++);
+    w.n_end = 0;
+    u32 group;  // v_block and head
+    if (p.cu_seqlens_q == nullptr) {
+      if (index >= p.tiles) return false;
+      const TileIndex place = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
+      w.batch = place.group / heads, group = place.group % heads;
+      w.m0 = place.m_block * kBlockM, w.q_row = w.m0, w.k_row = 0;
+      w.band.rows = p.seqlen_q, w.band.cols = p.seqlen_k;
+    } else {
+      // Sequence by sequence, in each the last rows first and all heads of a row together.
+      while (index >= at.tiles_seen) {
+        if (at.next_batch >= p.batch) return false;
+        at.next_sequences(p);
+      }
+      const int lane = __popc(__ballot_sync(0xffffffffu, index >= at.end));
+      auto of_lane = [&](int x) { return __shfl_sync(0xffffffffu, x, lane); };
+      w.batch = at.next_batch - 32 + lane, group = (index - of_lane(at.begin)) % heads;
+      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = w.m0 + of_lane(at.q_row), w.k_row = of_lane(at.k_row);
+      w.band.rows = of_lane(at.seqlen_q), w.band.cols = of_lane(at.seqlen_k);
+    }
+    w.v_block = group % p.v_blocks, w.head = group / p.v_blocks;
+    w.head_k = w.head / p.heads_per_key;
+    w.band.shift = w.band.cols - w.band.rows, w.band.left = p.window_left, w.band.right = p.window_right;
+    // A tile that sees no key still takes one step, whose scores are all masked.
+    w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
+    w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
+    w.lse_offset = w.batch * p.lse_stride_b + w.head * p.lse_stride_h + w.q_row;
+    return true;
+  }
+
+  // The steps of one consumer. skipped: those it lets pass after the tile before.
+  FM_DEVICE static Steps steps_in(const Work& w, int consumer, int skipped) {
+    // What is let pass between two products with V holds buffers: one has to stay free.
+    const int row = w.m0 + consumer * 64, seen = div_up(max(w.band.last(row + 63) + 1, 0), kBlockN);
+    const int before = max(0, min(min(w.n_end - seen, w.n_end - 1 - w.n_begin), kStages - 1 - skipped));
+    const int after = min(max(0, min(w.n_end - before - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
+    const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
+    return {w.n_begin + after, w.n_end - before, before, after, whole.first, whole.last};
+  }
+};
+
+// One warp of each block. Rows of packed arrays that are no sequence's: before and between the used parts of sequences, and behind them.
+template <class Element>
+FM_DEVICE void clear_rest_of_rows(const AttentionFwdSm90Params& p) {
+  for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x) {
+    int row = 0;
+    if (gap > 0) {
+      const int begin = p.cu_seqlens_q[gap - 1], rows = p.cu_seqlens_q[gap] - begin;
+      row = begin + (p.seqused_q == nullptr ? rows : min(rows, p.seqused_q[gap - 1]));
+    }
+    const int end = gap < p.batch ? p.cu_seqlens_q[gap] : p.total_q;
+    for (; row < end; ++row)
+      for (int head = 0; head < p.heads_q; ++head) {
+        uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + row * p.out_stride_s + head * p.out_stride_h);
+        if (p.clear_rest & 1)
+          for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32) g_row[chunk] = make_uint4(0, 0, 0, 0);
+        if ((p.clear_rest & 2) && lane_id() == 0) p.lse[head * p.lse_stride_h + row] = -infinity();
+      }
+  }
+}
+
+}  // namespace fm
