@@ -156,14 +156,15 @@ class Block:
 
     def finishes(self, draw: random.Random) -> bool:
         agents = [self.scheduler(), self.producer(), *(self.consumer(c) for c in range(self.consumers))]
-        waiting = [(agent, next(agent, None)) for agent in agents]
-        while waiting := [(agent, wait) for agent, wait in waiting if wait is not None]:
-            ready = [i for i, (_, wait) in enumerate(waiting) if wait()]
+        waiting: dict[Agent, Callable[[], bool]] = {}
+        moved = agents
+        while True:
+            waiting |= {agent: wait for agent in moved if (wait := next(agent, None)) is not None}
+            ready = [agent for agent, wait in waiting.items() if wait()]
             if not ready:
-                return False
-            i = draw.choice(ready)
-            waiting[i] = waiting[i][0], next(waiting[i][0], None)
-        return True
+                return not waiting
+            moved = [draw.choice(ready)]
+            del waiting[moved[0]]
 
 
 def div_up(a: int, b: int) -> int:
