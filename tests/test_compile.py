@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_problem import dense
+from test_problem import dense, packed
 
 from flashmoe_cupy.jit import cache, compiler, source, tensormap
 from flashmoe_cupy.plan.attention import AttentionFwdSm90
@@ -80,18 +81,24 @@ def test_params_layout() -> None:
 
 
 def test_params_layout_with_maps() -> None:
-    """Behind the base struct come the packer's ints without a gap, then the maps. NVRTC has no offsetof of its own."""
+    """Behind the base struct come the packer's numbers without a gap, then the maps. NVRTC has no offsetof."""
     spec = AttentionFwdSm90()
     text = f'#include "{spec.header}"\n'
-    ints = list(spec.extra(dense(), spec.choose(dense(), "sm_90a")))
+    extra = [re.sub(r"_0$", "[4]", name) for name in spec.extra(dense(), spec.choose(dense(), "sm_90a"))]
+    extra = [name for name in extra if not re.search(r"_[123]$", name)]
     maps = ["q_map", "k_map", "v_map", "out_map"]
     header = source.headers_for(text)["attention/params.cuh"]
-    want = [("int", name) for name in ints] + [("TensorMap", name) for name in maps]
+    floats = ("to_tanh", "softcap_exponent[4]")
+    want = [("float" if name in floats else "int", name) for name in extra] + [("TensorMap", name) for name in maps]
     assert members(header, spec.params) == want
-    base = KERNELS["attention_fwd_sm80"].params_size
-    places = [(name, base + 4 * i) for i, name in enumerate(ints)]
+    base, places = KERNELS["attention_fwd_sm80"].params_size, []
+    end = base
+    for name in extra:
+        places.append((name.removesuffix("[4]"), end))
+        end += {"tile_counter": 8, "softcap_exponent[4]": 16}.get(name, 4)
+    assert end - base == struct.calcsize("4iQ2i5f") and end <= spec.maps_at
+    assert dict(places)["tile_counter"] == spec.counter_at(packed())
     places += [(name, spec.maps_at + tensormap.BYTES * i) for i, name in enumerate(maps)]
-    assert places[len(ints) - 1][1] + 4 <= spec.maps_at
     text += "using P = fm::AttentionFwdSm90Params;\nstatic_assert(sizeof(fm::TensorMap) == 128);\n"
     for name, offset in [*places, ("q", 0), ("softcap", base - 4)]:
         text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {offset});\n"
