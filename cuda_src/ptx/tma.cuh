@@ -11,6 +11,11 @@ FM_DEVICE u64 createpolicy_evict_first() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+FM_DEVICE u64 createpolicy_evict_normal() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 FM_DEVICE u64 createpolicy_evict_last() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -21,11 +26,27 @@ FM_DEVICE void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+FM_DEVICE void tma_load_2d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(
+                   s_target),
+               "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1)
+               : "memory");
+}
+
 FM_DEVICE void tma_load_4d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(
           s_target),
       "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// To the same place in every block of the cluster whose bit is set in cta_mask, each with its barrier at the same place.
+FM_DEVICE void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 cta_mask, u64 policy, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7, %8}], "
+      "[%2], %3, %4;" ::"r"(s_target),
+      "l"(&map), "r"(s_barrier), "h"(cta_mask), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 

@@ -1,0 +1,275 @@
+// Products of groups of rows with a matrix for each group, for Hopper (sm_90a): the same function as grouped_gemm_sm80.cuh, for bf16
+// and fp16 rows that start at multiples of 16 bytes.
+//
+//   out[r] = act(x[row(r)] w[e]^T * weight(r) + bias[e])    for the rows r of group e
+//
+// Overwrites the rows of out that belong to a group, touches no others. fp32 accumulation, one rounding at the end, one warpgroup from
+// the first to the last k: the same bits in every run, and for a row whatever the other rows are.
+//
+// Blocks stay on their SM and take tiles of kBlockM rows and kBlockN weight rows (with kGated half of them gate, half up: a thread then
+// holds both of a pair). One warp (the scheduler) finds the tiles, since only the device knows the groups; one thread (the loader) lets
+// the copy engine fill a ring of steps of 64 along k; where rows are gathered, two warps fetch them by cp.async, because Hopper's copy
+// engine cannot gather. Each warpgroup but the first (a consumer) multiplies 64 rows. The ring runs on across tiles, so that the loads
+// of the next one are under way while this one is written. Two blocks of a cluster take tiles of rows that lie one behind the other
+// and share their weights: each loads half and sends it to both.
+#pragma once
+#include "moe/activation.cuh"
+#include "moe/params.cuh"
+#include "moe/schedule.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/smem.cuh"
+
+namespace fm {
+
+template <class Element_, int kBlockM_, int kBlockN_, int kStages_, int kCluster_, bool kGather_, bool kGated_>
+struct GroupedGemmSm90 {
+  using Element = Element_;
+  using Params = GroupedGemmSm90Params;
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 64, kStages = kStages_, kCluster = kCluster_;
+  static constexpr bool kGather = kGather_, kGated = kGated_;
+  static constexpr int kConsumers = kBlockM / 64, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = kGather ? 56 : 40, kConsumerRegisters = kGather ? 224 : 232;
+  static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
+  static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
+
+  using TileX = SmemTile<Element, kBlockM, kBlockK>;
+  using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns
+  static constexpr int kWorks = 4;                        // tiles that the scheduler may be ahead
+  struct Work {
+    GroupTile tile;  // its rows may be none: the other block of the cluster has some
+    int more;        // 0: there is no more work
+  };
+  struct Smem {
+    static constexpr int kX = 0, kW = kX + kStages * TileX::kBytes, kOut = kW + kStages * 2 * TileW::kBytes;
+    static constexpr int kWork = kOut + kConsumers * 4 * 4096, kBarriers = kWork + kWorks * 24;
+    static constexpr int kBarriersWork = kBarriers + RingBarriers<kStages>::kBytes;
+    static constexpr int kBytes = kBarriersWork + RingBarriers<kWorks>::kBytes;
+    static_assert(kBytes <= 227 * 1024 && sizeof(Work) <= 24);
+  };
+  using TileBias = Bias<kBlockN / 8, kGated>;
+  using RingStep = Ring<kStages>;
+  using RingWork = Ring<kWorks>;
+  static constexpr int kGatherWarps = kGather ? 2 : 0;
+  static constexpr int kBehind = kStages > 3 ? 2 : 1;  // steps that a gathering warp issues before it announces one
+  static_assert(kBehind < kStages && kBehind < kWorks, "or everybody waits");
+
+  struct Rings {
+    RingBarriers<kStages> steps;
+    RingBarriers<kWorks> works;
+    FM_DEVICE explicit Rings(u32 s_base) : steps{s_base + Smem::kBarriers}, works{s_base + Smem::kBarriersWork} {}
+  };
+
+  FM_DEVICE static void run(const Params& p) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 s_base = smem_address(smem);
+    const Rings rings(s_base);
+    if (threadIdx.x == 0) {
+      if constexpr (!kGather) prefetch_tensormap(p.x_map);
+      prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
+      rings.steps.init(1 + kGatherWarps, 4 * kConsumers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
+      fence_mbarrier_init();
+    }
+    meet();
+    const int warp = warp_id();
+    Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
+    if (warp < 4) {
+      setmaxnreg_dec<kProducerRegisters>();
+      if (warp == 0 && lane_id() == 0) load(p, s_works, rings, s_base);
+      if (warp == 1) schedule(p, s_works, rings.works);
+      if (kGather && warp >= 2) gather(p, s_works, rings, s_base, warp - 2);
+    } else {
+      setmaxnreg_inc<kConsumerRegisters>();
+      consume(p, s_works, rings, s_base, warp / 4 - 1);
+    }
+    if constexpr (kCluster > 1) __syncwarp(), meet();  // nobody leaves while the other one may still write here
+  }
+
+  FM_DEVICE static void meet() {
+    if constexpr (kCluster > 1) barrier_cluster_arrive(), barrier_cluster_wait();
+    else __syncthreads();
+  }
+
+  // ---- scheduler ----
+
+  // One warp.
+  FM_DEVICE static void schedule(const Params& p, Work* s_works, const RingBarriers<kWorks>& ring) {
+    GroupCursor<kBlockM * kCluster> cursor;
+    RingWork at;
+    u32 index = blockIdx.x / kCluster;
+    for (bool found = true; found; index += gridDim.x / kCluster, at.advance()) {
+      ring.wait_empty(at);
+      Work& w = s_works[at.stage];
+      GroupTile tile;
+      found = cursor.find(p, index, tile);
+      if (found) {
+        const int skip = kCluster > 1 ? static_cast<int>(cluster_ctarank()) * kBlockM : 0;
+        tile.row += skip, tile.rows -= skip;
+        w.tile = tile;
+      }
+      w.more = found;
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(ring.full(at.stage));
+    }
+  }
+
+  // ---- loader ----
+
+  // One thread.
+  FM_DEVICE static void load(const Params& p, const Work* s_works, const Rings& rings, u32 s_base) {
+    const int steps = div_up(p.k, kBlockK);
+    const u32 rank = kCluster > 1 ? cluster_ctarank() : 0;
+    RingStep at;
+    RingWork works;
+    for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
+      const GroupTile tile = s_works[works.stage].tile;
+      const int col = tile.n_block * kColumns;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        rings.steps.wait_empty(at);
+        const u32 s_full = rings.steps.full(at.stage), s_w = s_base + Smem::kW + at.stage * 2 * TileW::kBytes;
+        mbarrier_arrive_expect_tx(s_full, 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
+        if constexpr (!kGather) tma_load_2d(s_base + Smem::kX + at.stage * TileX::kBytes, p.x_map, s_full, createpolicy_evict_normal(), step * kBlockK, tile.row);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
+          if constexpr (kCluster == 1) tma_load_4d(s_w + half * TileW::kBytes, p.w_map, s_full, createpolicy_evict_normal(), step * kBlockK, which, row, tile.group);
+          else if (half == rank) tma_load_4d_multicast(s_w + half * TileW::kBytes, p.w_map, s_full, 3, createpolicy_evict_normal(), step * kBlockK, which, row, tile.group);
+        }
+      }
+      mbarrier_arrive(rings.works.empty(works.stage));
+      works.advance();
+    }
+  }
+
+  // ---- gathering ----
+
+  // Two warps, each half of the rows; eight lanes fetch a row's 128 bytes of a step. What cp.async has written becomes visible to the tensor cores only by a
+  // fence of the thread that asked for it, so a step is announced when it has landed, some steps later.
+  FM_DEVICE static void gather(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int warp) {
+    constexpr int kRows = kBlockM / 2, kHeld = div_up(kRows, 32);
+    const int steps = div_up(p.k, kBlockK), chunks = p.k / 8;
+    const u32 row_bytes = static_cast<u32>(p.x_stride) * 2;  // the host lets no longer rows come here
+    const int row = lane_id() / 8, column = lane_id() % 8;  // and every fourth row from there
+    const u32 s_thread = s_base + Smem::kX + TileX::offset(warp * kRows, 0);
+    RingStep at, landed;
+    RingWork works;
+    int behind = 0;
+    auto announce = [&] {
+      fence_proxy_async();
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.steps.full(landed.stage));
+      landed.advance();
+    };
+    for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
+      const GroupTile tile = s_works[works.stage].tile;
+      int held[kHeld];  // a lane knows the source of its row, and of the one 32 rows further on
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) held[i] = source_row(p, tile, warp * kRows + i * 32 + lane_id());
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
+      works.advance();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        rings.steps.wait_empty(at);
+        const u8* g_column = static_cast<const u8*>(p.x) + (step * 8 + column) * 16;
+        const bool inside = step * 8 + column < chunks;
+#pragma unroll
+        for (int i = 0; i < kRows / 4; ++i) {
+          const int source = __shfl_sync(0xffffffffu, held[i / 8], i % 8 * 4 + row);
+          const bool valid = inside && source >= 0;
+          const u8* g_pointer = valid ? g_column + static_cast<u64>(source) * row_bytes : g_column;  // not read where it is not valid
+          cp_async_cg_16(s_thread + at.stage * TileX::kBytes + TileX::offset(i * 4 + row, column), g_pointer, valid);
+        }
+        cp_async_commit_group();
+        if (behind == kBehind) cp_async_wait_group<kBehind>(), announce();
+        else ++behind;
+      }
+    }
+    cp_async_wait_group<0>();
+    for (; behind > 0; --behind) announce();
+  }
+
+  // The row of x that a row of the tile is; -1: zeros.
+  FM_DEVICE static int source_row(const Params& p, const GroupTile& tile, int row) {
+    if (row >= tile.rows) return -1;
+    const int index = p.gather_indices[tile.row + row], source = index / p.gather_divisor;
+    return index >= 0 && source < p.rows_x ? source : -1;
+  }
+
+  // ---- consumer ----
+
+  FM_DEVICE static void consume(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int consumer) {
+    const int steps = div_up(p.k, kBlockK), warp_row = consumer * 64 + (warp_id() & 3) * 16;
+    RingStep at;
+    RingWork works;
+    for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
+      const GroupTile tile = s_works[works.stage].tile;
+      if (uniform(tile.rows) > consumer * 64) {
+        const int col = tile.n_block * kColumns;
+        float r_out[kBlockN / 8][4];
+        TileBias bias;
+        bias.load(p, tile.group, col, col + kBlockN / 2);
+        multiply(rings, s_base, consumer, steps, at, r_out);
+        write(p, tile, s_base, warp_row, bias, r_out);
+      } else {
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
+      }
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
+      works.advance();
+    }
+    if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
+  }
+
+  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kBlockN / 8][4]) {
+    int before = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      rings.steps.wait_full(at);
+      const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + consumer * 64 * TileX::kRowBytes, 0);
+      const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlockK / 16; ++i) Wgmma<Element, kBlockN, false>::ss(r_out, a + (i * 32 >> 4), b + (i * 32 >> 4), step != 0 || i != 0);
+      wgmma_commit_group();
+      if (step != 0) {
+        wgmma_wait_group<1>(r_out);
+        release(rings, before);
+      }
+      before = at.stage;
+      at.advance();
+    }
+    wgmma_wait_group<0>(r_out);
+    release(rings, before);
+  }
+
+  // One lane per warp reports that the warp is done with a step, to all who load it.
+  FM_DEVICE static void release(const Rings& rings, int stage) {
+    if (lane_id() < kCluster) {
+      if constexpr (kCluster == 1) mbarrier_arrive(rings.steps.empty(stage));
+      else mbarrier_arrive_cluster(mapa(rings.steps.empty(stage), lane_id()));
+    }
+  }
+
+  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_base, int warp_row, const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
+    const int col = tile.n_block * kColumns, rows = tile.rows - warp_row;
+    const float one[2] = {1.f, 1.f};
+    scale_by_row_weights(p, tile.row + warp_row, rows, r_out);
+    bias.add_to(p, r_out);
+    const i64 first = static_cast<i64>(tile.row + warp_row) * p.out_stride + col;
+    const RowsOut<Element> to{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride, rows, p.n - col, col, tile.row + warp_row, 0, 0};
+    const u32 s_panels = s_base + Smem::kOut + warp_row / 16 * 4096;
+    if constexpr (kGated) activate_gated(p, r_out);
+    else activate(p, r_out);
+    store_accumulator_rows<kColumns / 8>(to, s_panels, r_out, one);
+  }
+};
+
+}  // namespace fm
