@@ -7,7 +7,9 @@ import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_cupy.dtypes import BF16, FP16, FP32, DType
+import numpy as np
+
+from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32, DType
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
@@ -81,6 +83,31 @@ def check_out(why: list[str], out: View, owner: str, dtype: DType, want: tuple[i
         reach += stride * (size - 1)
 
 
+def check_small(
+    why: list[str], name: str, x: View, dtype: DType, owner: str, want: tuple[int, ...] | None
+) -> None:
+    """A bias or the like: float32 or its owner's dtype, of exactly the shape `want` where that is known."""
+    if x.dtype is not FP32 and x.dtype is not dtype:
+        why.append(f"{name} has dtype {x.dtype}, which must be float32{or_else(dtype, owner)}")
+    if want is not None and x.shape != want:
+        why.append(f"{name} must have shape {want}, but has {x.shape}")
+    check_last(why, name, x)
+
+
+def check_list(why: list[str], name: str, x: View) -> None:
+    if x.dtype is not INT32:
+        why.append(f"{name} has dtype {x.dtype}, which must be int32; {cast(name, x, 'int32')}")
+    check_ranks(why, 1, ((name, x),))
+    check_last(why, name, x)
+
+
+def check_eights(why: list[str], *sizes: tuple[str, int, str]) -> None:
+    for name, n, what in sizes:
+        if n % 8 or n < 8:
+            pad = f" (pad {what} with zeros to {-(-n // 8) * 8})" if n else ""
+            why.append(f"{name} is {n}; it must be a multiple of 8{pad}")
+
+
 # ---- values ----
 
 
@@ -101,6 +128,21 @@ def real(value: object) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def count(why: list[str], name: str, value: object) -> int:
+    n = integer(value)
+    if n is None or not 1 <= n <= INT_MAX:
+        why.append(f"{name} must be an int from 1 on, but is {show(value)}")
+        return 0
+    return n
+
+
+def flag(why: list[str], name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        why.append(f"{name} must be a bool, but is {show(value)}")
+        return False
+    return bool(value)
 
 
 # ---- words ----
