@@ -2,8 +2,8 @@
 
 Sources: softmax, top-k and losses as in Switch (Fedus et al., arXiv 2101.03961) and ST-MoE (Zoph et al., arXiv
 2202.08906); sigmoid scores, bias and groups as in DeepSeek-V3 (arXiv 2412.19437). Tokens go in blocks and weights are
-widened to float32 in blocks, so memory beyond the arguments is some tens of MB whatever the sizes. An expert reads the rows
-of its tokens, and an expert without tokens is never read. Threads are those of the BLAS library.
+widened to float32 in blocks, so memory beyond the arguments is some tens of MB whatever the sizes. The weights of an
+expert without tokens are never read. Threads are those of the BLAS library.
 """
 
 from __future__ import annotations
