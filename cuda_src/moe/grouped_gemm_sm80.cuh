@@ -61,9 +61,9 @@ struct GroupedGemmSm80 {
   // Null: nothing is there.
   FM_DEVICE static const u8* row_of_x(const GroupedGemmParams& p, const GroupTile& tile, int row) {
     if (row >= min(tile.rows, kBlockM)) return nullptr;
-    i64 source = tile.row + row;
+    i64 source = tile.row + row + static_cast<i64>(tile.group) * p.x_skip;
     if (p.gather_indices != nullptr) {
-      const int index = p.gather_indices[source];
+      const int index = p.gather_indices[tile.row + row];
       source = index / p.gather_divisor;
       if (index < 0 || source >= p.rows_x) return nullptr;
     }

@@ -51,12 +51,11 @@ struct MoePermuteParams {
   int* offsets;            // (experts + 1)
   int* sorted_indices;     // (assignments)
   int* inverse_indices;    // (assignments)
-  int* first_bad;          // the least flat index of an id below -1 or above `ids`; null: nobody asks
   i64 stride_t, stride_k;  // of topk_ids
   int assignments, top_k, experts, ids;
   int per_warp, wide;      // assignments of a warp, a multiple of 32; ids are 64-bit
 };
-static_assert(sizeof(MoePermuteParams) == 9 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(MoePermuteParams) == 8 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoeCombineParams {
   const void* y;               // (assignments in the order of the experts, columns)
@@ -77,8 +76,8 @@ struct GroupedGemmParams {
   const void *x, *w;
   void* out;
   const void* bias;           // (groups, rows of w); null: none
-  const int* offsets;         // (groups + 1): rows of a group; null: group_sizes tells, or topk_ids
-  const int* group_sizes;     // (groups): rows of a group, which begins at max_rows times its number
+  const int* offsets;         // (groups + 1): rows of a group in out; null: it begins at group_stride times its number
+  const int* group_sizes;     // (groups): and has so many rows; null: max_rows
   const int* gather_indices;  // (rows): row r reads row gather_indices[r] / gather_divisor of x; null: row r
   const void* row_weights;    // a factor for each row before the bias, by its gather index; null: none
   i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride, bias_stride_e, bias_stride_n, bias_stride_half;
@@ -87,9 +86,11 @@ struct GroupedGemmParams {
   int k, n, n_blocks, gather_divisor;      // summed dimension; columns of out; tiles along them
   int activation, bias_dtype, row_weights_dtype, aligned;
   float alpha, limit;
-  int section, unused;                     // tiles of rows that are worked on together, so that their weights are read once
+  int section;                             // tiles of rows that are worked on together, so that their weights are read once
+  int group_stride, x_skip;                // rows from group to group, in out; how many more they are in x
+  int unused;
 };
-static_assert(sizeof(GroupedGemmParams) == 18 * 8 + 16 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(GroupedGemmParams) == 18 * 8 + 18 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct GroupedGemmSm90Params : GroupedGemmParams {
   alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered

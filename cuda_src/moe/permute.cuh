@@ -25,7 +25,6 @@ struct MoePermute {
     const int t = i / p.top_k, k = i - t * p.top_k;
     const i64 at = t * p.stride_t + k * p.stride_k;
     const i64 id = p.wide ? static_cast<const i64*>(p.topk_ids)[at] : static_cast<const int*>(p.topk_ids)[at];
-    if (p.first_bad != nullptr && (id < -1 || id > p.ids)) atomicMin(p.first_bad, i);
     if (id < 0 || id >= p.ids) return -1;
     const int e = p.expert_map == nullptr ? static_cast<int>(id) : p.expert_map[id];
     return e >= 0 && e < p.experts ? e : -1;

@@ -15,7 +15,7 @@ FM_DEVICE GroupRows rows_of(const GroupedGemmParams& p, int group) {
     const int begin = max(p.offsets[group], 0);
     return {begin, max(min(p.offsets[group + 1], p.rows) - begin, 0)};
   }
-  return {group * p.max_rows, max(min(p.group_sizes[group], p.max_rows), 0)};
+  return {group * p.group_stride, p.group_sizes == nullptr ? p.max_rows : max(min(p.group_sizes[group], p.max_rows), 0)};
 }
 
 struct GroupTile {

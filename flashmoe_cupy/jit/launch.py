@@ -256,6 +256,25 @@ def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
         buffer.bound = kernel.device
 
 
+def clear(address: int, size: int, device: int, stream: int) -> None:
+    """Queue zeros for `size` bytes of device memory."""
+    with _current(device):
+        _runtime.memsetAsync(address, 0, size, stream)
+
+
+def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:
+    """A copy of a device array in host memory, as a NumPy array; waits for the device. For checks.
+
+    like: a NumPy dtype; strides count bytes.
+    """
+    import cupy
+
+    with _current(device):
+        _runtime.deviceSynchronize()
+        memory = cupy.cuda.UnownedMemory(address, 0, None, device)
+        return cupy.ndarray(shape, like, cupy.cuda.MemoryPointer(memory, 0), strides=strides).get()
+
+
 def check(device: int, stream: int) -> None:
     """Wait for the stream and raise what the kernel did wrong (FLASHMOE_CHECK=1); nothing while a graph is recorded."""
     if is_capturing(stream):
