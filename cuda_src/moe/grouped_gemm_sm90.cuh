@@ -134,12 +134,12 @@ struct GroupedGemmSm90 {
         rings.steps.wait_empty(at);
         const u32 s_full = rings.steps.full(at.stage), s_w = s_base + Smem::kW + at.stage * 2 * TileW::kBytes;
         mbarrier_arrive_expect_tx(s_full, 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
-        if constexpr (!kGather) tma_load_2d(s_base + Smem::kX + at.stage * TileX::kBytes, p.x_map, s_full, createpolicy_evict_normal(), step * kBlockK, tile.row + tile.group * p.x_skip);
+        if constexpr (!kGather) tma_load_2d(s_base + Smem::kX + at.stage * TileX::kBytes, p.x_map, s_full, createpolicy_evict_last(), step * kBlockK, tile.row + tile.group * p.x_skip);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
-          if constexpr (kCluster == 1) tma_load_4d(s_w + half * TileW::kBytes, p.w_map, s_full, createpolicy_evict_normal(), step * kBlockK, which, row, tile.group);
-          else if (half == rank) tma_load_4d_multicast(s_w + half * TileW::kBytes, p.w_map, s_full, 3, createpolicy_evict_normal(), step * kBlockK, which, row, tile.group);
+          if constexpr (kCluster == 1) tma_load_4d(s_w + half * TileW::kBytes, p.w_map, s_full, createpolicy_evict_first(), step * kBlockK, which, row, tile.group);
+          else if (half == rank) tma_load_4d_multicast(s_w + half * TileW::kBytes, p.w_map, s_full, 3, createpolicy_evict_first(), step * kBlockK, which, row, tile.group);
         }
       }
       mbarrier_arrive(rings.works.empty(works.stage));
