@@ -74,7 +74,7 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "tile": ("prelude.cuh", "ptx/", "math/", "tile/"),
 }
 # What the kernels of one family share; a kernel never includes another one.
-SHARED = ("params.cuh", "schedule_sm90.cuh", "variant.cuh")
+SHARED = ("activation.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "variant.cuh")
 
 
 def python_files() -> list[Path]:
