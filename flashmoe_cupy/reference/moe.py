@@ -114,8 +114,8 @@ def _local(topk_ids: AnyArray, num_experts: int, expert_map: AnyArray | None) ->
     ids = np.asarray(topk_ids).astype(np.int64)
     need(ids.ndim == 2, f"topk_ids must be (T, K), got {ids.shape}")
     if expert_map is not None:
+        need(np.ndim(expert_map) == 1, f"expert_map must be (num_global,), got {np.shape(expert_map)}")
         table = np.append(np.asarray(expert_map).astype(np.int64), -1)  # its last entry serves ids from nowhere
-        need(table.ndim == 1, "expert_map must have one dimension")
         ids = table[np.where((ids >= 0) & (ids < len(table) - 1), ids, -1)]
     return np.where((ids >= 0) & (ids < num_experts), ids, -1)
 
