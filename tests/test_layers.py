@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("dtypes.py", ()),
     ("arrays.py", ("dtypes", "errors")),
     ("reference/", ("reference",)),
-    ("testing.py", ("reference",)),
+    ("testing", ("reference", "testing")),
     ("plan/problem.py", ("arrays", "dtypes", "errors")),
     ("plan/config.py", ("plan.problem", "dtypes", "errors")),
     ("plan/", ("plan", "jit", "arrays", "dtypes", "errors", "_env")),
