@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("dtypes.py", ()),
     ("arrays.py", ("dtypes", "errors")),
     ("reference/", ("reference",)),
-    ("testing.py", ("reference",)),
+    ("testing", ("reference", "testing")),
     ("plan/checks.py", ("arrays", "dtypes")),
     ("plan/layouts.py", ("plan.checks", "arrays", "dtypes")),
     ("plan/problem.py", ("plan.checks", "arrays", "dtypes", "errors")),
