@@ -112,12 +112,13 @@ def fused_moe(
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("overlap", "problem", "shape")
+    __slots__ = ("overlap", "problem", "shape", "specs")
 
     def __init__(self, problem: MoEProblem, views: Views, out: View | None) -> None:
         self.problem = problem
         self.overlap = plans.Overlap(_NAMES, views, out)
         self.shape = (problem.tokens, problem.hidden)
+        self.specs: list[plans.Spec] = [(self.shape, problem.dtype)]
 
     def run(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
         """The call: the output from the caller's library, then the kernels or the NumPy back end."""
@@ -126,12 +127,11 @@ class _Plan:
         if x.device < 0:
             return self._run_on_host(x, views, out_view, out)
         if out_view is None:
-            out = arrays.empty(x, self.shape, x.dtype)
-            pointer = view(out, "out").ptr
+            (out,), pointers = plans.allocate(x, self.specs)
         else:
-            pointer = out_view.ptr
+            pointers = (out_view.ptr,)
         if self.problem.tokens:
-            plans.gpu().fused_moe(self.problem, views, (pointer,))
+            plans.gpu().fused_moe(self.problem, views, pointers)
             plans.queued(views)
         return out
 
