@@ -91,10 +91,10 @@ def fused_moe(
     s2 = None if shared_w_down is None else view(shared_w_down, "shared_w_down")
     vg = None if shared_gate is None else view(shared_gate, "shared_gate")
     vo = None if out is None else view(out, "out")
+    options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
     key = (
-        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], activation, interleaved, swiglu_alpha, swiglu_limit,
-        apply_router_weight_on_input, batch_invariant, b1 and b1[1:6], b2 and b2[1:6], vm and vm[1:6], s1 and s1[1:6],
-        s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],
+        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], options, *map(type, options), b1 and b1[1:6], b2 and b2[1:6],
+        vm and vm[1:6], s1 and s1[1:6], s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],
     )  # fmt: skip
     views = (vx, v1, v2, vw, vi, b1, b2, vm, s1, s2, vg)
     plan = _plans.find(key)
