@@ -205,7 +205,7 @@ def test_dtypes_of_ids_and_weights(ids: Any, weights: Any) -> None:
 
 def test_expert_map() -> None:
     """12 global experts of which 5 are here, in another order; ids of nobody and entries of nobody count as absent."""
-    table = torch.tensor([-1, 3, -1, 0, 4, -1, 1, -1, 2, -1, 99, -5], dtype=torch.int32)
+    table = torch.tensor([-1, 3, -1, 0, 4, -1, 1, -1, 2, -1, 65537, -5], dtype=torch.int32)
     a = problem(60, 5, 4, ids="any")
     a["topk_ids"] = torch.randint(-2, 14, (60, 4), dtype=torch.int64)
     check_call(a, expert_map=table)
