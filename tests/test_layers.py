@@ -65,8 +65,8 @@ ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported.
 AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py",)}
 
-# A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the prelude
-# itself stands on the instructions that work on registers alone.
+# A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
+# prelude itself stands on the instructions that work on registers alone.
 INCLUDES: dict[str, tuple[str, ...]] = {
     "": ("ptx/scalar.cuh",),
     "ptx": ("prelude.cuh",),

@@ -337,13 +337,6 @@ def test_out_may_not_be_an_argument_on_a_device(recorder: Recorder) -> None:
     assert len(recorder.calls) == 1
 
 
-def test_the_stub_says_what_is_missing(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_gpu", None)
-    with pytest.raises(UnsupportedProblem, match="GPU kernels") as caught:
-        flashmoe_cupy.moe_route(OnDevice((T, E)), top_k=K)
-    assert caught.value.asked == "route fp16 t5 e6 k2 softmax"
-
-
 def test_plans_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "_MAX_PLANS", 3)
     memory: plans.Memory[str] = plans.Memory()

@@ -275,7 +275,8 @@ class GroupedGemmSm90(GroupedGemm):
 
     # (block_m, block_n, block_k, stages, cluster, ping_pong)
     tiles_of = (
-        (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False), (64, 256, 64, 4, 1, False), (64, 128, 64, 6, 1, False),
+        (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False),
+        (64, 256, 64, 4, 1, False), (64, 128, 64, 6, 1, False),
     )  # fmt: skip
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
