@@ -58,8 +58,8 @@ struct GroupedGemmSm90 {
   using RingStep = Ring<kStages>;
   using RingWork = Ring<kWorks>;
   static constexpr int kGatherWarps = kGather ? 2 : 0;
-  static constexpr int kBehind = kStages > 3 ? 2 : 1;  // steps that a gathering warp issues before it announces one
-  static_assert(kBehind < kStages && kBehind < kWorks, "or everybody waits");
+  static constexpr int kBehind = min_of(kStages - 2, 2);  // steps that a gathering warp issues before it announces one
+  static_assert(kBehind >= 0 && kBehind < kWorks, "a consumer holds two steps: or everybody waits");
 
   struct Rings {
     RingBarriers<kStages> steps;
@@ -223,6 +223,7 @@ struct GroupedGemmSm90 {
     RingStep at;
     RingWork works;
     int turn = 0;
+    if (kPingPong && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       const GroupTile tile = s_works[works.stage].tile;
       if (kPingPong && turn != consumer) {
@@ -232,12 +233,15 @@ struct GroupedGemmSm90 {
         float r_out[kParts][kBlockN / 8][4];
         TileBias bias;
         bias.load(p, tile.group, col, col + kBlockN / 2);
-        multiply(rings, s_base, first_row, steps, at, r_out);
+        take_turn(consumer);
+        multiply(rings, s_base, consumer, steps, at, r_out);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
       } else {
+        take_turn(consumer);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
+        pass_turn(consumer);
       }
       __syncwarp();
       if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
@@ -247,17 +251,28 @@ struct GroupedGemmSm90 {
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
+  // The steps of a tile are waited for by one consumer after the other: who came earlier would take a barrier's phase of some rounds
+  // before for the one it needs, since only the parity tells them apart.
+  FM_DEVICE static void take_turn(int consumer) {
+    if constexpr (kPingPong) barrier_sync(1 + consumer, 256);
+  }
+  FM_DEVICE static void pass_turn(int consumer) {
+    if constexpr (kPingPong) barrier_arrive(2 - consumer, 256);
+  }
+
   // The other consumer's steps.
   FM_DEVICE static void skip(RingStep& at, int steps) {
     const int behind = at.stage + steps, rounds = behind / kStages;
     at.stage = behind - rounds * kStages, at.parity ^= rounds & 1;
   }
 
-  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int first_row, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+    const int first_row = kPingPong ? 0 : consumer * 64;
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       rings.steps.wait_full(at);
+      if (step == steps - 1) pass_turn(consumer);
       const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes, 0);
       const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);
       wgmma_fence();
