@@ -27,6 +27,7 @@ class Machine:
     def __init__(self, product: str = "grouped_gemm_sm90", config: GemmConfig | None = None, seed: int = 0) -> None:
         self.product, self.config, self.seed, self.sms = product, config, seed, 3
         self.used: list[str] = []
+        self.headers: dict[str, str] = {}  # in place of the files of these names
 
     def fused_moe(self, arrays: dict[str, Any], **options: Any) -> Array:
         """out (T, d)."""
@@ -114,8 +115,9 @@ class Machine:
         grid = kernel.grid(product, config, self.sms)
         self.used.append(f"{kernel.name} {config.name}")
         run(
-            kernel.source(config), bytes(params), grid, config.threads, config.smem_bytes, self.seed, config.cluster
-        )
+            kernel.source(config), bytes(params), grid, config.threads, config.smem_bytes, self.seed, config.cluster,
+            headers=self.headers,
+        )  # fmt: skip
 
 
 def _beside(x: Array, name: str, before: bool) -> Array:
