@@ -10,9 +10,11 @@ from emulate import EmulationError, build_all, missing
 from emulated_moe import Machine, bf16
 
 from flashmoe_cupy import reference
+from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.kernels import PRODUCTS
+from flashmoe_cupy.plan.moe_problem import PermuteProblem
 from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
@@ -216,7 +218,7 @@ FAULTS = {
     "rows are announced before they have landed": ("cp_async_wait_group<kBehind>(), announce();", "announce();"),
     "no fence between copies and products": ("fence_proxy_async();\n      __syncwarp();\n      if (lane", "if (lane"),
     "the last rows of a group are stored whole": ("p.out_stride, rows, p.n - col", "p.out_stride, 16, p.n - col"),
-    "the loader does not wait": ("rings.steps.wait_empty(at);\n        const u32 s_full", "const u32 s_full"),
+    "the loader does not wait": ("rings.steps.wait_empty(at);\n          mbarrier", "mbarrier"),
 }
 
 
@@ -246,7 +248,7 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
     """The permutation's grid covers all assignments, and its counts have room for all blocks."""
     for assignments in (1, 4096, 4097, 10_000, 2_097_152, 2**31 - 1):
         work = moe.Workspace()
-        problem = moe.PermuteProblem(moe.INT32, assignments, 1, 1, 7, -1)
+        problem = PermuteProblem(INT32, assignments, 1, 1, 7, -1)
         steps = moe.permute_steps(problem, work)
         per_warp = moe.PERMUTE_PLACE.tail.unpack(steps[-1].tail)[6]
         grid = steps[-1].grid

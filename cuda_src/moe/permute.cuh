@@ -13,6 +13,7 @@
 #pragma once
 #include "math/reduce.cuh"
 #include "moe/params.cuh"
+#include "ptx/cluster.cuh"
 
 namespace fm {
 
@@ -41,6 +42,7 @@ struct MoePermuteCount : MoePermute {
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_count = reinterpret_cast<int*>(smem);
     const int thread = static_cast<int>(threadIdx.x);
@@ -68,6 +70,7 @@ struct MoePermutePlace : MoePermute {
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
     int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);

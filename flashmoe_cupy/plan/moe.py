@@ -261,7 +261,7 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     )
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
-        p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant,
+        p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
     )  # fmt: skip
     steps.append(ProductStep(second, ("activation", "w_down", "y", "b_down", "offsets", "", "", "")))
     if p.shared:
