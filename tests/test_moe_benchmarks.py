@@ -143,14 +143,14 @@ def test_sets_of_weights_rotate_past_the_cache() -> None:
     from benchmarks.timing import CpuTimer
 
     class Cached(CpuTimer):
-        cache_bytes = 20_000
+        cache_bytes = 5_000
 
     case = TINY._replace(graph=True)
     assert len(moe_inputs.input_sets(case, CpuTimer(), "cpu", 0)) == 2
     assert len(moe_inputs.input_sets(TINY, CpuTimer(), "cpu", 0)) == 1
     sets = moe_inputs.input_sets(case, Cached(), "cpu", 0)
     used = [moe_inputs.touched(one) * case.expert_bytes() for one in sets]
-    assert sum(used[1:]) >= 4 * Cached.cache_bytes > 2 * used[0]
+    assert sum(used[1:]) >= 4 * Cached.cache_bytes > used[0] > Cached.cache_bytes and len(sets) == 3
     assert not torch.equal(sets[0].w_down, sets[1].w_down) and not torch.equal(sets[0].topk_ids, sets[1].topk_ids)
     again = moe_inputs.make_inputs(case, "cpu", 0)
     assert all(torch.equal(a, b) for a, b in zip(again, sets[0], strict=True) if a is not None)
