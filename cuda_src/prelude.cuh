@@ -1,5 +1,6 @@
 // What every other header stands on: integer names, the three element types, small constexpr helpers. No toolkit header.
 #pragma once
+#include "ptx/scalar.cuh"
 
 #define FM_DEVICE __device__ __forceinline__
 
@@ -47,20 +48,12 @@ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int div_up(int a, int b) { return (a + b - 1) / b; }
 
 // x << n for n from 0 on; 32 and more give 0 (in C++ they would be undefined).
-FM_DEVICE u32 shift_left(u32 x, int n) {
-  u32 y;
-  asm("shl.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(n));
-  return y;
-}
+FM_DEVICE u32 shift_left(u32 x, int n) { return shl_b32(x, n); }
 
 FM_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // threadIdx.x, read anew at every use: what follows from it is then computed where it is needed instead of kept in registers.
-FM_DEVICE int thread_index() {
-  u32 index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return static_cast<int>(index & 1023);
-}
+FM_DEVICE int thread_index() { return static_cast<int>(mov_tid_x() & 1023); }
 FM_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 // Tells the compiler that a value is the same in the whole warp.
 FM_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
@@ -72,21 +65,12 @@ FM_DEVICE u32 smem_address(const void* pointer) { return static_cast<u32>(__cvta
 // Two floats to one register of two 16-bit values, first argument in the low half; rounds to nearest even.
 template <class E>
 FM_DEVICE u32 pack2(float low, float high) {
-  u32 packed;
-  if constexpr (is_same<E, bf16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
+  if constexpr (is_same<E, bf16>) return cvt_rn_bf16x2_f32(high, low);
+  else return cvt_rn_f16x2_f32(high, low);
 }
 
 FM_DEVICE float to_float(bf16 x) { return __int_as_float(static_cast<int>(x.bits) << 16); }
-FM_DEVICE float to_float(fp16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
+FM_DEVICE float to_float(fp16 x) { return cvt_f32_f16(x.bits); }
 FM_DEVICE float to_float(fp32 x) { return x; }
 
 }  // namespace fm

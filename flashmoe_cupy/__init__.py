@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashmoe_cupy import errors, reference
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
+    from flashmoe_cupy.layers import FlashMoELayer
     from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
     from flashmoe_cupy.ops.grouped_gemm import grouped_gemm
     from flashmoe_cupy.ops.moe import fused_moe
@@ -30,6 +31,7 @@ _PLACE = {
     "MoEPermutation": "ops.permute",
     "grouped_gemm": "ops.grouped_gemm",
     "fused_moe": "ops.moe",
+    "FlashMoELayer": "layers",
     "explain": "service",
     "warmup": "service",
     "stats": "service",
@@ -47,6 +49,7 @@ __all__ = [
     "CompileError",
     "DependencyError",
     "FlashMoEError",
+    "FlashMoELayer",
     "MoEPermutation",
     "RouterStats",
     "UnsupportedProblem",

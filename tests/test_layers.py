@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("dtypes.py", ()),
     ("arrays.py", ("dtypes", "errors")),
     ("reference/", ("reference",)),
-    ("testing.py", ("reference",)),
+    ("testing", ("reference", "testing")),
     ("plan/checks.py", ("arrays", "dtypes")),
     ("plan/layouts.py", ("plan.checks", "arrays", "dtypes")),
     ("plan/problem.py", ("plan.checks", "arrays", "dtypes", "errors")),
@@ -65,15 +65,16 @@ ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported.
 AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py",)}
 
-# A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels.
+# A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
+# prelude itself stands on the instructions that work on registers alone.
 INCLUDES: dict[str, tuple[str, ...]] = {
-    "": (),
+    "": ("ptx/scalar.cuh",),
     "ptx": ("prelude.cuh",),
     "math": ("prelude.cuh", "math/"),
     "tile": ("prelude.cuh", "ptx/", "math/", "tile/"),
 }
 # What the kernels of one family share; a kernel never includes another one.
-SHARED = ("params.cuh", "schedule_sm90.cuh", "variant.cuh")
+SHARED = ("activation.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "variant.cuh")
 
 
 def python_files() -> list[Path]:
@@ -282,6 +283,7 @@ def test_device_headers_hold_no_entry(path: Path) -> None:
     code = _code(text)
     assert "__global__" not in code, f"{header_name(path)}: the generated source owns the entry"
     assert "#pragma once" in code
+    assert header_name(path).startswith("ptx/") or not re.search(r"\basm\b", code), "PTX belongs in cuda_src/ptx"
     for word in ("cooperative_groups", "cutlass", "std::", "printf"):
         assert word not in code, f"{header_name(path)} uses {word}"
 

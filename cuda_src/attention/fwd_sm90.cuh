@@ -18,6 +18,7 @@
 #include "attention/schedule_sm90.cuh"
 #include "attention/variant.cuh"
 #include "math/softmax.cuh"
+#include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
@@ -322,7 +323,7 @@ struct AttentionFwdSm90 {
 
   FM_DEVICE static void multiply_qk(float (&r_s)[kBlockN / 8][4], u32 s_base, int consumer, const RingQ& q, const RingKV& k) {
     u32 s_q = s_base + Smem::kQ + (q.stage * kConsumers + consumer) * TileQ::kBytes;
-    asm volatile("" : "+r"(s_q));  // or every step of the product gets registers of its own, for the whole loop
+    keep_register(s_q);  // or every step of the product gets registers of its own, for the whole loop
     const u64 a = wgmma_descriptor(s_q, 0);
     const u64 b = wgmma_descriptor(s_base + Smem::kK + k.stage * TileK::kBytes, 0);
 #pragma unroll
@@ -353,7 +354,7 @@ struct AttentionFwdSm90 {
     for (int i = thread_index() % 128; i < rows * TileV::kPanelChunks; i += 128)
 #pragma unroll
       for (int panel = 0; panel < TileV::kPanels; ++panel)
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(s_end + panel * TileV::kPanelBytes - 16 * (i + 1)), "r"(0) : "memory");
+        st_shared_v4_b32(s_end + panel * TileV::kPanelBytes - 16 * (i + 1), 0, 0, 0, 0);
     fence_proxy_async();
     barrier_sync(8 + consumer, 128);
   }

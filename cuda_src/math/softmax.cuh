@@ -8,23 +8,13 @@ namespace fm {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-FM_DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-FM_DEVICE float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+FM_DEVICE float exp2_approx(float x) { return ex2_approx_ftz_f32(x); }
+FM_DEVICE float log2_approx(float x) { return lg2_approx_ftz_f32(x); }
 
 // tanh through ex2 and rcp: absolute error near 1e-7 over the whole line (tanh.approx has 5e-4).
 FM_DEVICE float tanh_exp2(float x) {
-  float e = exp2_approx(2.f * kLog2e * x), r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(e + 1.f));
-  return fmaf(-2.f, r, 1.f);
+  const float e = exp2_approx(2.f * kLog2e * x);
+  return fmaf(-2.f, rcp_approx_ftz_f32(e + 1.f), 1.f);
 }
 
 // The exponent (of 2) that a score s gets in the softmax is scale * log2(e) * s ...

@@ -27,19 +27,21 @@
 
 namespace fm {
 
-template <class Element_, int kBlockM_, int kBlockN_, int kStages_, int kCluster_, bool kGather_, bool kGated_>
+template <class Element_, int kBlockM_, int kBlockN_, int kBlockK_, int kStages_, int kCluster_, bool kPingPong_, bool kGather_, bool kGated_>
 struct GroupedGemmSm90 {
   using Element = Element_;
   using Params = GroupedGemmSm90Params;
-  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 64, kStages = kStages_, kCluster = kCluster_;
-  static constexpr bool kGather = kGather_, kGated = kGated_;
-  static constexpr int kConsumers = kBlockM / 64, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = kBlockK_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr bool kPingPong = kPingPong_, kGather = kGather_, kGated = kGated_;
+  static constexpr int kConsumers = kPingPong ? 2 : kBlockM / 64, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kSharers = kPingPong ? 1 : kConsumers;   // consumers that use a step
+  static constexpr int kParts = kBlockM / (64 * kSharers);      // of 64 rows that one multiplies
   static constexpr int kProducerRegisters = kGather ? 56 : 40, kConsumerRegisters = kGather ? 224 : 232;
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
 
   using TileX = SmemTile<Element, kBlockM, kBlockK>;
-  using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns
+  using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns; the two lie panel by panel
   static constexpr int kWorks = 4;                        // tiles that the scheduler may be ahead
   struct Work {
     GroupTile tile;  // its rows may be none: the other block of the cluster has some
@@ -56,8 +58,8 @@ struct GroupedGemmSm90 {
   using RingStep = Ring<kStages>;
   using RingWork = Ring<kWorks>;
   static constexpr int kGatherWarps = kGather ? 2 : 0;
-  static constexpr int kBehind = kStages > 3 ? 2 : 1;  // steps that a gathering warp issues before it announces one
-  static_assert(kBehind < kStages && kBehind < kWorks, "or everybody waits");
+  static constexpr int kBehind = min_of(kStages - 2, 2);  // steps that a gathering warp issues before it announces one
+  static_assert(kBehind >= 0 && kBehind < kWorks, "a consumer holds two steps: or everybody waits");
 
   struct Rings {
     RingBarriers<kStages> steps;
@@ -72,7 +74,7 @@ struct GroupedGemmSm90 {
     if (threadIdx.x == 0) {
       if constexpr (!kGather) prefetch_tensormap(p.x_map);
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
-      rings.steps.init(1 + kGatherWarps, 4 * kConsumers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
+      rings.steps.init(1 + kGatherWarps, 4 * kSharers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
       fence_mbarrier_init();
     }
     meet();
@@ -132,14 +134,21 @@ struct GroupedGemmSm90 {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
         rings.steps.wait_empty(at);
-        const u32 s_full = rings.steps.full(at.stage), s_w = s_base + Smem::kW + at.stage * 2 * TileW::kBytes;
+        const u32 s_full = rings.steps.full(at.stage);
         mbarrier_arrive_expect_tx(s_full, 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
-        if constexpr (!kGather) tma_load_2d(s_base + Smem::kX + at.stage * TileX::kBytes, p.x_map, s_full, createpolicy_evict_normal(), step * kBlockK, tile.row + tile.group * p.x_skip);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
-          if constexpr (kCluster == 1) tma_load_4d(s_w + half * TileW::kBytes, p.w_map, s_full, createpolicy_evict_normal(), step * kBlockK, which, row, tile.group);
-          else if (half == rank) tma_load_4d_multicast(s_w + half * TileW::kBytes, p.w_map, s_full, 3, createpolicy_evict_normal(), step * kBlockK, which, row, tile.group);
+        for (int panel = 0; panel < kBlockK / 64; ++panel) {
+          const int k = step * kBlockK + panel * 64;
+          const u32 s_x = s_base + Smem::kX + at.stage * TileX::kBytes + panel * TileX::kPanelBytes;
+          const u32 s_w = s_base + Smem::kW + at.stage * 2 * TileW::kBytes + panel * 2 * TileW::kPanelBytes;
+          if constexpr (!kGather) tma_load_2d(s_x, p.x_map, s_full, createpolicy_evict_last(), k, tile.row + tile.group * p.x_skip);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const u32 s_half = s_w + half * TileW::kPanelBytes;
+            const int which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
+            if constexpr (kCluster == 1) tma_load_4d(s_half, p.w_map, s_full, createpolicy_evict_first(), k, which, row, tile.group);
+            else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, s_full, 3, createpolicy_evict_first(), k, which, row, tile.group);
+          }
         }
       }
       mbarrier_arrive(rings.works.empty(works.stage));
@@ -149,7 +158,7 @@ struct GroupedGemmSm90 {
 
   // ---- gathering ----
 
-  // Two warps, each half of the rows; eight lanes fetch a row's 128 bytes of a step. What cp.async has written becomes visible to the tensor cores only by a
+  // Two warps, each half of the rows; eight lanes fetch 128 bytes of a row. What cp.async has written becomes visible to the tensor cores only by a
   // fence of the thread that asked for it, so a step is announced when it has landed, some steps later.
   FM_DEVICE static void gather(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int warp) {
     constexpr int kRows = kBlockM / 2, kHeld = div_up(kRows, 32);
@@ -177,14 +186,18 @@ struct GroupedGemmSm90 {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
         rings.steps.wait_empty(at);
-        const u8* g_column = static_cast<const u8*>(p.x) + (step * 8 + column) * 16;
-        const bool inside = step * 8 + column < chunks;
 #pragma unroll
-        for (int i = 0; i < kRows / 4; ++i) {
-          const int source = __shfl_sync(0xffffffffu, held[i / 8], i % 8 * 4 + row);
-          const bool valid = inside && source >= 0;
-          const u8* g_pointer = valid ? g_column + static_cast<u64>(source) * row_bytes : g_column;  // not read where it is not valid
-          cp_async_cg_16(s_thread + at.stage * TileX::kBytes + TileX::offset(i * 4 + row, column), g_pointer, valid);
+        for (int panel = 0; panel < kBlockK / 64; ++panel) {
+          const int chunk = (step * (kBlockK / 64) + panel) * 8 + column;
+          const u8* g_column = static_cast<const u8*>(p.x) + chunk * 16;
+          const u32 s_panel = s_thread + at.stage * TileX::kBytes + panel * TileX::kPanelBytes;
+#pragma unroll
+          for (int i = 0; i < kRows / 4; ++i) {
+            const int source = __shfl_sync(0xffffffffu, held[i / 8], i % 8 * 4 + row);
+            const bool valid = chunk < chunks && source >= 0;
+            const u8* g_pointer = valid ? g_column + static_cast<u64>(source) * row_bytes : g_column;  // not read where it is not valid
+            cp_async_cg_16(s_panel + TileX::offset(i * 4 + row, column), g_pointer, valid);
+          }
         }
         cp_async_commit_group();
         if (behind == kBehind) cp_async_wait_group<kBehind>(), announce();
@@ -205,49 +218,88 @@ struct GroupedGemmSm90 {
   // ---- consumer ----
 
   FM_DEVICE static void consume(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int consumer) {
-    const int steps = div_up(p.k, kBlockK), warp_row = consumer * 64 + (warp_id() & 3) * 16;
+    const int steps = div_up(p.k, kBlockK), first_row = kPingPong ? 0 : consumer * 64, warp_row = (warp_id() & 3) * 16;
+    const u32 s_panels = s_base + Smem::kOut + (consumer * 4 + (warp_id() & 3)) * 4096;
     RingStep at;
     RingWork works;
+    int turn = 0;
+    if (kPingPong && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       const GroupTile tile = s_works[works.stage].tile;
-      if (uniform(tile.rows) > consumer * 64) {
+      if (kPingPong && turn != consumer) {
+        skip(at, steps);
+      } else if (uniform(tile.rows) > first_row) {
         const int col = tile.n_block * kColumns;
-        float r_out[kBlockN / 8][4];
+        float r_out[kParts][kBlockN / 8][4];
         TileBias bias;
         bias.load(p, tile.group, col, col + kBlockN / 2);
+        take_turn(consumer);
         multiply(rings, s_base, consumer, steps, at, r_out);
-        write(p, tile, s_base, warp_row, bias, r_out);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
       } else {
+        take_turn(consumer);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
+        pass_turn(consumer);
       }
       __syncwarp();
       if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
+      turn ^= 1;
     }
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
-  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kBlockN / 8][4]) {
+  // The steps of a tile are waited for by one consumer after the other: who came earlier would take a barrier's phase of some rounds
+  // before for the one it needs, since only the parity tells them apart.
+  FM_DEVICE static void take_turn(int consumer) {
+    if constexpr (kPingPong) barrier_sync(1 + consumer, 256);
+  }
+  FM_DEVICE static void pass_turn(int consumer) {
+    if constexpr (kPingPong) barrier_arrive(2 - consumer, 256);
+  }
+
+  // The other consumer's steps.
+  FM_DEVICE static void skip(RingStep& at, int steps) {
+    const int behind = at.stage + steps, rounds = behind / kStages;
+    at.stage = behind - rounds * kStages, at.parity ^= rounds & 1;
+  }
+
+  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+    const int first_row = kPingPong ? 0 : consumer * 64;
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       rings.steps.wait_full(at);
-      const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + consumer * 64 * TileX::kRowBytes, 0);
+      if (step == steps - 1) pass_turn(consumer);
+      const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes, 0);
       const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kBlockK / 16; ++i) Wgmma<Element, kBlockN, false>::ss(r_out, a + (i * 32 >> 4), b + (i * 32 >> 4), step != 0 || i != 0);
+      for (int i = 0; i < kBlockK / 16; ++i)
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          const int x = i / 4 * TileX::kPanelBytes + part * 64 * TileX::kRowBytes + i % 4 * 32, w = i / 4 * 2 * TileW::kPanelBytes + i % 4 * 32;
+          Wgmma<Element, kBlockN, false>::ss(r_out[part], a + (x >> 4), b + (w >> 4), step != 0 || i != 0);
+        }
       wgmma_commit_group();
       if (step != 0) {
-        wgmma_wait_group<1>(r_out);
+        wait_for_products<1>(r_out);
         release(rings, before);
       }
       before = at.stage;
       at.advance();
     }
-    wgmma_wait_group<0>(r_out);
+    wait_for_products<0>(r_out);
     release(rings, before);
+  }
+
+  template <int kPending>
+  FM_DEVICE static void wait_for_products(float (&r_out)[kParts][kBlockN / 8][4]) {
+    wgmma_wait_group<kPending>(r_out[0]);
+#pragma unroll
+    for (int part = 1; part < kParts; ++part) wgmma_fence_operand(r_out[part]);
   }
 
   // One lane per warp reports that the warp is done with a step, to all who load it.
@@ -258,14 +310,14 @@ struct GroupedGemmSm90 {
     }
   }
 
-  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_base, int warp_row, const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
+  // 16 rows of a tile, from `warp_row` on.
+  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_panels, int warp_row, const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
     const int col = tile.n_block * kColumns, rows = tile.rows - warp_row;
     const float one[2] = {1.f, 1.f};
     scale_by_row_weights(p, tile.row + warp_row, rows, r_out);
     bias.add_to(p, r_out);
     const i64 first = static_cast<i64>(tile.row + warp_row) * p.out_stride + col;
     const RowsOut<Element> to{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride, rows, p.n - col, col, tile.row + warp_row, 0, 0};
-    const u32 s_panels = s_base + Smem::kOut + warp_row / 16 * 4096;
     if constexpr (kGated) activate_gated(p, r_out);
     else activate(p, r_out);
     store_accumulator_rows<kColumns / 8>(to, s_panels, r_out, one);

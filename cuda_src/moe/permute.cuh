@@ -112,7 +112,7 @@ struct MoePermutePlace : MoePermute {
 
   // Turns each warp's counts in s_next into places. Returns the number of assignments up to the end of the window.
   FM_DEVICE static int find_places(const MoePermuteParams& p, int* s_next, int* s_sums, int window, int width, int placed) {
-    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), warp = warp_id();
     int before = 0, total = 0;  // of expert e: in the blocks before this one, in all
     if (e < width) {
       if (blocks > 1) {
@@ -126,10 +126,10 @@ struct MoePermutePlace : MoePermute {
       }
     }
     const int up_to_lane = inclusive_sum(total);
-    if (lane_id() == 31) s_sums[warp_id()] = up_to_lane;
+    if (lane_id() == 31) s_sums[warp] = up_to_lane;
     __syncthreads();
     int place = placed + up_to_lane - total, all = placed;
-    for (int w = 0; w < kWarps; ++w) place += w < warp_id() ? s_sums[w] : 0, all += s_sums[w];
+    for (int w = 0; w < kWarps; ++w) place += w < warp ? s_sums[w] : 0, all += s_sums[w];
     if (e < width) {
       if (block == 0) p.offsets[window + e] = place;
       place += before;

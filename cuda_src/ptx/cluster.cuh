@@ -1,30 +1,34 @@
-// Blocks of a cluster: they run at the same time and reach each other's shared memory.
+// Blocks of one cluster, which reach each other's shared memory, and grids that start before the one before has ended.
 #pragma once
 #include "prelude.cuh"
 
 namespace fm {
 
-// The block's number in its cluster.
 FM_DEVICE u32 cluster_ctarank() {
   u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// Where the block of that rank has what lies at s_address here.
-FM_DEVICE u32 mapa(u32 s_address, u32 rank) {
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(s_address), "r"(rank));
-  return there;
-}
-
-// Arrives at a barrier of any block of the cluster, named by mapa.
-FM_DEVICE void mbarrier_arrive_cluster(u32 s_barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(s_barrier) : "memory");
-}
-
-// All threads of all blocks of the cluster.
+// All threads of all blocks of the cluster arrive, then wait; what they did before is then seen by all.
 FM_DEVICE void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 FM_DEVICE void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The address of the same place in the shared memory of block `rank`, for mbarrier_arrive_cluster.
+FM_DEVICE u32 mapa(u32 s_address, u32 rank) {
+  u32 address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(s_address), "r"(rank));
+  return address;
+}
+
+// Arrives at a barrier of any block of the cluster.
+FM_DEVICE void mbarrier_arrive_cluster(u32 cluster_address) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
+}
+
+// Until the grids that this one depends on have ended and their writes are seen. At once where there is none.
+FM_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// This block no longer holds up the grids that depend on this one.
+FM_DEVICE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace fm

@@ -17,4 +17,9 @@ FM_DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Arrives at an mbarrier, which counts this thread among its arrivals, when all copies that the thread has begun are done.
+FM_DEVICE void cp_async_mbarrier_arrive_noinc(u32 s_barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(s_barrier) : "memory");
+}
+
 }  // namespace fm

@@ -11,11 +11,6 @@ FM_DEVICE u64 createpolicy_evict_first() {
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-FM_DEVICE u64 createpolicy_evict_normal() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 FM_DEVICE u64 createpolicy_evict_last() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -27,10 +22,19 @@ FM_DEVICE void prefetch_tensormap(const TensorMap& map) {
 }
 
 FM_DEVICE void tma_load_2d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(
-                   s_target),
-               "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(
+          s_target),
+      "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+FM_DEVICE void tma_load_3d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(
+          s_target),
+      "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
 }
 
 FM_DEVICE void tma_load_4d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1, int c2, int c3) {
@@ -38,15 +42,6 @@ FM_DEVICE void tma_load_4d(u32 s_target, const TensorMap& map, u32 s_barrier, u6
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(
           s_target),
       "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
-
-// To the same place in every block of the cluster whose bit is set in cta_mask, each with its barrier at the same place.
-FM_DEVICE void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 cta_mask, u64 policy, int c0, int c1, int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7, %8}], "
-      "[%2], %3, %4;" ::"r"(s_target),
-      "l"(&map), "r"(s_barrier), "h"(cta_mask), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 
@@ -58,10 +53,42 @@ FM_DEVICE void tma_load_5d(u32 s_target, const TensorMap& map, u32 s_barrier, u6
       : "memory");
 }
 
+// The same box to the same place in every block of the cluster whose bit is set, each of whose barriers is told of all its bytes.
+FM_DEVICE void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64 policy, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6}], "
+      "[%2], %3, %4;" ::"r"(s_target),
+      "l"(&map), "r"(s_barrier), "h"(blocks), "l"(policy), "r"(c0), "r"(c1)
+      : "memory");
+}
+
+FM_DEVICE void tma_load_3d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64 policy, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7}], "
+      "[%2], %3, %4;" ::"r"(s_target),
+      "l"(&map), "r"(s_barrier), "h"(blocks), "l"(policy), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+FM_DEVICE void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64 policy, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7, %8}], "
+      "[%2], %3, %4;" ::"r"(s_target),
+      "l"(&map), "r"(s_barrier), "h"(blocks), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 // A box from shared memory to the tensor; what lies outside of it is not written. Stores belong to the thread's current bulk group.
+FM_DEVICE void tma_store_2d(const TensorMap& map, u32 s_source, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1)
+               : "memory");
+}
+FM_DEVICE void tma_store_3d(const TensorMap& map, u32 s_source, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+}
 FM_DEVICE void tma_store_4d(const TensorMap& map, u32 s_source, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1),
-               "r"(c2), "r"(c3)
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
 FM_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -69,6 +96,11 @@ FM_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" 
 template <int kPending>
 FM_DEVICE void bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Until all but kPending of them are done, what they write included.
+template <int kPending>
+FM_DEVICE void bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Ordinary writes of this thread to shared memory come before what the copy engine and the tensor cores do next.

@@ -3,6 +3,7 @@
 #pragma once
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma_sync.cuh"
+#include "ptx/shared_memory.cuh"
 #include "tile/smem.cuh"
 
 namespace fm {
@@ -157,8 +158,7 @@ FM_DEVICE void gemm_rs_nn(float (&d)[kM][kND][4], const float (&p)[kM][kN][4], u
         u32 b[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const u32 address = s_b + TB::offset(k * 8 + 2 * t + i, 2 * n + (g >> 2)) + (g & 3) * 4;
-          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(b[i]) : "r"(address) : "memory");
+          b[i] = ld_shared_b32(s_b + TB::offset(k * 8 + 2 * t + i, 2 * n + (g >> 2)) + (g & 3) * 4);
         }
 #pragma unroll
         for (int m = 0; m < kM; ++m) Step<E>::mma(sum[m], a[m][k], b[0], b[1]);
@@ -203,9 +203,9 @@ FM_DEVICE void store_accumulator(u32 s_base, int row, const float (&d)[kM][kN][4
     for (int n = 0; n < kUsed; ++n) {
       const float x = d[i / 2][kFirst + n][(i & 1) * 2] * row_scale[i], y = d[i / 2][kFirst + n][(i & 1) * 2 + 1] * row_scale[i];
       if constexpr (sizeof(E) == 2) {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(s_base + T::offset(r, col / 8 + n) + t * 4), "r"(pack2<E>(x, y)) : "memory");
+        st_shared_b32(s_base + T::offset(r, col / 8 + n) + t * 4, pack2<E>(x, y));
       } else {
-        asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(s_base + T::offset(r, col / 4 + 2 * n + (t >> 1)) + (t & 1) * 8), "f"(x), "f"(y) : "memory");
+        st_shared_v2_f32(s_base + T::offset(r, col / 4 + 2 * n + (t >> 1)) + (t & 1) * 8, x, y);
       }
     }
   }

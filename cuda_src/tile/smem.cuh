@@ -3,6 +3,7 @@
 // that ldmatrix or a store touches at once lie in eight different groups of banks.
 #pragma once
 #include "ptx/cp_async.cuh"
+#include "ptx/shared_memory.cuh"
 
 namespace fm {
 
@@ -40,8 +41,7 @@ FM_DEVICE void copy_chunk_unaligned(u32 s_address, const E* g_pointer, bool vali
       for (int i = 0; i < 4; ++i) word[i] = half[2 * i] | static_cast<u32>(half[2 * i + 1]) << 16;
     }
   }
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(s_address), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
-               : "memory");
+  st_shared_v4_b32(s_address, word[0], word[1], word[2], word[3]);
 }
 
 // Starts the copy of `rows` rows of `chunks` chunks; what lies outside becomes zero. kAligned promises rows at multiples of 16 bytes
@@ -89,10 +89,7 @@ FM_DEVICE void store_rows(E* g_base, i64 row_stride, u32 s_base, int first_row, 
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int chunk = panel * Tile::kPanelChunks + column;
       u32 word[4];
-      asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                   : "r"(s_base + Tile::offset(row, chunk))
-                   : "memory");
+      ld_shared_v4_b32(word, s_base + Tile::offset(row, chunk));
       if (row >= rows || chunk >= chunks) continue;
       E* g_pointer = g_row + chunk * Tile::kPerChunk;
       if (kAligned || aligned) {

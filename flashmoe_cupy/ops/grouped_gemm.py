@@ -72,13 +72,14 @@ def grouped_gemm(
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("overlap", "problem", "shape")
+    __slots__ = ("overlap", "problem", "shape", "specs")
 
     def __init__(self, problem: GroupedGemmProblem, views: Views, out: View | None) -> None:
         p = problem
         self.problem = p
         self.overlap = plans.Overlap(_NAMES, views, out)
         self.shape = (p.num_experts, p.rows, p.n) if p.masked else (p.rows, p.n)
+        self.specs: list[plans.Spec] = [(self.shape, p.dtype)]
 
     def run(self, views: Views, out_view: View | None, out: Any) -> Any:
         """The call: the output from the caller's library, then the kernel or the NumPy back end."""
@@ -88,11 +89,11 @@ class _Plan:
         if x.device < 0:
             return self._run_on_host(views, out_view, out)
         if out_view is None:
-            (out,), (pointer,) = plans.allocate(x, [(self.shape, x.dtype)])
+            (out,), pointers = plans.allocate(x, self.specs)
         else:
-            pointer = out_view.ptr
+            pointers = (out_view.ptr,)
         if self.problem.rows:
-            plans.gpu().grouped_gemm(self.problem, views, (pointer,))
+            plans.gpu().grouped_gemm(self.problem, views, pointers)
             plans.queued(views)
         return out
 

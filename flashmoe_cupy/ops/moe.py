@@ -91,10 +91,10 @@ def fused_moe(
     s2 = None if shared_w_down is None else view(shared_w_down, "shared_w_down")
     vg = None if shared_gate is None else view(shared_gate, "shared_gate")
     vo = None if out is None else view(out, "out")
+    options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
     key = (
-        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], activation, interleaved, swiglu_alpha, swiglu_limit,
-        apply_router_weight_on_input, batch_invariant, b1 and b1[1:6], b2 and b2[1:6], vm and vm[1:6], s1 and s1[1:6],
-        s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],
+        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], options, *map(type, options), b1 and b1[1:6], b2 and b2[1:6],
+        vm and vm[1:6], s1 and s1[1:6], s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],
     )  # fmt: skip
     views = (vx, v1, v2, vw, vi, b1, b2, vm, s1, s2, vg)
     plan = _plans.find(key)
@@ -112,12 +112,13 @@ def fused_moe(
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("overlap", "problem", "shape")
+    __slots__ = ("overlap", "problem", "shape", "specs")
 
     def __init__(self, problem: MoEProblem, views: Views, out: View | None) -> None:
         self.problem = problem
         self.overlap = plans.Overlap(_NAMES, views, out)
         self.shape = (problem.tokens, problem.hidden)
+        self.specs: list[plans.Spec] = [(self.shape, problem.dtype)]
 
     def run(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
         """The call: the output from the caller's library, then the kernels or the NumPy back end."""
@@ -126,12 +127,11 @@ class _Plan:
         if x.device < 0:
             return self._run_on_host(x, views, out_view, out)
         if out_view is None:
-            out = arrays.empty(x, self.shape, x.dtype)
-            pointer = view(out, "out").ptr
+            (out,), pointers = plans.allocate(x, self.specs)
         else:
-            pointer = out_view.ptr
+            pointers = (out_view.ptr,)
         if self.problem.tokens:
-            plans.gpu().fused_moe(self.problem, views, (pointer,))
+            plans.gpu().fused_moe(self.problem, views, pointers)
             plans.queued(views)
         return out
 

@@ -39,7 +39,7 @@ def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> M
     """
     vi = view(topk_ids, "topk_ids")
     vm = None if expert_map is None else view(expert_map, "expert_map")
-    key = vi[1:6], vm and vm[1:6], num_experts
+    key = vi[1:6], vm and vm[1:6], num_experts, type(num_experts)
     plan = _plans.find(key)
     if plan is None:
         plan = _plans.keep(key, _Plan(permute_problem(vi, vm, num_experts=num_experts)))

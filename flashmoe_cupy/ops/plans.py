@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from flashmoe_cupy import _env, arrays
-from flashmoe_cupy.arrays import View, view
+from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan import kernels
@@ -56,9 +56,11 @@ def gpu() -> Any:
 
 
 def allocate(like: View, specs: Sequence[Spec]) -> tuple[list[Any], tuple[int, ...]]:
-    """New arrays in like's library on like's device, and their addresses."""
+    """New arrays in like's library on like's device, and their addresses; like lies on a device."""
     made = [arrays.empty(like, shape, dtype) for shape, dtype in specs]
-    return made, tuple([view(array, "out").ptr for array in made])
+    if like.library == "torch":
+        return made, tuple([array.data_ptr() for array in made])
+    return made, tuple([array.data.ptr for array in made])  # CuPy's, for all others
 
 
 def queued(views: Sequence[View | None]) -> None:

@@ -69,10 +69,11 @@ def moe_route(
     """
     vl = view(logits, "logits")
     vb = None if e_score_correction_bias is None else view(e_score_correction_bias, "e_score_correction_bias")
-    key = (
-        vl[1:6], vb and vb[1:6], top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group,
-        capacity_factor, return_stats,
+    options = (
+        top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group, capacity_factor,
+        return_stats,
     )  # fmt: skip
+    key = vl[1:6], vb and vb[1:6], options, *map(type, options)  # types, because 2.0 == 2 and True == 1
     plan = _plans.find(key)
     if plan is None:
         problem = route_problem(

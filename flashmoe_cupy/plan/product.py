@@ -108,24 +108,31 @@ class GemmSm90Config(NamedTuple):
     """One specialisation of `GroupedGemmSm90`; the fields are its template arguments, in their order."""
 
     element: str
-    block_m: int  # 64 for each consumer warpgroup
+    block_m: int
     block_n: int
+    block_k: int
     stages: int
     cluster: int
+    ping_pong: bool  # the consumer warpgroups take tiles in turn; else they share one, 64 rows each
     gather: bool
     gated: bool
 
     @property
     def name(self) -> str:
-        """For people: "bf16 128x256x4 cluster2 gather gated"."""
-        words = [self.element, f"{self.block_m}x{self.block_n}x{self.stages}"]
-        words += [f"cluster{self.cluster}"] * (self.cluster > 1) + ["gather"] * self.gather + ["gated"] * self.gated
-        return " ".join(words)
+        """For people: "bf16 128x256x64x4 cluster2 gather gated"."""
+        words = [self.element, f"{self.block_m}x{self.block_n}x{self.block_k}x{self.stages}"]
+        words += [f"cluster{self.cluster}"] * (self.cluster > 1) + ["pingpong"] * self.ping_pong
+        return " ".join(words + ["gather"] * self.gather + ["gated"] * self.gated)
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return 2 if self.ping_pong else self.block_m // 64
 
     @property
     def threads(self) -> int:
         """Threads of a block: the producers' warpgroup and the consumers'."""
-        return 128 * (1 + self.block_m // 64)
+        return 128 * (1 + self.consumers)
 
     @property
     def min_blocks(self) -> int:
@@ -136,14 +143,15 @@ class GemmSm90Config(NamedTuple):
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
         works, work_bytes, barriers = 4, 24, 16  # tiles ahead, their records, the two barriers of each buffer
-        ring = self.stages * 128 * (self.block_m + self.block_n)
-        return ring + self.block_m // 64 * 4 * 4096 + works * work_bytes + barriers * (self.stages + works)
+        ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
+        return ring + self.consumers * 4 * 4096 + works * work_bytes + barriers * (self.stages + works)
 
     @property
     def struct(self) -> str:
         """The C++ type inside namespace fm."""
-        sizes = f"{self.block_m}, {self.block_n}, {self.stages}, {self.cluster}"
-        return f"GroupedGemmSm90<fm::{self.element}, {sizes}, {_cpp(self.gather)}, {_cpp(self.gated)}>"
+        sizes = f"{self.block_m}, {self.block_n}, {self.block_k}, {self.stages}, {self.cluster}"
+        flags = ", ".join(map(_cpp, (self.ping_pong, self.gather, self.gated)))
+        return f"GroupedGemmSm90<fm::{self.element}, {sizes}, {flags}>"
 
 
 GemmConfig = GemmSm80Config | GemmSm90Config
@@ -265,8 +273,11 @@ class GroupedGemmSm90(GroupedGemm):
     params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
     params_align = 128
 
-    # (block_m, block_n, stages, cluster)
-    tiles_of = ((128, 256, 4, 2), (128, 256, 4, 1), (64, 256, 4, 1), (64, 128, 6, 1))
+    # (block_m, block_n, block_k, stages, cluster, ping_pong)
+    tiles_of = (
+        (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False),
+        (64, 256, 64, 4, 1, False), (64, 128, 64, 6, 1, False),
+    )  # fmt: skip
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
