@@ -32,10 +32,9 @@ class Machine:
     def fused_moe(self, arrays: dict[str, Any], **options: Any) -> Array:
         """out (T, d)."""
         out = np.empty(arrays["x"].shape, arrays["x"].dtype)
-        problem = moe_problem(
-            *[view(arrays[n], n) for n in ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")],
-            **{n: view(x, n) for n, x in arrays.items() if n.startswith(("b_", "shared", "expert_map"))}, **options,
-        )  # fmt: skip
+        views: dict[str, Any] = {n: view(x, n) for n, x in arrays.items()}
+        first = [views.pop(n) for n in ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")]
+        problem = moe_problem(*first, **views, **options)  # type: ignore[misc]  # mypy does not see what is popped
         steps, work = moe.moe_steps(problem)
         return self._run(steps, work, arrays, {"out": out}, moe.combine_tail(problem, True))["out"]
 

@@ -30,12 +30,13 @@ PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     """All of them at once, on all cores."""
-    texts = []
-    for config in (*HOPPER, *PORTABLE):
-        kernel = PRODUCTS["grouped_gemm_sm90" if isinstance(config, GemmSm90Config) else "grouped_gemm_sm80"]
-        for gated in (False, True):
-            flags = {"gather": gated} if isinstance(config, GemmSm90Config) else {}
-            texts.append((kernel.source(config._replace(gated=gated, **flags)), {}))  # type: ignore[arg-type]
+    texts: list[tuple[str, dict[str, str]]] = []
+    for gated in (False, True):
+        for hopper in HOPPER:
+            config = hopper._replace(gather=gated, gated=gated)
+            texts.append((PRODUCTS["grouped_gemm_sm90"].source(config), {}))
+        for portable in PORTABLE:
+            texts.append((PRODUCTS["grouped_gemm_sm80"].source(portable._replace(gated=gated)), {}))
     build_all(texts)
 
 
