@@ -25,7 +25,6 @@ _SIZES = struct.Struct("7I4xQ")  # of CUlaunchConfig: grid, block, shared memory
 _CONFIG = struct.Struct("7I4xQQI4x")  # and the attributes with their number
 _EARLY = struct.Struct("i4xi60x")  # CUlaunchAttribute
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_Pointer = ctypes.c_void_p
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -40,6 +39,7 @@ _loaded: dict[tuple[str, int], Loaded] = {}
 _by_source: dict[tuple[str, int], Loaded] = {}
 _lock = threading.Lock()
 _driver: Any = None
+_launch_ex: Any = None  # cuLaunchKernelEx, after its first use
 _runtime: Any = None
 _devices = 0
 
@@ -259,9 +259,12 @@ def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
 
 def _launch_early(buffer: _Buffer, function: int, grid: int, threads: int, smem: int, stream: int) -> None:
     """The launch with the attribute that lets it start early; CuPy's binding has none."""
+    global _launch_ex
+    if _launch_ex is None:
+        _launch_ex = tensormap.driver().cuLaunchKernelEx
+        _launch_ex.argtypes = [ctypes.c_void_p] * 4
     _SIZES.pack_into(buffer.config, 0, grid, 1, 1, threads, 1, 1, smem, stream)
-    call = tensormap.driver().cuLaunchKernelEx
-    code = call(_Pointer(buffer.config_address), _Pointer(function), _Pointer(buffer.address), None)
+    code = _launch_ex(buffer.config_address, function, buffer.address, None)
     if code:
         raise FlashMoEError(f"the driver refuses a launch of {grid} blocks of {threads} threads (error {code})")
 
