@@ -36,7 +36,7 @@ from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
 from flashmoe_cupy.jit.tensormap import TensorMap
 
 _HERE = Path(__file__).resolve().parent / "emulation"
-_RUNTIME = ("emulator.cpp", "barriers.cpp", "copies.cpp", "products.cpp")
+_RUNTIME = ("emulator.cpp", "schedule.cpp", "barriers.cpp", "copies.cpp", "products.cpp")
 _OPTIONS = (
     "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing", "-ffp-contract=off",
     "-Wno-attributes",

@@ -32,6 +32,10 @@ void together(const char* what, u32 lanes, void* item, void (*all)(void* const* 
     me.waits = Waits::lanes, me.detail[0] = lanes;
     switch_out();
   }
+}
+
+void syncwarp(u32 lanes) {
+  together("__syncwarp", lanes, nullptr, [](void* const*, u32) {});
   acquire();
 }
 
@@ -140,7 +144,7 @@ void mbarrier_init(u32 address, u32 arrivals) {
   if (block.mbarriers.count(address)) fail("the mbarrier at shared +0x%x is initialised twice", address - kBase);
   const u64 value = cookie(address);
   std::memcpy(memory, &value, 8);
-  block.mbarriers[address] = {address, arrivals, static_cast<int>(arrivals), 0, 0, current->thread, false, {}};
+  block.mbarriers[address] = {address, arrivals, static_cast<int>(arrivals), 0, 0, current->thread, false, {}, std::vector<u64>(run->threads)};
 }
 
 void fence_mbarrier_init() {
@@ -180,9 +184,21 @@ void mbarrier_expect_tx(u32 address, u32 bytes) {
   mbarrier_at(*current->block, address, "mbarrier.expect_tx", false).bytes += bytes;
 }
 
-static bool over(const Mbarrier& barrier, u32 parity) {
+static bool over(Mbarrier& barrier, u32 parity) {
   if (parity > 1) fail("a wait for parity %u of an mbarrier", parity);
-  return (barrier.phase & 1) != parity;
+  u64& mine = barrier.seen[current->thread];
+  if ((barrier.phase & 1) != parity) {
+    mine = barrier.phase;
+    return true;
+  }
+  // Lanes of a warp ask together. Where one of them got its answer, the others did too, though they come to it here when that phase is
+  // long over and the next one as well.
+  for (u32 lane = 0, first = current->thread / 32 * 32; lane < 32; ++lane)
+    if (barrier.seen[first + lane] > mine && barrier.seen[first + lane] <= mine + 2) {
+      mine += (mine & 1) != parity ? 2 : 1;
+      return true;
+    }
+  return false;
 }
 
 void mbarrier_wait(u32 address, u32 parity) {

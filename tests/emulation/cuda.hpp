@@ -53,6 +53,7 @@ void fence_proxy_async();
 
 void barrier(u32 id, u32 threads, bool wait);  // named, by whole warps
 void syncthreads();
+void syncwarp(u32 lanes);
 u32 cluster_rank();
 void cluster_arrive();
 void cluster_wait();

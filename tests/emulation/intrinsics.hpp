@@ -133,9 +133,7 @@ inline void __nanosleep(unsigned) { emu::poll(); }
 // ---- the warp and the block ----
 
 inline void __syncthreads() { emu::syncthreads(); }
-inline void __syncwarp(unsigned lanes = emu::kAllLanes) {
-  emu::together("__syncwarp", lanes, nullptr, [](void* const*, unsigned) {});
-}
+inline void __syncwarp(unsigned lanes = emu::kAllLanes) { emu::syncwarp(lanes); }
 inline void __threadfence() { emu::may_pause(); }
 inline void __threadfence_block() { emu::may_pause(); }
 

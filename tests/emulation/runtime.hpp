@@ -76,6 +76,7 @@ struct Mbarrier {
   u32 thread;   // that initialised it
   bool fenced;  // the copy engine and other blocks see it
   Waiters waiters;
+  std::vector<u64> seen;  // by thread: the phase it last saw
 };
 
 struct NamedBarrier {
@@ -164,6 +165,7 @@ struct Policy {
   u32 pause, step;    // in 65536 chances: that a thread pauses where it may; that something asynchronous happens between two warps
   bool priorities;    // one warp runs as far as it can, instead of any
   bool shuffled;      // warps and lanes in random order
+  bool ragged;        // one lane may go on where others of its warp could go on too
 };
 
 struct Run {
@@ -190,6 +192,16 @@ extern Fiber* beside_fiber;
 
 u64 draw();
 inline bool chance(u32 of_65536) { return of_65536 != 0 && (draw() & 0xffff) < of_65536; }
+
+// The scheduler's part.
+Policy policy_of(u64 seed);
+bool step(bool only_later);
+bool nothing_is_ready();
+Warp* pick();
+void run_warp(Warp& warp);
+[[noreturn]] void deadlock(const char* what);
+void run_fiber(Fiber& fiber);
+void leave();  // the fiber, for the scheduler
 
 void wake(Waiters& waiters);
 void make_ready(Warp& warp, u32 lanes);
