@@ -178,7 +178,8 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True) -> list[
         p.ids_stride, 1, assignments, p.top_k, p.num_experts, ids, per_warp, int(p.ids_dtype.itemsize == 8)
     )
     results = ("offsets", "sorted_indices", "inverse_indices")
-    arguments = ("topk_ids", "expert_map", "counts" if blocks > 1 else "", *results)
+    mapped = "expert_map" if p.num_global >= 0 else ""
+    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results)
     steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, tail)]
     if blocks > 1:
         steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, tail))
