@@ -322,7 +322,7 @@ class GroupedGemmSm90(GroupedGemm):
             tile = self.tiles_of[1]
         elif p.expected >= 192:
             tile = self.tiles_of[0]
-        elif p.expected + 3 * p.expected**0.5 > 64:  # else groups with a second tile would have their weights travel twice
+        elif p.expected + 3 * p.expected**0.5 > 64:  # else the weights of many groups would travel twice
             tile = self.tiles_of[1]
         else:
             wide = GemmSm90Config(p.dtype.cuda, *self.tiles_of[2], p.gather, p.gated)
