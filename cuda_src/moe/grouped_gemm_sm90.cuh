@@ -39,6 +39,7 @@ struct GroupedGemmSm90 {
   static constexpr int kProducerRegisters = kGather ? 56 : 40, kConsumerRegisters = kGather ? 224 : 232;
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
+  static_assert(kConsumers <= 2, "three would want more registers than a block has");
 
   using TileX = SmemTile<Element, kBlockM, kBlockK>;
   using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns; the two lie panel by panel
@@ -83,12 +84,12 @@ struct GroupedGemmSm90 {
     const int warp = warp_id();
     Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
     if (warp < 4) {
-      setmaxnreg_dec<kProducerRegisters>();
+      if constexpr (kConsumers == 2) setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) load(p, s_works, rings, s_base);
       if (warp == 1) schedule(p, s_works, rings.works);
       if (kGather && warp >= 2) gather(p, s_works, rings, s_base, warp - 2);
     } else {
-      setmaxnreg_inc<kConsumerRegisters>();
+      if constexpr (kConsumers == 2) setmaxnreg_inc<kConsumerRegisters>();
       consume(p, s_works, rings, s_base, warp / 4 - 1);
     }
     if constexpr (kCluster > 1) __syncwarp(), meet();  // nobody leaves while the other one may still write here
