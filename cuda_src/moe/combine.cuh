@@ -6,6 +6,7 @@
 // A thread takes 16 bytes of a row. Rows of y are read once and never again, and several are under way at a time.
 #pragma once
 #include "moe/params.cuh"
+#include "ptx/cluster.cuh"
 
 namespace fm {
 
@@ -16,6 +17,7 @@ struct MoeCombine {
   static constexpr int kTogether = 8;  // rows under way
 
   FM_DEVICE static void run(const MoeCombineParams& p) {
+    start_after_last_grid();
     const int chunks = p.columns / kPerChunk;
     const i64 work = static_cast<i64>(p.tokens) * chunks;
     for (i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; i < work; i += static_cast<i64>(gridDim.x) * kThreads) {

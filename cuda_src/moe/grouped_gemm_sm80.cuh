@@ -12,6 +12,7 @@
 #include "moe/activation.cuh"
 #include "moe/params.cuh"
 #include "moe/schedule.cuh"
+#include "ptx/cluster.cuh"
 #include "tile/gemm.cuh"
 #include "tile/smem.cuh"
 
@@ -41,6 +42,7 @@ struct GroupedGemmSm80 {
   using Accumulator = float[kM][2 * kN][4];  // the first half of the weight rows, then the second
 
   FM_DEVICE static void run(const GroupedGemmParams& p) {
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     const u32 s_base = smem_address(smem);
     GroupCursor<kBlockM> cursor;

@@ -58,8 +58,8 @@ struct GroupedGemmSm90 {
   using RingStep = Ring<kStages>;
   using RingWork = Ring<kWorks>;
   static constexpr int kGatherWarps = kGather ? 2 : 0;
-  static constexpr int kBehind = kStages > 3 ? 2 : 1;  // steps that a gathering warp issues before it announces one
-  static_assert(kBehind < kStages && kBehind < kWorks, "or everybody waits");
+  static constexpr int kBehind = min_of(kStages - 2, 2);  // steps that a gathering warp issues before it announces one
+  static_assert(kBehind >= 0 && kBehind < kWorks, "a consumer holds two steps: or everybody waits");
 
   struct Rings {
     RingBarriers<kStages> steps;
@@ -78,6 +78,8 @@ struct GroupedGemmSm90 {
       fence_mbarrier_init();
     }
     meet();
+    if (kGather || !p.early) griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     const int warp = warp_id();
     Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
     if (warp < 4) {
@@ -128,32 +130,49 @@ struct GroupedGemmSm90 {
     const u32 rank = kCluster > 1 ? cluster_ctarank() : 0;
     RingStep at;
     RingWork works;
+    bool waited = kGather;
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       const GroupTile tile = s_works[works.stage].tile;
-      const int col = tile.n_block * kColumns;
+      // The first weights travel while the grid before this one still writes x.
+      const int ahead = waited ? 0 : min(steps, kStages);
+      for (int step = 0; step < ahead; ++step) {
+        mbarrier_arrive_expect_tx(rings.steps.full(step), 2 * TileW::kBytes + TileX::kBytes);
+        load_w(p, tile, rings, s_base, rank, step, step);
+      }
+      if (!waited) griddepcontrol_wait(), waited = true;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
-        rings.steps.wait_empty(at);
-        const u32 s_full = rings.steps.full(at.stage);
-        mbarrier_arrive_expect_tx(s_full, 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
-#pragma unroll
-        for (int panel = 0; panel < kBlockK / 64; ++panel) {
-          const int k = step * kBlockK + panel * 64;
-          const u32 s_x = s_base + Smem::kX + at.stage * TileX::kBytes + panel * TileX::kPanelBytes;
-          const u32 s_w = s_base + Smem::kW + at.stage * 2 * TileW::kBytes + panel * 2 * TileW::kPanelBytes;
-          if constexpr (!kGather) tma_load_2d(s_x, p.x_map, s_full, createpolicy_evict_last(), k, tile.row + tile.group * p.x_skip);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const u32 s_half = s_w + half * TileW::kPanelBytes;
-            const int which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
-            if constexpr (kCluster == 1) tma_load_4d(s_half, p.w_map, s_full, createpolicy_evict_first(), k, which, row, tile.group);
-            else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, s_full, 3, createpolicy_evict_first(), k, which, row, tile.group);
-          }
+        if (step >= ahead) {
+          rings.steps.wait_empty(at);
+          mbarrier_arrive_expect_tx(rings.steps.full(at.stage), 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
+          load_w(p, tile, rings, s_base, rank, at.stage, step);
         }
+        if constexpr (!kGather) load_x(p, tile, rings, s_base, at.stage, step);
       }
       mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
     }
+  }
+
+  FM_DEVICE static void load_x(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, int stage, int step) {
+#pragma unroll
+    for (int panel = 0; panel < kBlockK / 64; ++panel)
+      tma_load_2d(s_base + Smem::kX + stage * TileX::kBytes + panel * TileX::kPanelBytes, p.x_map, rings.steps.full(stage), createpolicy_evict_last(),
+                  step * kBlockK + panel * 64, tile.row + tile.group * p.x_skip);
+  }
+
+  // Both halves, or this block's one to both blocks of the cluster.
+  FM_DEVICE static void load_w(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, u32 rank, int stage, int step) {
+    const int col = tile.n_block * kColumns;
+#pragma unroll
+    for (int panel = 0; panel < kBlockK / 64; ++panel)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 s_half = s_base + Smem::kW + stage * 2 * TileW::kBytes + (panel * 2 + half) * TileW::kPanelBytes;
+        const int k = step * kBlockK + panel * 64, which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
+        if constexpr (kCluster == 1) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), createpolicy_evict_first(), k, which, row, tile.group);
+        else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, rings.steps.full(stage), 3, createpolicy_evict_first(), k, which, row, tile.group);
+      }
   }
 
   // ---- gathering ----
@@ -223,6 +242,7 @@ struct GroupedGemmSm90 {
     RingStep at;
     RingWork works;
     int turn = 0;
+    if (kPingPong && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       const GroupTile tile = s_works[works.stage].tile;
       if (kPingPong && turn != consumer) {
@@ -232,12 +252,15 @@ struct GroupedGemmSm90 {
         float r_out[kParts][kBlockN / 8][4];
         TileBias bias;
         bias.load(p, tile.group, col, col + kBlockN / 2);
-        multiply(rings, s_base, first_row, steps, at, r_out);
+        take_turn(consumer);
+        multiply(rings, s_base, consumer, steps, at, r_out);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
       } else {
+        take_turn(consumer);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
+        pass_turn(consumer);
       }
       __syncwarp();
       if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
@@ -247,17 +270,28 @@ struct GroupedGemmSm90 {
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
+  // The steps of a tile are waited for by one consumer after the other: who came earlier would take a barrier's phase of some rounds
+  // before for the one it needs, since only the parity tells them apart.
+  FM_DEVICE static void take_turn(int consumer) {
+    if constexpr (kPingPong) barrier_sync(1 + consumer, 256);
+  }
+  FM_DEVICE static void pass_turn(int consumer) {
+    if constexpr (kPingPong) barrier_arrive(2 - consumer, 256);
+  }
+
   // The other consumer's steps.
   FM_DEVICE static void skip(RingStep& at, int steps) {
     const int behind = at.stage + steps, rounds = behind / kStages;
     at.stage = behind - rounds * kStages, at.parity ^= rounds & 1;
   }
 
-  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int first_row, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+    const int first_row = kPingPong ? 0 : consumer * 64;
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       rings.steps.wait_full(at);
+      if (step == steps - 1) pass_turn(consumer);
       const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes, 0);
       const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);
       wgmma_fence();

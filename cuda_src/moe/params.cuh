@@ -88,7 +88,7 @@ struct GroupedGemmParams {
   float alpha, limit;
   int section;                             // tiles of rows that are worked on together, so that their weights are read once
   int group_stride, x_skip;                // rows from group to group, in out; how many more they are in x
-  int unused;
+  int early;                               // the rows of a group are known before the kernel that runs before this one has ended
 };
 static_assert(sizeof(GroupedGemmParams) == 18 * 8 + 18 * 4, "the packer of plan/moe.py counts on this layout");
 

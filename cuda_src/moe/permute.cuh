@@ -13,6 +13,7 @@
 #pragma once
 #include "math/reduce.cuh"
 #include "moe/params.cuh"
+#include "ptx/cluster.cuh"
 
 namespace fm {
 
@@ -41,6 +42,7 @@ struct MoePermuteCount : MoePermute {
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_count = reinterpret_cast<int*>(smem);
     const int thread = static_cast<int>(threadIdx.x);
@@ -68,6 +70,7 @@ struct MoePermutePlace : MoePermute {
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
     int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);
@@ -112,7 +115,7 @@ struct MoePermutePlace : MoePermute {
 
   // Turns each warp's counts in s_next into places. Returns the number of assignments up to the end of the window.
   FM_DEVICE static int find_places(const MoePermuteParams& p, int* s_next, int* s_sums, int window, int width, int placed) {
-    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), warp = warp_id();
     int before = 0, total = 0;  // of expert e: in the blocks before this one, in all
     if (e < width) {
       if (blocks > 1) {
@@ -126,10 +129,10 @@ struct MoePermutePlace : MoePermute {
       }
     }
     const int up_to_lane = inclusive_sum(total);
-    if (lane_id() == 31) s_sums[warp_id()] = up_to_lane;
+    if (lane_id() == 31) s_sums[warp] = up_to_lane;
     __syncthreads();
     int place = placed + up_to_lane - total, all = placed;
-    for (int w = 0; w < kWarps; ++w) place += w < warp_id() ? s_sums[w] : 0, all += s_sums[w];
+    for (int w = 0; w < kWarps; ++w) place += w < warp ? s_sums[w] : 0, all += s_sums[w];
     if (e < width) {
       if (block == 0) p.offsets[window + e] = place;
       place += before;

@@ -14,6 +14,7 @@
 #pragma once
 #include "math/reduce.cuh"
 #include "moe/params.cuh"
+#include "ptx/cluster.cuh"
 
 namespace fm {
 
@@ -35,6 +36,7 @@ struct MoeRouter {
   };
 
   FM_DEVICE static void run(const MoeRouterParams& p) {
+    start_after_last_grid();
     Sums sums = {};
     const int first = static_cast<int>(blockIdx.x) * p.tokens_per_block;
     for (int t = first + warp_id(); t < min(p.tokens, first + p.tokens_per_block); t += kWarps) route(p, t, sums);
@@ -183,6 +185,7 @@ struct MoeRouterStats {
   };
 
   FM_DEVICE static void run(const MoeRouterStatsParams& p) {
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     float* s_probability = reinterpret_cast<float*>(smem + Smem::kProbability);
     int* s_count = reinterpret_cast<int*>(smem + Smem::kCount);
@@ -222,6 +225,7 @@ struct MoeCapacity {
   static constexpr int kThreads = 256;
 
   FM_DEVICE static void run(const MoeCapacityParams& p) {
+    start_after_last_grid();
     const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (i >= p.assignments) return;
     const int e = p.topk_ids[i];

@@ -139,6 +139,11 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
     return _Ready(tuple(launches), work.bytes, tuple(work.offsets.values()))
 
 
+def _may_be_early(arch: str) -> bool:
+    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs."""
+    return int(arch[3:].rstrip("a")) >= 90
+
+
 def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> Launch:
     kernel, config = step.kernel, step.config
     if arch.startswith("sm_") and int(arch[3:].rstrip("a")) < 80:
@@ -148,7 +153,7 @@ def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> 
     loaded = gpu.load_for(kernel.source(config), name, arch, device, config.smem_bytes, stream)
     return Launch(
         device, loaded.function, step.grid, config.threads, config.smem_bytes, kernel.pack_pointers, tail,
-        _env.get().check,
+        _env.get().check, early=_may_be_early(arch),
     )  # fmt: skip
 
 
@@ -162,7 +167,7 @@ def _product(step: moe.ProductStep, arch: str, device: int, stream: int, aligned
     tail = kernel.pack_tail(product, config, aligned)
     ready = Launch(
         device, loaded.function, kernel.grid(product, config, sms), config.threads, config.smem_bytes,
-        kernel.pack_pointers, tail, _env.get().check,
+        kernel.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),
     )  # fmt: skip
     return gpu.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(product, config))
 

@@ -178,7 +178,8 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True) -> list[
         p.ids_stride, 1, assignments, p.top_k, p.num_experts, ids, per_warp, int(p.ids_dtype.itemsize == 8)
     )
     results = ("offsets", "sorted_indices", "inverse_indices")
-    arguments = ("topk_ids", "expert_map", "counts" if blocks > 1 else "", *results)
+    mapped = "expert_map" if p.num_global >= 0 else ""
+    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results)
     steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, tail)]
     if blocks > 1:
         steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, tail))
@@ -261,7 +262,7 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     )
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
-        p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant,
+        p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
     )  # fmt: skip
     steps.append(ProductStep(second, ("activation", "w_down", "y", "b_down", "offsets", "", "", "")))
     if p.shared:

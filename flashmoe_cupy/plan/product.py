@@ -55,6 +55,7 @@ class Product(NamedTuple):
     x_skip: int  # how many more they are in x
     expected: float  # rows of a group, on average
     fixed: bool  # one configuration, whatever the rows
+    early: bool = False  # the groups are known before the launch that makes x has ended
 
     def describe(self) -> str:
         """One line, for example "product bf16 e128 rows131072 n1536 k2048 swiglu gather"."""
@@ -212,7 +213,7 @@ class GroupedGemm(ABC):
             p.k, p.n, n_blocks(p, config), p.gather_divisor,
             _ACTIVATIONS.index(p.activation), *code, int(aligned),
             p.alpha, p.limit,
-            max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip, 0,
+            max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip, int(p.early),
         )  # fmt: skip
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
@@ -321,7 +322,7 @@ class GroupedGemmSm90(GroupedGemm):
             tile = self.tiles_of[1]
         elif p.expected >= 192:
             tile = self.tiles_of[0]
-        elif p.expected > 72:
+        elif p.expected + 3 * p.expected**0.5 > 64:  # else groups with a second tile would have their weights travel twice
             tile = self.tiles_of[1]
         else:
             wide = GemmSm90Config(p.dtype.cuda, *self.tiles_of[2], p.gather, p.gated)

@@ -1,0 +1,110 @@
+"""The attention kernels on the emulated GPU: Params as a launch would make them, and the rule that results keep to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from emulate import EmulationError, guarded, run, tensor_map
+from numpy.typing import NDArray
+
+from flashmoe_cupy import reference
+from flashmoe_cupy.arrays import view
+from flashmoe_cupy.plan.attention import rows_aligned
+from flashmoe_cupy.plan.config import Config
+from flashmoe_cupy.plan.kernels import KERNELS
+from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
+from flashmoe_cupy.testing import TOLERANCES, Case, VarlenCase, compare_lse, within_tolerance
+
+SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"
+_ORDER = (
+    "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q",
+    "seqused_k",
+)  # fmt: skip
+Arrays = dict[str, NDArray[Any]]
+
+
+def problem_of(case: Case, arrays: Arrays) -> AttentionProblem:
+    make = varlen_problem if isinstance(case, VarlenCase) else attention_problem
+    views = {name: view(array, name) for name, array in arrays.items()}
+    return make(views.pop("q"), views.pop("k"), views.pop("v"), **views, **case.options())
+
+
+def choose(case: Case, kernel: str) -> Config:
+    """The configuration that the library takes for a case."""
+    problem = problem_of(case, case.random())
+    return KERNELS[kernel].choose(problem, "sm_90a" if kernel == SM90 else "sm_80", rows_aligned(problem))
+
+
+def attention(
+    case: Case,
+    kernel: str,
+    seed: int,
+    config: Config | None = None,
+    headers: Mapping[str, str] | None = None,
+    sms: int = 3,
+    resident: int = 1,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(out, lse) as the kernel left them, NaN where it wrote nothing. Every array lies beside memory without access."""
+    spec, config = KERNELS[kernel], config or choose(case, kernel)
+    arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in case.random().items()}
+    p = problem_of(case, arrays)
+    shape = (p.total_q, p.heads_q, p.head_dim_v) if p.varlen else (p.batch, p.seqlen_q, p.heads_q, p.head_dim_v)
+    rows = (p.heads_q, p.total_q) if p.varlen else (p.batch, p.heads_q, p.seqlen_q)
+    arrays["out"] = guarded(np.full(shape, np.nan, arrays["q"].dtype), "out")
+    arrays["lse"] = guarded(np.full(rows, np.nan, np.float32), "lse")
+    pointers = [arrays[name].ctypes.data if name in arrays else 0 for name in _ORDER]
+    params = bytearray(spec.params_size)
+    spec.pack_pointers(params, 0, *pointers)
+    clear = 3 if p.varlen and spec.clears else 0
+    behind = spec.pointer_bytes + len(tail := spec.pack_tail(p, config, rows_aligned(p), sms, clear))
+    params[spec.pointer_bytes : behind] = tail
+    for i, one in enumerate(spec.map_arguments(p, config)):
+        params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, pointers[i])
+    counter = guarded(np.zeros(2, np.int32), "the counter of tiles")
+    if at := spec.counter_at(p):
+        params[at : at + 8] = counter.ctypes.data.to_bytes(8, "little")
+    run(
+        spec.source(config), bytes(params), spec.grid(p, config, sms), config.threads, config.smem_bytes, seed,
+        resident=resident, headers=headers,
+    )  # fmt: skip
+    assert not counter.any(), "the kernel does not leave its counter as it was"
+    return arrays["out"], arrays["lse"]
+
+
+def faults(case: Case, kernel: str, out: NDArray[Any], lse: NDArray[Any]) -> list[str]:
+    """What is wrong with a result; rows of no sequence must be zeros, or untouched by a kernel that does not clear."""
+    arrays, p = case.random(), problem_of(case, case.random())
+    options: dict[str, Any] = dict(case.options())
+    given = {name: array if array.dtype == np.int32 else array.astype(np.float64) for name, array in arrays.items()}
+    dense = not isinstance(case, VarlenCase)
+    truth = reference.flash_attention if dense else reference.flash_attention_varlen
+    want, want_lse = truth(given.pop("q"), given.pop("k"), given.pop("v"), **given, **options, return_lse=True)
+    mine, mine_lse, found = out.astype(np.float64), lse.astype(np.float64), []
+    if isinstance(case, VarlenCase):
+        idle = np.ones(p.total_q, bool)
+        for start, stop in case.spans("q"):
+            idle[start:stop] = False
+        rest, rest_lse = (0.0, -np.inf) if KERNELS[kernel].clears else (np.nan, np.nan)
+        if not np.array_equal(mine[idle], np.full_like(mine[idle], rest), equal_nan=True):
+            found.append("out of rows of no sequence")
+        if not np.array_equal(mine_lse[:, idle], np.full_like(mine_lse[:, idle], rest_lse), equal_nan=True):
+            found.append("lse of rows of no sequence")
+        mine, want, mine_lse, want_lse = mine[~idle], want[~idle], mine_lse[:, ~idle], want_lse[:, ~idle]
+    verdicts = (
+        within_tolerance(mine, want, case.dtype, softcap=case.softcap),
+        compare_lse(mine_lse, want_lse, atol=TOLERANCES[case.dtype].lse),
+    )
+    return found + [verdict.text for verdict in verdicts if not verdict]
+
+
+def outcome(case: Case, kernel: str, seeds: Iterable[int], config: Config, headers: Mapping[str, str]) -> dict[int, str]:
+    """What each seed finds in a kernel that may be wrong: "" nothing, else the report or what is wrong with numbers."""
+    found = {}
+    for seed in seeds:
+        try:
+            found[seed] = "; ".join(faults(case, kernel, *attention(case, kernel, seed, config, headers)))
+        except EmulationError as error:
+            found[seed] = str(error)
+    return found

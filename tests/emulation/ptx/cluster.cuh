@@ -1,0 +1,16 @@
+// Emulation of cuda_src/ptx/cluster.cuh. Grids run one after the other.
+#pragma once
+#include "prelude.cuh"
+
+namespace fm {
+
+inline u32 cluster_ctarank() { return emu::cluster_rank(); }
+inline void barrier_cluster_arrive() { emu::cluster_arrive(); }
+inline void barrier_cluster_wait() { emu::cluster_wait(); }
+inline u32 mapa(u32 s_address, u32 rank) { return emu::cluster_address(s_address, rank); }
+inline void mbarrier_arrive_cluster(u32 cluster_address) { emu::mbarrier_arrive(cluster_address, true); }
+inline void griddepcontrol_wait() { emu::may_pause(); }
+inline void griddepcontrol_launch_dependents() {}
+inline void start_after_last_grid() { griddepcontrol_wait(); }
+
+}  // namespace fm

@@ -1,0 +1,24 @@
+// Emulation of cuda_src/ptx/scalar.cuh.
+#pragma once
+
+namespace fm {
+
+inline unsigned shl_b32(unsigned x, int n) { return static_cast<unsigned>(n) > 31 ? 0 : x << n; }
+inline unsigned mov_tid_x() { return threadIdx.x; }
+inline void keep_register(unsigned&) {}
+
+inline unsigned cvt_rn_bf16x2_f32(float high, float low) {
+  return static_cast<unsigned>(emu::float_to_bfloat(high)) << 16 | emu::float_to_bfloat(low);
+}
+inline unsigned cvt_rn_f16x2_f32(float high, float low) {
+  return static_cast<unsigned>(emu::float_to_half(high)) << 16 | emu::float_to_half(low);
+}
+inline float cvt_f32_f16(unsigned short bits) { return emu::half_to_float(bits); }
+
+// .ftz: denormals count as zeros, on both sides.
+inline float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.f, x) : x; }
+inline float ex2_approx_ftz_f32(float x) { return flush(exp2f(flush(x))); }
+inline float lg2_approx_ftz_f32(float x) { return flush(log2f(flush(x))); }
+inline float rcp_approx_ftz_f32(float x) { return flush(1.f / flush(x)); }
+
+}  // namespace fm

@@ -1,0 +1,33 @@
+// Emulation of cuda_src/ptx/wgmma.cuh.
+#pragma once
+#include "prelude.cuh"
+
+namespace fm {
+
+inline u64 wgmma_descriptor(u32 s_address, int panel_bytes) {
+  constexpr u64 kEightRows = 1024 >> 4, kSwizzle128 = 1;
+  return kSwizzle128 << 62 | kEightRows << 32 | static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
+}
+
+inline void wgmma_fence() { emu::product_fence(); }
+inline void wgmma_commit_group() { emu::product_commit(); }
+template <int kN>
+inline void wgmma_fence_operand(float (&)[kN][4]) {}
+template <int kPending, int kN>
+inline void wgmma_wait_group(float (&)[kN][4]) {
+  emu::product_wait(kPending);
+}
+
+template <class E, int kN, bool kTransB>
+struct Wgmma {
+  static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256);
+  static constexpr bool kHalf = is_same<E, fp16>;
+  static void ss(float (&d)[kN / 8][4], u64 a, u64 b, int accumulate) {
+    emu::product({kN, kHalf, kTransB, false}, d[0], nullptr, a, b, accumulate != 0);
+  }
+  static void rs(float (&d)[kN / 8][4], const u32 (&a)[4], u64 b, int accumulate) {
+    emu::product({kN, kHalf, kTransB, true}, d[0], a, 0, b, accumulate != 0);
+  }
+};
+
+}  // namespace fm
