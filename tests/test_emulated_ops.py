@@ -93,10 +93,6 @@ class Machine:
 
         return run
 
-    def clear(self, address: int, size: int, *where: int) -> None:
-        assert where == (0, 5)
-        np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))[:] = 0
-
     def fetch(self, address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...], *_: int) -> Any:
         size = max(np.dtype(dtype).itemsize, sum((n - 1) * t for n, t in zip(shape, strides, strict=True)) + 8)
         flat = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

@@ -272,12 +272,6 @@ def bind(device: int) -> Iterator[None]:
         _local.buffer.bound = device
 
 
-def clear(address: int, size: int, device: int, stream: int) -> None:
-    """Queue zeros for `size` bytes of device memory."""
-    with _current(device):
-        _runtime.memsetAsync(address, 0, size, stream)
-
-
 def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:
     """A copy of a device array in host memory, as a NumPy array; waits for the device. For checks.
 

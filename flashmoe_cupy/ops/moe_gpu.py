@@ -69,11 +69,6 @@ def grouped_gemm(problem: GroupedGemmProblem, views: Views, outputs: Pointers) -
 
     Rows of no group are not written, unless problem.new_out: then they become 0.
     """
-    if problem.new_out:
-        x = views[0]
-        assert x is not None
-        rows = problem.rows * (problem.num_experts if problem.masked else 1)
-        gpu.clear(outputs[0], rows * problem.n * problem.dtype.itemsize, x.device, arrays.stream(x))
     _run(problem, views, outputs, _GEMM, ("out",))
 
 
@@ -125,7 +120,7 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
         if why := moe.rows_apart(problem):
             raise UnsupportedProblem(problem.describe(), why, "contiguous x and out")
         work = moe.Workspace()
-        steps = [moe.grouped_gemm_step(problem)]
+        steps = moe.grouped_gemm_steps(problem)
     else:
         steps, work = moe.moe_steps(problem)
     place = {"": 0}
