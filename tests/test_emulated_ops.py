@@ -50,7 +50,7 @@ class Machine:
     """What `ops.moe_gpu` takes for jit.launch: kernels are known by number, launches run at once."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
-        self.capability, self.kernels, self.launched = capability, [""], 0
+        self.capability, self.kernels, self.launched, self.driver = capability, [""], 0, 12040
         self.maps: dict[int, tuple[int, Sequence[TensorMap]]] = {}
 
     def compute_capability(self, *_: int) -> tuple[int, int]:
@@ -58,6 +58,9 @@ class Machine:
 
     def multiprocessors(self, *_: int) -> int:
         return 3
+
+    def driver_version(self) -> int:
+        return self.driver
 
     def is_capturing(self, *_: int) -> bool:
         return False
@@ -71,7 +74,7 @@ class Machine:
         return kernel
 
     def launch(self, kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
-        assert stream == 5 and kernel.early == (self.capability >= (9, 0))
+        assert stream == 5 and kernel.early == (self.capability >= (9, 0) and self.driver >= 12030)
         params = bytearray(4096)
         kernel.head(params, 0, *pointers)
         params[8 * len(pointers) : 8 * len(pointers) + len(kernel.tail)] = kernel.tail
@@ -252,6 +255,14 @@ def test_the_short_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: n
     odd.array[:] = given["x"]
     unaligned = flashmoe_cupy.fused_moe(**(experts | {"x": odd}))
     judge(unaligned, reference.fused_moe(**given, **case.options()), case.dtype)
+
+
+def test_old_drivers_launch_one_after_the_other(machine: Machine) -> None:
+    machine.driver = 12020
+    case = MoECase(3, 64, 64, 3, 2)
+    given = case.random()
+    out = flashmoe_cupy.fused_moe(**resident(given), **case.options())
+    judge(out, reference.fused_moe(**given, **case.options()), case.dtype)
 
 
 def test_one_kernel_can_be_chosen(machine: Machine) -> None:

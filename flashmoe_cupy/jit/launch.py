@@ -74,6 +74,12 @@ def multiprocessors(device: int) -> int:
     return int(_runtime.deviceGetAttribute(16, device))
 
 
+def driver_version() -> int:
+    """The CUDA version of the driver, 12030 for 12.3."""
+    devices()
+    return int(_runtime.driverGetVersion())
+
+
 def load(entry: Entry, device: int, smem_bytes: int = 0) -> Loaded:
     """The kernel on a device, loaded once. smem_bytes: the most dynamic shared memory that a launch will ask for."""
     loaded = _loaded.get((entry.key, device))

@@ -139,8 +139,11 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
 
 
 def _may_be_early(arch: str) -> bool:
-    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs."""
-    return int(arch[3:].rstrip("a")) >= 90
+    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs.
+
+    Hopper was the first that can; graphs record such launches since the driver of CUDA 12.3.
+    """
+    return int(arch[3:].rstrip("a")) >= 90 and gpu.driver_version() >= 12030
 
 
 def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> Launch:
