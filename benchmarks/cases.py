@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 OURS = "flashmoe_cupy"  # with the kernel that the library chooses for the device
 OURS_SM80 = "flashmoe_cupy_sm80"  # with the portable kernel, also where the library would choose another
@@ -121,7 +122,7 @@ PLAIN_TWIN = {
 TWIN_LIMIT = 0.9  # the least share of the twin's speed
 
 
-class Suite(NamedTuple):
+class Suite(NamedTuple, Generic[C]):
     """A list of cases, the libraries measured by default, the rivals that a ratio is taken against, and its measure.
 
     ours: the library of ours that is compared with the rivals.
@@ -129,7 +130,7 @@ class Suite(NamedTuple):
 
     name: str
     summary: str
-    cases: tuple[Case, ...]
+    cases: tuple[C, ...]
     libraries: tuple[str, ...]
     rivals: tuple[str, ...]
     measure: str = "device_us"
@@ -240,7 +241,7 @@ def _small_systems() -> Iterator[Case]:
 _FA2_TABLE, _FA3_TABLE = "FA2 table, one H100", "FA3 and cuDNN table, one H100"
 _ALL_RIVALS = ("torch_fa2", "torch_cudnn", "flex_attention", "fa3")
 
-SUITES: dict[str, Suite] = {
+SUITES: dict[str, Suite[Case]] = {
     suite.name: suite
     for suite in (
         Suite(

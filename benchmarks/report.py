@@ -3,15 +3,14 @@
 python benchmarks/report.py                                     tables of the newest results
 python benchmarks/report.py --ratio attention_forward_portable  last line: geomean X.XXX min Y.YYY rows N
 python benchmarks/report.py --ratio attention_forward_features  and, above it, our features over our plain kernel
+python benchmarks/report.py --ratio moe_forward                 and, above it, what the mixture of experts is held to
 python benchmarks/report.py --plot --readme                     plots, and the block of README.md made from them
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,21 +19,27 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
+from benchmarks import moe_report  # noqa: E402
 from benchmarks.cases import OUR_LIBRARIES, OURS, OURS_SM80, PLAIN_TWIN, SUITES, TWIN_LIMIT, Suite  # noqa: E402
+from benchmarks.moe_cases import ALL_SUITES, MOE_SUITES  # noqa: E402
+from benchmarks.rows import (  # noqa: E402
+    LABELS,
+    ReportError,
+    Row,
+    Table,
+    facts,
+    load,
+    newest,
+    of_device,
+    show,
+    state,
+    timed,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 RESULTS = ROOT / "benchmarks" / "results"
-LABELS = {
-    OURS: "flashmoe_cupy",
-    OURS_SM80: "flashmoe_cupy (sm_80 kernel)",
-    "torch_fa2": "torch FA2",
-    "torch_cudnn": "torch cuDNN",
-    "torch_sdpa": "torch SDPA",
-    "flex_attention": "FlexAttention",
-    "fa3": "FA3",
-}
 COLOURS = {
     OURS: "#0072b2",
     OURS_SM80: "#0072b2",
@@ -47,12 +52,6 @@ COLOURS = {
 _FAILED = ("error", "wrong", "missing")
 MEASURES = {"device_us": "µs", "host_us": "host µs"}
 
-Row = dict[str, Any]
-
-
-class ReportError(Exception):
-    """The rows at hand do not allow what was asked for."""
-
 
 class Comparison(NamedTuple):
     """One case: our row, the best right rival's row (None: every rival says it cannot), ours over theirs in speed."""
@@ -63,55 +62,7 @@ class Comparison(NamedTuple):
     ratio: float
 
 
-def load(paths: Iterable[Path]) -> list[Row]:
-    """All rows of the files; ReportError names the file and line that is not a row."""
-    rows: list[Row] = []
-    for path in paths:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ReportError(f"{path}:{number}: not JSON: {error}") from None
-            lacking = [key for key in ("suite", "case", "library", "status", "run", "device") if key not in row]
-            if lacking:
-                raise ReportError(f"{path}:{number}: a row without {', '.join(lacking)}")
-            if row.get("schema") == 1 and row["suite"] == "attention_forward_portable" and row["library"] == OURS:
-                row["library"] = OURS_SM80  # rows of that schema are from when there was no other kernel
-            rows.append(row)
-    return rows
-
-
-def newest(rows: Sequence[Row], suite: str, device: str = "") -> dict[str, dict[str, Row]]:
-    """{case: {library: row}} of one suite on one device (`device`, a regular expression; default: the newest run's).
-
-    All rows of a case come from one run, since only rows of one process compare: the newest run that has ours beside
-    another library, else the newest that has the case.
-    """
-    runs: dict[str, dict[str, dict[str, Row]]] = {}
-    for row in _of_device(rows, suite, device):
-        runs.setdefault(row["case"], {}).setdefault(row["run"], {})[row["library"]] = row
-    order = {case.name: place for place, case in enumerate(SUITES[suite].cases)} if suite in SUITES else {}
-    mine = SUITES[suite].ours if suite in SUITES else OURS
-    return {
-        case: max(by_run.items(), key=lambda item: (mine in item[1] and len(item[1]) > 1, item[0]))[1]
-        for case, by_run in sorted(runs.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
-    }
-
-
-def _of_device(rows: Sequence[Row], suite: str, device: str) -> list[Row]:
-    """The suite's rows of the device that the newest run is of."""
-    found = [row for row in rows if row["suite"] == suite and re.search(device, row["device"])]
-    on = max(found, key=lambda row: str(row["run"]))["device"] if found else ""
-    return [row for row in found if row["device"] == on]
-
-
-def _timed(row: Row | None, measure: str) -> bool:
-    return row is not None and row["status"] == "ok" and bool(row.get(measure))
-
-
-def compare(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Comparison]:
+def compare(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Comparison]:
     """Ours against the best rival, for every case of the suite.
 
     A case that every rival declares unsupported has rival None and takes no part in the ratio. Anything else that is
@@ -122,18 +73,18 @@ def compare(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Compari
     for case in suite.cases:
         here = found.get(case.name, {})
         ours = here.get(suite.ours)
-        if ours is None or not _timed(ours, suite.measure):
-            lacking.append(f"{case.name}: {suite.ours} {_state(ours)}")
+        if ours is None or not timed(ours, suite.measure):
+            lacking.append(f"{case.name}: {suite.ours} {state(ours)}")
             continue
         rivals = [here[name] for name in suite.rivals if name in here]
-        right = [row for row in rivals if _timed(row, suite.measure)]
+        right = [row for row in rivals if timed(row, suite.measure)]
         if right:
             best = min(right, key=lambda row: float(row[suite.measure]))
             made.append(Comparison(case.name, ours, best, best[suite.measure] / ours[suite.measure]))
         elif rivals and all(row["status"] == "unsupported" for row in rivals) and len(rivals) == len(suite.rivals):
             made.append(Comparison(case.name, ours, None, math.nan))
         else:
-            states = ", ".join(f"{name} {_state(here.get(name))}" for name in suite.rivals)
+            states = ", ".join(f"{name} {state(here.get(name))}" for name in suite.rivals)
             lacking.append(f"{case.name}: no rival to compare with ({states})")
     if lacking:
         count = f"{len(lacking)} of {len(suite.cases)} rows of {suite.name} are missing"
@@ -143,14 +94,14 @@ def compare(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Compari
     return made
 
 
-def twins(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Comparison]:
+def twins(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Comparison]:
     """Our own features against our own plain kernel: `rival` is our row of the case's plain twin in the same run.
 
     ReportError when a run that timed both is lacking.
     """
     runs: dict[str, dict[str, Row]] = {}
-    for row in _of_device(rows, suite.name, device):
-        if row["library"] == suite.ours and _timed(row, suite.measure):
+    for row in of_device(rows, suite.name, device):
+        if row["library"] == suite.ours and timed(row, suite.measure):
             runs.setdefault(str(row["run"]), {})[row["case"]] = row
     made, lacking = [], []
     for name in (case.name for case in suite.cases if case.name in PLAIN_TWIN):
@@ -164,12 +115,6 @@ def twins(rows: Sequence[Row], suite: Suite, device: str = "") -> list[Compariso
     if lacking:
         raise ReportError("\n  ".join([f"features of {suite.name} without their plain twin", *lacking]))
     return made
-
-
-def _state(row: Row | None) -> str:
-    if row is None:
-        return "not measured"
-    return f"{row['status']}: {row['reason']}" if row.get("reason") else f"{row['status']} without a time"
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
@@ -186,18 +131,18 @@ def twin_summary(comparisons: Sequence[Comparison]) -> str:
     return f"against our own plain kernel: {summary(comparisons)}, {state}"
 
 
-def absent(rows: Sequence[Row], suite: Suite, device: str = "") -> list[str]:
+def absent(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[str]:
     """Rivals of the suite that gave no time in any case, with the reason of the first."""
     found = newest(rows, suite.name, device)
     lines = []
     for name in suite.rivals:
         here = [case[name] for case in found.values() if name in case]
         if not any(row["status"] == "ok" for row in here):
-            lines.append(f"{LABELS.get(name, name)}: {_state(here[0] if here else None)}")
+            lines.append(f"{LABELS.get(name, name)}: {state(here[0] if here else None)}")
     return lines
 
 
-def gaps(comparisons: Sequence[Comparison], rows: Sequence[Row], suite: Suite, device: str = "") -> list[str]:
+def gaps(comparisons: Sequence[Comparison], rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[str]:
     """Cases in which a rival that should have a time has none, so that the ratio is against the others only."""
     found = newest(rows, suite.name, device)
     lines = []
@@ -205,50 +150,8 @@ def gaps(comparisons: Sequence[Comparison], rows: Sequence[Row], suite: Suite, d
         states = {item.case: found[item.case].get(name) for item in comparisons}
         if any(row is not None and row["status"] == "ok" for row in states.values()):
             lost = {case: row for case, row in states.items() if row is None or row["status"] in _FAILED}
-            lines += [f"{LABELS.get(name, name)} in {case}: {_state(row)}" for case, row in lost.items()]
+            lines += [f"{LABELS.get(name, name)} in {case}: {state(row)}" for case, row in lost.items()]
     return lines
-
-
-class Table(NamedTuple):
-    """Plain text cells; the first column is left-aligned, the others right."""
-
-    title: str
-    head: tuple[str, ...]
-    cells: list[tuple[str, ...]]
-
-    def markdown(self) -> str:
-        lines = [self.head, (":--", *("--:" for _ in self.head[1:])), *self.cells]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def show(table: Table, markdown: bool) -> None:
-    """Print a table: Markdown, or rich (which is plain text when not on a terminal)."""
-    if markdown:
-        print(f"**{table.title}**\n\n{table.markdown()}\n")
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)
-    rich = RichTable(box=box.HEAVY_HEAD if console.is_terminal else box.ASCII2)
-    for place, name in enumerate(table.head):
-        rich.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
-    for line in table.cells:
-        rich.add_row(*line)
-    console.print(table.title, markup=False, soft_wrap=True)
-    console.print(rich)
-
-
-def facts(rows: Iterable[Row]) -> str:
-    """Device, driver, versions and commit of the rows, in one line."""
-    row = max(rows, key=lambda row: str(row["run"]))
-    versions = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items() if version)
-    commit = str(row.get("commit", "unknown"))[:12] + (" with changes" if row.get("dirty") else "")
-    driver = f"driver {row['driver']}, " if row.get("driver") else ""
-    return f"{row['device']}, {driver}{versions}; commit {commit}; {str(row['run'])[:10]}"
 
 
 def suite_table(rows: Sequence[Row], suite: str, device: str = "") -> Table:
@@ -272,7 +175,7 @@ def _cell(row: Row | None, host: bool) -> str:
     return f"{row['tflops']:.3g} ({row['device_us']:.0f}, {100 * row['share']:.0f} %)"
 
 
-def ratio_table(comparisons: Sequence[Comparison], suite: Suite) -> Table:
+def ratio_table(comparisons: Sequence[Comparison], suite: Suite[Any]) -> Table:
     """One line per case: ours, the best rival, the ratio."""
     unit = MEASURES[suite.measure]
     head = ("case", f"ours {unit}", "best rival", f"rival {unit}", "ratio", "error", "rival's error")
@@ -286,7 +189,7 @@ def ratio_table(comparisons: Sequence[Comparison], suite: Suite) -> Table:
     return Table(f"{suite.name}\n{facts(item.ours for item in comparisons)}", head, cells)
 
 
-def twin_table(comparisons: Sequence[Comparison], suite: Suite) -> Table:
+def twin_table(comparisons: Sequence[Comparison], suite: Suite[Any]) -> Table:
     """One line per feature that rivals lack: ours with it, ours without it, the ratio."""
     unit = MEASURES[suite.measure]
     head = ("case", f"ours {unit}", "plain twin", f"twin {unit}", "ratio", "limit", "error")
@@ -349,7 +252,7 @@ def plot(rows: Sequence[Row], suite: str, folder: Path, device: str = "") -> lis
     return paths
 
 
-def readme_block(rows: Sequence[Row], suite: Suite, image: str, device: str = "") -> str:
+def readme_block(rows: Sequence[Row], suite: Suite[Any], image: str, device: str = "") -> str:
     """The text between the markers: one table (a line per head dim and mask, a column per length) and the plot."""
     comparisons = compare(rows, suite, device)
     lengths = sorted({case.seqlen_q for case in suite.cases})
@@ -390,8 +293,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/report.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="JSON lines (default: benchmarks/results/*.jsonl)")
-    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), help="default: every suite with rows")
-    parser.add_argument("--ratio", choices=sorted(SUITES), metavar="SUITE", help="ours over the best rival, per row")
+    parser.add_argument("--suite", nargs="+", choices=sorted(ALL_SUITES), help="default: every suite with rows")
+    parser.add_argument(
+        "--ratio", choices=sorted(ALL_SUITES), metavar="SUITE", help="ours over the best rival, per row"
+    )
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     parser.add_argument("--plot", action="store_true", help="PNG and SVG beside the results")
     parser.add_argument(
@@ -418,7 +323,11 @@ def _main(options: argparse.Namespace) -> int:
         raise ReportError(f"no results: {options.results} has no .jsonl file; benchmarks/run.py --out makes one")
     rows = load(files)
     if options.ratio:
-        suite = SUITES[options.ratio]
+        suite = ALL_SUITES[options.ratio]
+        verdicts = moe_report.judge(rows, suite.name, options.device)
+        if verdicts:  # before the ratios, which want a row of every case
+            show(moe_report.bars_table(verdicts, suite.name), options.markdown)
+            print(moe_report.bars_summary(verdicts))
         comparisons = compare(rows, suite, options.device)
         features = twins(rows, suite, options.device)
         alone = {item.case for item in features} & {item.case for item in comparisons if item.rival is None}
@@ -430,7 +339,7 @@ def _main(options: argparse.Namespace) -> int:
             print(f"not compared: {line}")
         print(summary(comparisons))
         return 0
-    names = [name for name in SUITES if any(row["suite"] == name for row in rows)]
+    names = [name for name in ALL_SUITES if any(row["suite"] == name for row in rows)]
     names = options.suite or names
     if options.plot or options.readme:
         dense = [name for name in names if name in ("attention_forward", "attention_forward_portable")]
@@ -450,7 +359,8 @@ def _main(options: argparse.Namespace) -> int:
     for name in names:
         if not newest(rows, name, options.device):
             raise ReportError(f"no rows of {name}")
-        show(suite_table(rows, name, options.device), options.markdown)
+        table = moe_report.moe_table if name in MOE_SUITES else suite_table
+        show(table(rows, name, options.device), options.markdown)
     return 0
 
 

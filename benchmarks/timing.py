@@ -12,14 +12,31 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cases import OURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Reference(NamedTuple):
+    """Something that shows what the machine can do: `run` is one launch, a rate is `work` over its microseconds."""
+
+    run: Callable[[int], Any]
+    work: float
+
+
+class Replay(NamedTuple):
+    """Several calls as one launch: run(i) makes `calls` calls, `output` is what the last of them gave or will give."""
+
+    run: Callable[[int], Any]
+    calls: int
+    output: Callable[[], Any]
 
 
 class GpuTimer:
@@ -41,6 +58,7 @@ class GpuTimer:
         half = torch.bfloat16
         self.square = [torch.randn(8192, 8192, device=self.device).to(half) for _ in range(2)]
         self.product = torch.empty(8192, 8192, device=self.device, dtype=half)
+        self.big: torch.Tensor | None = None
 
     def synchronize(self) -> None:
         self.torch.cuda.synchronize(self.device)
@@ -67,6 +85,24 @@ class GpuTimer:
         self.warm(300.0)
         run = [self.sample(lambda _: self.torch.mm(*self.square, out=self.product), 5) for _ in range(9)]
         return 2 * 8192**3 / statistics.median(run) / 1e6
+
+    def references(self) -> dict[str, Reference]:
+        """TFLOP/s of the same matrix product, GB/s of reading 2 GiB once."""
+        if self.big is None:
+            self.big = self.torch.randn(1 << 29, device=self.device)
+        big = self.big
+        return {
+            "ceiling_tflops": Reference(lambda _: self.torch.mm(*self.square, out=self.product), 2 * 8192**3 / 1e6),
+            "read_gbps": Reference(lambda _: big.sum(), 4 * big.numel() / 1e3),
+        }
+
+    def capture(self, run: Callable[[int], Any], calls: int) -> Replay:
+        """A CUDA graph of run(1) ... run(calls); nothing in it may wait for the device."""
+        return capture(run, calls, cuda=True)
+
+    def release(self) -> None:
+        """Give memory that no tensor holds back to the device: the next case may need it in other pieces."""
+        self.torch.cuda.empty_cache()
 
 
 class CpuTimer:
@@ -97,6 +133,76 @@ class CpuTimer:
         a, b = torch.randn(512, 512), torch.randn(512, 512)
         run = [self.sample(lambda _: a @ b, 2) for _ in range(12)][3:]
         return 2 * 512**3 / statistics.median(run) / 1e6
+
+    def references(self) -> dict[str, Reference]:
+        """TFLOP/s of the same matrix product, GB/s of reading 64 MiB once."""
+        import torch
+
+        a, big = torch.randn(512, 512), torch.randn(1 << 24)
+        product = Reference(lambda _: a @ a, 2 * 512**3 / 1e6)
+        return {"ceiling_tflops": product, "read_gbps": Reference(lambda _: big.sum(), 4 * big.numel() / 1e3)}
+
+    def capture(self, run: Callable[[int], Any], calls: int) -> Replay:
+        """A plain loop over run(1) ... run(calls)."""
+        return capture(run, calls, cuda=False)
+
+    def release(self) -> None:
+        return None
+
+
+def capture(run: Callable[[int], Any], calls: int, cuda: bool) -> Replay:
+    """run(1) ... run(calls) as one CUDA graph, or as a loop."""
+    outputs: list[Any] = [None]
+
+    def loop(_: int = 0) -> None:
+        for i in range(1, calls + 1):
+            outputs[0] = run(i)
+
+    if not cuda:
+        return Replay(loop, calls, lambda: outputs[0])
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a call makes once per stream is made before the capture
+        loop()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop()
+    return Replay(lambda _: graph.replay(), calls, lambda: outputs[0])
+
+
+def fastest(runs: list[Callable[[int], Any]], calls: int, cuda: bool, rounds: int = 5) -> int:
+    """The place of the run whose graph of `calls` calls takes the least time; one that fails takes for ever."""
+    times = []
+    for run in runs:
+        try:
+            replay = capture(run, calls, cuda)
+            replay.run(0)
+            times.append(min(_once(replay, cuda) for _ in range(rounds)))
+        except Exception:  # a tile that does not fit into shared memory, say
+            times.append(float("inf"))
+    best = min(times)
+    if best == float("inf"):
+        raise RuntimeError("no configuration runs")
+    return times.index(best)
+
+
+def _once(replay: Replay, cuda: bool) -> float:
+    """Milliseconds of one launch."""
+    if not cuda:
+        start = time.perf_counter()
+        replay.run(0)
+        return 1000 * (time.perf_counter() - start)
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    replay.run(0)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 Timer = GpuTimer | CpuTimer

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashmoe_cupy import errors, reference
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
+    from flashmoe_cupy.layers import FlashMoELayer
     from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
+    from flashmoe_cupy.ops.grouped_gemm import grouped_gemm
+    from flashmoe_cupy.ops.moe import fused_moe
+    from flashmoe_cupy.ops.permute import MoEPermutation, moe_permute
+    from flashmoe_cupy.ops.route import RouterStats, moe_route
     from flashmoe_cupy.service import clear_cache, explain, show_config, stats, warmup
 
 __version__ = "0.1.0"
@@ -20,6 +25,13 @@ __version__ = "0.1.0"
 _PLACE = {
     "flash_attention": "ops.attention",
     "flash_attention_varlen": "ops.attention",
+    "moe_route": "ops.route",
+    "RouterStats": "ops.route",
+    "moe_permute": "ops.permute",
+    "MoEPermutation": "ops.permute",
+    "grouped_gemm": "ops.grouped_gemm",
+    "fused_moe": "ops.moe",
+    "FlashMoELayer": "layers",
     "explain": "service",
     "warmup": "service",
     "stats": "service",
@@ -37,6 +49,9 @@ __all__ = [
     "CompileError",
     "DependencyError",
     "FlashMoEError",
+    "FlashMoELayer",
+    "MoEPermutation",
+    "RouterStats",
     "UnsupportedProblem",
     "__version__",
     "clear_cache",
@@ -44,6 +59,10 @@ __all__ = [
     "explain",
     "flash_attention",
     "flash_attention_varlen",
+    "fused_moe",
+    "grouped_gemm",
+    "moe_permute",
+    "moe_route",
     "reference",
     "show_config",
     "stats",

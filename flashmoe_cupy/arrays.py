@@ -183,7 +183,7 @@ def _torch_reasons(torch: Any, x: Any, wrapper: bool, dtype: DType | None) -> li
 
 def _jax_tracer(x: Any, name: str) -> View:
     reason = "the array is traced (jit, grad, vmap or another transform), so there is no memory to read"
-    raise _refuse(x, name, reason, "call the functions of flashmoe_cupy.jax inside transforms")
+    raise _refuse(x, name, reason, "inside transforms call flashmoe_cupy.jax, which so far has attention only")
 
 
 def _jax(x: Any, name: str) -> View:
@@ -442,8 +442,8 @@ def overlap(a: View, b: View) -> bool:
     """Whether two arrays share an element's memory. Exact for what interleaves simply, else True to be safe."""
     if a.device != b.device or 0 in a.shape or 0 in b.shape:
         return False
-    low_a, high_a = _extent(a)
-    low_b, high_b = _extent(b)
+    low_a, high_a = extent(a)
+    low_b, high_b = extent(b)
     if high_a <= low_b or high_b <= low_a:
         return False
     memory_a, memory_b = (np.asarray(_Interface(x._replace(readonly=True))) for x in (a, b))  # addresses only
@@ -453,7 +453,7 @@ def overlap(a: View, b: View) -> bool:
         return True
 
 
-def _extent(x: View) -> tuple[int, int]:
+def extent(x: View) -> tuple[int, int]:
     """First byte of an array and the one behind its last."""
     size = x.dtype.itemsize
     reach = [(n - 1) * t * size for n, t in zip(x.shape, x.strides, strict=True)]

@@ -10,7 +10,8 @@ Two rules judge a 16-bit result against a reference in higher precision:
 * `row_rule`, stricter at long sequences, where outputs are small: the same comparison with each row's error divided by
   that row's norm, so that a single key block missed in a single row is seen.
 
-fp32 results are judged by `relative_error` to a float64 reference, at most 1e-5.
+fp32 results are judged by `relative_error` to a float64 reference, at most 1e-5. Random problems for mixtures of
+experts: testing_moe.py.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class AttentionCase(NamedTuple):
     bias_dtype: str = "same"
 
     def __str__(self) -> str:
-        return _text(self)
+        return case_text(self)
 
     @property
     def dim_v(self) -> int:
@@ -242,7 +243,7 @@ class VarlenCase(NamedTuple):
     alibi: str = ""
 
     def __str__(self) -> str:
-        return _text(self)
+        return case_text(self)
 
     @property
     def dim_v(self) -> int:
@@ -299,7 +300,8 @@ class VarlenCase(NamedTuple):
 Case = AttentionCase | VarlenCase
 
 
-def _text(case: Any) -> str:
+def case_text(case: Any) -> str:
+    """The call that makes this case, a NamedTuple, with the fields that differ from their defaults."""
     default = case._field_defaults
     fields = [f"{n}={v!r}" for n, v in case._asdict().items() if n not in default or v != default[n]]
     return f"{type(case).__name__}({', '.join(fields)})"

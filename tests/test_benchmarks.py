@@ -225,7 +225,7 @@ def test_run_on_the_cpu_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.torch
 def test_one_library_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import rivals, run
+    from benchmarks import bench, rivals, run
 
     class Failing(rivals.Sdpa):
         def prepare(self, *_: Any) -> rivals.Prepared:
@@ -254,7 +254,7 @@ def test_one_library_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch
         "flex_attention": Late("flex_attention"),
         "torch_sdpa": rivals.Sdpa("torch_sdpa"),
     }
-    monkeypatch.setattr(run, "LIBRARIES", libraries)
+    monkeypatch.setattr(bench, "LIBRARIES", libraries)
     out = tmp_path / "a.jsonl"
     arguments = ["--suite", "smoke", "--cases", "^full_fp32$", "--device", "cpu", "--quick", "--out", str(out)]
     assert run.main([*arguments, "--libraries", *libraries]) == 1  # ours was wrong

@@ -16,8 +16,9 @@ import flashmoe_cupy
 from flashmoe_cupy import _env, service
 from flashmoe_cupy.cli import commands, main, measure, show
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS
+from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, PRODUCTS, SMALL
 
+EVERY: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
 NO_GPU = service.backend()[0] == "numpy"
 
 
@@ -69,6 +70,10 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "--window", "a,b"], "LEFT,RIGHT"),
         (["explain", "--arch", "sm_70"], "sm_80"),
         (["explain", "--dtype", "int7"], "bfloat16"),
+        (["explain", "--op", "moe", "--q", "8", "--causal"], "--op moe has no causal, seqlen_q"),
+        (["explain", "--tokens", "8"], "--op attention has no tokens"),
+        (["warmup", "--op", "moe", "--arch", "sm_80", "--head-dim", "64"], "no head_dim"),
+        (["kernels", "--op", "moe", "--head-dim", "64"], "no head_dim"),
         (["kernels", "--arch", "sm_70"], "sm_80"),
         (["warmup", "--arch", "sm_70"], "sm_80"),
         (["warmup", "--all", "--dtype", "float16"], "--all"),
@@ -210,12 +215,14 @@ def test_visible_pairs(lengths: tuple[int, int], window: tuple[int, int]) -> Non
 
 def test_kernels_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     data = run_json(capsys, "kernels")
-    assert list(data) == list(KERNELS)
-    for name, kernel in KERNELS.items():
+    assert list(data) == list(EVERY)
+    for name, kernel in EVERY.items():
         listed = {(c["name"], arch) for c in data[name]["configs"] for arch in c["archs"]}
         assert listed == {(c.name, arch) for arch in ARCHS for c in kernel.configs(arch)}
     code, out, _ = run(capsys, "kernels", "--arch", "sm_80")
-    assert code == 0 and all(name in out for name in KERNELS)
+    assert code == 0 and all(name in out for name in EVERY)
+    assert list(run_json(capsys, "kernels", "--op", "attention")) == list(KERNELS)
+    assert list(run_json(capsys, "kernels", "--head-dim", "64")) == list(KERNELS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -244,10 +251,7 @@ def test_the_warm_up_set_is_complete(arch: str) -> None:
         (choice,) = answer.choices
         assert choice.config, f"nothing runs {answer.problem}"
         chosen = (choice.kernel, choice.config)
-        part = {
-            (k.name, c.name)
-            for k, c in service.specialisations(arch, dtype=dtype, head_dim=dim, head_dim_v=dim_v)
-        }
+        part = {(k.name, c.name) for k, c in service.specialisations(arch, dtype=dtype, head_dim=dim, head_dim_v=dim_v)}
         assert chosen in part, answer.problem
         assert part <= everything
 
@@ -360,7 +364,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["self_test"] and all(test["passed"] for test in data["self_test"])
     assert data["cache"]["path"] == str(_env.get().cache_dir)
     assert bool(data["devices"]) or data["driver"]["error"]
-    assert list(data["kernels"]) == list(KERNELS)
+    assert list(data["kernels"]) == list(EVERY)
     code, out, _ = run(capsys, "info", "--no-test")
     assert code == 0 and "Self-test" not in out
     for word in ("driver", "CuPy", "NVRTC", "torch", "jax", "Cache", *KERNELS):

@@ -5,29 +5,32 @@ from __future__ import annotations
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from test_problem import dense, packed
 
 from flashmoe_cupy.jit import cache, compiler, source, tensormap
 from flashmoe_cupy.plan.attention import AttentionFwdSm90
-from flashmoe_cupy.plan.config import MAX_SMEM, Config
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, arch_for
+from flashmoe_cupy.plan.config import MAX_SMEM
+from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, PRODUCTS, SMALL, arch_for
+from flashmoe_cupy.plan.product import POINTERS
 
 pytest.importorskip("cupy")
 pytestmark = pytest.mark.compile
 
 
-PAIRS = [(name, arch) for name, kernel in KERNELS.items() for arch in ARCHS if kernel.configs(arch)]
+EVERY: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
+PAIRS = [(name, arch) for name, kernel in EVERY.items() for arch in ARCHS if kernel.configs(arch)]
 
 
 @pytest.mark.parametrize(("kernel", "arch"), PAIRS)
 def test_all_configurations(kernel: str, arch: str) -> None:
-    spec = KERNELS[kernel]
+    spec = EVERY[kernel]
     configs = spec.configs(arch)
     assert len({c.name for c in configs}) == len(configs) > 0
 
-    def build(config: Config) -> list[str]:
+    def build(config: Any) -> list[str]:
         tu = spec.source(config)
         made = compiler.compile_cubin(tu, source.headers_for(tu), arch, cache.options(), config.name)
         bad = list(made.remarks)
@@ -43,10 +46,13 @@ def test_all_configurations(kernel: str, arch: str) -> None:
         assert [text for found in pool.map(build, configs) for text in found] == []
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+WITH_SMEM = [name for name, kernel in EVERY.items() if any(c.smem_bytes for c in kernel.configs("sm_90a"))]
+
+
+@pytest.mark.parametrize("kernel", WITH_SMEM)
 def test_shared_memory_arithmetic(kernel: str) -> None:
     """The host's smem_bytes is the kernel's Smem::kBytes: a wrong number stops the compile."""
-    spec = KERNELS[kernel]
+    spec = EVERY[kernel]
     arch = next(arch for name, arch in PAIRS if name == kernel)
     text = f'#include "{spec.header}"\n'
     for config in spec.configs(arch):
@@ -134,6 +140,36 @@ def test_wrappers_assemble() -> None:
     ptx = compiler.compile_cubin(WRAPPERS, source.headers_for(WRAPPERS), "sm_90a").ptx
     for word in ("multicast::cluster", "redux.sync.max.u32", "mapa.shared::cluster", "griddepcontrol.wait", "noinc"):
         assert word in ptx
+
+
+@pytest.mark.parametrize("kernel", [*SMALL, "grouped_gemm_sm80"])
+def test_params_layout_of_moe(kernel: str) -> None:
+    """Pointers, then 64-bit, then 32-bit numbers, with the types that the packer writes and without a gap."""
+    spec = EVERY[kernel]
+    text = f'#include "{spec.header}"\n'
+    header = source.headers_for(text)["moe/params.cuh"]
+    found = [kind for kind, _ in members(header, spec.params)]
+    tail = spec.tail if kernel in SMALL else struct.Struct("10q12i2f4i")
+    counts = re.findall(r"(\d*)([qif])", tail.format)
+    kinds = [kind for n, kind in counts for _ in range(int(n or 1))]
+    pointers = spec.pointers if kernel in SMALL else len(POINTERS)
+    names = {"q": "i64", "i": "int", "f": "float"}
+    assert found[pointers:] == [names[kind] for kind in kinds]
+    pointed = re.search(rf"struct {spec.params} \{{(.*?)\}};", re.sub(r"//[^\n]*", "", header), re.S)
+    assert pointed is not None and pointed[1].count("*") == pointers
+    assert spec.params_size == 8 * pointers + tail.size
+    if kernel == "grouped_gemm_sm80":
+        assert tuple(name for _, name in members(header, spec.params)[:pointers]) == POINTERS
+
+
+def test_params_layout_of_products_with_maps() -> None:
+    """The maps of the Hopper kernel begin where the packer puts them."""
+    spec = PRODUCTS["grouped_gemm_sm90"]
+    text = f'#include "{spec.header}"\nusing P = fm::{spec.params};\n'
+    for i, name in enumerate(("x_map", "w_map", "out_map")):
+        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {256 + 128 * i});\n"
+    text += f"static_assert(sizeof(P) == {spec.params_size} && alignof(P) == {spec.params_align});\n"
+    compiler.compile_cubin(text, source.headers_for(text), "sm_90a")
 
 
 CAPABILITIES = [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120")]

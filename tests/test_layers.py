@@ -26,11 +26,14 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("dtypes.py", ()),
     ("arrays.py", ("dtypes", "errors")),
     ("reference/", ("reference",)),
-    ("testing.py", ("reference",)),
-    ("plan/problem.py", ("arrays", "dtypes", "errors")),
+    ("testing", ("reference", "testing")),
+    ("plan/checks.py", ("arrays", "dtypes")),
+    ("plan/layouts.py", ("plan.checks", "arrays", "dtypes")),
+    ("plan/problem.py", ("plan.checks", "arrays", "dtypes", "errors")),
+    ("plan/moe_problem.py", ("plan.checks", "plan.layouts", "arrays", "dtypes", "errors")),
     ("plan/config.py", ("plan.problem", "dtypes", "errors")),
     ("plan/", ("plan", "jit", "arrays", "dtypes", "errors", "_env")),
-    ("cpu/", ("cpu", "plan.problem", "dtypes", "errors")),
+    ("cpu/", ("cpu", "plan.problem", "plan.moe_problem", "dtypes", "errors")),
     ("jit/source.py", ("errors",)),
     ("jit/compiler.py", ("jit.source", "errors", "_env")),
     ("jit/cache.py", ("jit.compiler", "jit.source", "errors", "_env")),
@@ -63,8 +66,8 @@ ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported.
 AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py",)}
 
-# A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels, and below
-# the prelude the instructions that work on registers alone.
+# A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
+# prelude itself stands on the instructions that work on registers alone.
 INCLUDES: dict[str, tuple[str, ...]] = {
     "": ("ptx/scalar.cuh",),
     "ptx": ("prelude.cuh",),
@@ -72,7 +75,7 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "tile": ("prelude.cuh", "ptx/", "math/", "tile/"),
 }
 # What the kernels of one family share; a kernel never includes another one.
-SHARED = ("params.cuh", "schedule_sm90.cuh", "variant.cuh")
+SHARED = ("activation.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "variant.cuh")
 
 
 def python_files() -> list[Path]:

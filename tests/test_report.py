@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.cases import OURS, OURS_SM80, PLAIN_TWIN, SUITES, Case
+from benchmarks.rows import ReportError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,7 +170,7 @@ def test_a_feature_and_its_plain_twin_are_of_one_run() -> None:
     assert {item.case: item.ratio for item in report.twins(rows + alone, suite)} == dict.fromkeys(PLAIN_TWIN, 1.0)
     assert report.twins(rows + later, suite)[0].ratio == 10.0
     no_twin = [row for row in rows if row["case"] != "d128_8k_causal"]
-    with pytest.raises(report.ReportError, match="softcap_d128_8k_causal: no run timed it and d128_8k_causal"):
+    with pytest.raises(ReportError, match="softcap_d128_8k_causal: no run timed it and d128_8k_causal"):
         report.twins(no_twin + alone, suite)
     assert report.twins(portable_rows(), SUITES["attention_forward_portable"]) == []
 

@@ -1,11 +1,8 @@
 // What the host hands to the attention kernels. Strides count elements. One struct, by value, for every forward kernel.
 #pragma once
-#include "prelude.cuh"
+#include "math/dtype.cuh"
 
 namespace fm {
-
-// Codes of element types that only a run-time branch distinguishes; the same numbers as flashmoe_cupy/dtypes.py.
-enum DTypeCode : int { kBF16 = 0, kFP16 = 1, kFP32 = 2, kBool = 4 };
 
 struct AttentionFwdParams {
   const void *q, *k, *v;

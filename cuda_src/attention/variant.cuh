@@ -27,12 +27,6 @@ FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) 
         for (int e = 0; e < 2; ++e) f(r_s[m][n][2 * i + e], row + m * 16 + i * 8 + g, col + n * 8 + 2 * t + e);
 }
 
-FM_DEVICE float load_float(const void* g_pointer, i64 index, int dtype) {
-  if (dtype == kFP32) return static_cast<const float*>(g_pointer)[index];
-  if (dtype == kBF16) return to_float(static_cast<const bf16*>(g_pointer)[index]);
-  return to_float(static_cast<const fp16*>(g_pointer)[index]);
-}
-
 struct PlainScores {
   static constexpr bool kScore = false, kWide = false, kAligned = true;
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return p.softmax_scale; }

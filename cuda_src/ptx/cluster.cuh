@@ -26,9 +26,24 @@ FM_DEVICE void mbarrier_arrive_cluster(u32 cluster_address) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
 }
 
-// Until the grids that this one depends on have ended and their writes are seen. At once where there is none.
-FM_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Until the grids that this one depends on have ended and their writes are seen. At once where there is none, and before sm_90.
+FM_DEVICE void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // This block no longer holds up the grids that depend on this one.
-FM_DEVICE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+FM_DEVICE void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The rule of kernels that are launched before the one in front of them has ended: wait, and only then let the next one start. Then
+// what a grid two launches back has written may be read without waiting.
+FM_DEVICE void start_after_last_grid() {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+}
 
 }  // namespace fm

@@ -16,14 +16,14 @@ struct RowsOut {
   int col, row, head, batch;
 };
 
-// One warp writes its 16 x (8 kN) accumulator, scaled per row, as 16-bit values, two panels of 64 columns at a time, through 4 KiB of
+// One warp writes its 16 x (8 kN) accumulator (or the first kTiles tiles of 8 columns), scaled per row, as 16-bit values, two panels of 64 columns at a time, through 4 KiB of
 // its own at s_panels (a multiple of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one
 // may begin, go by ordinary stores. One fence for two panels: it waits for all that the warp has under way.
-template <int kN, class E>
+template <int kTiles = 0, int kN, class E>
 FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4], const float (&row_scale)[2]) {
   using Panel = SmemTile<E, 16, 64>;
   static_assert(sizeof(E) == 2);
-  constexpr int kPanels = div_up(kN, 8);
+  constexpr int kUsed = kTiles == 0 ? kN : kTiles, kPanels = div_up(kUsed, 8);
   const int lane = lane_id();
   const int row = (lane >> 3 & 1) * 8 + (lane & 7), chunk = lane >> 4;
 #pragma unroll
@@ -31,7 +31,7 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
     if (lane == 0) bulk_wait_group_read<0>();
     __syncwarp();
 #pragma unroll
-    for (int n = first * 8; n < min_of(kN, first * 8 + 16); n += 2) {
+    for (int n = first * 8; n < min_of(kUsed, first * 8 + 16); n += 2) {
       const u32 r[4] = {pack2<E>(d[n][0] * row_scale[0], d[n][1] * row_scale[0]), pack2<E>(d[n][2] * row_scale[1], d[n][3] * row_scale[1]),
                         pack2<E>(d[n + 1][0] * row_scale[0], d[n + 1][1] * row_scale[0]), pack2<E>(d[n + 1][2] * row_scale[1], d[n + 1][3] * row_scale[1])};
       stmatrix_x4(s_panels + (n / 8 & 1) * Panel::kBytes + Panel::offset(row, n % 8 + chunk), r);

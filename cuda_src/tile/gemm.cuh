@@ -51,16 +51,11 @@ struct Step<fp32> {
   }
 };
 
-// D(16 kM x 8 kN) = A * B^T: A rows from `a_row` of tile TA, B all rows of tile TB; both hold the summed dimension along their rows.
-template <class E, class TA, class TB, int kM, int kN>
-FM_DEVICE void gemm_ss_nt(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
+// D(16 kM x 8 kTiles) += A * B^T: A rows from `a_row` of tile TA, B rows from s_b on of tile TB; both hold the summed dimension along
+// their rows. D is the tiles from kFirst on of d.
+template <class E, class TA, class TB, int kFirst, int kTiles, int kM, int kN>
+FM_DEVICE void gemm_ss_nt_onto(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
   const int lane = lane_id();
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) d[m][n][i] = 0.f;
   // Rows advance by 16 (A) and 16 (B), whole swizzle periods: the swizzle of a lane's row never changes.
   const int row_a = a_row + (lane & 15), half_a = lane >> 4;
   const int row_b = (lane & 7) + (lane >> 4 << 3), half_b = lane >> 3 & 1;
@@ -74,15 +69,45 @@ FM_DEVICE void gemm_ss_nt(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
       a[m].set(raw);
     }
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
+    for (int n = 0; n < kTiles; n += 2) {
       u32 b[4];
       ldmatrix_x4(b, s_b + TB::offset(row_b, 2 * k + half_b) + n * 8 * TB::kRowBytes);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        Step<E>::mma(d[m][n], a[m], b[0], b[1]);
-        Step<E>::mma(d[m][n + 1], a[m], b[2], b[3]);
+        Step<E>::mma(d[m][kFirst + n], a[m], b[0], b[1]);
+        Step<E>::mma(d[m][kFirst + n + 1], a[m], b[2], b[3]);
       }
     }
+  }
+}
+
+// D = A * B^T
+template <class E, class TA, class TB, int kM, int kN>
+FM_DEVICE void gemm_ss_nt(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[m][n][i] = 0.f;
+  gemm_ss_nt_onto<E, TA, TB, 0, kN>(d, s_a, a_row, s_b);
+}
+
+// D += A * B^T as one of many steps, on the kTiles tiles from kFirst on. The tensor core truncates when it adds, so fp32 sums each step
+// apart and adds it with rounding.
+template <class E, class TA, class TB, int kFirst, int kTiles, int kM, int kN>
+FM_DEVICE void gemm_ss_nt_step(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
+  if constexpr (sizeof(E) == 4) {
+    float sum[kM][kTiles][4];
+    gemm_ss_nt<E, TA, TB>(sum, s_a, a_row, s_b);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[m][kFirst + n][i] += sum[m][n][i];
+  } else {
+    gemm_ss_nt_onto<E, TA, TB, kFirst, kTiles>(d, s_a, a_row, s_b);
   }
 }
 
@@ -165,20 +190,22 @@ FM_DEVICE void scale_rows(float (&d)[kM][kN][4], const float (&row_scale)[2 * kM
       for (int i = 0; i < 4; ++i) d[m][n][i] *= row_scale[2 * m + i / 2];
 }
 
-// An accumulator, scaled per row, to rows `row` .. of tile T as elements of type E.
-template <class E, class T, int kM, int kN>
-FM_DEVICE void store_accumulator(u32 s_base, int row, const float (&d)[kM][kN][4], const float (&row_scale)[2 * kM]) {
+// An accumulator, scaled per row, to rows `row` .. and columns `col` .. (a multiple of 8) of tile T as elements of type E; of d the
+// kTiles tiles from kFirst on, or all.
+template <class E, class T, int kFirst = 0, int kTiles = 0, int kM, int kN>
+FM_DEVICE void store_accumulator(u32 s_base, int row, const float (&d)[kM][kN][4], const float (&row_scale)[2 * kM], int col = 0) {
+  constexpr int kUsed = kTiles == 0 ? kN : kTiles;
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
     const int r = row + i / 2 * 16 + (i & 1) * 8 + g;
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float x = d[i / 2][n][(i & 1) * 2] * row_scale[i], y = d[i / 2][n][(i & 1) * 2 + 1] * row_scale[i];
+    for (int n = 0; n < kUsed; ++n) {
+      const float x = d[i / 2][kFirst + n][(i & 1) * 2] * row_scale[i], y = d[i / 2][kFirst + n][(i & 1) * 2 + 1] * row_scale[i];
       if constexpr (sizeof(E) == 2) {
-        st_shared_b32(s_base + T::offset(r, n) + t * 4, pack2<E>(x, y));
+        st_shared_b32(s_base + T::offset(r, col / 8 + n) + t * 4, pack2<E>(x, y));
       } else {
-        st_shared_v2_f32(s_base + T::offset(r, 2 * n + (t >> 1)) + (t & 1) * 8, x, y);
+        st_shared_v2_f32(s_base + T::offset(r, col / 4 + 2 * n + (t >> 1)) + (t & 1) * 8, x, y);
       }
     }
   }

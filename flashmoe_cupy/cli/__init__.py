@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from flashmoe_cupy.errors import FlashMoEError
 
 DTYPES = ("bfloat16", "float16", "float32")
+OPS = ("attention", "moe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     from flashmoe_cupy import __version__
 
     parser = argparse.ArgumentParser(
-        prog="flashmoe-cupy", description="Exact attention on NVIDIA GPUs for NumPy, CuPy, PyTorch and JAX arrays."
+        prog="flashmoe-cupy",
+        description="Exact attention and mixtures of experts on NVIDIA GPUs for NumPy, CuPy, PyTorch and JAX arrays.",
     )
     parser.add_argument("--version", action="version", version=f"flashmoe-cupy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -69,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _problem_options(explain)
 
     kernels = command("kernels", "list the kernels and their configurations")
+    kernels.add_argument("--op", choices=OPS, help="only those of this operation")
     kernels.add_argument("--arch", help="only this one, for example sm_90a")
     kernels.add_argument("--dtype", choices=DTYPES, help="only configurations for this dtype")
     kernels.add_argument("--head-dim", type=_positive, help="only configurations for this head dimension")
@@ -76,9 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
     warmup = command(
         "warmup",
         "compile, and load on the devices here, everything a call can ask for",
-        "Compile, and load on the devices here, every specialisation that a call can ask for, or those that calls with "
-        "the given dtype and head dimension can ask for. With --arch, only compile where no device has that arch.",
+        "Compile, and load on the devices here, every specialisation that the operation can ask for, or those "
+        "for the given dtype and head dimension. With --arch, only compile where no device has that arch.",
     )
+    warmup.add_argument("--op", choices=OPS, default="attention", help="default: attention; moe: mixture of experts")
     warmup.add_argument("--arch", action="append", help="compile for this arch, for example sm_90a; may be repeated")
     warmup.add_argument("--all", action="store_true", help="everything; the default when no filter is given")
     warmup.add_argument("--dtype", choices=DTYPES, help="only what calls with this dtype need")
@@ -109,25 +114,44 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _problem_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--op", default="attention", choices=("attention",), help="operation")
-    add("--batch", type=_count, default=1, metavar="N", help="batch size (default 1)")
-    add("--q", type=_count, default=4096, metavar="N", help="query length (default 4096)")
-    add("--k", type=_count, metavar="N", help="key length (default: as --q)")
-    add("--heads", type=_count, default=32, metavar="N", help="query heads (default 32)")
-    add("--kv-heads", type=_count, metavar="N", help="key and value heads (default: as --heads)")
-    add("--d", type=_count, default=128, metavar="N", help="head dimension of q and k (default 128)")
-    add("--dv", type=_count, metavar="N", help="head dimension of v (default: as --d)")
-    add("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default bfloat16)")
-    add("--causal", action="store_true", help="causal mask, aligned bottom-right")
-    add("--window", type=_window, default=(-1, -1), metavar="LEFT[,RIGHT]", help="sliding window; -1 = unlimited")
-    add("--scale", type=float, metavar="X", help="softmax scale (default d ** -0.5)")
-    add("--softcap", type=float, default=0.0, metavar="X", help="softcap; 0 = off")
-    add("--alibi", action="store_true", help="ALiBi slopes")
-    add("--bias", nargs="?", const="same", choices=("same", "float32", "bool"), help="additive bias of this dtype")
-    add("--sinks", action="store_true", help="attention sinks")
-    add("--varlen", action="store_true", help="packed sequences (cu_seqlens)")
-    add("--arch", action="append", help="for this arch, for example sm_90a; may be repeated")
+    """The sizes of a problem under the names that `service.explain` has for them; only those given are set."""
+    parser.add_argument("--op", default="attention", choices=OPS, help="operation (default attention)")
+    parser.add_argument("--arch", action="append", help="for this arch, for example sm_90a; may be repeated")
+
+    def add(flag: str, name: str, text: str, **options: Any) -> None:
+        group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **options)
+
+    def count(flag: str, name: str, text: str) -> None:
+        add(flag, name, text, type=_count, metavar="N")
+
+    group = parser.add_argument_group("sizes of both")
+    add("--dtype", "dtype", f"{', '.join(DTYPES)} (default bfloat16)")
+    group = parser.add_argument_group("attention")
+    count("--batch", "batch", "batch size (default 1)")
+    count("--q", "seqlen_q", "query length (default 4096)")
+    count("--k", "seqlen_k", "key length (default: as --q)")
+    count("--heads", "heads_q", "query heads (default 32)")
+    count("--kv-heads", "heads_k", "key and value heads (default: as --heads)")
+    count("--d", "head_dim", "head dimension of q and k (default 128)")
+    count("--dv", "head_dim_v", "head dimension of v (default: as --d)")
+    add("--causal", "causal", "causal mask, aligned bottom-right", action="store_true")
+    add("--window", "window_size", "sliding window; -1 = unlimited", type=_window, metavar="LEFT[,RIGHT]")
+    add("--scale", "softmax_scale", "softmax scale (default d ** -0.5)", type=float, metavar="X")
+    add("--softcap", "softcap", "softcap; 0 = off", type=float, metavar="X")
+    add("--alibi", "alibi", "ALiBi slopes", action="store_true")
+    add("--bias", "bias", "additive bias of this dtype", nargs="?", const="same", choices=("same", "float32", "bool"))
+    add("--sinks", "sinks", "attention sinks", action="store_true")
+    add("--varlen", "varlen", "packed sequences (cu_seqlens)", action="store_true")
+    group = parser.add_argument_group("mixture of experts (--op moe)")
+    count("--tokens", "tokens", "tokens (default 4096)")
+    count("--hidden", "hidden", "hidden size (default 2048)")
+    count("--intermediate", "intermediate", "intermediate size of an expert (default 768)")
+    count("--experts", "experts", "experts (default 128)")
+    count("--top-k", "top_k", "experts of a token (default 8)")
+    count("--shared", "shared", "intermediate size of a shared expert (default 0: none)")
+    add("--activation", "activation", "swiglu (default), geglu, geglu_tanh, swigluoai, gelu, gelu_tanh, relu, relu2")
+    add("--interleaved", "interleaved", "gate and up rows in turns", action="store_true")
+    add("--batch-invariant", "batch_invariant", "one configuration for any number of tokens", action="store_true")
 
 
 def _positive(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 import time
@@ -115,34 +116,23 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def explain(args: argparse.Namespace) -> int:
+    theirs = {
+        op: set(inspect.signature(function).parameters) - {"arch"}
+        for op, function in (("attention", service.explain_attention), ("moe", service.explain_moe))
+    }
+    sizes = {name: value for name, value in vars(args).items() if name in theirs["attention"] | theirs["moe"]}
+    if foreign := sorted(set(sizes) - theirs[args.op]):
+        raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     try:
-        answer = service.explain(
-            args.op,
-            arch=args.arch,
-            batch=args.batch,
-            seqlen_q=args.q,
-            seqlen_k=args.k,
-            heads_q=args.heads,
-            heads_k=args.kv_heads,
-            head_dim=args.d,
-            head_dim_v=args.dv,
-            dtype=args.dtype,
-            causal=args.causal,
-            window_size=args.window,
-            softmax_scale=args.scale,
-            softcap=args.softcap,
-            alibi=args.alibi,
-            bias=args.bias,
-            sinks=args.sinks,
-            varlen=args.varlen,
-        )
+        answer = service.explain(args.op, arch=args.arch, **sizes)
     except UnsupportedProblem as error:
         if args.json:
             show.emit_json({"asked": error.asked, "reasons": error.reasons, "hint": error.hint})
         raise
     except ValueError as error:
         raise Misuse(str(error)) from None
-    runs = any(choice.config for choice in answer.choices)
+    missing = {choice.arch for choice in answer.choices if not choice.config}
+    runs = not answer.choices or any(choice.arch not in missing for choice in answer.choices)
     if args.json:
         show.emit_json({**answer._asdict(), "choices": [choice._asdict() for choice in answer.choices]})
         return int(not runs)
@@ -154,11 +144,12 @@ def explain(args: argparse.Namespace) -> int:
     out.line(f"here: {answer.here}")
     groups: dict[Any, list[str]] = {}
     for choice in answer.choices:  # archs that decide alike are shown once
-        key = (choice.kernel, choice.config, tuple(choice.fields.items()), choice.because, choice.rejected)
+        key = (choice.step, choice.kernel, choice.config, tuple(choice.fields.items()), choice.because, choice.rejected)
         groups.setdefault(key, []).append(choice.arch)
-    for (kernel, config, fields, because, rejected), archs in groups.items():
+    for (step, kernel, config, fields, because, rejected), archs in groups.items():
         out.line()
-        out.title(f"{' '.join(archs)}: {f'{kernel}, {config}' if config else 'no kernel runs this'}")
+        title = f"{' '.join(archs)}{f', {step}' if step else ''}"
+        out.title(f"{title}: {f'{kernel}, {config}' if config else 'no kernel runs this'}")
         if fields:
             out.line("  " + ", ".join(f"{name} {value}" for name, value in fields))
         for reason in because:
@@ -170,7 +161,7 @@ def explain(args: argparse.Namespace) -> int:
 
 def kernels(args: argparse.Namespace) -> int:
     try:
-        rows = service.kernels(args.arch, dtype=args.dtype, head_dim=args.head_dim)
+        rows = service.kernels(args.arch, op=args.op, dtype=args.dtype, head_dim=args.head_dim)
     except UnsupportedProblem:
         raise
     except ValueError as error:
@@ -183,9 +174,7 @@ def kernels(args: argparse.Namespace) -> int:
         out.line(f"{name}: {group['summary']}", "bold")
         out.line(f"cuda_src/{group['header']}")
         columns = ("config", "threads", "shared memory", "archs")
-        out.table(
-            columns, [(c["name"], c["threads"], c["smem_bytes"], " ".join(c["archs"])) for c in group["configs"]]
-        )
+        out.table(columns, [(c["name"], c["threads"], c["smem_bytes"], " ".join(c["archs"])) for c in group["configs"]])
         out.line()
     return 0
 
@@ -205,6 +194,7 @@ def warmup(args: argparse.Namespace) -> int:
 
     try:
         done = service.warmup(
+            args.op,
             arch=args.arch,
             dtype=args.dtype,
             head_dim=args.head_dim,

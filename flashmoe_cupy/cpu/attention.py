@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe_cupy.cpu.convert import widened
 from flashmoe_cupy.errors import UnsupportedProblem
 
 if TYPE_CHECKING:
@@ -220,14 +221,7 @@ def _float32(block: Array) -> F32:
     moved = block.transpose(0, 2, 1, 3)
     if moved.dtype == np.float32 and moved.strides[3] == 4 and moved.strides[2] >= 4 * moved.shape[3]:
         return moved
-    if moved.dtype == np.float16:
-        # NumPy's own conversion is five times slower: move the fields into place, then repair the exponent's offset
-        bits = moved.view(np.int16).astype(np.int32, order="C")
-        if not np.any((bits & 0x7C00) == 0x7C00):  # infinities and NaN have another exponent: leave them to NumPy
-            bits <<= 13
-            bits &= ~0x70000000  # the copies of the sign bit
-            return bits.view(np.float32) * np.float32(2.0**112)
-    return moved.astype(np.float32, order="C")
+    return widened(moved)
 
 
 def _scores(q: F32, k: F32) -> F32:

@@ -74,6 +74,12 @@ def multiprocessors(device: int) -> int:
     return int(_runtime.deviceGetAttribute(16, device))
 
 
+def driver_version() -> int:
+    """The CUDA version of the driver, 12030 for 12.3."""
+    devices()
+    return int(_runtime.driverGetVersion())
+
+
 def load(entry: Entry, device: int, smem_bytes: int = 0) -> Loaded:
     """The kernel on a device, loaded once. smem_bytes: the most dynamic shared memory that a launch will ask for."""
     loaded = _loaded.get((entry.key, device))
@@ -128,7 +134,8 @@ class Launch(NamedTuple):
     head packs the pointers at the start of Params; tail is the rest of it. check: synchronise after each launch.
     maps: (8-byte word of Params, pointer that is stored there), for the addresses inside of tensor maps.
     counter: 8-byte word of Params for the address of a counter (`jit.counters`); 0: the kernel wants none.
-    clears: the kernel itself writes the rows of no sequence.
+    clears: the kernel itself writes the rows of no sequence. early: it may start before the launch in front of it has
+    ended (programmatic dependent launch); it waits by itself where it must. Only `jit.series` makes use of it.
     """
 
     device: int
@@ -142,6 +149,7 @@ class Launch(NamedTuple):
     maps: tuple[tuple[int, int], ...] = ()
     counter: int = 0
     clears: bool = False
+    early: bool = False
 
 
 _MAX_ENCODED = 64  # sets of encoded maps that one launch remembers, where addresses cannot be stored
@@ -218,7 +226,7 @@ _local = _Local()
 
 def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
     """Queue one kernel; nothing is waited for. The driver copies the parameters before it returns."""
-    device, function, grid, threads, smem, head, tail, synchronise, maps, counter, _ = kernel
+    device, function, grid, threads, smem, head, tail, synchronise, maps, counter, _, _ = kernel
     buffer = _local.buffer
     view = buffer.view
     head(view, 0, *pointers)
@@ -254,6 +262,33 @@ def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
         _runtime.setDevice(before)
     if _devices == 1:
         buffer.bound = kernel.device
+
+
+def bound() -> int:
+    """The device whose context the calling thread has for good; -1: it may change."""
+    return _local.buffer.bound
+
+
+@contextmanager
+def bind(device: int) -> Iterator[None]:
+    """The device's context is the thread's for a while; on a machine with one device, from now on."""
+    with _current(device):
+        yield
+    if _devices == 1:
+        _local.buffer.bound = device
+
+
+def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:
+    """A copy of a device array in host memory, as a NumPy array; waits for the device. For checks.
+
+    like: a NumPy dtype; strides count bytes.
+    """
+    import cupy
+
+    with _current(device):
+        _runtime.deviceSynchronize()
+        memory = cupy.cuda.UnownedMemory(address, 0, None, device)
+        return cupy.ndarray(shape, like, cupy.cuda.MemoryPointer(memory, 0), strides=strides).get()
 
 
 def check(device: int, stream: int) -> None:

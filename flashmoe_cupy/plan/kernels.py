@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90
+from flashmoe_cupy.plan.moe import SMALL_KERNELS, SmallKernel
 from flashmoe_cupy.plan.problem import AttentionProblem
+from flashmoe_cupy.plan.product import GroupedGemm, GroupedGemmSm80, GroupedGemmSm90, Product
 
 # Every kernel compiles for these, or has no configuration there, without a spill; the test suite checks it.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -18,8 +20,12 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 # The first that takes a problem runs it: special ones come before general ones.
 KERNELS: dict[str, AttentionFwd] = {kernel.name: kernel for kernel in (AttentionFwdSm90(), AttentionFwdSm80())}
 
+PRODUCTS: dict[str, GroupedGemm] = {kernel.name: kernel for kernel in (GroupedGemmSm90(), GroupedGemmSm80())}
+SMALL: dict[str, SmallKernel] = {kernel.name: kernel for kernel in SMALL_KERNELS}
+
 forget: list[Callable[[], None]] = []  # called when the choice changes, by whoever remembers one
 _considered = tuple(KERNELS.values())
+_products = tuple(PRODUCTS.values())
 
 
 def arch_for(compute_capability: tuple[int, int]) -> str:
@@ -41,6 +47,16 @@ def choose_kernel(problem: AttentionProblem, arch: str, aligned: bool) -> Attent
     raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
 
 
+def choose_product(product: Product, arch: str, aligned: bool) -> GroupedGemm:
+    """As `choose_kernel`, for a grouped product."""
+    why: list[str] = []
+    for kernel in _products:
+        why = kernel.why_not(product, arch, aligned)
+        if not why:
+            return kernel
+    raise UnsupportedProblem(product.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
+
+
 def passed_over(kernel: AttentionFwd, problem: AttentionProblem, arch: str, aligned: bool) -> list[str]:
     """Why faster kernels that `arch` has did not take the problem."""
     before = _considered[: _considered.index(kernel)]
@@ -49,14 +65,18 @@ def passed_over(kernel: AttentionFwd, problem: AttentionProblem, arch: str, alig
 
 @contextmanager
 def only(name: str) -> Iterator[None]:
-    """Within it `choose_kernel` knows one kernel. For tests and benchmarks, in one thread: the setting is global."""
-    global _considered
-    before, _considered = _considered, (KERNELS[name],)
+    """Within it one kernel is known for its task. For tests and benchmarks, in one thread: the setting is global."""
+    global _considered, _products
+    before = _considered, _products
+    if name in KERNELS:
+        _considered = (KERNELS[name],)
+    else:
+        _products = (PRODUCTS[name],)
     try:
         _forget()
         yield
     finally:
-        _considered = before
+        _considered, _products = before
         _forget()
 
 

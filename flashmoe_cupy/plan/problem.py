@@ -5,26 +5,37 @@ Each check that fails adds one reason; text is made only then, because these fun
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flashmoe_cupy.dtypes import BF16, BOOL, FP16, FP32, INT32, DType
+from flashmoe_cupy.dtypes import BOOL, FP32, INT32, DType
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.plan.checks import (
+    FLOAT_MAX,
+    FLOAT_TINY,
+    INT_MAX,
+    SHORT,
+    Option,
+    asked,
+    cast,
+    check_dtypes,
+    check_last,
+    check_out,
+    check_places,
+    check_ranks,
+    integer,
+    or_else,
+    real,
+    show,
+)
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
 
 MAX_HEAD_DIM = 256
 MAX_HEAD_DIM_V = 512
-_INT_MAX = 2**31 - 1  # kernels count rows and heads in 32 bits
-_FLOAT_MAX = 3.4028234663852886e38  # the scale reaches the kernel as float32
-_FLOAT_TINY = 1.1754943508222875e-38
-_Option = tuple[str, object, object]  # name, value, default
-_SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 _HINT = (
     "q, k and v share one library, device and dtype (bfloat16, float16 or float32); {axes}; heads_q is a multiple of "
     f"heads_k; head_dim is a multiple of 8 up to {MAX_HEAD_DIM}, head_dim_v up to {MAX_HEAD_DIM_V}; "
@@ -79,7 +90,7 @@ class AttentionProblem(NamedTuple):
         words = ["attention"]
         if self.varlen:
             words.append("varlen")
-        words += [_SHORT[self.dtype], f"b{self.batch}", f"q{self.seqlen_q}", f"k{self.seqlen_k}", heads, dims]
+        words += [SHORT[self.dtype], f"b{self.batch}", f"q{self.seqlen_q}", f"k{self.seqlen_k}", heads, dims]
         if self.varlen:
             words.append(f"total{self.total_q}/{self.total_k}")
         if self.causal:
@@ -134,10 +145,10 @@ def attention_problem(
         if vs[s] != seqlen_k:
             why.append(f"k and v differ in sequence length: k has {seqlen_k}, v has {vs[s]}")
         _check_heads(why, heads_q, heads_k, vs[h], head_dim, ks[3], head_dim_v)
-        if seqlen_q > _INT_MAX or seqlen_k > _INT_MAX or batch > _INT_MAX:
+        if seqlen_q > INT_MAX or seqlen_k > INT_MAX or batch > INT_MAX:
             why.append("a dimension is larger than 2**31 - 1")
     else:
-        _check_ranks(why, 4, (("q", q), ("k", k), ("v", v)))
+        check_ranks(why, 4, (("q", q), ("k", k), ("v", v)))
     optional = (("sinks", sinks), ("alibi_slopes", alibi_slopes), ("bias", bias))
     others = [(name, x) for name, x in optional if x is not None]
     if out is not None:
@@ -162,8 +173,8 @@ def attention_problem(
     if why:
         named = (("q", q), ("k", k), ("v", v), *others)
         options = _options(causal, window_size, softmax_scale, softcap)
-        asked = _asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
-        raise UnsupportedProblem(asked, why, _HINT.format(axes=_AXES["bhsd" if s == 2 else "bshd"]))
+        text = asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
+        raise UnsupportedProblem(text, why, _HINT.format(axes=_AXES["bhsd" if s == 2 else "bshd"]))
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v,
@@ -208,10 +219,10 @@ def varlen_problem(
         if vs[0] != total_k:
             why.append(f"k and v differ in their number of rows: k has {total_k}, v has {vs[0]}")
         _check_heads(why, heads_q, heads_k, vs[1], head_dim, ks[2], head_dim_v)
-        if total_q > _INT_MAX or total_k > _INT_MAX:
+        if total_q > INT_MAX or total_k > INT_MAX:
             why.append("a dimension is larger than 2**31 - 1")
     else:
-        _check_ranks(why, 3, (("q", q), ("k", k), ("v", v)))
+        check_ranks(why, 3, (("q", q), ("k", k), ("v", v)))
     batch = _check_lengths(why, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     optional = (("seqused_q", seqused_q), ("seqused_k", seqused_k), ("sinks", sinks), ("alibi_slopes", alibi_slopes))
     others = [("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)]
@@ -235,8 +246,8 @@ def varlen_problem(
         named = (("q", q), ("k", k), ("v", v), *others)
         longest = (("max_seqlen_q", max_seqlen_q, None), ("max_seqlen_k", max_seqlen_k, None))
         options = _options(causal, window_size, softmax_scale, softcap)
-        asked = _asked("flash_attention_varlen", named, (*longest, *options))
-        raise UnsupportedProblem(asked, why, _HINT.format(axes=_AXES["packed"]) + "; cu_seqlens are (batch + 1,) int32")
+        text = asked("flash_attention_varlen", named, (*longest, *options))
+        raise UnsupportedProblem(text, why, _HINT.format(axes=_AXES["packed"]) + "; cu_seqlens are (batch + 1,) int32")
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, longest_q, longest_k, head_dim, head_dim_v,
@@ -245,12 +256,6 @@ def varlen_problem(
         None, (0, 0, 0, 0), None if sinks is None else sinks.dtype,
         True, total_q, total_k, seqused_q is not None, seqused_k is not None,
     )  # fmt: skip
-
-
-def _check_ranks(why: list[str], rank: int, named: Sequence[tuple[str, View]]) -> None:
-    for name, x in named:
-        if len(x.shape) != rank:
-            why.append(f"{name} must have {rank} dimensions, but its shape is {x.shape}")
 
 
 def _check_heads(why: list[str], heads_q: int, heads_k: int, heads_v: int, dim: int, dim_k: int, dim_v: int) -> None:
@@ -263,7 +268,7 @@ def _check_heads(why: list[str], heads_q: int, heads_k: int, heads_v: int, dim: 
     for name, n, limit in (("head_dim", dim, MAX_HEAD_DIM), ("head_dim_v", dim_v, MAX_HEAD_DIM_V)):
         if n % 8 or not 8 <= n <= limit:
             why.append(f"{name} is {n}; it must be a multiple of 8 from 8 to {limit}{_pad(name, n, limit)}")
-    if heads_q > _INT_MAX or heads_k > _INT_MAX:
+    if heads_q > INT_MAX or heads_k > INT_MAX:
         why.append("the number of heads is larger than 2**31 - 1")
 
 
@@ -278,49 +283,18 @@ def _pad(name: str, n: int, limit: int) -> str:
 
 def _check_arrays(why: list[str], q: View, k: View, v: View, others: Sequence[tuple[str, View]]) -> None:
     """dtype of q, k, v; stride of the last dimension; one library and one device for all."""
-    dtype = q.dtype
-    if k.dtype is not dtype or v.dtype is not dtype or dtype not in _SHORT:
-        bad = [(name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.dtype not in _SHORT]
-        for name, x in bad:
-            why.append(f"{name} has dtype {x.dtype}, which must be bfloat16, float16 or float32; {_cast(name, x)}")
-        if not bad:
-            why.append(f"dtypes differ: q is {dtype}, k is {k.dtype}, v is {v.dtype}; cast them to one dtype")
+    main = (("q", q), ("k", k), ("v", v))
+    check_dtypes(why, main)
     if q.strides[-1:] != (1,) or k.strides[-1:] != (1,) or v.strides[-1:] != (1,):
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            _check_last(why, name, x)
-    library, device = q.library, q.device
-    same = k.library == v.library == library and k.device == v.device == device
-    for _, x in others:
-        same = same and x.library == library and x.device == device
-    if not same:
-        places = ", ".join(f"{name} is {_place(x)}" for name, x in (("q", q), ("k", k), ("v", v), *others))
-        why.append(f"arguments must be of one library and on one device: {places}")
-
-
-def _check_last(why: list[str], name: str, x: View) -> None:
-    """Empty arrays and dimensions of size 1 may have any stride."""
-    if x.shape and x.shape[-1] > 1 and x.strides[-1] != 1 and 0 not in x.shape:
-        why.append(f"the last dimension of {name} must be contiguous, but its stride is {x.strides[-1]} elements")
+        for name, x in main:
+            check_last(why, name, x)
+    check_places(why, (*main, *others))
 
 
 def _check_out(why: list[str], out: View, q: View, k: View, v: View, want: tuple[int, ...] | None) -> None:
-    if out.library == "jax":
-        why.append("out is a JAX array, which is immutable; leave out=None")
-    elif out.readonly:
-        why.append("out is read-only")
-    if want is not None and out.shape != want:
-        why.append(f"out must have shape {want}, but has {out.shape}")
-    if out.dtype is not q.dtype:
-        why.append(f"out must have q's dtype {q.dtype}, but has {out.dtype}")
-    _check_last(why, "out", out)
+    check_out(why, out, "q", q.dtype, want)
     if 0 in out.shape:
         return
-    reach = 0  # every stride must step over all that the smaller ones reach
-    for stride, size in sorted((abs(t), n) for t, n in zip(out.strides, out.shape, strict=True) if n > 1):
-        if stride <= reach:
-            why.append(f"elements of out overlap in memory: shape {out.shape}, strides {out.strides} elements")
-            break
-        reach += stride * (size - 1)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if out.ptr == x.ptr and out.device == x.device and 0 not in x.shape:
             why.append(f"out starts at the same address as {name}; other rows would read it after it was written")
@@ -334,27 +308,23 @@ def _check_alibi(why: list[str], x: View, batch: int, heads: int, known: bool) -
     if rank not in (1, 2) or (known and x.shape != ((heads,) if rank == 1 else (batch, heads))):
         want = f"({heads},) or ({batch}, {heads})" if known else "(heads_q,) or (batch, heads_q)"
         why.append(f"alibi_slopes must have shape {want}, but has {x.shape}")
-    _check_last(why, "alibi_slopes", x)
+    check_last(why, "alibi_slopes", x)
     return (2, x.strides[0]) if rank == 2 else (1, 0)
 
 
 def _check_sinks(why: list[str], x: View, dtype: DType, heads: int, known: bool) -> None:
     if x.dtype is not FP32 and x.dtype is not dtype:
-        why.append(f"sinks has dtype {x.dtype}, which must be float32{_or_else(dtype)}")
+        why.append(f"sinks has dtype {x.dtype}, which must be float32{or_else(dtype, 'q')}")
     if len(x.shape) != 1 or (known and x.shape[0] != heads):
         want = f"({heads},)" if known else "(heads_q,)"
         why.append(f"sinks must have shape {want}, but has {x.shape}")
-    _check_last(why, "sinks", x)
-
-
-def _or_else(dtype: DType) -> str:
-    return f" or q's dtype {dtype}" if dtype in (BF16, FP16) else ""
+    check_last(why, "sinks", x)
 
 
 def _check_bias(why: list[str], x: View, dtype: DType, full: tuple[int, ...] | None) -> tuple[int, int, int, int]:
     """The four strides of bias after broadcasting, in elements."""
     if x.dtype is not dtype and x.dtype is not FP32 and x.dtype is not BOOL:
-        why.append(f"bias has dtype {x.dtype}, which must be bool, float32{_or_else(dtype)}")
+        why.append(f"bias has dtype {x.dtype}, which must be bool, float32{or_else(dtype, 'q')}")
     rank = len(x.shape)
     wrong = not 2 <= rank <= 4
     if not wrong and full is not None:
@@ -380,18 +350,18 @@ def _check_lengths(why: list[str], cu_q: View, cu_k: View, used_q: View | None, 
         if x is None:
             continue
         if x.dtype is not INT32:
-            why.append(f"{name} has dtype {x.dtype}, which must be int32; {_cast(name, x, 'int32')}")
+            why.append(f"{name} has dtype {x.dtype}, which must be int32; {cast(name, x, 'int32')}")
         if name[0] == "s" and (len(x.shape) != 1 or batch not in (-1, x.shape[0])):
             want = f"({batch},)" if batch >= 0 else "(batch,)"
             why.append(f"{name} must have shape {want}, but has {x.shape}")
-        _check_last(why, name, x)
+        check_last(why, name, x)
     return batch
 
 
 def _length(why: list[str], name: str, value: object) -> int:
-    n = _integer(value)
-    if n is None or not 0 <= n <= _INT_MAX:
-        why.append(f"{name} must be an int from 0 to 2**31 - 1 on the host, but is {_show(value)}")
+    n = integer(value)
+    if n is None or not 0 <= n <= INT_MAX:
+        why.append(f"{name} must be an int from 0 to 2**31 - 1 on the host, but is {show(value)}")
         return 0
     return n
 
@@ -401,72 +371,26 @@ def _check_scalars(
 ) -> tuple[bool, int, int, float, float]:
     """(causal, window_left, window_right folded with causal, softmax_scale, softcap)."""
     if not isinstance(causal, (bool, np.bool_)):
-        why.append(f"causal must be a bool, but is {_show(causal)}")
+        why.append(f"causal must be a bool, but is {show(causal)}")
         causal = False
     left = right = None
     if isinstance(window_size, (tuple, list)) and len(window_size) == 2:
-        left, right = _integer(window_size[0]), _integer(window_size[1])
-    if left is None or right is None or not (-1 <= left <= _INT_MAX and -1 <= right <= _INT_MAX):
-        why.append(f"window_size must be two ints (left, right), -1 (unlimited) or more, but is {_show(window_size)}")
+        left, right = integer(window_size[0]), integer(window_size[1])
+    if left is None or right is None or not (-1 <= left <= INT_MAX and -1 <= right <= INT_MAX):
+        why.append(f"window_size must be two ints (left, right), -1 (unlimited) or more, but is {show(window_size)}")
         left = right = -1
     scale: float | None = head_dim**-0.5 if head_dim else 1.0
     if softmax_scale is not None:
-        scale = _real(softmax_scale)
-        if scale is None or not -_FLOAT_MAX <= scale <= _FLOAT_MAX:
-            why.append(f"softmax_scale must be None or a number finite in float32, but is {_show(softmax_scale)}")
-    cap = _real(softcap)
-    if cap is None or not (cap == 0.0 or _FLOAT_TINY <= cap <= _FLOAT_MAX):
-        why.append(f"softcap must be 0 (off) or a positive number, normal in float32, but is {_show(softcap)}")
+        scale = real(softmax_scale)
+        if scale is None or not -FLOAT_MAX <= scale <= FLOAT_MAX:
+            why.append(f"softmax_scale must be None or a number finite in float32, but is {show(softmax_scale)}")
+    cap = real(softcap)
+    if cap is None or not (cap == 0.0 or FLOAT_TINY <= cap <= FLOAT_MAX):
+        why.append(f"softcap must be 0 (off) or a positive number, normal in float32, but is {show(softcap)}")
     return bool(causal), left, 0 if causal else right, scale or 0.0, cap or 0.0
 
 
-def _integer(value: object) -> int | None:
-    """A Python or NumPy integer as int; None for all else, bools included."""
-    if type(value) is int:
-        return value
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
-
-
-def _real(value: object) -> float | None:
-    """A Python or NumPy number as float; None for all else, bools included; infinite when it does not fit."""
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _cast(name: str, x: View, dtype: str = "float32") -> str:
-    prefix = {"torch": "torch.", "jax": "jnp.", "cupy": "cupy."}.get(x.library, "np.")
-    return f"cast with {name}.{'to' if x.library == 'torch' else 'astype'}({prefix}{dtype})"
-
-
-def _place(x: View) -> str:
-    owner: Any = getattr(x.owner, "source", x.owner)  # arrays taken by DLPack keep their producer there
-    kind = f"{type(owner).__module__.partition('.')[0]}.{type(owner).__name__}"
-    way = {"dlpack": " by DLPack", "cai": " by __cuda_array_interface__", "jax": " of JAX"}.get(x.library, "")
-    return f"{kind}{way} on {'the CPU' if x.device < 0 else f'cuda:{x.device}'}"
-
-
-def _show(value: object) -> str:
-    """repr for numbers and short things; only the type for arrays, whose repr could copy from a GPU."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, numbers.Number)):
-        return repr(value)
-    if isinstance(value, (tuple, list)) and len(value) <= 4:
-        return f"({', '.join(map(_show, value))})"
-    return f"a {type(value).__module__}.{type(value).__qualname__}"
-
-
-def _asked(op: str, named: Sequence[tuple[str, View]], options: Sequence[_Option]) -> str:
-    words = [f"{name}={x.dtype.name}{list(x.shape)}" for name, x in named]
-    words += [f"{name}={text}" for name, value, default in options if (text := _show(value)) != _show(default)]
-    return f"{op}({', '.join(words)})"
-
-
-def _options(causal: object, window_size: object, softmax_scale: object, softcap: object) -> tuple[_Option, ...]:
+def _options(causal: object, window_size: object, softmax_scale: object, softcap: object) -> tuple[Option, ...]:
     return (
         ("causal", causal, False), ("window_size", window_size, (-1, -1)),
         ("softmax_scale", softmax_scale, None), ("softcap", softcap, 0.0),

@@ -9,11 +9,24 @@ from flashmoe_cupy.reference.attention import (
     flash_attention_varlen,
     flash_attention_varlen_backward,
 )
+from flashmoe_cupy.reference.moe import (
+    MoEPermutation,
+    fused_moe,
+    grouped_gemm,
+    moe_permute,
+)
+from flashmoe_cupy.reference.router import RouterStats, moe_route
 
 __all__ = [
     "AttentionGradients",
+    "MoEPermutation",
+    "RouterStats",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_varlen",
     "flash_attention_varlen_backward",
+    "fused_moe",
+    "grouped_gemm",
+    "moe_permute",
+    "moe_route",
 ]

@@ -6,7 +6,17 @@ Nothing here is on the hot path, and all of it but the loading half of `warmup` 
 from __future__ import annotations
 
 from flashmoe_cupy.service.machine import Device, Driver, backend, devices, driver, show_config
-from flashmoe_cupy.service.plans import Choice, Explanation, explain, kernels, specialisations, visible_pairs
+from flashmoe_cupy.service.moe import explain_moe
+from flashmoe_cupy.service.plans import (
+    Choice,
+    Explanation,
+    explain,
+    explain_attention,
+    kernels,
+    registry,
+    specialisations,
+    visible_pairs,
+)
 from flashmoe_cupy.service.warm import Stats, Warmed, clear_cache, stats, warmup
 
 __all__ = [
@@ -21,7 +31,10 @@ __all__ = [
     "devices",
     "driver",
     "explain",
+    "explain_attention",
+    "explain_moe",
     "kernels",
+    "registry",
     "show_config",
     "specialisations",
     "stats",

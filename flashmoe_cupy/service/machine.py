@@ -16,7 +16,6 @@ _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "transformers", "cu
 _FOREIGN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUPY_CACHE_DIR", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
 
 
-
 class Device(NamedTuple):
     """One GPU as the driver shows it. arch: the target we compile for, "" when the device is older than sm_80."""
 
@@ -147,14 +146,15 @@ def _driver_release() -> str:
 
 def _kernels(seen: tuple[Device, ...]) -> dict[str, Any]:
     """Each kernel in the order of preference, and the devices for which it has a configuration."""
-    from flashmoe_cupy.plan.kernels import KERNELS
+    from flashmoe_cupy.plan.kernels import KERNELS, PRODUCTS, SMALL
 
+    every: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
     return {
         name: {
             "summary": kernel.summary,
             "devices": [device.ordinal for device in seen if device.arch and kernel.configs(device.arch)],
         }
-        for name, kernel in KERNELS.items()
+        for name, kernel in every.items()
     }
 
 

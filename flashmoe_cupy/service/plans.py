@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.machine import backend, devices
 
-OPS = ("attention",)
+if TYPE_CHECKING:
+    from flashmoe_cupy.arrays import View
+    from flashmoe_cupy.dtypes import DType
 
+OPS = ("attention", "moe")
 
 
 class Choice(NamedTuple):
     """What one arch would run, and why. kernel and config are empty when nothing runs.
 
     fields: the configuration's numbers. because: why this one. rejected: (kernel, reason) of the others.
+    step: which of an operation's launches this is; "" where there is one.
     """
 
     arch: str
@@ -26,10 +30,11 @@ class Choice(NamedTuple):
     fields: dict[str, Any]
     because: tuple[str, ...]
     rejected: tuple[tuple[str, str], ...]
+    step: str = ""
 
 
 class Explanation(NamedTuple):
-    """What would run for a problem. flops and bytes count the visible part of the scores once, and each array once.
+    """What would run for a problem. flops and bytes count what must be computed once, and each array once.
 
     here: the back end that this machine would take for GPU and CPU arrays, in words.
     """
@@ -43,19 +48,36 @@ class Explanation(NamedTuple):
     def __str__(self) -> str:
         lines = [self.problem, f"work: {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB", f"here: {self.here}"]
         for choice in self.choices:
+            title = f"{choice.arch} {choice.step}".rstrip()
             if choice.config:
-                lines.append(f"{choice.arch}: {choice.kernel}, {choice.config}")
+                lines.append(f"{title}: {choice.kernel}, {choice.config}")
                 lines += [f"  {reason}" for reason in choice.because]
             else:
-                lines.append(f"{choice.arch}: nothing runs")
+                lines.append(f"{title}: nothing runs")
             lines += [f"  not {kernel}: {reason}" for kernel, reason in choice.rejected]
         return "\n".join(lines)
 
 
-def explain(
-    op: str = "attention",
-    *,
+def explain(op: str = "attention", *, arch: str | Sequence[str] | None = None, **sizes: Any) -> Explanation:
+    """Say which kernels and configurations would run a problem, per arch, and why not the others. Needs no GPU.
+
+    arch: one or several of plan.kernels.ARCHS; None = FLASHMOE_ARCH, else those of the devices here, else all.
+    sizes: of the problem, by name; those not given have the defaults that `explain_attention` and `explain_moe` say.
+    "attention": batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
+        softmax_scale, softcap, alibi, bias, sinks, varlen.
+    "moe": tokens, hidden, intermediate, experts, top_k, dtype, activation, interleaved, shared, batch_invariant.
+    Raises UnsupportedProblem, with the same reasons as the call itself, ValueError for an unknown op or arch, and
+    TypeError for a size that the op does not have.
+    """
+    from flashmoe_cupy.service.moe import explain_moe
+
+    require_known("op", op, OPS)
+    return explain_moe(arch, **sizes) if op == "moe" else explain_attention(arch, **sizes)
+
+
+def explain_attention(
     arch: str | Sequence[str] | None = None,
+    *,
     batch: int = 1,
     seqlen_q: int = 4096,
     seqlen_k: int | None = None,
@@ -73,17 +95,14 @@ def explain(
     sinks: bool = False,
     varlen: bool = False,
 ) -> Explanation:
-    """Say which kernel and configuration would run a problem, per arch, and why not the others. Needs no GPU.
+    """`explain` for attention.
 
-    arch: one or several of plan.kernels.ARCHS; None = FLASHMOE_ARCH, else those of the devices here, else all.
     seqlen_k, heads_k, head_dim_v: None = as seqlen_q, heads_q, head_dim. bias: None, "same" (q's dtype), "float32" or
     "bool", of shape (batch, heads_q, seqlen_q, seqlen_k). varlen: `batch` packed sequences of exactly these lengths.
-    Raises UnsupportedProblem, with the same reasons as the call itself, and ValueError for an unknown op or arch.
     """
     from flashmoe_cupy.plan.attention import rows_aligned
     from flashmoe_cupy.plan.kernels import KERNELS
 
-    require_known("op", op, OPS)
     problem = _problem(
         batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
         softmax_scale, softcap, alibi, bias, sinks, varlen,
@@ -129,21 +148,13 @@ def _problem(
 ) -> Any:  # fmt: skip
     """The problem that a call with contiguous arrays of these sizes would make; the arrays do not exist."""
     from flashmoe_cupy import dtypes
-    from flashmoe_cupy.arrays import View
     from flashmoe_cupy.plan import problem
 
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     heads_k = heads_q if heads_k is None else heads_k
     dim_v = head_dim if head_dim_v is None else head_dim_v
     kind = dtypes.from_name(dtype)
-    address = iter(range(1 << 40, 1 << 50, 1 << 40))  # far apart, so that no two arrays seem to overlap
-
-    def array(of: dtypes.DType, *shape: int) -> View:
-        strides = [1]
-        for n in reversed(shape[1:]):
-            strides.append(strides[-1] * n)
-        return View(next(address), shape, tuple(reversed(strides)), of, 0, "cupy", False, None)
-
+    array = absent_arrays()
     options: dict[str, Any] = {"causal": causal, "window_size": window_size, "softmax_scale": softmax_scale}
     options["softcap"] = softcap
     options["sinks"] = array(dtypes.FP32, heads_q) if sinks else None
@@ -172,6 +183,21 @@ def _problem(
     )
 
 
+def absent_arrays() -> Callable[..., View]:
+    """A function that makes views of contiguous arrays on a device, by dtype and shape; the arrays do not exist."""
+    from flashmoe_cupy.arrays import View
+
+    address = iter(range(1 << 40, 1 << 50, 1 << 40))  # far apart, so that no two arrays seem to overlap
+
+    def array(of: DType, *shape: int) -> View:
+        strides = [1]
+        for n in reversed(shape[1:]):
+            strides.append(strides[-1] * n)
+        return View(next(address), shape, tuple(reversed(strides)), of, 0, "cupy", False, None)
+
+    return array
+
+
 def require_known(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
@@ -193,21 +219,27 @@ def target_archs(arch: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def kernels(
-    arch: str | None = None, *, dtype: str | None = None, head_dim: int | None = None
+    arch: str | None = None, *, op: str | None = None, dtype: str | None = None, head_dim: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Per kernel its summary, header and configurations, each with the archs that have it.
 
-    arch, dtype, head_dim: only these. Raises as `specialisations` does, and ValueError for an unknown arch.
+    arch, op, dtype, head_dim: only these; a head_dim means attention. Raises as `specialisations` does, and ValueError
+    for an unknown arch or op.
     """
-    from flashmoe_cupy.plan.kernels import ARCHS, KERNELS
+    from flashmoe_cupy.plan.kernels import ARCHS
 
+    if op is not None:
+        require_known("op", op, OPS)
     names = ARCHS if arch is None else target_archs(arch)
+    ops = (op,) if op is not None else OPS if head_dim is None else ("attention",)
     table: dict[str, dict[str, Any]] = {
-        kernel.name: {"summary": kernel.summary, "header": kernel.header, "configs": []} for kernel in KERNELS.values()
+        kernel.name: {"summary": kernel.summary, "header": kernel.header, "configs": []}
+        for each in ops
+        for kernel in registry(each).values()
     }
     rows: dict[tuple[str, Any], dict[str, Any]] = {}
-    for name in names:
-        for kernel, config in specialisations(name, dtype=dtype, head_dim=head_dim):
+    for name, each in product(names, ops):
+        for kernel, config in specialisations(name, op=each, dtype=dtype, head_dim=head_dim):
             if (kernel.name, config) not in rows:
                 row = {"name": config.name, "archs": [], "threads": config.threads, "smem_bytes": config.smem_bytes}
                 table[kernel.name]["configs"].append(rows.setdefault((kernel.name, config), row))
@@ -215,23 +247,44 @@ def kernels(
     return table
 
 
+def registry(op: str) -> dict[str, Any]:
+    """The kernels of an op by name; of those for one task, the first that takes a problem runs it."""
+    from flashmoe_cupy.plan.kernels import KERNELS, PRODUCTS, SMALL
+
+    return {**PRODUCTS, **SMALL} if op == "moe" else dict(KERNELS)
+
+
 def specialisations(
-    arch: str, *, dtype: str | None = None, head_dim: int | None = None, head_dim_v: int | None = None
+    arch: str,
+    *,
+    op: str = "attention",
+    dtype: str | None = None,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """(kernel, config) of every specialisation that a call on `arch` can ask for, or of those that match.
 
+    op: "attention", or "moe" for all operations of mixture of experts.
     dtype, head_dim, head_dim_v (None = as head_dim): only what calls with these can ask for, whatever their masks and
     features. The sets are finite: no length, stride, batch or head count is part of a specialisation.
-    Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for head_dim_v without head_dim.
+    Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for head_dim_v without head_dim and for
+    head dimensions of "moe".
     """
     from flashmoe_cupy import dtypes
-    from flashmoe_cupy.plan.kernels import KERNELS
 
+    if op == "moe" and (head_dim, head_dim_v) != (None, None):
+        raise ValueError("moe has no head_dim and no head_dim_v")
     if head_dim is None and head_dim_v is not None:
         raise ValueError("head_dim_v needs head_dim beside it")
     names = [dtype] if dtype is not None else ["bfloat16", "float16", "float32"]
     elements = {dtypes.from_name(name).cuda for name in names}
-    for kernel in KERNELS.values():
+    if op == "moe":
+        from flashmoe_cupy.service.moe import element
+
+        for kernel in registry(op).values():
+            yield from ((kernel, config) for config in kernel.configs(arch) if element(config) in ("", *elements))
+        return
+    for kernel in registry(op).values():
         dims = None if head_dim is None else _compiled_dims(kernel, arch, names, head_dim, head_dim_v)
         for config in kernel.configs(arch):
             if config.element in elements and (dims is None or (config.head_dim, config.head_dim_v) in dims):

@@ -41,8 +41,9 @@ def warmup(
     workers: int | None = None,
     progress: Callable[[Warmed], None] | None = None,
 ) -> list[Warmed]:
-    """Compile, and load on the devices here, every specialisation that a call can ask for. Nothing compiles after it.
+    """Compile, and load on the devices here, every specialisation that a call of the op can ask for.
 
+    op: "attention", or "moe" for moe_route, moe_permute, grouped_gemm and fused_moe. Nothing of it compiles after that.
     arch: None = those of the devices here, compiled and loaded; given = compiled only, where no device has that arch.
     dtype, head_dim, head_dim_v (None = as head_dim): only what calls with these need. workers: None = one per core.
     progress is called once for each, from the calling thread. CUDA graphs can be captured after it.
@@ -50,6 +51,7 @@ def warmup(
     """
     global _compiled_when_warm
     from flashmoe_cupy.jit import cache
+    from flashmoe_cupy.plan.kernels import SMALL
 
     require_known("op", op, OPS)
     here = devices()
@@ -59,7 +61,7 @@ def warmup(
     jobs = []
     for name in target_archs(arch):
         ordinals = tuple(device.ordinal for device in here if device.arch == name)
-        found = specialisations(name, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
+        found = specialisations(name, op=op, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
         jobs += [(kernel, config, name, ordinals) for kernel, config in found]
     _made.update(stored.key for stored in cache.entries())
 
@@ -67,14 +69,15 @@ def warmup(
         kernel, config, name, ordinals = job
         start = time.perf_counter()
         text = kernel.source(config)
-        entry = cache.get(text, config.name, name)
+        title = f"{kernel.name} {config.name}" if kernel.name in SMALL else config.name
+        entry = cache.get(text, title, name)
         source = "cache" if entry.key in _made else "compiled"
         _made.add(entry.key)
         if ordinals:
             from flashmoe_cupy.jit import launch
 
             for ordinal in ordinals:
-                launch.load_for(text, config.name, name, ordinal, config.smem_bytes, 0)
+                launch.load_for(text, title, name, ordinal, config.smem_bytes, 0)
         took = (time.perf_counter() - start) * 1e3
         registers = int(entry.info.get("registers", 0))
         spills = int(entry.info.get("spill_stores", 0)) + int(entry.info.get("spill_loads", 0))

@@ -11,5 +11,6 @@ inline u32 mapa(u32 s_address, u32 rank) { return emu::cluster_address(s_address
 inline void mbarrier_arrive_cluster(u32 cluster_address) { emu::mbarrier_arrive(cluster_address, true); }
 inline void griddepcontrol_wait() { emu::may_pause(); }
 inline void griddepcontrol_launch_dependents() {}
+inline void start_after_last_grid() { griddepcontrol_wait(); }
 
 }  // namespace fm

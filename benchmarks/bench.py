@@ -1,0 +1,324 @@
+"""The measuring loop: cases on several libraries in one process, every answer checked before it is timed.
+
+Each library first computes a case into a poisoned output and is checked against float64 maths; only right answers are
+timed. Then rounds: every round takes one sample of each library, in turning order. What is particular to attention is
+at the end of this file, what is particular to the mixture of experts in moe_bench.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import statistics
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from benchmarks.cases import Case, Check, Inputs, check, make_inputs
+from benchmarks.rivals import LIBRARIES, Prepared, Setup, poison
+from benchmarks.timing import Clocks, GpuTimer, Reference, Timer, host_microseconds, machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+
+SCHEMA = 2  # 1: when there was no kernel beside the portable one
+
+
+class Effort(NamedTuple):
+    """How much is measured: rounds per case, microseconds of device work per sample, host calls."""
+
+    rounds: int = 15
+    sample_us: float = 5000.0
+    host_calls: int = 400
+
+
+QUICK = Effort(rounds=5, sample_us=2000.0, host_calls=100)
+
+
+class Run:
+    """What the benches of one process share: where the rows go, the timer, and what is known of the machine."""
+
+    def __init__(self, setup: Setup, timer: Timer, effort: Effort, write: Callable[[dict[str, Any]], None]) -> None:
+        self.setup = setup
+        self.timer = timer
+        self.effort = effort
+        self.write = write
+        self.clocks = Clocks(timer)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.facts: dict[str, Any] = {"schema": SCHEMA, "run": f"{now}-{os.getpid()}", "time": now, **machine(timer)}
+        self.ceiling = timer.ceiling()
+        self.dead = ""  # the reason why the device can no longer be used
+
+
+class AnyCase(Protocol):
+    """What every case has."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def suite(self) -> str: ...
+
+    def flops(self) -> int: ...
+
+    def shape(self) -> dict[str, Any]: ...
+
+
+class Timed(NamedTuple):
+    """What a sample launches: run(i) makes `calls` calls. again() computes the first set in the way that was timed."""
+
+    run: Callable[[int], Any]
+    calls: int
+    again: Callable[[], Any]
+
+
+C = TypeVar("C", bound=AnyCase)
+I = TypeVar("I")  # noqa: E741 - the inputs of a case
+
+
+class Bench(Generic[C, I]):
+    """Measures cases of one kind and hands rows to the run as they come. Subclasses say what the kind needs."""
+
+    def __init__(self, run: Run) -> None:
+        self.common = run
+        self.setup, self.timer, self.effort = run.setup, run.timer, run.effort
+        self.moved: dict[str, Any] = {}  # work() of the case at hand
+
+    def libraries(self) -> Mapping[str, Any]:
+        """Adapters by name."""
+        raise NotImplementedError
+
+    def inputs(self, case: C, seed: int) -> list[I]:
+        """Sets of inputs that the calls rotate through."""
+        raise NotImplementedError
+
+    def check(self, case: C, inputs: I, out: torch.Tensor) -> Check:
+        raise NotImplementedError
+
+    def poison(self, case: C) -> torch.Tensor:
+        """An output full of NaN."""
+        raise NotImplementedError
+
+    def work(self, case: C, sets: Sequence[I]) -> dict[str, Any]:
+        """Fields of a row that say how much must be moved; `sets` is empty when there are no inputs."""
+        raise NotImplementedError
+
+    def timed(self, case: C, prepared: Prepared, rough: float, sets: int) -> Timed:  # noqa: ARG002
+        """How a case is timed whose call takes `rough` microseconds."""
+        return Timed(prepared.run, 1, lambda: prepared.run(0))
+
+    def references(self) -> dict[str, Reference]:
+        """What is timed beside the libraries in every round; the rates are fields of the rows."""
+        return {}
+
+    def row(self, case: C, library: str, status: str, reason: str = "", **values: object) -> dict[str, Any]:
+        head = {"suite": case.suite, "case": case.name, "library": library, "status": status, "reason": reason}
+        work = {"flops": case.flops(), **self.moved, "ceiling_tflops": rounded(self.common.ceiling)}
+        return {**head, **values, **work, "shape": case.shape(), **self.common.facts}
+
+    def measure(self, case: C, libraries: Sequence[str], seed: int, deadline: float) -> list[dict[str, Any]]:
+        """Measure one case on every library; returns its rows, which are written too."""
+        self.moved = self.work(case, ())
+        try:
+            sets = self.inputs(case, seed)
+            self.moved = self.work(case, sets)
+        except Exception as error:  # out of memory, say: the case is lost, the run goes on
+            rows = [self.row(case, name, "error", f"inputs: {short(error)}") for name in libraries]
+        else:
+            rows = self._measure(case, libraries, sets, deadline)
+        for row in rows:
+            self.common.write(row)
+        return rows
+
+    def _measure(self, case: C, libraries: Sequence[str], sets: Sequence[I], deadline: float) -> list[dict[str, Any]]:
+        rows: dict[str, dict[str, Any]] = {}
+        ready: dict[str, Prepared] = {}
+        answers: dict[str, torch.Tensor] = {}
+        for name in libraries:
+            with self._guard(case, name, rows, ready):
+                self._first(case, name, sets, rows, ready, answers)
+        plans: dict[str, tuple[Timed, int, float]] = {}
+        self.timer.warm(15.0)
+        for name in list(ready):
+            with self._guard(case, name, rows, ready), ready[name].scope():
+                run = ready[name].run
+                self.timer.sample(run, 1)
+                rough = self.timer.sample(run, 2)
+                calls = max(5, min(self.effort.host_calls, int(4 * self.effort.sample_us / rough)))
+                host = host_microseconds(self.timer, run, calls)
+                timed = self.timed(case, ready[name], rough, len(sets))
+                hold = host if isinstance(self.timer, GpuTimer) and timed.calls == 1 and rough < 2.5 * host else 0.0
+                if timed.calls > 1:
+                    rough = self.timer.sample(timed.run, 1) / timed.calls
+                launches = max(2, min(200, round(self.effort.sample_us / (rough * timed.calls))))
+                plans[name] = timed, launches, hold
+                rows[name]["host_us"] = round(host, 3) if isinstance(self.timer, GpuTimer) else None
+        samples: dict[str, list[float]] = {name: [] for name in ready}
+        references = self.references() if ready else {}
+        rates: dict[str, list[float]] = {key: [] for key in references}
+        clocks: dict[str, int] = {}
+        gc.collect()
+        gc.disable()
+        try:
+            for turn in range(self.effort.rounds):
+                order = list(ready)
+                for name in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
+                    timed, launches, hold = plans[name]
+                    with self._guard(case, name, rows, ready), ready[name].scope():
+                        samples[name].append(self.timer.sample(timed.run, launches, hold) / timed.calls)
+                if not self.common.dead:
+                    for key, reference in references.items():
+                        rates[key].append(reference.work / self.timer.sample(reference.run, 2))
+                if turn == self.effort.rounds // 2:
+                    clocks = self.common.clocks.read()
+                if turn >= 2 and time.perf_counter() > deadline:
+                    break
+        finally:
+            gc.enable()
+        fields = {key: rounded(statistics.median(found)) for key, found in rates.items() if found}
+        for name in list(ready):
+            with self._guard(case, name, rows, ready), ready[name].scope():
+                timed, launches, _ = plans[name]
+                rows[name] |= fields
+                rows[name] |= self.numbers(rows[name], samples[name])
+                rows[name] |= {"launches": launches, "calls": timed.calls, "input_sets": len(sets), "clocks": clocks}
+                # An error that moves between two calls on the same inputs is a race: check the later answer as well.
+                again = ready[name].as_torch(timed.again())
+                same = bool(again.equal(answers[name]))
+                rows[name]["same_bits"] = same
+                if not same and not self.check(case, sets[0], again).passed:
+                    rows[name] = self.row(case, name, "wrong", "right at first, wrong after the rounds")
+        return list(rows.values())
+
+    def numbers(self, row: dict[str, Any], samples: list[float]) -> dict[str, Any]:
+        """What follows from the samples (microseconds of a call) and what else is in the row."""
+        middle = statistics.median(samples)
+        tflops = row["flops"] / middle / 1e6
+        ordered = sorted(samples)
+        spread = (ordered[-1 - len(ordered) // 10] - ordered[len(ordered) // 10]) / middle
+        return {
+            "device_us": round(middle, 3),
+            "spread": round(spread, 4),  # between the tenth and the ninetieth percentile, over the median
+            "rounds": len(samples),
+            "tflops": rounded(tflops),
+            "share": round(tflops / row["ceiling_tflops"], 4),
+        }
+
+    def _first(
+        self,
+        case: C,
+        name: str,
+        sets: Sequence[I],
+        rows: dict[str, dict[str, Any]],
+        ready: dict[str, Prepared],
+        answers: dict[str, torch.Tensor],
+    ) -> None:
+        """First call, poisoned and checked: leaves a row, and in `ready` and `answers` what may be timed."""
+        library = self.libraries()[name]
+        if self.common.dead:
+            rows[name] = self.row(case, name, "error", self.common.dead)
+        elif reason := library.missing(self.setup):
+            rows[name] = self.row(case, name, "missing", reason)
+        elif reason := library.why_not(case, self.setup):
+            rows[name] = self.row(case, name, "unsupported", reason)
+        if name in rows:
+            return
+        prepared = library.prepare(case, sets, self.setup)
+        with prepared.scope():
+            self.timer.synchronize()
+            start = time.perf_counter()
+            prepared.run(0)
+            self.timer.synchronize()
+            first_ms = 1000 * (time.perf_counter() - start)
+            out, poisoned = self._poisoned(case, prepared)
+        answer = self.check(case, sets[0], out)
+        status, reason = "ok", ""
+        if not answer.passed:
+            status, reason = (
+                "wrong",
+                "the error is above its limit" if answer.finite else "NaN or infinity in the output",
+            )
+        rows[name] = self.row(
+            case,
+            name,
+            status,
+            reason,
+            first_ms=round(first_ms, 2),  # compilation and loading included
+            error=rounded(answer.error),
+            error_row=rounded(answer.error_row),
+            error_limit=answer.limit,
+            poisoned=poisoned,
+        )
+        if answer.passed:
+            ready[name], answers[name] = prepared, out
+
+    def _poisoned(self, case: C, prepared: Prepared) -> tuple[torch.Tensor, bool]:
+        """The output of a call that wrote into memory full of NaN, and whether that memory was really the one used."""
+        if prepared.into is not None:
+            out = self.poison(case)
+            prepared.into(0, out)
+            return out, True
+        # The caching allocator gives a block of the same size out again: leave poison where the output will be.
+        blocks = [self.poison(case) for _ in range(2)]
+        places = [block.data_ptr() for block in blocks]
+        del blocks
+        out = prepared.as_torch(prepared.run(0))
+        return out, out.data_ptr() in places
+
+    @contextlib.contextmanager
+    def _guard(self, case: C, name: str, rows: dict[str, dict[str, Any]], ready: dict[str, Prepared]) -> Any:
+        """Turn an exception into a row, and leave that library out of the rest of this case: the run never ends."""
+        try:
+            yield
+        except Exception as error:
+            self._still_alive(error)
+            reason = self.libraries()[name].unsupported(error)
+            status = "unsupported" if reason else "error"
+            rows[name] = self.row(case, name, status, reason or short(error))
+            ready.pop(name, None)
+
+    def _still_alive(self, cause: Exception) -> None:
+        try:
+            self.timer.synchronize()
+        except Exception as error:  # a broken context answers every call with the same error
+            self.common.dead = f"the device was lost: {short(error)} (after {short(cause)})"
+
+
+def rounded(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON has no infinity
+
+
+def short(error: object, limit: int = 300) -> str:
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:limit]
+
+
+def input_sets(case: Case, timer: Timer, device: str, seed: int) -> list[Inputs]:
+    """One set of inputs, or several that together do not fit into the cache when one set does."""
+    count = 1
+    if case.bytes() <= timer.cache_bytes:
+        count = min(32, 1 + -(-2 * timer.cache_bytes // max(1, case.bytes())))
+    return [make_inputs(case, device, seed + i) for i in range(count)]
+
+
+class AttentionBench(Bench[Case, Inputs]):
+    """Attention: the cases of cases.py on the libraries of rivals.py."""
+
+    def libraries(self) -> Mapping[str, Any]:
+        return LIBRARIES
+
+    def inputs(self, case: Case, seed: int) -> list[Inputs]:
+        return input_sets(case, self.timer, self.setup.device, seed)
+
+    def check(self, case: Case, inputs: Inputs, out: torch.Tensor) -> Check:
+        return check(case, inputs, out)
+
+    def poison(self, case: Case) -> torch.Tensor:
+        return poison(case, self.setup.device)
+
+    def work(self, case: Case, sets: Sequence[Inputs]) -> dict[str, Any]:  # noqa: ARG002
+        return {"bytes": case.bytes()}

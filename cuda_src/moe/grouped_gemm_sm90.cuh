@@ -1,0 +1,351 @@
+// Products of groups of rows with a matrix for each group, for Hopper (sm_90a): the same function as grouped_gemm_sm80.cuh, for bf16
+// and fp16 rows that start at multiples of 16 bytes.
+//
+//   out[r] = act(x[row(r)] w[e]^T * weight(r) + bias[e])    for the rows r of group e
+//
+// Overwrites the rows of out that belong to a group, touches no others. fp32 accumulation, one rounding at the end, one warpgroup from
+// the first to the last k: the same bits in every run, and for a row whatever the other rows are.
+//
+// Blocks stay on their SM and take tiles of kBlockM rows and kBlockN weight rows (with kGated half of them gate, half up: a thread then
+// holds both of a pair). One warp (the scheduler) finds the tiles, since only the device knows the groups; one thread (the loader) lets
+// the copy engine fill a ring of steps along k; where rows are gathered, two warps fetch them by cp.async, because Hopper's copy engine
+// cannot gather. Each warpgroup but the first is a consumer: they share a tile, 64 rows each, or (kPingPong) take whole tiles in turn,
+// so that one writes while the other multiplies. The ring runs on across tiles, so that the loads of the next one are under way while
+// this one is written. Two blocks of a cluster take tiles of rows that lie one behind the other and share their weights: each loads
+// half and sends it to both.
+//
+// The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for it before anything else,
+// or, where that grid only makes x (p.early), between its first weights and its first rows.
+#pragma once
+#include "moe/activation.cuh"
+#include "moe/params.cuh"
+#include "moe/schedule.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/smem.cuh"
+
+namespace fm {
+
+template <class Element_, int kBlockM_, int kBlockN_, int kBlockK_, int kStages_, int kCluster_, bool kPingPong_, bool kGather_, bool kGated_>
+struct GroupedGemmSm90 {
+  using Element = Element_;
+  using Params = GroupedGemmSm90Params;
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = kBlockK_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr bool kPingPong = kPingPong_, kGather = kGather_, kGated = kGated_;
+  static constexpr int kConsumers = kPingPong ? 2 : kBlockM / 64, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kSharers = kPingPong ? 1 : kConsumers;   // consumers that use a step
+  static constexpr int kParts = kBlockM / (64 * kSharers);      // of 64 rows that one multiplies
+  static constexpr int kProducerRegisters = kGather ? 56 : 40, kConsumerRegisters = kGather ? 224 : 232;
+  static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
+  static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
+  static_assert(kConsumers <= 2, "three would want more registers than a block has");
+
+  using TileX = SmemTile<Element, kBlockM, kBlockK>;
+  using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns; the two lie panel by panel
+  static constexpr int kWorks = 4;                        // tiles that the scheduler may be ahead
+  struct Work {
+    GroupTile tile;  // its rows may be none: the other block of the cluster has some
+    int more;        // 0: there is no more work
+  };
+  struct Smem {
+    static constexpr int kX = 0, kW = kX + kStages * TileX::kBytes, kOut = kW + kStages * 2 * TileW::kBytes;
+    static constexpr int kWork = kOut + kConsumers * 4 * 4096, kBarriers = kWork + kWorks * 24;
+    static constexpr int kBarriersWork = kBarriers + RingBarriers<kStages>::kBytes;
+    static constexpr int kBytes = kBarriersWork + RingBarriers<kWorks>::kBytes;
+    static_assert(kBytes <= 227 * 1024 && sizeof(Work) <= 24);
+  };
+  using TileBias = Bias<kBlockN / 8, kGated>;
+  using RingStep = Ring<kStages>;
+  using RingWork = Ring<kWorks>;
+  static constexpr int kGatherWarps = kGather ? 2 : 0;
+  static constexpr int kBehind = min_of(kStages - 2, 2);  // steps that a gathering warp issues before it announces one
+  static_assert(kBehind >= 0 && kBehind < kWorks, "a consumer holds two steps: or everybody waits");
+
+  struct Rings {
+    RingBarriers<kStages> steps;
+    RingBarriers<kWorks> works;
+    FM_DEVICE explicit Rings(u32 s_base) : steps{s_base + Smem::kBarriers}, works{s_base + Smem::kBarriersWork} {}
+  };
+
+  FM_DEVICE static void run(const Params& p) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 s_base = smem_address(smem);
+    const Rings rings(s_base);
+    if (threadIdx.x == 0) {
+      if constexpr (!kGather) prefetch_tensormap(p.x_map);
+      prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
+      rings.steps.init(1 + kGatherWarps, 4 * kSharers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
+      fence_mbarrier_init();
+    }
+    meet();
+    if (kGather || !p.early) griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
+    const int warp = warp_id();
+    Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
+    if (warp < 4) {
+      if constexpr (kConsumers == 2) setmaxnreg_dec<kProducerRegisters>();
+      if (warp == 0 && lane_id() == 0) load(p, s_works, rings, s_base);
+      if (warp == 1) schedule(p, s_works, rings.works);
+      if (kGather && warp >= 2) gather(p, s_works, rings, s_base, warp - 2);
+    } else {
+      if constexpr (kConsumers == 2) setmaxnreg_inc<kConsumerRegisters>();
+      consume(p, s_works, rings, s_base, warp / 4 - 1);
+    }
+    if constexpr (kCluster > 1) meet();  // nobody leaves while the other one may still write here
+  }
+
+  FM_DEVICE static void meet() {
+    if constexpr (kCluster > 1) __syncwarp(), barrier_cluster_arrive(), barrier_cluster_wait();
+    else __syncthreads();
+  }
+
+  // ---- scheduler ----
+
+  // One warp.
+  FM_DEVICE static void schedule(const Params& p, Work* s_works, const RingBarriers<kWorks>& ring) {
+    GroupCursor<kBlockM * kCluster> cursor;
+    RingWork at;
+    u32 index = blockIdx.x / kCluster;
+    for (bool found = true; found; index += gridDim.x / kCluster, at.advance()) {
+      ring.wait_empty(at);
+      Work& w = s_works[at.stage];
+      GroupTile tile;
+      found = cursor.find(p, index, tile);
+      if (found) {
+        const int skip = kCluster > 1 ? static_cast<int>(cluster_ctarank()) * kBlockM : 0;
+        tile.row += skip, tile.rows -= skip;
+        w.tile = tile;
+      }
+      w.more = found;
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(ring.full(at.stage));
+    }
+  }
+
+  // ---- loader ----
+
+  // One thread.
+  FM_DEVICE static void load(const Params& p, const Work* s_works, const Rings& rings, u32 s_base) {
+    const int steps = div_up(p.k, kBlockK);
+    const u32 rank = kCluster > 1 ? cluster_ctarank() : 0;
+    RingStep at;
+    RingWork works;
+    bool waited = kGather;
+    for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
+      const GroupTile tile = s_works[works.stage].tile;
+      // The first weights travel while the grid before this one still writes x.
+      const int ahead = waited ? 0 : min(steps, kStages);
+      for (int step = 0; step < ahead; ++step) {
+        mbarrier_arrive_expect_tx(rings.steps.full(step), 2 * TileW::kBytes + TileX::kBytes);
+        load_w(p, tile, rings, s_base, rank, step, step);
+      }
+      if (!waited) griddepcontrol_wait(), waited = true;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        if (step >= ahead) {
+          rings.steps.wait_empty(at);
+          mbarrier_arrive_expect_tx(rings.steps.full(at.stage), 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
+          load_w(p, tile, rings, s_base, rank, at.stage, step);
+        }
+        if constexpr (!kGather) load_x(p, tile, rings, s_base, at.stage, step);
+      }
+      mbarrier_arrive(rings.works.empty(works.stage));
+      works.advance();
+    }
+  }
+
+  FM_DEVICE static void load_x(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, int stage, int step) {
+#pragma unroll
+    for (int panel = 0; panel < kBlockK / 64; ++panel)
+      tma_load_2d(s_base + Smem::kX + stage * TileX::kBytes + panel * TileX::kPanelBytes, p.x_map, rings.steps.full(stage), createpolicy_evict_last(),
+                  step * kBlockK + panel * 64, tile.row + tile.group * p.x_skip);
+  }
+
+  // Both halves, or this block's one to both blocks of the cluster.
+  FM_DEVICE static void load_w(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, u32 rank, int stage, int step) {
+    const int col = tile.n_block * kColumns;
+#pragma unroll
+    for (int panel = 0; panel < kBlockK / 64; ++panel)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const u32 s_half = s_base + Smem::kW + stage * 2 * TileW::kBytes + (panel * 2 + half) * TileW::kPanelBytes;
+        const int k = step * kBlockK + panel * 64, which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
+        if constexpr (kCluster == 1) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), createpolicy_evict_first(), k, which, row, tile.group);
+        else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, rings.steps.full(stage), 3, createpolicy_evict_first(), k, which, row, tile.group);
+      }
+  }
+
+  // ---- gathering ----
+
+  // Two warps, each half of the rows; eight lanes fetch 128 bytes of a row. What cp.async has written becomes visible to the tensor cores only by a
+  // fence of the thread that asked for it, so a step is announced when it has landed, some steps later.
+  FM_DEVICE static void gather(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int warp) {
+    constexpr int kRows = kBlockM / 2, kHeld = div_up(kRows, 32);
+    const int steps = div_up(p.k, kBlockK), chunks = p.k / 8;
+    const u32 row_bytes = static_cast<u32>(p.x_stride) * 2;  // the host lets no longer rows come here
+    const int row = lane_id() / 8, column = lane_id() % 8;  // and every fourth row from there
+    const u32 s_thread = s_base + Smem::kX + TileX::offset(warp * kRows, 0);
+    RingStep at, landed;
+    RingWork works;
+    int behind = 0;
+    auto announce = [&] {
+      fence_proxy_async();
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.steps.full(landed.stage));
+      landed.advance();
+    };
+    for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
+      const GroupTile tile = s_works[works.stage].tile;
+      int held[kHeld];  // a lane knows the source of its row, and of the one 32 rows further on
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) held[i] = source_row(p, tile, warp * kRows + i * 32 + lane_id());
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
+      works.advance();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        rings.steps.wait_empty(at);
+#pragma unroll
+        for (int panel = 0; panel < kBlockK / 64; ++panel) {
+          const int chunk = (step * (kBlockK / 64) + panel) * 8 + column;
+          const u8* g_column = static_cast<const u8*>(p.x) + chunk * 16;
+          const u32 s_panel = s_thread + at.stage * TileX::kBytes + panel * TileX::kPanelBytes;
+#pragma unroll
+          for (int i = 0; i < kRows / 4; ++i) {
+            const int source = __shfl_sync(0xffffffffu, held[i / 8], i % 8 * 4 + row);
+            const bool valid = chunk < chunks && source >= 0;
+            const u8* g_pointer = valid ? g_column + static_cast<u64>(source) * row_bytes : g_column;  // not read where it is not valid
+            cp_async_cg_16(s_panel + TileX::offset(i * 4 + row, column), g_pointer, valid);
+          }
+        }
+        cp_async_commit_group();
+        if (behind == kBehind) cp_async_wait_group<kBehind>(), announce();
+        else ++behind;
+      }
+    }
+    cp_async_wait_group<0>();
+    for (; behind > 0; --behind) announce();
+  }
+
+  // The row of x that a row of the tile is; -1: zeros.
+  FM_DEVICE static int source_row(const Params& p, const GroupTile& tile, int row) {
+    if (row >= tile.rows) return -1;
+    const int index = p.gather_indices[tile.row + row], source = index / p.gather_divisor;
+    return index >= 0 && source < p.rows_x ? source : -1;
+  }
+
+  // ---- consumer ----
+
+  FM_DEVICE static void consume(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int consumer) {
+    const int steps = div_up(p.k, kBlockK), first_row = kPingPong ? 0 : consumer * 64, warp_row = (warp_id() & 3) * 16;
+    const u32 s_panels = s_base + Smem::kOut + (consumer * 4 + (warp_id() & 3)) * 4096;
+    RingStep at;
+    RingWork works;
+    int turn = 0;
+    if (kPingPong && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
+    for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
+      const GroupTile tile = s_works[works.stage].tile;
+      if (kPingPong && turn != consumer) {
+        skip(at, steps);
+      } else if (uniform(tile.rows) > first_row) {
+        const int col = tile.n_block * kColumns;
+        float r_out[kParts][kBlockN / 8][4];
+        TileBias bias;
+        bias.load(p, tile.group, col, col + kBlockN / 2);
+        take_turn(consumer);
+        multiply(rings, s_base, consumer, steps, at, r_out);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
+      } else {
+        take_turn(consumer);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
+        pass_turn(consumer);
+      }
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
+      works.advance();
+      turn ^= 1;
+    }
+    if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
+  }
+
+  // The steps of a tile are waited for by one consumer after the other: who came earlier would take a barrier's phase of some rounds
+  // before for the one it needs, since only the parity tells them apart.
+  FM_DEVICE static void take_turn(int consumer) {
+    if constexpr (kPingPong) barrier_sync(1 + consumer, 256);
+  }
+  FM_DEVICE static void pass_turn(int consumer) {
+    if constexpr (kPingPong) barrier_arrive(2 - consumer, 256);
+  }
+
+  // The other consumer's steps.
+  FM_DEVICE static void skip(RingStep& at, int steps) {
+    const int behind = at.stage + steps, rounds = behind / kStages;
+    at.stage = behind - rounds * kStages, at.parity ^= rounds & 1;
+  }
+
+  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+    const int first_row = kPingPong ? 0 : consumer * 64;
+    int before = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      rings.steps.wait_full(at);
+      if (step == steps - 1) pass_turn(consumer);
+      const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes, 0);
+      const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlockK / 16; ++i)
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          const int x = i / 4 * TileX::kPanelBytes + part * 64 * TileX::kRowBytes + i % 4 * 32, w = i / 4 * 2 * TileW::kPanelBytes + i % 4 * 32;
+          Wgmma<Element, kBlockN, false>::ss(r_out[part], a + (x >> 4), b + (w >> 4), step != 0 || i != 0);
+        }
+      wgmma_commit_group();
+      if (step != 0) {
+        wait_for_products<1>(r_out);
+        release(rings, before);
+      }
+      before = at.stage;
+      at.advance();
+    }
+    wait_for_products<0>(r_out);
+    release(rings, before);
+  }
+
+  template <int kPending>
+  FM_DEVICE static void wait_for_products(float (&r_out)[kParts][kBlockN / 8][4]) {
+    wgmma_wait_group<kPending>(r_out[0]);
+#pragma unroll
+    for (int part = 1; part < kParts; ++part) wgmma_fence_operand(r_out[part]);
+  }
+
+  // One lane per warp reports that the warp is done with a step, to all who load it.
+  FM_DEVICE static void release(const Rings& rings, int stage) {
+    if (lane_id() < kCluster) {
+      if constexpr (kCluster == 1) mbarrier_arrive(rings.steps.empty(stage));
+      else mbarrier_arrive_cluster(mapa(rings.steps.empty(stage), lane_id()));
+    }
+  }
+
+  // 16 rows of a tile, from `warp_row` on.
+  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_panels, int warp_row, const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
+    const int col = tile.n_block * kColumns, rows = tile.rows - warp_row;
+    const float one[2] = {1.f, 1.f};
+    scale_by_row_weights(p, tile.row + warp_row, rows, r_out);
+    bias.add_to(p, r_out);
+    const i64 first = static_cast<i64>(tile.row + warp_row) * p.out_stride + col;
+    const RowsOut<Element> to{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride, rows, p.n - col, col, tile.row + warp_row, 0, 0};
+    if constexpr (kGated) activate_gated(p, r_out);
+    else activate(p, r_out);
+    store_accumulator_rows<kColumns / 8>(to, s_panels, r_out, one);
+  }
+};
+
+}  // namespace fm

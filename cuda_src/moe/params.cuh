@@ -1,0 +1,112 @@
+// What the host hands to the mixture-of-experts kernels. Strides count elements. An assignment is one choice of a token: choice k of
+// token t has the flat index t * top_k + k.
+#pragma once
+#include "math/dtype.cuh"
+
+namespace fm {
+
+enum ScoringFunc : int { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+
+struct MoeRouterParams {
+  const void* logits;            // (tokens, experts)
+  const void* bias;              // (experts), added for the choice only; null: none
+  float* topk_weights;           // (tokens, top_k)
+  int* topk_ids;                 // (tokens, top_k)
+  float* partial_probabilities;  // (rows, experts): sums of probabilities, a row for each warp; null: no statistics
+  int* partial_counts;           // (rows, experts)
+  float* partial_z;              // (rows)
+  i64 logits_stride;
+  int tokens, experts, top_k, tokens_per_block;
+  int logits_dtype, bias_dtype, scoring_func, renormalize;
+  int groups, topk_groups;
+  float scale;
+  int unused;
+};
+static_assert(sizeof(MoeRouterParams) == 8 * 8 + 12 * 4, "the packer of plan/moe.py counts on this layout");
+
+struct MoeRouterStatsParams {
+  const float* partial_probabilities;
+  const int* partial_counts;
+  const float* partial_z;
+  int* expert_counts;          // (experts), what is kept of each
+  int* dropped;                // (experts)
+  float* load_balancing_loss;  // one value
+  float* z_loss;               // one value
+  int tokens, experts, rows, capacity;
+};
+static_assert(sizeof(MoeRouterStatsParams) == 7 * 8 + 4 * 4, "the packer of plan/moe.py counts on this layout");
+
+struct MoeCapacityParams {
+  const int *offsets, *inverse_indices;
+  float* topk_weights;
+  int* topk_ids;
+  int assignments, capacity;
+};
+static_assert(sizeof(MoeCapacityParams) == 4 * 8 + 2 * 4, "the packer of plan/moe.py counts on this layout");
+
+struct MoePermuteParams {
+  const void* topk_ids;    // (tokens, top_k)
+  const int* expert_map;   // (ids): the expert of an id, or a negative number; null: an id is the expert
+  int* counts;             // (blocks, experts), between the two kernels; null with one block
+  int* offsets;            // (experts + 1)
+  int* sorted_indices;     // (assignments)
+  int* inverse_indices;    // (assignments)
+  i64 stride_t, stride_k;  // of topk_ids
+  int assignments, top_k, experts, ids;
+  int per_warp, wide;      // assignments of a warp, a multiple of 32; ids are 64-bit
+};
+static_assert(sizeof(MoePermuteParams) == 8 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
+
+struct MoeCombineParams {
+  const void* y;               // (assignments in the order of the experts, columns)
+  const int* inverse_indices;  // (tokens, top_k): row of y, -1: none
+  const void* topk_weights;    // (tokens, top_k); null: all 1
+  const void* shared;          // (tokens, columns), added; null: none
+  const void* shared_gate;     // (tokens), its factor; null: 1
+  void* out;                   // (tokens, columns)
+  i64 weights_stride_t, weights_stride_k, shared_gate_stride, out_stride;
+  int tokens, top_k, columns, weights_dtype;
+  int gate_dtype, aligned;     // aligned: rows of out start at multiples of 16 bytes
+};
+static_assert(sizeof(MoeCombineParams) == 10 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
+
+struct GroupedClearParams {
+  void* out;               // rows without a gap between them
+  const int* offsets;      // (groups + 1), or null
+  const int* group_sizes;  // (groups), where groups lie max_rows apart
+  i64 row_chunks;          // of 16 bytes
+  int groups, rows;        // rows: of out
+  int max_rows, unused;
+};
+static_assert(sizeof(GroupedClearParams) == 4 * 8 + 4 * 4, "the packer of plan/moe.py counts on this layout");
+
+enum Activation : int { kIdentity = 0, kSwiglu, kGeglu, kGegluTanh, kSwigluOai, kGelu, kGeluTanh, kRelu, kRelu2 };
+
+struct GroupedGemmParams {
+  const void *x, *w;
+  void* out;
+  const void* bias;           // (groups, rows of w); null: none
+  const int* offsets;         // (groups + 1): rows of a group in out; null: it begins at group_stride times its number
+  const int* group_sizes;     // (groups): and has so many rows; null: max_rows
+  const int* gather_indices;  // (rows): row r reads row gather_indices[r] / gather_divisor of x; null: row r
+  const void* row_weights;    // a factor for each row before the bias, by its gather index; null: none
+  i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride, bias_stride_e, bias_stride_n, bias_stride_half;
+  i64 row_weights_stride_t, row_weights_stride_k;
+  int groups, max_rows, rows_x, rows;      // rows: of out
+  int k, n, n_blocks, gather_divisor;      // summed dimension; columns of out; tiles along them
+  int activation, bias_dtype, row_weights_dtype, aligned;
+  float alpha, limit;
+  int section;                             // tiles of rows that are worked on together, so that their weights are read once
+  int group_stride, x_skip;                // rows from group to group, in out; how many more they are in x
+  int early;                               // the rows of a group are known before the kernel that runs before this one has ended
+};
+static_assert(sizeof(GroupedGemmParams) == 18 * 8 + 18 * 4, "the packer of plan/moe.py counts on this layout");
+
+struct GroupedGemmSm90Params : GroupedGemmParams {
+  alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered
+  TensorMap w_map;               // (k, halves, n, groups)
+  TensorMap out_map;             // (n, rows, 1, 1): boxes of 64 x 16
+};
+static_assert(sizeof(GroupedGemmSm90Params) == 256 + 3 * 128, "the packer of plan/moe.py counts on this layout");
+
+}  // namespace fm

@@ -1,0 +1,159 @@
+// The dispatch: assignments in the order of their experts.
+//
+//   offsets[e] .. offsets[e + 1]    places of the assignments of expert e
+//   sorted_indices[place]           flat index of the assignment, rising within an expert; -1 behind offsets[experts]
+//   inverse_indices[flat index]     its place, -1 for an assignment that no expert here takes
+//
+// An id is an expert, or with an expert_map the number of one; all other ids are skipped. Overwrites the three arrays. Any number of
+// experts. No host is asked and nothing depends on time: a counting sort, every warp counting a stretch of consecutive assignments and
+// putting them in their places in order. (A radix sort would move each key several times for an order that is known after one count.)
+//
+// MoePermuteCount counts for each block, MoePermutePlace adds up what the blocks before it have counted. One block needs no first
+// kernel. Experts come in windows, as many as counters fit into shared memory.
+#pragma once
+#include "math/reduce.cuh"
+#include "moe/params.cuh"
+#include "ptx/cluster.cuh"
+
+namespace fm {
+
+struct MoePermute {
+  static constexpr int kWarps = 16, kThreads = 32 * kWarps;
+
+  // The expert that takes assignment i, or -1.
+  FM_DEVICE static int expert_of(const MoePermuteParams& p, int i) {
+    if (i >= p.assignments) return -1;
+    const int t = i / p.top_k, k = i - t * p.top_k;
+    const i64 at = t * p.stride_t + k * p.stride_k;
+    const i64 id = p.wide ? static_cast<const i64*>(p.topk_ids)[at] : static_cast<const int*>(p.topk_ids)[at];
+    if (id < 0 || id >= p.ids) return -1;
+    const int e = p.expert_map == nullptr ? static_cast<int>(id) : p.expert_map[id];
+    return e >= 0 && e < p.experts ? e : -1;
+  }
+
+  // The first assignment of a warp.
+  FM_DEVICE static i64 first_of(const MoePermuteParams& p, int warp) { return (static_cast<i64>(blockIdx.x) * kWarps + warp) * p.per_warp; }
+};
+
+struct MoePermuteCount : MoePermute {
+  static constexpr int kWindow = 4096;  // experts counted at once
+  struct Smem {
+    static constexpr int kBytes = 4 * kWindow;
+  };
+
+  FM_DEVICE static void run(const MoePermuteParams& p) {
+    start_after_last_grid();
+    extern __shared__ __align__(128) u8 smem[];
+    int* s_count = reinterpret_cast<int*>(smem);
+    const int thread = static_cast<int>(threadIdx.x);
+    const i64 begin = first_of(p, 0), end = min(begin + kWarps * p.per_warp, static_cast<i64>(p.assignments));
+    for (int window = 0; window < p.experts; window += kWindow) {
+      const int width = min(kWindow, p.experts - window);
+      for (int e = thread; e < width; e += kThreads) s_count[e] = 0;
+      __syncthreads();
+      for (i64 i = begin + thread; i < end; i += kThreads) {
+        const int e = expert_of(p, static_cast<int>(i)) - window;
+        if (e >= 0 && e < width) atomicAdd(s_count + e, 1);
+      }
+      __syncthreads();
+      for (int e = thread; e < width; e += kThreads) p.counts[static_cast<i64>(blockIdx.x) * p.experts + window + e] = s_count[e];
+      __syncthreads();
+    }
+  }
+};
+
+struct MoePermutePlace : MoePermute {
+  static constexpr int kWindow = 512;  // experts at once: one for each thread
+  static_assert(kWindow == kThreads);
+  struct Smem {
+    static constexpr int kNext = 0, kSums = kNext + 4 * kWarps * kWindow, kBytes = kSums + 4 * kWarps;
+  };
+
+  FM_DEVICE static void run(const MoePermuteParams& p) {
+    start_after_last_grid();
+    extern __shared__ __align__(128) u8 smem[];
+    int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
+    int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);
+    const int warp = warp_id(), thread = static_cast<int>(threadIdx.x);
+    int* s_mine = s_next + warp * kWindow;
+    int placed = 0;  // assignments of all windows before
+    for (int window = 0; window < p.experts; window += kWindow) {
+      const int width = min(kWindow, p.experts - window);
+      for (int i = thread; i < kWarps * kWindow; i += kThreads) s_next[i] = 0;
+      __syncthreads();
+      walk(p, warp, window, width, [&](int, int e, u32 same) {
+        if (leads(same)) s_mine[e] += __popc(same);
+      });
+      __syncthreads();
+      placed = find_places(p, s_next, s_sums, window, width, placed);
+      walk(p, warp, window, width, [&](int i, int e, u32 same) {
+        const int place = s_mine[e] + __popc(same & ((1u << lane_id()) - 1));
+        __syncwarp(same);  // all have read before one moves it on
+        if (leads(same)) s_mine[e] += __popc(same);
+        p.sorted_indices[place] = i, p.inverse_indices[i] = place;
+      });
+      __syncthreads();
+    }
+    if (blockIdx.x == 0 && thread == 0) p.offsets[p.experts] = placed;
+    skip_rest(p, warp, placed);
+  }
+
+  // Calls f(assignment, expert in the window, lanes with the same expert) for a warp's assignments, 32 at a time and in order.
+  template <class F>
+  FM_DEVICE static void walk(const MoePermuteParams& p, int warp, int window, int width, F&& f) {
+    const i64 begin = first_of(p, warp);
+    for (i64 i = begin; i < begin + p.per_warp && i < p.assignments; i += 32) {
+      const int mine = static_cast<int>(min(i + lane_id(), static_cast<i64>(p.assignments)));
+      const int e = expert_of(p, mine) - window;
+      const bool here = e >= 0 && e < width;
+      const u32 same = __match_any_sync(0xffffffffu, here ? e : -1);
+      if (here) f(mine, e, same);
+      __syncwarp();
+    }
+  }
+  FM_DEVICE static bool leads(u32 same) { return __ffs(static_cast<int>(same)) - 1 == lane_id(); }
+
+  // Turns each warp's counts in s_next into places. Returns the number of assignments up to the end of the window.
+  FM_DEVICE static int find_places(const MoePermuteParams& p, int* s_next, int* s_sums, int window, int width, int placed) {
+    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), warp = warp_id();
+    int before = 0, total = 0;  // of expert e: in the blocks before this one, in all
+    if (e < width) {
+      if (blocks > 1) {
+#pragma unroll 8
+        for (int b = 0; b < blocks; ++b) {
+          const int count = p.counts[static_cast<i64>(b) * p.experts + window + e];
+          before += b < block ? count : 0, total += count;
+        }
+      } else {
+        for (int w = 0; w < kWarps; ++w) total += s_next[w * kWindow + e];
+      }
+    }
+    const int up_to_lane = inclusive_sum(total);
+    if (lane_id() == 31) s_sums[warp] = up_to_lane;
+    __syncthreads();
+    int place = placed + up_to_lane - total, all = placed;
+    for (int w = 0; w < kWarps; ++w) place += w < warp ? s_sums[w] : 0, all += s_sums[w];
+    if (e < width) {
+      if (block == 0) p.offsets[window + e] = place;
+      place += before;
+      for (int w = 0; w < kWarps; ++w) {
+        const int count = s_next[w * kWindow + e];
+        s_next[w * kWindow + e] = place;
+        place += count;
+      }
+    }
+    __syncthreads();
+    return all;
+  }
+
+  // Assignments that nobody takes have no place, and the last places have no assignment.
+  FM_DEVICE static void skip_rest(const MoePermuteParams& p, int warp, int placed) {
+    const i64 begin = first_of(p, warp);
+    for (i64 i = begin + lane_id(); i < min(begin + p.per_warp, static_cast<i64>(p.assignments)); i += 32) {
+      if (expert_of(p, static_cast<int>(i)) < 0) p.inverse_indices[i] = -1;
+      if (i >= placed) p.sorted_indices[i] = -1;
+    }
+  }
+};
+
+}  // namespace fm

@@ -1,0 +1,61 @@
+// Which tile of a grouped product comes next. Group by group; in a group, `section` tiles of rows take a block of columns after the
+// other, so that its weights travel once while the rows stay in L2.
+#pragma once
+#include "math/reduce.cuh"
+#include "moe/params.cuh"
+
+namespace fm {
+
+// The rows of a group, which only the device knows.
+struct GroupRows {
+  int begin, rows;
+};
+FM_DEVICE GroupRows rows_of(const GroupedGemmParams& p, int group) {
+  if (p.offsets != nullptr) {
+    const int begin = max(p.offsets[group], 0);
+    return {begin, max(min(p.offsets[group + 1], p.rows) - begin, 0)};
+  }
+  return {group * p.group_stride, p.group_sizes == nullptr ? p.max_rows : max(min(p.group_sizes[group], p.max_rows), 0)};
+}
+
+struct GroupTile {
+  int group, row, rows;  // row: of out, the tile's first; rows: of the group from there on
+  int n_block;
+};
+
+// Where a block is in the order of tiles of kRows rows. A lane holds one of 32 groups, all lanes look at one tile.
+template <int kRows>
+struct GroupCursor {
+  int next_group = 0;
+  u32 tiles_seen = 0, begin = 0, end = 0;  // tiles of all groups looked at; numbers of the tiles of the lane's group
+  GroupRows mine = {0, 0};
+
+  FM_DEVICE void next_groups(const GroupedGemmParams& p) {
+    const int group = next_group + lane_id();
+    next_group += 32;
+    mine = group < p.groups ? rows_of(p, group) : GroupRows{0, 0};
+    const int tiles = div_up(mine.rows, kRows) * p.n_blocks;
+    end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
+    tiles_seen = __shfl_sync(0xffffffffu, end, 31);
+  }
+
+  // Tile `index`, which is not before the last one asked for. False: there is none.
+  FM_DEVICE bool find(const GroupedGemmParams& p, u32 index, GroupTile& tile) {
+    while (index >= tiles_seen) {
+      if (next_group >= p.groups) return false;
+      next_groups(p);
+    }
+    const int lane = __popc(__ballot_sync(0xffffffffu, index >= end));
+    const int first = __shfl_sync(0xffffffffu, mine.begin, lane), rows = __shfl_sync(0xffffffffu, mine.rows, lane);
+    index -= __shfl_sync(0xffffffffu, begin, lane);
+    const u32 m_blocks = div_up(rows, kRows), per_section = p.section * p.n_blocks, section = index / per_section;
+    index -= section * per_section;
+    const u32 width = min(static_cast<u32>(p.section), m_blocks - section * p.section), m_block = section * p.section + index % width;
+    tile.group = next_group - 32 + lane;
+    tile.n_block = static_cast<int>(index / width);
+    tile.row = first + static_cast<int>(m_block) * kRows, tile.rows = rows - static_cast<int>(m_block) * kRows;
+    return true;
+  }
+};
+
+}  // namespace fm

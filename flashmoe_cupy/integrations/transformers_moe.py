@@ -1,0 +1,149 @@
+"""The experts of Hugging Face transformers models on `fused_moe`. Tested with transformers 5.17.0.
+
+    from flashmoe_cupy.integrations.transformers_moe import register
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation=register())
+
+or `model.set_experts_implementation(register())`: Mixtral, Qwen-MoE, DeepSeek and the others whose experts transformers
+dispatches. The router stays the model's own. gpt-oss stores its weights the other way round: call `turn(model)` once.
+Forward only: use `torch.no_grad()`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from ..errors import DependencyError, UnsupportedProblem
+from ..ops.moe import fused_moe
+
+if TYPE_CHECKING:
+    import torch
+
+NAME, TESTED = "fmc_experts", "5.17.0"
+_GATED, _PLAIN = ("swiglu", "geglu", "geglu_tanh", "swigluoai"), ("relu2", "relu", "gelu", "gelu_tanh")
+_SAME = 1e-5  # of two activations; gelu and its tanh form are 5e-4 apart
+
+
+def register(name: str = NAME) -> str:
+    """Register the experts in transformers under `name` and return `name`. May be called again.
+
+    Raises ValueError for the name of transformers' own experts, DependencyError if transformers is missing or too old.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+    except ImportError as error:  # not installed, or from before this interface
+        raise DependencyError(f"transformers does not fit ({error}): pip install 'transformers>={TESTED}'") from error
+    known = ALL_EXPERTS_FUNCTIONS.get(name)
+    if name == "eager" or (known is not None and known is not _uncompiled()):
+        raise ValueError(f"name={name!r}: transformers has experts of this name; use another one")
+    ExpertsInterface.register(name, _uncompiled())
+    return name
+
+
+@cache
+def _uncompiled() -> Any:
+    """`experts`, opaque to torch.compile: generate() compiles the decoding step of a static cache."""
+    import torch
+
+    return torch.compiler.disable(experts)
+
+
+def experts(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states (T, d), top_k_index (T, K) and top_k_weights (T, K) -> new (T, d), with the weights of `self`.
+
+    Ids of experts that are elsewhere (`num_experts` under expert parallelism) contribute nothing. Raises
+    UnsupportedProblem for an activation that `fused_moe` does not have, and for weights (E, d, 2n) as transformers
+    loads them; after `turn` these run in place.
+    """
+    kind = _kinds.get(self)
+    if kind is None:
+        kind = _kinds[self] = _kind(self)
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    w1, w2 = getattr(self, up), self.down_proj
+    if self.is_transposed:
+        w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
+        stored = [
+            f"{name} has shape {tuple(w.mT.shape)} and is contiguous along its last dimension; the kernels read rows "
+            f"of {tuple(w.shape)} that are"
+            for name, w in ((up, w1), ("down_proj", w2))
+            if w.stride(2) != 1
+        ]
+        if stored:
+            hint = "flashmoe_cupy.integrations.transformers_moe.turn(model), once, after the weights are loaded"
+            raise UnsupportedProblem(f"the experts of {type(self).__name__}", stored, hint)
+    biases = {"b_gate_up": getattr(self, f"{up}_bias"), "b_down": self.down_proj_bias} if self.has_bias else {}
+    plain = top_k_weights.dtype == hidden_states.dtype
+    result: torch.Tensor = fused_moe(
+        hidden_states, w1, w2, (top_k_weights if plain else top_k_weights.float()).contiguous(),
+        top_k_index.contiguous(), **biases, **kind._asdict(),
+    )  # fmt: skip
+    return result
+
+
+def turn(model: torch.nn.Module) -> int:
+    """Store transposed expert weights (gpt-oss) so that `fused_moe` can read them in place; returns how many.
+
+    Each parameter keeps its shape, values and name; only its strides change, so that eager experts and checkpoints go
+    on working. It needs room for a second copy of one parameter at a time. Those stored so already are left alone.
+    """
+    count = 0
+    for module in model.modules():
+        if getattr(module, "is_transposed", False):
+            for name in ("gate_up_proj", "up_proj", "down_proj"):
+                weight = getattr(module, name, None)
+                if weight is not None and weight.stride(1) != 1:
+                    weight.data = weight.data.mT.contiguous().mT
+                    count += 1
+    return count
+
+
+class _Kind(NamedTuple):
+    """Options of `fused_moe` that say what an experts class does between its two products."""
+
+    activation: str
+    interleaved: bool
+    swiglu_alpha: float
+    swiglu_limit: float
+
+
+_kinds: WeakKeyDictionary[torch.nn.Module, _Kind] = WeakKeyDictionary()
+
+
+def _kind(module: torch.nn.Module) -> _Kind:
+    """What the module computes, found by trying: its names do not tell, for classes replace `_apply_gate` at will."""
+    import torch
+
+    # dense around 0, farther than any clamp, and every column with values of all sizes
+    values = torch.linspace(-9, 8.5, 1024, device="cpu").sinh()
+    given = values[torch.arange(1024, device="cpu") * 389 % 1024].reshape(64, 16)
+    with torch.no_grad():
+        theirs = module._apply_gate if module.has_gate else module.act_fn
+        want = theirs(given.to(module.down_proj.device)).float().cpu()
+        alpha = float(getattr(module, "alpha", getattr(module, "swiglu_alpha", 1.702)))
+        limit = float(getattr(module, "limit", getattr(module, "swiglu_limit", None)) or 7.0)
+        for activation in _GATED if module.has_gate else _PLAIN:
+            for interleaved in (False, True) if module.has_gate else (False,):
+                kind = _Kind(activation, interleaved, alpha, limit)
+                if torch.allclose(_ours(given, kind), want, rtol=_SAME, atol=_SAME):
+                    return kind
+    act = getattr(module, "act_fn", None)
+    reason = f"its activation ({'no act_fn' if act is None else act}, limit {getattr(module, 'limit', None)}) is none "
+    reason += f"of {', '.join(_GATED if module.has_gate else _PLAIN)}"
+    asked = f"the experts of {type(module).__name__}"
+    raise UnsupportedProblem(asked, [reason], 'experts_implementation="grouped_mm" or "eager"')
+
+
+def _ours(given: torch.Tensor, kind: _Kind) -> torch.Tensor:
+    """The activation alone: one expert whose weights are identities."""
+    import torch
+
+    rows, columns = given.shape
+    one = torch.eye(columns, device="cpu")
+    keep = columns if kind.activation in _PLAIN else columns // 2
+    ids = torch.zeros(rows, 1, dtype=torch.int32, device="cpu")
+    weights = torch.ones(rows, 1, device="cpu")
+    out: torch.Tensor = fused_moe(given, one[None], one[None, :, :keep].contiguous(), weights, ids, **kind._asdict())
+    return out[:, :keep]

@@ -1,0 +1,185 @@
+"""Mixture of experts on a GPU: the launches that an operation is made of.
+
+Each function gets the validated problem, the views of the arguments in the order given below, None where one is absent,
+and the addresses of outputs that are already allocated. It queues its work on the current stream of views[0]'s library
+and writes every element of the outputs; problems with no token or no row never arrive here. What a problem needs is
+prepared once per device and then found; a call allocates one workspace and fills in addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import _env, arrays
+from flashmoe_cupy.arrays import View
+from flashmoe_cupy.dtypes import UINT8, to_numpy
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jit import launch as gpu
+from flashmoe_cupy.jit.launch import Launch
+from flashmoe_cupy.jit.series import Series
+from flashmoe_cupy.plan import kernels, moe
+from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
+
+Views = tuple[View | None, ...]
+Pointers = tuple[int, ...]
+Problem = RouteProblem | PermuteProblem | GroupedGemmProblem | MoEProblem
+
+_ROUTE = ("logits", "bias")
+_ROUTED = ("topk_weights", "topk_ids", "expert_counts", "dropped", "load_balancing_loss", "z_loss")
+_PERMUTE = ("topk_ids", "expert_map")
+_PERMUTED = ("offsets", "sorted_indices", "inverse_indices")
+_GEMM = ("x", "w", "offsets", "group_sizes", "gather_indices", "bias")
+_MOE = (
+    "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
+    "shared_w_down", "shared_gate",
+)  # fmt: skip
+
+
+class Ready(NamedTuple):
+    """The launches of a problem on a device; the table of addresses of a call is 0, arguments, outputs, workspace."""
+
+    series: Series
+    workspace: int  # bytes
+    offsets: tuple[int, ...]  # of the arrays in it
+
+
+_ready: dict[Any, Ready] = {}
+_MAX_READY = 4096
+kernels.forget.append(_ready.clear)
+
+
+def route(problem: RouteProblem, views: Views, outputs: Pointers) -> Ready | None:
+    """views: logits, e_score_correction_bias.
+
+    outputs: topk_weights, topk_ids; with problem.return_stats also expert_counts, dropped, load_balancing_loss, z_loss.
+    """
+    return _run(problem, views, outputs, _ROUTE, _ROUTED[: len(outputs)])
+
+
+def permute(problem: PermuteProblem, views: Views, outputs: Pointers) -> None:
+    """views: topk_ids, expert_map. outputs: offsets, sorted_indices, inverse_indices."""
+    if _env.get().check:
+        _check_ids(views[0], problem.num_experts, problem.num_global)
+    _run(problem, views, outputs, _PERMUTE, _PERMUTED)
+
+
+def grouped_gemm(problem: GroupedGemmProblem, views: Views, outputs: Pointers) -> None:
+    """views: x, w, offsets, group_sizes, gather_indices, bias. outputs: out.
+
+    Rows of no group are not written, unless problem.new_out: then they become 0.
+    """
+    _run(problem, views, outputs, _GEMM, ("out",))
+
+
+def fused_moe(problem: MoEProblem, views: Views, outputs: Pointers) -> Ready | None:
+    """views: x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, expert_map, shared_w_gate_up,
+    shared_w_down, shared_gate. outputs: out.
+    """
+    if _env.get().check:
+        _check_ids(views[4], problem.num_experts, problem.num_global)
+    return _run(problem, views, outputs, _MOE, ("out",))
+
+
+def _run(
+    problem: Problem, views: Views, outputs: Pointers, names: Sequence[str], out_names: Sequence[str]
+) -> Ready | None:
+    """Queue everything. Returns what a later call with such arrays may run by itself; None where addresses decide."""
+    like = views[0]
+    assert like is not None
+    stream = arrays.stream(like)
+    table = [0, *[0 if v is None else v.ptr for v in views], *outputs]
+    bits = 0
+    for pointer in table:
+        bits |= pointer
+    key = (problem, like.device, bits & 15 == 0)
+    ready = _ready.get(key)
+    if ready is None:
+        ready = _prepare(problem, like.device, stream, [*names, *out_names], bits & 15 == 0)
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        _ready[key] = ready
+    if ready.workspace:
+        workspace = arrays.empty(like, (ready.workspace,), UINT8)
+        base = workspace.data_ptr() if like.library == "torch" else workspace.data.ptr
+        table += [base + offset for offset in ready.offsets]
+    ready.series.run(table, stream)
+    return ready if bits & 15 == 0 and ready.series.plain else None
+
+
+def _prepare(problem: Problem, device: int, stream: int, names: list[str], aligned: bool) -> Ready:
+    """Choose, compile (or find) and load all kernels of a problem. aligned: all pointers are multiples of 16."""
+    steps: list[moe.Step | moe.ProductStep]
+    if isinstance(problem, RouteProblem):
+        routed, work = moe.route_steps(problem)
+        steps = [*routed]
+    elif isinstance(problem, PermuteProblem):
+        work = moe.Workspace()
+        steps = [*moe.permute_steps(problem, work, own=False)]
+    elif isinstance(problem, GroupedGemmProblem):
+        if why := moe.rows_apart(problem):
+            raise UnsupportedProblem(problem.describe(), why, "contiguous x and out")
+        work = moe.Workspace()
+        steps = moe.grouped_gemm_steps(problem)
+    else:
+        steps, work = moe.moe_steps(problem)
+    place = {"": 0}
+    for name in [*names, *work.offsets]:
+        place[name] = len(place)
+    arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
+    launches = []
+    for step in steps:
+        if isinstance(step, moe.Step):
+            tail = step.tail or moe.combine_tail(problem, aligned)  # type: ignore[arg-type]
+            launches.append((_small(step, tail, arch, device, stream), tuple(place[name] for name in step.arguments)))
+        else:
+            ready = _product(step, arch, device, stream, aligned, sms)
+            launches.append((ready, tuple(place[name] for name in step.arguments)))
+    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()))
+
+
+def _may_be_early(arch: str) -> bool:
+    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs.
+
+    Hopper was the first that can; graphs record such launches since the driver of CUDA 12.3.
+    """
+    return int(arch[3:].rstrip("a")) >= 90 and gpu.driver_version() >= 12030
+
+
+def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> Launch:
+    kernel, config = step.kernel, step.config
+    if arch.startswith("sm_") and int(arch[3:].rstrip("a")) < 80:
+        reason = f"{arch} is not supported: the kernels need compute capability 8.0 or newer"
+        raise UnsupportedProblem(kernel.name, [reason], "NumPy arrays")
+    name = f"{kernel.name} {config.name}"
+    loaded = gpu.load_for(kernel.source(config), name, arch, device, config.smem_bytes, stream)
+    return Launch(
+        device, loaded.function, step.grid, config.threads, config.smem_bytes, kernel.pack_pointers, tail,
+        _env.get().check, early=_may_be_early(arch),
+    )  # fmt: skip
+
+
+def _product(step: moe.ProductStep, arch: str, device: int, stream: int, aligned: bool, sms: int) -> Launch:
+    product = step.product
+    aligned = aligned and moe.rows_aligned(product)
+    kernel = kernels.choose_product(product, arch, aligned)
+    config = kernel.choose(product, arch, aligned, sms)
+    _env.log.debug("%s: %s, %s", product.describe(), kernel.name, config.name)
+    loaded = gpu.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
+    tail = kernel.pack_tail(product, config, aligned)
+    ready = Launch(
+        device, loaded.function, kernel.grid(product, config, sms), config.threads, config.smem_bytes,
+        kernel.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),
+    )  # fmt: skip
+    return gpu.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(product, config))
+
+
+def _check_ids(ids: View | None, num_experts: int, num_global: int) -> None:
+    """FLASHMOE_CHECK=1: wait, fetch the ids and raise FlashMoEError for the first that names nothing."""
+    from flashmoe_cupy.cpu.moe import check_ids
+
+    assert ids is not None
+    if not gpu.is_capturing(arrays.stream(ids)):
+        strides = tuple([t * ids.dtype.itemsize for t in ids.strides])
+        host = gpu.fetch(ids.ptr, to_numpy(ids.dtype), ids.shape, strides, ids.device)
+        check_ids(host, num_experts if num_global < 0 else num_global)

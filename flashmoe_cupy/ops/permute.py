@@ -1,0 +1,82 @@
+"""The dispatch of mixture of experts as a building block: assignments sorted by expert."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from flashmoe_cupy import arrays
+from flashmoe_cupy.arrays import View, view
+from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.ops import plans
+from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
+
+
+class MoEPermutation(NamedTuple):
+    """The assignments of T tokens to K experts each, sorted by expert; int32 arrays of the caller's library."""
+
+    offsets: Any  # (E + 1,): expert e has the sorted places offsets[e]:offsets[e + 1]
+    sorted_indices: Any  # (T * K,): t * K + k of the assignment at each place, -1 behind offsets[-1]
+    inverse_indices: Any  # (T, K): the sorted place of each assignment, -1 for a skipped one
+
+
+def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> MoEPermutation:
+    """Sort assignments by expert; those of one expert stay in order.
+
+    Arrays are NumPy, CuPy, torch or JAX (or have `__dlpack__`), all of one library on one device; the results are too.
+    Nothing is copied between host and device, and nothing waits.
+
+    topk_ids: (T, K), int32 or int64, last dimension contiguous; T from 0. Ids outside of [0, num_experts), such as -1
+        and num_experts, are skipped.
+    num_experts: E, the experts that are here.
+    expert_map: (num_global,) int32: topk_ids are global ids, and this is the local id of each, -1 = not here. Ids
+        outside of [0, num_global) are skipped, and so are entries outside of [0, num_experts).
+
+    Returns MoEPermutation: offsets (E + 1,), sorted_indices (T * K,) and inverse_indices (T, K), all int32. The rows of
+    an expert are gathered by sorted_indices // K. The same inputs give the same bits in every run.
+
+    Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing; with
+    FLASHMOE_CHECK=1 FlashMoEError for the first id below -1 or above the number of (global) experts.
+    """
+    vi = view(topk_ids, "topk_ids")
+    vm = None if expert_map is None else view(expert_map, "expert_map")
+    key = vi[1:6], vm and vm[1:6], num_experts, type(num_experts)
+    plan = _plans.find(key)
+    if plan is None:
+        plan = _plans.keep(key, _Plan(permute_problem(vi, vm, num_experts=num_experts)))
+    return plan.run((vi, vm))
+
+
+class _Plan:
+    """What one combination of shapes and options needs; made once, then found by its key."""
+
+    __slots__ = ("problem", "specs")
+
+    def __init__(self, problem: PermuteProblem) -> None:
+        p = problem
+        self.problem = p
+        shapes = ((p.num_experts + 1,), (p.tokens * p.top_k,), (p.tokens, p.top_k))
+        self.specs: list[plans.Spec] = [(shape, INT32) for shape in shapes]
+
+    def run(self, views: tuple[View, View | None]) -> MoEPermutation:
+        """The call: outputs from the caller's library, then the kernels or the NumPy back end."""
+        p, ids = self.problem, views[0]
+        if ids.device < 0:
+            return self._run_on_host(views)
+        made, pointers = plans.allocate(ids, self.specs)
+        if p.tokens:
+            plans.gpu().permute(p, views, pointers)
+            plans.queued(views)
+        else:
+            arrays.fill(ids, made[0], 0)
+        return MoEPermutation(*made)
+
+    def _run_on_host(self, views: tuple[View, View | None]) -> MoEPermutation:
+        from flashmoe_cupy.cpu.moe import permute
+
+        p = self.problem
+        ids, expert_map = plans.on_host(views)
+        plans.check_ids(ids, p.num_experts, p.num_global)
+        return MoEPermutation(*[arrays.from_numpy(views[0], a) for a in permute(ids, p.num_experts, expert_map)])
+
+
+_plans: plans.Memory[_Plan] = plans.Memory()

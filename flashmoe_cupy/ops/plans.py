@@ -1,0 +1,139 @@
+"""What the operations of mixture of experts share: plans found by a key, outputs, and the check of a given `out`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from flashmoe_cupy import _env, arrays
+from flashmoe_cupy.arrays import View
+from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.plan import kernels
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.ops.moe_gpu import Ready
+    from flashmoe_cupy.ops.quick import Quick, Shape
+
+_MAX_PLANS = 4096  # distinct calls that an operation remembers
+_BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
+_gpu: Any = None  # the module that launches, once an array on a device came
+Plan = TypeVar("Plan")
+Spec = tuple[tuple[int, ...], DType]  # shape and dtype of an output
+
+
+class Memory(Generic[Plan]):
+    """The plans of one operation by the shapes, strides, dtypes and options of the calls that they serve."""
+
+    __slots__ = ("_lock", "_plans")
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+        self._lock = threading.Lock()
+        kernels.forget.append(self._plans.clear)
+
+    def find(self, key: Any) -> Plan | None:
+        try:
+            return self._plans.get(key)
+        except TypeError:  # an option that cannot be hashed: validation names it
+            return None
+
+    def keep(self, key: Any, plan: Plan) -> Plan:
+        with self._lock:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            with suppress(TypeError):  # an unhashable option that validation let through
+                self._plans[key] = plan
+        return plan
+
+
+def run_again(
+    ready: Ready, quick: Quick, given: Sequence[Any], absent: int, specs: Sequence[tuple[Shape, Shape, Any]]
+) -> list[Any] | None:
+    """A call like an earlier one, on plain arrays of torch or CuPy: the outputs. None: it has to go the long way.
+
+    given: the arguments that are there, followed by `absent` ones that are not. specs: shape, row-major strides and
+    dtype of each output.
+    """
+    pointer, empty, device = quick.pointer, quick.empty, quick.device(given[0])
+    table = [0, *map(pointer, given), *[0] * absent]
+    bits = 0
+    for address in table:
+        bits |= address
+    if bits & 15 or ready.series.device != device:
+        return None
+    made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
+    table += map(pointer, made)
+    if ready.workspace:
+        workspace = empty(device, (ready.workspace,), (1,), quick.uint8)
+        base = pointer(workspace)
+        table += [base + offset for offset in ready.offsets]
+    ready.series.run(table, quick.stream(device))
+    return made
+
+
+def gpu() -> Any:
+    """The module `ops.moe_gpu`, loaded at the first call with arrays on a device."""
+    global _gpu
+    if _gpu is None:
+        from flashmoe_cupy.ops import moe_gpu
+
+        _gpu = moe_gpu
+    return _gpu
+
+
+def allocate(like: View, specs: Sequence[Spec]) -> tuple[list[Any], tuple[int, ...]]:
+    """New arrays in like's library on like's device, and their addresses; like lies on a device."""
+    made = [arrays.empty(like, shape, dtype) for shape, dtype in specs]
+    if like.library == "torch":
+        return made, tuple([array.data_ptr() for array in made])
+    return made, tuple([array.data.ptr for array in made])  # CuPy's, for all others
+
+
+def queued(views: Sequence[View | None]) -> None:
+    """After a launch: arguments that their library might reuse stay alive until the kernels have read them."""
+    if views[0] is not None and views[0].library in _BORROWED:
+        arrays.keep_until_done([v for v in views if v is not None])
+
+
+def on_host(views: Sequence[View | None]) -> list[Any]:
+    """The arguments as NumPy arrays on the same memory."""
+    return [None if v is None else arrays.as_numpy(v) for v in views]
+
+
+def check_ids(ids: Any, num_experts: int, num_global: int) -> None:
+    """Under FLASHMOE_CHECK=1 raises FlashMoEError for ids in host memory that name no expert and no empty place."""
+    if _env.get().check:
+        from flashmoe_cupy.cpu.moe import check_ids as check
+
+        check(ids, num_experts if num_global < 0 else num_global)
+
+
+class Overlap:
+    """Whether a given `out` shares memory with an argument. How far each one reaches is computed once per plan."""
+
+    __slots__ = ("_names", "_out", "_reach")
+
+    def __init__(self, names: Sequence[str], views: Sequence[View | None], out: View | None) -> None:
+        self._names = names
+        self._out = (0, 0) if out is None else _reach(out)
+        self._reach = [(0, 0) if v is None else _reach(v) for v in views]
+
+    def check(self, out: View, views: Sequence[View | None]) -> None:
+        """Raises UnsupportedProblem: blocks of a kernel would read what others have overwritten."""
+        low, high = out.ptr + self._out[0], out.ptr + self._out[1]
+        why = [
+            f"out shares memory with {name}"
+            for name, v, (first, last) in zip(self._names, views, self._reach, strict=True)
+            if v is not None and v.ptr + first < high and low < v.ptr + last and arrays.overlap(out, v)
+        ]
+        if why:
+            raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
+
+
+def _reach(v: View) -> tuple[int, int]:
+    """First byte and the one behind the last, from the first element on."""
+    low, high = arrays.extent(v)
+    return low - v.ptr, high - v.ptr

@@ -1,0 +1,181 @@
+"""What the validation of every operation shares: checks that add reasons to a list, and the words of the reasons."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32, DType
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.arrays import View
+
+INT_MAX = 2**31 - 1  # kernels count rows, heads and assignments in 32 bits
+FLOAT_MAX = 3.4028234663852886e38  # numbers reach the kernels as float32
+FLOAT_TINY = 1.1754943508222875e-38
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}  # the dtypes of the arrays that are computed with
+FLOATS = "bfloat16, float16 or float32"
+Option = tuple[str, object, object]  # name, value, default
+Named = Sequence[tuple[str, "View"]]
+
+
+# ---- checks ----
+
+
+def check_ranks(why: list[str], rank: int, named: Named) -> None:
+    for name, x in named:
+        if len(x.shape) != rank:
+            why.append(f"{name} must have {rank} dimensions, but its shape is {x.shape}")
+
+
+def check_last(why: list[str], name: str, x: View) -> None:
+    """Empty arrays and dimensions of size 1 may have any stride."""
+    if x.shape and x.shape[-1] > 1 and x.strides[-1] != 1 and 0 not in x.shape:
+        why.append(f"the last dimension of {name} must be contiguous, but its stride is {x.strides[-1]} elements")
+
+
+def check_places(why: list[str], named: Named) -> None:
+    """One library and one device for all."""
+    library, device = named[0][1].library, named[0][1].device
+    same = True
+    for _, x in named:
+        same = same and x.library == library and x.device == device
+    if not same:
+        places = ", ".join(f"{name} is {place(x)}" for name, x in named)
+        why.append(f"arguments must be of one library and on one device: {places}")
+
+
+def check_dtypes(why: list[str], named: Named) -> None:
+    """One floating dtype for all."""
+    dtype = named[0][1].dtype
+    if dtype in SHORT and all(x.dtype is dtype for _, x in named):
+        return
+    bad = [(name, x) for name, x in named if x.dtype not in SHORT]
+    for name, x in bad:
+        why.append(f"{name} has dtype {x.dtype}, which must be {FLOATS}; {cast(name, x)}")
+    if not bad:
+        have = ", ".join(f"{name} is {x.dtype}" for name, x in named)
+        why.append(f"dtypes differ: {have}; cast them to one dtype")
+
+
+def check_out(why: list[str], out: View, owner: str, dtype: DType, want: tuple[int, ...] | None) -> None:
+    """An output that was given: writable, of the right shape and of owner's dtype, no element twice in memory."""
+    if out.library == "jax":
+        why.append("out is a JAX array, which is immutable; leave out=None")
+    elif out.readonly:
+        why.append("out is read-only")
+    if want is not None and out.shape != want:
+        why.append(f"out must have shape {want}, but has {out.shape}")
+    if out.dtype is not dtype:
+        why.append(f"out must have {owner}'s dtype {dtype}, but has {out.dtype}")
+    check_last(why, "out", out)
+    if 0 in out.shape:
+        return
+    reach = 0  # every stride must step over all that the smaller ones reach
+    for stride, size in sorted((abs(t), n) for t, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        if stride <= reach:
+            why.append(f"elements of out overlap in memory: shape {out.shape}, strides {out.strides} elements")
+            break
+        reach += stride * (size - 1)
+
+
+def check_small(
+    why: list[str], name: str, x: View, dtype: DType, owner: str, want: tuple[int, ...] | None
+) -> None:
+    """A bias or the like: float32 or its owner's dtype, of exactly the shape `want` where that is known."""
+    if x.dtype is not FP32 and x.dtype is not dtype:
+        why.append(f"{name} has dtype {x.dtype}, which must be float32{or_else(dtype, owner)}")
+    if want is not None and x.shape != want:
+        why.append(f"{name} must have shape {want}, but has {x.shape}")
+    check_last(why, name, x)
+
+
+def check_list(why: list[str], name: str, x: View) -> None:
+    if x.dtype is not INT32:
+        why.append(f"{name} has dtype {x.dtype}, which must be int32; {cast(name, x, 'int32')}")
+    check_ranks(why, 1, ((name, x),))
+    check_last(why, name, x)
+
+
+def check_eights(why: list[str], *sizes: tuple[str, int, str]) -> None:
+    for name, n, what in sizes:
+        if n % 8 or n < 8:
+            pad = f" (pad {what} with zeros to {-(-n // 8) * 8})" if n else ""
+            why.append(f"{name} is {n}; it must be a multiple of 8{pad}")
+
+
+# ---- values ----
+
+
+def integer(value: object) -> int | None:
+    """A Python or NumPy integer as int; None for all else, bools included."""
+    if type(value) is int:
+        return value
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def real(value: object) -> float | None:
+    """A Python or NumPy number as float; None for all else, bools included; infinite when it does not fit."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def count(why: list[str], name: str, value: object) -> int:
+    n = integer(value)
+    if n is None or not 1 <= n <= INT_MAX:
+        why.append(f"{name} must be an int from 1 on, but is {show(value)}")
+        return 0
+    return n
+
+
+def flag(why: list[str], name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        why.append(f"{name} must be a bool, but is {show(value)}")
+        return False
+    return bool(value)
+
+
+# ---- words ----
+
+
+def or_else(dtype: DType, owner: str) -> str:
+    """The second dtype that a small array may have; nothing where it would be float32 again."""
+    return f" or {owner}'s dtype {dtype}" if dtype in (BF16, FP16) else ""
+
+
+def cast(name: str, x: View, dtype: str = "float32") -> str:
+    prefix = {"torch": "torch.", "jax": "jnp.", "cupy": "cupy."}.get(x.library, "np.")
+    return f"cast with {name}.{'to' if x.library == 'torch' else 'astype'}({prefix}{dtype})"
+
+
+def place(x: View) -> str:
+    owner: Any = getattr(x.owner, "source", x.owner)  # arrays taken by DLPack keep their producer there
+    kind = f"{type(owner).__module__.partition('.')[0]}.{type(owner).__name__}"
+    way = {"dlpack": " by DLPack", "cai": " by __cuda_array_interface__", "jax": " of JAX"}.get(x.library, "")
+    return f"{kind}{way} on {'the CPU' if x.device < 0 else f'cuda:{x.device}'}"
+
+
+def show(value: object) -> str:
+    """repr for numbers and short things; only the type for arrays, whose repr could copy from a GPU."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, numbers.Number)):
+        return repr(value)
+    if isinstance(value, (tuple, list)) and len(value) <= 4:
+        return f"({', '.join(map(show, value))})"
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def asked(op: str, named: Named, options: Sequence[Option]) -> str:
+    """The call in one line: dtypes and shapes of the arrays, and the options that are not at their defaults."""
+    words = [f"{name}={x.dtype.name}{list(x.shape)}" for name, x in named]
+    words += [f"{name}={text}" for name, value, default in options if (text := show(value)) != show(default)]
+    return f"{op}({', '.join(words)})"

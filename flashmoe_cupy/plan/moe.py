@@ -1,0 +1,320 @@
+"""The small kernels of the mixture of experts as the host sees them, and how the operations are made of launches.
+
+A step is one launch: a kernel's source, its grid, and its Params as bytes with places for addresses. No GPU, no CuPy.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flashmoe_cupy.dtypes import FP32, INT32, DType
+from flashmoe_cupy.jit import source
+from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.product import Product
+
+_PER_LANE = (1, 2, 4, 8, 16, 32)  # experts that a lane of the router holds, by compiled sizes
+_WARPS_ROUTER = 4
+_WARPS_PERMUTE = 16
+_ONE_BLOCK = 4096  # assignments that one block of the permutation places
+_BLOCKS_PERMUTE = 256  # at most, of the permutation
+_ROWS_OF_STATS = 512  # warps of a router that keeps statistics, at most
+_SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+class SmallConfig(NamedTuple):
+    """One specialisation of a kernel whose template arguments are written out."""
+
+    name: str
+    struct: str  # the C++ type inside namespace fm
+    threads: int
+    smem_bytes: int
+    min_blocks: int = 1
+    cluster: int = 1
+
+
+class SmallKernel(NamedTuple):
+    """A kernel that takes its Params as pointers, then 64-bit, then 32-bit numbers."""
+
+    name: str
+    header: str
+    summary: str
+    params: str
+    pointers: int
+    tail: struct.Struct
+    all_configs: tuple[SmallConfig, ...]
+
+    @property
+    def params_size(self) -> int:
+        """Bytes of Params."""
+        return 8 * self.pointers + self.tail.size
+
+    @property
+    def pack_pointers(self) -> Callable[..., None]:
+        """Packs the addresses in front of Params."""
+        return struct.Struct(f"{self.pointers}Q").pack_into
+
+    def configs(self, arch: str) -> tuple[SmallConfig, ...]:  # noqa: ARG002
+        """The closed set, the same for every architecture."""
+        return self.all_configs
+
+    def source(self, config: SmallConfig) -> str:
+        """The translation unit of one configuration."""
+        return source.render(
+            self.header, config.struct, self.params, self.params_size, config.threads, config.min_blocks
+        )
+
+
+ROUTER = SmallKernel(
+    "moe_router", "moe/router.cuh", "top-k experts and their weights", "MoeRouterParams", 7, struct.Struct("q10if1i"),
+    tuple(
+        SmallConfig(f"{32 * n} experts{' stats' * s}", f"MoeRouter<{n}, {'true' if s else 'false'}>", 128, 0)
+        for s in (False, True)
+        for n in _PER_LANE
+    ),
+)  # fmt: skip
+ROUTER_STATS = SmallKernel(
+    "moe_router_stats", "moe/router.cuh", "counts and losses of a router", "MoeRouterStatsParams", 7,
+    struct.Struct("4i"), (SmallConfig("stats", "MoeRouterStats", 1024, 8192),),
+)  # fmt: skip
+CAPACITY = SmallKernel(
+    "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams", 4, struct.Struct("2i"),
+    (SmallConfig("capacity", "MoeCapacity", 256, 0),),
+)  # fmt: skip
+_PERMUTE = struct.Struct("2q6i")
+PERMUTE_COUNT = SmallKernel(
+    "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams", 6, _PERMUTE,
+    (SmallConfig("count", "MoePermuteCount", 512, 16384),),
+)  # fmt: skip
+PERMUTE_PLACE = SmallKernel(
+    "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams", 6, _PERMUTE,
+    (SmallConfig("place", "MoePermutePlace", 512, 4 * 16 * 512 + 64),),
+)  # fmt: skip
+COMBINE = SmallKernel(
+    "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams", 6,
+    struct.Struct("4q6i"),
+    tuple(SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")),
+)  # fmt: skip
+CLEAR = SmallKernel(
+    "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams", 3, struct.Struct("q4i"),
+    (SmallConfig("clear", "GroupedClear", 256, 0),),
+)  # fmt: skip
+SMALL_KERNELS = (ROUTER, ROUTER_STATS, CAPACITY, PERMUTE_COUNT, PERMUTE_PLACE, COMBINE, CLEAR)
+
+
+class Step(NamedTuple):
+    """One launch of a small kernel. arguments: names of the arrays whose addresses go to the front of Params."""
+
+    kernel: SmallKernel
+    config: SmallConfig
+    grid: int
+    arguments: tuple[str, ...]
+    tail: bytes
+
+
+class Workspace:
+    """Arrays that live as long as a call, one behind the other in one allocation."""
+
+    def __init__(self) -> None:
+        self.offsets: dict[str, int] = {}
+        self.bytes = 0
+
+    def add(self, name: str, size: int) -> None:
+        """Room for `size` bytes at a multiple of 256."""
+        self.offsets[name] = self.bytes
+        self.bytes += -(-size // 256) * 256
+
+
+def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
+    """The launches of `moe_route`; arrays: logits, bias, the outputs by their names, and those of the workspace."""
+    work = Workspace()
+    stats = p.return_stats
+    tokens_per_block = _WARPS_ROUTER
+    if stats:
+        tokens_per_block = max(tokens_per_block, -(-p.tokens // (_ROWS_OF_STATS // _WARPS_ROUTER)))
+    blocks = -(-p.tokens // tokens_per_block)
+    rows = blocks * _WARPS_ROUTER
+    if stats:
+        work.add("partial_probabilities", 4 * rows * p.num_experts)
+        work.add("partial_counts", 4 * rows * p.num_experts)
+        work.add("partial_z", 4 * rows)
+    size = next(i for i, n in enumerate(_PER_LANE) if 32 * n >= p.num_experts)
+    config = ROUTER.all_configs[size + (len(_PER_LANE) if stats else 0)]
+    tail = ROUTER.tail.pack(
+        p.logits_stride, p.tokens, p.num_experts, p.top_k, tokens_per_block, p.dtype.code, _code(p.bias_dtype),
+        _SCORING.index(p.scoring_func), int(p.renormalize), p.num_expert_group, p.topk_group,
+        p.routed_scaling_factor, 0,
+    )  # fmt: skip
+    partial = ("partial_probabilities", "partial_counts", "partial_z")
+    outputs = ("topk_weights", "topk_ids")
+    steps = [Step(ROUTER, config, blocks, ("logits", "bias", *outputs, *(partial if stats else ("", "", ""))), tail)]
+    limited = 0 <= p.capacity < p.tokens
+    if stats:
+        results = ("expert_counts", "dropped", "load_balancing_loss", "z_loss")
+        numbers = (p.tokens, p.num_experts, rows, p.capacity if limited else 2**31 - 1)
+        tail = ROUTER_STATS.tail.pack(*numbers)
+        steps.append(Step(ROUTER_STATS, ROUTER_STATS.all_configs[0], 1, (*partial, *results), tail))
+    if limited:
+        chosen = PermuteProblem(INT32, p.tokens, p.top_k, p.top_k, p.num_experts, -1)
+        steps += permute_steps(chosen, work)
+        assignments = p.tokens * p.top_k
+        arguments = ("offsets", "inverse_indices", *outputs)
+        tail = CAPACITY.tail.pack(assignments, p.capacity)
+        steps.append(Step(CAPACITY, CAPACITY.all_configs[0], -(-assignments // 256), arguments, tail))
+    return steps, work
+
+
+def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True) -> list[Step]:
+    """The launches of `moe_permute`. own: the three results lie in the workspace."""
+    assignments = p.tokens * p.top_k
+    if own:
+        work.add("offsets", 4 * (p.num_experts + 1))
+        work.add("sorted_indices", 4 * assignments)
+        work.add("inverse_indices", 4 * assignments)
+    blocks = 1 if assignments <= _ONE_BLOCK else min(-(-assignments // 2048), _BLOCKS_PERMUTE)
+    per_warp = -(-assignments // (blocks * _WARPS_PERMUTE * 32)) * 32
+    blocks = -(-assignments // (per_warp * _WARPS_PERMUTE))
+    if blocks > 1:
+        work.add("counts", 4 * blocks * p.num_experts)
+    ids = p.num_experts if p.num_global < 0 else p.num_global
+    tail = _PERMUTE.pack(
+        p.ids_stride, 1, assignments, p.top_k, p.num_experts, ids, per_warp, int(p.ids_dtype.itemsize == 8)
+    )
+    results = ("offsets", "sorted_indices", "inverse_indices")
+    mapped = "expert_map" if p.num_global >= 0 else ""
+    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results)
+    steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, tail)]
+    if blocks > 1:
+        steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, tail))
+    return steps
+
+
+class ProductStep(NamedTuple):
+    """One grouped product. arguments: names of the arrays, in the order of `product.POINTERS`."""
+
+    product: Product
+    arguments: tuple[str, ...]
+
+
+def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step | ProductStep]:
+    """The launches of `grouped_gemm`. Groups of a masked problem lie whole rows apart: see `rows_apart`."""
+    steps: list[Step | ProductStep] = [_grouped_gemm_step(p)]
+    if p.new_out:
+        rows = p.rows * (p.num_experts if p.masked else 1)
+        chunks = p.n * p.dtype.itemsize // 16
+        tail = CLEAR.tail.pack(chunks, p.num_experts, rows, p.rows, 0)
+        grid = min(-(-rows * chunks // 256), 264)  # two blocks for each of an H100's multiprocessors
+        steps.insert(0, Step(CLEAR, CLEAR.all_configs[0], grid, ("out", "offsets", "group_sizes"), tail))
+    return steps
+
+
+def _grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
+    x_row, out_row, x_group, out_group, rows, rows_x = p.x_strides[1], p.out_strides[1], 0, 0, p.rows, p.x_rows
+    expected = p.rows / max(p.num_experts, 1)
+    if p.masked:
+        (x_row, x_group), (out_row, out_group) = _rows(p, p.x_strides), _rows(p, p.out_strides)
+        rows, rows_x = (max(p.num_experts - 1, 0) * group + p.rows for group in (out_group, x_group))
+        expected = float(p.rows)
+    product = Product(
+        p.dtype, p.num_experts, rows, rows_x, p.rows if p.masked else 0, p.d, p.n, "", False, p.gather, 1, x_row,
+        p.w_strides, 0, out_row, p.bias_dtype, (p.bias_stride, 1, 0), None, 0, 0.0, 0.0, out_group, x_group - out_group,
+        expected, False,
+    )  # fmt: skip
+    return ProductStep(product, ("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", ""))
+
+
+def _rows(p: GroupedGemmProblem, strides: tuple[int, int]) -> tuple[int, int]:
+    """(elements from row to row, rows from expert to expert) of a masked array."""
+    group, row = strides
+    if p.num_experts == 1:
+        return row, p.rows
+    return (group, 1) if p.rows == 1 else (row, group // row if row else 0)
+
+
+def rows_aligned(p: Product) -> bool:
+    """Whether strides keep every row of x, w and out at a multiple of 16 bytes."""
+    size, halves = p.dtype.itemsize, 2 if p.gated else 1
+    (w_e, w_n), w_half = p.w_strides, p.w_stride_half
+    steps = ((p.rows_x, p.x_stride), (p.groups, w_e), (p.n, w_n), (halves, w_half), (p.rows, p.out_stride))
+    return not any(n > 1 and stride * size % 16 for n, stride in steps)
+
+
+def rows_apart(p: GroupedGemmProblem) -> list[str]:
+    """Why the experts of a masked problem do not lie whole rows apart; empty when they do."""
+    if not p.masked or p.num_experts == 1 or p.rows == 1:
+        return []
+    return [
+        f"experts of {name} lie {group} elements apart, which is no multiple of the {row} from row to row"
+        for name, (group, row) in (("x", p.x_strides), ("out", p.out_strides))
+        if row <= 0 or group % row or group < 0
+    ]
+
+
+def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
+    """The launches of `fused_moe`: dispatch, two products, the shared expert's two, and the sum."""
+    work = Workspace()
+    assignments, size, n, d = p.tokens * p.top_k, p.dtype.itemsize, p.intermediate, p.hidden
+    chosen = PermuteProblem(p.topk_ids_dtype, p.tokens, p.top_k, p.topk_ids_stride, p.num_experts, p.num_global)
+    steps: list[Step | ProductStep] = [*permute_steps(chosen, work)]
+    work.add("activation", assignments * n * size)
+    work.add("y", assignments * d * size)
+    # a gated w_gate_up has n gate rows, then n up rows, or takes turns
+    row, half = (2, 1) if p.interleaved else (1, n)
+    if not p.gated:
+        row, half = 1, 0
+    expert, stride = p.w_gate_up_strides
+    weights_dtype = p.topk_weights_dtype if p.weight_on_input else None
+    expected = assignments / max(p.num_experts, 1)
+    first = Product(
+        p.dtype, p.num_experts, assignments, p.tokens, 0, d, n, p.activation, p.gated, True, p.top_k, p.x_stride,
+        (expert, stride * row), stride * half, n, p.b_gate_up_dtype, (p.b_gate_up_stride, row, half), weights_dtype,
+        p.topk_weights_stride, p.swiglu_alpha, p.swiglu_limit, 0, 0, expected, p.batch_invariant,
+    )  # fmt: skip
+    gathered = "topk_weights" if p.weight_on_input else ""
+    steps.append(
+        ProductStep(first, ("x", "w_gate_up", "activation", "b_gate_up", "offsets", "", "sorted_indices", gathered))
+    )
+    second = Product(
+        p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
+        p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
+    )  # fmt: skip
+    steps.append(ProductStep(second, ("activation", "w_down", "y", "b_down", "offsets", "", "", "")))
+    if p.shared:
+        s = p.shared
+        work.add("shared_activation", p.tokens * s * size)
+        work.add("shared", p.tokens * d * size)
+        stride, half = p.shared_w_gate_up_stride, (half if half <= 1 else s)
+        one = first._replace(
+            groups=1, rows=p.tokens, max_rows=p.tokens, n=s, gather=False, gather_divisor=1,
+            w_strides=(0, stride * row), w_stride_half=stride * half, out_stride=s, bias_dtype=None,
+            bias_strides=(0, 0, 0), row_weights_dtype=None, row_weights_stride=0, group_stride=p.tokens,
+            expected=float(p.tokens),
+        )  # fmt: skip
+        steps.append(ProductStep(one, ("x", "shared_w_gate_up", "shared_activation", "", "", "", "", "")))
+        two = second._replace(
+            groups=1, rows=p.tokens, rows_x=p.tokens, max_rows=p.tokens, k=s, x_stride=s,
+            w_strides=(0, p.shared_w_down_stride), bias_dtype=None, bias_strides=(0, 0, 0), group_stride=p.tokens,
+            expected=float(p.tokens),
+        )  # fmt: skip
+        steps.append(ProductStep(two, ("shared_activation", "shared_w_down", "shared", "", "", "", "", "")))
+    config = next(c for c in COMBINE.all_configs if c.name == p.dtype.cuda)
+    chunks = p.tokens * (d // (16 // size))
+    grid = min(-(-chunks // 256), 2**16)
+    gate = p.shared_gate_dtype is not None
+    weights = "" if p.weight_on_input else "topk_weights"
+    arguments = ("y", "inverse_indices", weights, "shared" if p.shared else "", "shared_gate" if gate else "", "out")
+    steps.append(Step(COMBINE, config, grid, arguments, b""))
+    return steps, work
+
+
+def combine_tail(p: MoEProblem, aligned: bool) -> bytes:
+    """The rest of Params of the last step. aligned: rows of out start at multiples of 16 bytes."""
+    return COMBINE.tail.pack(
+        p.topk_weights_stride, 1, p.shared_gate_stride, p.out_stride, p.tokens, p.top_k, p.hidden,
+        p.topk_weights_dtype.code, _code(p.shared_gate_dtype), int(aligned),
+    )  # fmt: skip
+
+
+def _code(dtype: DType | None) -> int:
+    return FP32.code if dtype is None else dtype.code

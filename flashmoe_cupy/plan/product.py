@@ -1,0 +1,349 @@
+"""Grouped matrix products as the host sees them: problems, configurations, and how Params are packed. No GPU, no CuPy.
+
+A product is one launch of cuda_src/moe/grouped_gemm_*.cuh: `grouped_gemm` is one, `fused_moe` is two or four.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.jit import source
+from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
+from flashmoe_cupy.jit.tensormap import TensorMap
+from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM
+
+DEFAULT_SMS = 132  # of an H100, where no device is at hand
+_MOST = 2**31 - 2**16  # tiles: a block counts up to one grid beyond the last
+_ACTIVATIONS = (
+    "", "swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2",
+)  # fmt: skip
+
+POINTERS = ("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", "row_weights")
+_HEAD = struct.Struct(f"{len(POINTERS)}Q")
+_TAIL = struct.Struct("10q12i2f4i")
+
+
+class Product(NamedTuple):
+    """out[r] = act(x[row(r)] @ w[e].T * weight + bias[e]). Strides count elements; `expected` rows of a group."""
+
+    dtype: DType
+    groups: int
+    rows: int  # of out, of all groups
+    rows_x: int
+    max_rows: int  # of a group, where groups lie at even distances
+    k: int
+    n: int  # columns of out
+    activation: str  # "": none
+    gated: bool  # w has two rows for each column of out
+    gather: bool
+    gather_divisor: int
+    x_stride: int
+    w_strides: tuple[int, int]  # (group, row): from column to column of out
+    w_stride_half: int  # from gate to up
+    out_stride: int
+    bias_dtype: DType | None
+    bias_strides: tuple[int, int, int]  # (group, column, half)
+    row_weights_dtype: DType | None
+    row_weights_stride: int
+    alpha: float
+    limit: float
+    group_stride: int  # rows from group to group, in out
+    x_skip: int  # how many more they are in x
+    expected: float  # rows of a group, on average
+    fixed: bool  # one configuration, whatever the rows
+    early: bool = False  # the groups are known before the launch that makes x has ended
+
+    def describe(self) -> str:
+        """One line, for example "product bf16 e128 rows131072 n1536 k2048 swiglu gather"."""
+        words = ["product", self.dtype.cuda, f"e{self.groups}", f"rows{self.rows}", f"n{self.n}", f"k{self.k}"]
+        return " ".join(words + [self.activation] * bool(self.activation) + ["gather"] * self.gather)
+
+
+class GemmSm80Config(NamedTuple):
+    """One specialisation of `GroupedGemmSm80`; the fields are its template arguments, in their order."""
+
+    element: str
+    block_m: int
+    block_n: int  # rows of w; half as many columns of out when gated
+    stages: int
+    gated: bool
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 64x128x3 gated"."""
+        return f"{self.element} {self.block_m}x{self.block_n}x{self.stages}{' gated' if self.gated else ''}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM that the compiler must leave registers for."""
+        return 2
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm80::Smem`."""
+        columns = self.block_n // 2 if self.gated else self.block_n
+        ring = self.stages * 128 * (self.block_m + self.block_n)
+        return max(ring, self.block_m * columns * ELEMENT_BYTES[self.element])
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        return f"GroupedGemmSm80<fm::{self.element}, {self.block_m}, {self.block_n}, {self.stages}, {_cpp(self.gated)}>"
+
+
+class GemmSm90Config(NamedTuple):
+    """One specialisation of `GroupedGemmSm90`; the fields are its template arguments, in their order."""
+
+    element: str
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    cluster: int
+    ping_pong: bool  # the consumer warpgroups take tiles in turn; else they share one, 64 rows each
+    gather: bool
+    gated: bool
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 128x256x64x4 cluster2 gather gated"."""
+        words = [self.element, f"{self.block_m}x{self.block_n}x{self.block_k}x{self.stages}"]
+        words += [f"cluster{self.cluster}"] * (self.cluster > 1) + ["pingpong"] * self.ping_pong
+        return " ".join(words + ["gather"] * self.gather + ["gated"] * self.gated)
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return 2 if self.ping_pong else self.block_m // 64
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the producers' warpgroup and the consumers'."""
+        return 128 * (1 + self.consumers)
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM: one, which takes most of its shared memory."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
+        works, work_bytes, barriers = 4, 24, 16  # tiles ahead, their records, the two barriers of each buffer
+        ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
+        return ring + self.consumers * 4 * 4096 + works * work_bytes + barriers * (self.stages + works)
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = f"{self.block_m}, {self.block_n}, {self.block_k}, {self.stages}, {self.cluster}"
+        flags = ", ".join(map(_cpp, (self.ping_pong, self.gather, self.gated)))
+        return f"GroupedGemmSm90<fm::{self.element}, {sizes}, {flags}>"
+
+
+GemmConfig = GemmSm80Config | GemmSm90Config
+
+
+def _cpp(flag: bool) -> str:
+    return "true" if flag else "false"
+
+
+class GroupedGemm(ABC):
+    """What the kernels share."""
+
+    name: str
+    header: str
+    summary: str
+    params: str
+    params_size: int
+    params_align: int | None = None
+    pack_pointers = _HEAD.pack_into
+    pointer_bytes = _HEAD.size
+
+    @abstractmethod
+    def configs(self, arch: str) -> Sequence[GemmConfig]:
+        """The closed set for one architecture."""
+
+    @abstractmethod
+    def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
+        """Every reason why the product cannot run on `arch`; empty = it runs."""
+
+    @abstractmethod
+    def choose(self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> GemmConfig:
+        """The configuration. `aligned`: every row of x, w and out starts at a multiple of 16 bytes."""
+
+    def source(self, config: GemmConfig) -> str:
+        """The translation unit of one configuration."""
+        return source.render(
+            self.header, config.struct, self.params, self.params_size, config.threads, config.min_blocks,
+            params_align=self.params_align, cluster=config.cluster,
+        )  # fmt: skip
+
+    def tiles(self, p: Product, config: GemmConfig) -> int:
+        """At most so many tiles, or pairs of them in a cluster; only the device knows how many."""
+        rows = config.block_m * config.cluster
+        groups = min(p.groups, p.rows)
+        m_blocks = (p.rows - groups) // rows + groups if p.group_stride == 0 else p.groups * -(-p.max_rows // rows)
+        return m_blocks * n_blocks(p, config)
+
+    def grid(self, p: Product, config: GemmConfig, sms: int = DEFAULT_SMS) -> int:
+        """Blocks of a launch on a device of `sms` multiprocessors; each takes tile after tile."""
+        return config.cluster * max(1, min(sms * config.min_blocks // config.cluster, self.tiles(p, config)))
+
+    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
+        """The bytes of Params behind the pointers, up to the tensor maps."""
+        code = [0 if dtype is None else dtype.code for dtype in (p.bias_dtype, p.row_weights_dtype)]
+        return _TAIL.pack(
+            p.x_stride, *p.w_strides, p.w_stride_half, p.out_stride, *p.bias_strides, p.row_weights_stride, 1,
+            p.groups, p.max_rows, p.rows_x, p.rows,
+            p.k, p.n, n_blocks(p, config), p.gather_divisor,
+            _ACTIVATIONS.index(p.activation), *code, int(aligned),
+            p.alpha, p.limit,
+            max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip, int(p.early),
+        )  # fmt: skip
+
+    def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
+        """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
+        return ()
+
+
+def n_blocks(p: Product, config: GemmConfig) -> int:
+    """Tiles along the columns of out."""
+    return -(-p.n // (config.block_n // 2 if config.gated else config.block_n))
+
+
+class GroupedGemmSm80(GroupedGemm):
+    """cuda_src/moe/grouped_gemm_sm80.cuh, which runs every product."""
+
+    name = "grouped_gemm_sm80"
+    header = "moe/grouped_gemm_sm80.cuh"
+    summary = "grouped products on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
+    params = "GroupedGemmParams"
+    params_size = _HEAD.size + _TAIL.size
+
+    # (block_m, block_n, stages): for many and for few rows of a group
+    tiles_16 = ((128, 128, 3), (64, 128, 3), (16, 128, 4))
+    tiles_fp32 = ((64, 64, 3), (16, 128, 3))
+
+    def configs(self, arch: str) -> list[GemmSm80Config]:  # noqa: ARG002
+        return [
+            GemmSm80Config(element, *tile, gated)
+            for element in ("bf16", "fp16", "fp32")
+            for tile in (self.tiles_fp32 if element == "fp32" else self.tiles_16)
+            for gated in (False, True)
+        ]
+
+    def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
+        if arch not in MAX_SMEM:
+            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
+        tiles = self.tiles(product, self.choose(product, arch, aligned))
+        return [f"{tiles} tiles of work: the kernel counts them in 32 bits"] if tiles >= _MOST else []
+
+    def choose(
+        self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> GemmSm80Config:  # fmt: skip
+        element = product.dtype.cuda
+        tiles = self.tiles_fp32 if element == "fp32" else self.tiles_16
+        rows = 64 if product.fixed else product.expected
+        fitting = [tile for tile in tiles if tile[0] <= max(rows * 1.5, 16)]
+        return GemmSm80Config(element, *fitting[0], product.gated)
+
+
+class GroupedGemmSm90(GroupedGemm):
+    """cuda_src/moe/grouped_gemm_sm90.cuh: faster, for 16-bit rows that the copy engine can fetch."""
+
+    name = "grouped_gemm_sm90"
+    header = "moe/grouped_gemm_sm90.cuh"
+    summary = "grouped products on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
+    params = "GroupedGemmSm90Params"
+    maps_at = 256  # where the tensor maps begin in Params
+    params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
+    params_align = 128
+
+    # (block_m, block_n, block_k, stages, cluster, ping_pong)
+    tiles_of = (
+        (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False),
+        (64, 256, 64, 4, 1, False), (64, 128, 64, 6, 1, False),
+    )  # fmt: skip
+
+    def configs(self, arch: str) -> list[GemmSm90Config]:
+        if arch != "sm_90a":
+            return []
+        return [
+            GemmSm90Config(element, *tile, gather, gated)
+            for element in ("bf16", "fp16")
+            for tile in self.tiles_of
+            for gather in (False, True)
+            for gated in (False, True)
+        ]
+
+    def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
+        p = product
+        if arch != "sm_90a":
+            return [f"{arch} has no Hopper tensor cores: this kernel is for sm_90a"]
+        why = []
+        if p.dtype.cuda not in ("bf16", "fp16"):
+            why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")
+        if not aligned:
+            why.append("rows of x, w or out do not start at multiples of 16 bytes: the copy engine cannot fetch them")
+        if 0 in (p.rows, p.rows_x, p.groups, p.k, p.n):
+            why.append("a dimension is 0: the copy engine has no empty arrays")
+        if why:
+            return why
+        for name, of in zip(("x", "w", "out"), self.map_arguments(p, self.choose(p, arch)), strict=True):
+            if min(of.strides) < 0 or max(of.strides) >= 2**40:
+                why.append(f"{name} has a stride that is negative, or 1 TiB or more: the copy engine cannot follow it")
+        if not 0 <= p.x_stride < 2**31:
+            why.append("rows of x lie more than 4 GiB apart")
+        tiles = self.tiles(p, self.choose(p, arch))
+        if tiles >= _MOST:
+            why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
+        return why
+
+    def choose(
+        self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> GemmSm90Config:  # fmt: skip
+        p = product
+        if p.fixed:
+            tile = self.tiles_of[1]
+        elif p.expected >= 192:
+            tile = self.tiles_of[0]
+        elif p.expected + 3 * p.expected**0.5 > 64:  # else the weights of many groups would travel twice
+            tile = self.tiles_of[1]
+        else:
+            wide = GemmSm90Config(p.dtype.cuda, *self.tiles_of[2], p.gather, p.gated)
+            tile = self.tiles_of[2 if self.tiles(p, wide) >= 2 * sms else 3]
+        return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated)
+
+    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
+        return super().pack_tail(p, config, aligned).ljust(self.maps_at - self.pointer_bytes, b"\0")
+
+    def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
+        size = p.dtype.itemsize
+
+        def stride(n: int, elements: int) -> int:  # of a dimension of 1 any would do
+            return elements * size if n > 1 else 16
+
+        w_e, w_n = p.w_strides
+        halves = 2 if p.gated else 1
+        w = (stride(halves, p.w_stride_half), stride(p.n, w_n), stride(p.groups, w_e))
+        out = (stride(p.rows, p.out_stride), 16, 16)
+        return (
+            TensorMap(p.dtype, (p.k, p.rows_x), (stride(p.rows_x, p.x_stride),), (64, config.block_m)),
+            TensorMap(p.dtype, (p.k, halves, p.n, p.groups), w, (64, 1, config.block_n // 2, 1)),
+            TensorMap(p.dtype, (p.n, p.rows, 1, 1), out, (64, 16, 1, 1)),
+        )

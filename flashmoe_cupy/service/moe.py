@@ -1,0 +1,106 @@
+"""Which kernels and configurations would run a mixture of experts: one launch after the other. Needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.service.machine import backend, devices
+from flashmoe_cupy.service.plans import Choice, Explanation, absent_arrays, target_archs
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.plan.moe import ProductStep, Step
+
+_STEPS = {  # by the array that a launch writes last, or by its kernel
+    "activation": "gate and up", "y": "down", "shared_activation": "shared gate and up", "shared": "shared down",
+    "moe_router": "route", "moe_permute_count": "count", "moe_permute_place": "permute", "moe_combine": "sum",
+}  # fmt: skip
+
+
+def explain_moe(
+    arch: str | Sequence[str] | None = None,
+    *,
+    tokens: int = 4096,
+    hidden: int = 2048,
+    intermediate: int = 768,
+    experts: int = 128,
+    top_k: int = 8,
+    dtype: str = "bfloat16",
+    activation: str = "swiglu",
+    interleaved: bool = False,
+    shared: int = 0,
+    batch_invariant: bool = False,
+) -> Explanation:
+    """`explain` for a layer: `moe_route` of float32 logits, then `fused_moe`; the defaults are those of Qwen3-30B-A3B.
+
+    The products depend on how many rows each expert gets, for which their average is taken. shared: intermediate size
+    of a shared expert, 0 for none. bytes: weights of no more experts than there are assignments.
+    """
+    from flashmoe_cupy import dtypes
+    from flashmoe_cupy.plan import moe
+    from flashmoe_cupy.plan.moe_problem import GATED, moe_problem, route_problem
+
+    array, kind = absent_arrays(), dtypes.from_name(dtype)
+    rows = 2 if activation in GATED else 1
+    optional: dict[str, Any] = {}
+    if shared:
+        optional["shared_w_gate_up"] = array(kind, rows * shared, hidden)
+        optional["shared_w_down"] = array(kind, hidden, shared)
+    problem = moe_problem(
+        array(kind, tokens, hidden), array(kind, experts, rows * intermediate, hidden),
+        array(kind, experts, hidden, intermediate), array(dtypes.FP32, tokens, top_k),
+        array(dtypes.INT32, tokens, top_k), activation=activation, interleaved=interleaved,
+        batch_invariant=batch_invariant, **optional,
+    )  # fmt: skip
+    routed = route_problem(array(dtypes.FP32, tokens, experts), None, top_k=top_k, renormalize=True)
+    steps = [*moe.route_steps(routed)[0], *moe.moe_steps(problem)[0]] if tokens else []
+    choices = []
+    for name in target_archs(arch):
+        sms = next((device.multiprocessors for device in devices() if device.arch == name), None)
+        for step in steps:
+            small = isinstance(step, moe.Step)
+            choices.append(_small(step, name) if small else _product(step, name, sms))  # type: ignore[arg-type]
+    assignments, size = tokens * top_k, kind.itemsize
+    one, all_shared = (rows + 1) * intermediate * hidden, (rows + 1) * shared * hidden  # weights
+    flops = 2 * (assignments * one + tokens * all_shared)
+    moved = size * (min(experts, assignments) * one + (all_shared if tokens else 0) + 2 * tokens * hidden)
+    return Explanation(problem.describe(), backend()[1], flops, moved + 8 * assignments, tuple(choices))
+
+
+def element(config: Any) -> str:
+    """The element type that a configuration is for, as CUDA names it; "" for one that serves all."""
+    first = str(getattr(config, "element", config.name.split()[0]))
+    return first if first in ("bf16", "fp16", "fp32") else ""
+
+
+def _small(step: Step, arch: str) -> Choice:
+    config = step.config
+    fields = {"threads": config.threads, "smem_bytes": config.smem_bytes, "blocks": step.grid}
+    return Choice(arch, step.kernel.name, config.name, fields, (), (), _STEPS[step.kernel.name])
+
+
+def _product(step: ProductStep, arch: str, sms: int | None) -> Choice:
+    from flashmoe_cupy.plan import kernels, moe
+    from flashmoe_cupy.plan.product import DEFAULT_SMS
+
+    product, name = step.product, _STEPS[step.arguments[2]]
+    aligned = moe.rows_aligned(product)
+    try:
+        kernel = kernels.choose_product(product, arch, aligned)
+    except UnsupportedProblem:
+        why = [(k.name, reason) for k in kernels.PRODUCTS.values() for reason in k.why_not(product, arch, aligned)]
+        return Choice(arch, "", "", {}, (), tuple(why), name)
+    config = kernel.choose(product, arch, aligned, sms or DEFAULT_SMS)
+    fields = {**config._asdict(), "threads": config.threads, "smem_bytes": config.smem_bytes}
+    fields["blocks"] = kernel.grid(product, config, sms or DEFAULT_SMS)
+    if product.fixed:
+        because = "batch_invariant: one configuration for any number of tokens"
+    else:
+        because = f"{product.expected:.4g} rows for each of {product.groups} experts on average"
+    rejected = []
+    for other in kernels.PRODUCTS.values():
+        if other is not kernel:
+            why_not = other.why_not(product, arch, aligned) or [f"{kernel.name} comes first"]
+            rejected += [(other.name, reason) for reason in why_not]
+    return Choice(arch, kernel.name, config.name, fields, (because,), tuple(rejected), name)

@@ -1,0 +1,257 @@
+"""The kernels of the mixture of experts, run on the CPU: numbers, bits, edges of memory, waits that are not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from emulate import EmulationError, build_all, missing
+from emulated_moe import Machine, bf16
+
+from flashmoe_cupy import reference
+from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.jit import source
+from flashmoe_cupy.plan import moe
+from flashmoe_cupy.plan.kernels import PRODUCTS
+from flashmoe_cupy.plan.moe_problem import PermuteProblem
+from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
+from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
+from flashmoe_cupy.testing_moe import MoECase, RouteCase
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+SEEDS = (0, 1, 4, 7)
+HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in GroupedGemmSm90.tiles_of]
+PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
+PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All of them at once, on all cores."""
+    texts: list[tuple[str, dict[str, str]]] = []
+    for gated in (False, True):
+        for hopper in HOPPER:
+            config = hopper._replace(gather=gated, gated=gated)
+            texts.append((PRODUCTS["grouped_gemm_sm90"].source(config), {}))
+        for portable in PORTABLE:
+            texts.append((PRODUCTS["grouped_gemm_sm80"].source(portable._replace(gated=gated)), {}))
+    build_all(texts)
+
+
+def machine(config: GemmSm90Config | GemmSm80Config, seed: int = 0) -> Machine:
+    name = "grouped_gemm_sm90" if isinstance(config, GemmSm90Config) else "grouped_gemm_sm80"
+    return Machine(name, config, seed)
+
+
+def judge(got: Any, want: Any, dtype: str) -> None:
+    """A dot product's error is that of its rounding to the dtype, twice: the activation and the result."""
+    tolerance = TOLERANCES[dtype]
+    out = got.astype(np.float64)
+    assert relative_error(out, want) <= tolerance.norm
+    assert row_error(out, want) <= tolerance.row
+
+
+EXPERTS = (
+    MoECase(150, 72, 136, 3, 2, biases="float32", sentinels=0.2),
+    MoECase(70, 200, 264, 5, 3, activation="gelu", routing="zipf", biases="same"),
+    MoECase(9, 136, 40, 4, 2, activation="swigluoai", interleaved=True, weight_on_input=True, shared=24),
+)
+
+
+@pytest.mark.parametrize("config", [*HOPPER, *PORTABLE], ids=lambda c: c.name)
+def test_experts(config: GemmSm90Config | GemmSm80Config) -> None:
+    """Every tile on problems that do not fill it, in several orders of warps and asynchronous work: the same bits."""
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.element]
+    for case in EXPERTS:
+        case = case._replace(dtype=dtype)
+        arrays = case.random()
+        want = reference.fused_moe(**arrays, **case.options())
+        results = [machine(config, seed).fused_moe(arrays, **case.options()) for seed in SEEDS]
+        judge(results[0], want, dtype)
+        for other in results[1:]:
+            assert np.array_equal(other.view(np.uint8), results[0].view(np.uint8))
+
+
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_activations(activation: str, dtype: str) -> None:
+    case = MoECase(20, 64, 64, 4, 2, dtype, activation, biases="float32")
+    arrays = case.random()
+    config = PORTABLE[-1] if dtype == "float32" else HOPPER[-1]
+    judge(machine(config).fused_moe(arrays, **case.options()), reference.fused_moe(**arrays, **case.options()), dtype)
+
+
+LAYERS = (
+    MoECase(1, experts=160, top_k=8), MoECase(7, experts=1, top_k=1), MoECase(129, experts=5, routing="one"),
+    MoECase(40, experts=384, top_k=8, shared=40, shared_gate="float32"), MoECase(33, routing="duplicates", top_k=5),
+    MoECase(21, experts=4, global_experts=16, top_k=6, ids_dtype="int64", sentinels=0.3, weights_dtype="same"),
+    MoECase(600, 64, 64, 40, 8, routing="zipf"), MoECase(12, sentinels=1.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("kernel", ["grouped_gemm_sm90", "grouped_gemm_sm80"])
+def test_layers(case: MoECase, kernel: str) -> None:
+    """Counts, ids and weights of all kinds, with the configurations that the plan chooses."""
+    arrays = case.random()
+    got = Machine(kernel, seed=4).fused_moe(arrays, **case.options())
+    judge(got, reference.fused_moe(**arrays, **case.options()), "bfloat16")
+
+
+def test_a_token_alone_and_among_others() -> None:
+    """batch_invariant: the same bits. The rows of a tile do not see each other, whatever the configuration."""
+    case = MoECase(90, 136, 72, 6, 3, batch_invariant=True)
+    arrays = case.random()
+    for kernel in ("grouped_gemm_sm90", "grouped_gemm_sm80"):
+        together = Machine(kernel).fused_moe(arrays, **case.options())
+        for t in (0, 41, 89):
+            alone = {n: x[t : t + 1] if n in ("x", "topk_ids", "topk_weights") else x for n, x in arrays.items()}
+            assert np.array_equal(Machine(kernel).fused_moe(alone, **case.options())[0], together[t])
+
+
+ROUTES = (
+    RouteCase(13, 16, 4), RouteCase(5, 1, 1), RouteCase(6, 1000, 32, scoring_func="sqrtsoftplus", logits="ties"),
+    RouteCase(9, 160, 6, "bfloat16", num_expert_group=8, topk_group=3),
+    RouteCase(11, 256, 8, "float16", "sigmoid", True, 2.5, "float32", 8, 4),
+    RouteCase(33, 5, 5, logits="wild"), RouteCase(17, 64, 8, renormalize=True, logits="peaked"),
+    RouteCase(40, 8, 2, capacity_factor=0.7), RouteCase(12, 96, 32, bias="same", logits="equal"),
+    RouteCase(8, 12, 3, scoring_func="sigmoid", bias="float32", num_expert_group=12, topk_group=5),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROUTES, ids=str)
+def test_router(case: RouteCase) -> None:
+    """The reference's choice exactly, weights and losses to rounding; with and without statistics the same."""
+    arrays = case.random()
+    weights, ids, stats = reference.moe_route(**arrays, **case.options(), return_stats=True)
+    with np.errstate(over="ignore"):
+        z_loss = np.float32(stats.z_loss)
+    for seed in (0, 4):
+        for wanted in (False, True):
+            got = Machine(seed=seed).route(arrays, **case.options(), return_stats=wanted)
+            assert np.array_equal(got["topk_ids"], ids)
+            np.testing.assert_allclose(got["topk_weights"], weights, rtol=2e-6, atol=2e-7)
+        assert np.array_equal(got["expert_counts"], stats.expert_counts)
+        assert np.array_equal(got["dropped"], stats.dropped)
+        np.testing.assert_allclose(got["load_balancing_loss"], stats.load_balancing_loss, rtol=1e-5)
+        np.testing.assert_allclose(got["z_loss"], z_loss, rtol=1e-5)
+
+
+IDS = [(7, 2, 5), (1, 8, 128), (1, 1, 1), (1100, 8, 40), (40, 3, 1030)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), IDS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_permutation(tokens: int, top_k: int, experts: int, wide: bool, rng: np.random.Generator) -> None:
+    ids = rng.integers(-1, experts + 1, (tokens, top_k)).astype(np.int64 if wide else np.int32)
+    expert_map = rng.integers(-1, experts, experts).astype(np.int32) if wide else None
+    want = reference.moe_permute(ids, num_experts=experts, expert_map=expert_map)
+    got = Machine(seed=4).permute(ids, experts, expert_map)
+    for name, array in got.items():
+        assert np.array_equal(array, getattr(want, name)), name
+
+
+def test_permutation_of_many_experts(rng: np.random.Generator) -> None:
+    """More than the counters of one window hold, in several blocks."""
+    ids = rng.integers(0, 9000, (5000, 1)).astype(np.int32)
+    want = reference.moe_permute(ids, num_experts=9000)
+    got = Machine().permute(ids, 9000)
+    for name, array in got.items():
+        assert np.array_equal(array, getattr(want, name)), name
+
+
+@pytest.mark.parametrize("kernel", ["grouped_gemm_sm90", "grouped_gemm_sm80"])
+def test_groups_in_buffers_of_one_size(kernel: str, rng: np.random.Generator) -> None:
+    """DeepGEMM's masked layout, in larger buffers: rows behind the group's last are neither written nor wanted."""
+    groups, most, d, n = 4, 70, 72, 136
+    sizes = np.array([70, 0, 13, 65], np.int32)
+    x = bf16(rng.standard_normal((groups, most + 5, d), np.float32))[:, :most]
+    w = bf16(rng.standard_normal((groups, n, d), np.float32))
+    before = bf16(np.full((groups, most + 9, n), 3.0, np.float32))
+    out = before[:, :most]
+    bias = rng.standard_normal((groups, n)).astype(np.float32)
+    given = {"x": x, "w": w, "group_sizes": sizes, "bias": bias}
+    got = Machine(kernel, seed=1).grouped_gemm(given, out)
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).swapaxes(1, 2) + bias[:, None]
+    for e, rows in enumerate(sizes):
+        judge(got[e, :rows], want[e, :rows], "bfloat16")
+        assert (got[e, rows:] == 3.0).all()
+
+
+@pytest.mark.parametrize("kernel", ["grouped_gemm_sm90", "grouped_gemm_sm80"])
+def test_gathered_rows(kernel: str, rng: np.random.Generator) -> None:
+    """Indices outside of x give zeros, rows of no group stay, x has rows of its own stride."""
+    d, n, rows = 136, 72, 150
+    x = bf16(rng.standard_normal((33, d + 8), np.float32))[:, :d]
+    w = bf16(rng.standard_normal((3, n, d), np.float32))
+    gather = rng.integers(-2, 35, rows).astype(np.int32)
+    offsets = np.array([4, 20, 20, 140], np.int32)
+    out = bf16(np.full((rows, n), 3.0, np.float32))
+    given = {"x": x, "w": w, "offsets": offsets, "gather_indices": gather}
+    got = Machine(kernel, seed=4).grouped_gemm(given, out)
+    inside = (gather >= 0) & (gather < 33)
+    taken = np.where(inside[:, None], np.asarray(x, np.float64)[np.clip(gather, 0, 32)], 0.0)
+    for e in range(3):
+        part = slice(offsets[e], offsets[e + 1])
+        judge(got[part], taken[part] @ np.asarray(w[e], np.float64).T, "bfloat16")
+    assert (got[:4] == 3.0).all() and (got[140:] == 3.0).all()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_rows_that_start_anywhere(step: int, rng: np.random.Generator) -> None:
+    """The portable kernel loads elements one by one where rows are not multiples of 16 bytes apart."""
+    d, n = 72, 40
+    x = bf16(rng.standard_normal((50, d + step), np.float32))[:, :d]
+    w = bf16(rng.standard_normal((2, n, d + step), np.float32))[:, :, :d]
+    out = bf16(np.zeros((50, n), np.float32))
+    got = Machine("grouped_gemm_sm80").grouped_gemm({"x": x, "w": w, "offsets": np.array([0, 17, 50], np.int32)}, out)
+    for e, part in enumerate((slice(0, 17), slice(17, 50))):
+        judge(got[part], np.asarray(x[part], np.float64) @ np.asarray(w[e], np.float64).T, "bfloat16")
+
+
+FAULTS = {
+    "a step is released before its products are done": ("wait_for_products<1>(r_out);", ""),
+    "rows are announced before they have landed": ("cp_async_wait_group<kBehind>(), announce();", "announce();"),
+    "no fence between copies and products": ("fence_proxy_async();\n      __syncwarp();\n      if (lane", "if (lane"),
+    "the last rows of a group are stored whole": ("p.out_stride, rows, p.n - col", "p.out_stride, 16, p.n - col"),
+    "the loader does not wait": ("rings.steps.wait_empty(at);\n          mbarrier", "mbarrier"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str) -> None:
+    """With one wait, fence or bound less, some seed gives wrong numbers or a report."""
+    name = "moe/grouped_gemm_sm90.cuh"
+    text = source.headers_for(f'#include "{name}"\n')[name]
+    old, new = FAULTS[fault]
+    assert text.count(old) == 1
+    case = MoECase(150, 520, 136, 3, 2)
+    arrays = case.random()
+    want = reference.fused_moe(**arrays, **case.options())
+    for seed in (1, 3, *range(4, 10)):
+        try:
+            broken = machine(HOPPER[1], seed)
+            broken.headers = {name: text.replace(old, new)}
+            got = broken.fused_moe(arrays, **case.options())
+        except EmulationError:
+            return
+        if not relative_error(got.astype(np.float64), want) <= TOLERANCES["bfloat16"].norm:
+            return
+    pytest.fail("nobody noticed")
+
+
+def test_plan_and_kernels_count_the_same_blocks() -> None:
+    """The permutation's grid covers all assignments, and its counts have room for all blocks."""
+    for assignments in (1, 4096, 4097, 10_000, 2_097_152, 2**31 - 1):
+        work = moe.Workspace()
+        problem = PermuteProblem(INT32, assignments, 1, 1, 7, -1)
+        steps = moe.permute_steps(problem, work)
+        per_warp = moe.PERMUTE_PLACE.tail.unpack(steps[-1].tail)[6]
+        grid = steps[-1].grid
+        assert per_warp % 32 == 0 and (grid - 1) * 16 * per_warp < assignments <= grid * 16 * per_warp
+        assert len(steps) == (1 if grid == 1 else 2)

@@ -1,0 +1,195 @@
+"""FlashMoELayer: a router, experts and a shared expert as one object, on arrays of several libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from flashmoe_cupy import FlashMoELayer, RouterStats, fused_moe, moe_route
+from flashmoe_cupy.errors import UnsupportedProblem
+
+D, N, E, K, S = 32, 24, 6, 2, 16
+KINDS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+LIBRARIES = ["numpy", pytest.param("torch", marks=pytest.mark.torch), pytest.param("jax", marks=pytest.mark.jax)]
+
+
+def weights(dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
+    r = np.random.default_rng(seed)
+    shapes = {
+        "router_weight": (E, D), "router_bias": (E,), "w_gate_up": (E, 2 * N, D), "w_down": (E, D, N),
+        "shared_w_gate_up": (2 * S, D), "shared_w_down": (D, S), "shared_gate_weight": (D,),
+    }  # fmt: skip
+    return {name: (r.standard_normal(shape) / 4).astype(KINDS[dtype]) for name, shape in shapes.items()}
+
+
+def layer(arrays: dict[str, Any], **options: Any) -> FlashMoELayer:
+    return FlashMoELayer(D, E, K, N, **arrays, **options)
+
+
+def in_library(library: str, a: Any) -> Any:
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        if a.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(a.astype(np.float32)).to(torch.bfloat16)
+        return torch.from_numpy(a)
+    if library == "jax":
+        jax = pytest.importorskip("jax")
+        return jax.device_put(a, jax.devices("cpu")[0])
+    return a
+
+
+def by_hand(x: Any, w: dict[str, Any], scale: float = 1.0) -> Any:
+    """Softmax over the two best, SwiGLU, and the shared expert behind its gate; float64, a token at a time."""
+    w = {name: a.astype(np.float64) for name, a in w.items()}
+    out = np.zeros(x.shape)
+
+    def swiglu(h: Any) -> Any:
+        g, u = np.split(h, 2)
+        return g / (1 + np.exp(-g)) * u
+
+    for at in np.ndindex(x.shape[:-1]):
+        v = x[at].astype(np.float64)
+        logits = w["router_weight"] @ v + w["router_bias"]
+        best = np.argsort(-logits)[:K]
+        p = np.exp(logits[best] - logits[best].max())
+        for e, weight in zip(best, scale * p / p.sum(), strict=True):
+            out[at] += weight * (w["w_down"][e] @ swiglu(w["w_gate_up"][e] @ v))
+        gate = 1 / (1 + np.exp(-(w["shared_gate_weight"] @ v)))
+        out[at] += gate * (w["shared_w_down"] @ swiglu(w["shared_w_gate_up"] @ v))
+    return out
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_whole_layer(dtype: str, library: str) -> None:
+    w = weights(dtype)
+    x = np.random.default_rng(1).standard_normal((3, 5, D)).astype(KINDS[dtype])
+    held = {name: in_library(library, a) for name, a in w.items()}
+    given = in_library(library, x)
+    out = layer(held, renormalize=True, routed_scaling_factor=1.5)(given)
+    assert type(out) is type(given) and out.dtype == given.dtype and out.shape == given.shape
+    value = np.asarray(out.float() if library == "torch" else out).astype(np.float64)
+    ref = by_hand(x, w, 1.5)
+    step = {"float32": 1e-6, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]  # a few roundings of half a step each
+    assert np.linalg.norm(value - ref) <= step * np.linalg.norm(ref)
+
+
+@pytest.mark.parametrize("shape", [(D,), (0, D), (7, D), (2, 0, D), (2, 3, 4, D)], ids=str)
+def test_leading_axes(shape: tuple[int, ...]) -> None:
+    w = weights()
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    out = layer(w, renormalize=True)(x)
+    assert out.shape == shape
+    np.testing.assert_allclose(out, by_hand(x, w), rtol=1e-4, atol=1e-6)
+
+
+def test_options_reach_the_operations() -> None:
+    r = np.random.default_rng(2)
+    w = {n: a for n, a in weights().items() if n in ("router_weight", "w_gate_up", "w_down")}
+    x = r.standard_normal((40, D)).astype(np.float32)
+    bias = (r.standard_normal(E) / 8).astype(np.float32)
+    route: dict[str, Any] = {
+        "scoring_func": "sigmoid", "renormalize": True, "routed_scaling_factor": 2.5, "e_score_correction_bias": bias,
+        "num_expert_group": 3, "topk_group": 2, "capacity_factor": 0.8,
+    }  # fmt: skip
+    experts: dict[str, Any] = {
+        "activation": "swigluoai", "b_gate_up": r.standard_normal((E, 2 * N)).astype(np.float32),
+        "b_down": r.standard_normal((E, D)).astype(np.float32), "interleaved": True, "swiglu_alpha": 1.1,
+        "swiglu_limit": 0.5, "apply_router_weight_on_input": True, "batch_invariant": True,
+        "expert_map": np.array([5, 4, 3, -1, 1, 0], np.int32),
+    }  # fmt: skip
+    topk_weights, ids, expected = moe_route(x @ w["router_weight"].T, top_k=K, **route, return_stats=True)
+    want = fused_moe(x, w["w_gate_up"], w["w_down"], topk_weights, ids, **experts)
+    out, stats = layer(w, **route, **experts)(x, return_stats=True)
+    np.testing.assert_array_equal(out, want)
+    assert type(stats) is RouterStats
+    for a, b in zip(stats, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in (*route, *experts):  # each one matters
+        gone = (name, "topk_group") if name == "num_expert_group" else (name,)
+        left = {n: v for n, v in (route | experts).items() if n not in gone}
+        changed = layer(w, **left)(x)
+        assert name == "batch_invariant" or not np.array_equal(changed, want), name
+
+
+def test_logits_from_elsewhere() -> None:
+    w = weights()
+    x = np.random.default_rng(1).standard_normal((2, 5, D)).astype(np.float32)
+    logits = (x.reshape(10, D) @ w["router_weight"].T + w["router_bias"]).reshape(2, 5, E)
+    expected = layer(w)(x)
+    without = {n: a for n, a in w.items() if not n.startswith("router")}
+    np.testing.assert_array_equal(layer(without)(x, router_logits=logits), expected)
+    assert not np.array_equal(layer(w)(x, router_logits=-logits), expected)
+    with pytest.raises(UnsupportedProblem, match=r"no router_weight.*\n.*router_logits"):
+        layer(without)(x)
+
+
+def test_the_router_computes_in_float32() -> None:
+    """bfloat16 logits of 256 and 257 would tie, and the lower expert would win."""
+    w = weights("bfloat16")
+    w["router_weight"][:] = 0
+    w["router_weight"][:, 0] = [0, 1, 1, 0, 0, 0]
+    w["router_weight"][2, 1] = 1
+    x = np.zeros((1, D), ml_dtypes.bfloat16)
+    x[0, :2] = 256, 1
+    w["router_bias"][:] = 0
+    _, stats = FlashMoELayer(D, E, 1, N, **w)(x, return_stats=True)
+    assert stats.expert_counts.tolist() == [0, 0, 1, 0, 0, 0]
+
+
+def test_experts_of_one_of_several_machines() -> None:
+    w = weights()
+    whole = {n: a for n, a in w.items() if not n.startswith("shared")}
+    x = np.random.default_rng(1).standard_normal((9, D)).astype(np.float32)
+    total = np.zeros((9, D))
+    for first, last in ((0, 4), (4, 6)):
+        own = whole | {n: whole[n][first:last] for n in ("w_gate_up", "w_down")}
+        table = np.full(E, -1, np.int32)
+        table[first:last] = np.arange(last - first)
+        total += layer(own, expert_map=table)(x)
+    np.testing.assert_allclose(total, layer(whole)(x), rtol=1e-4, atol=1e-6)
+
+
+def test_shapes_are_checked_when_it_is_made() -> None:
+    w = weights()
+    wrong: dict[str, Any] = {
+        "router_weight": w["router_weight"].T, "router_bias": w["router_bias"][1:], "w_down": w["w_down"][:, :, 8:],
+        "w_gate_up": w["w_gate_up"][:, :N], "shared_gate_weight": w["shared_gate_weight"][None],
+    }  # fmt: skip
+    for name, array in wrong.items():
+        with pytest.raises(UnsupportedProblem, match=rf"{name} must have shape \(.*, but has \(") as caught:
+            layer(w | {name: array})
+        assert len(caught.value.reasons) == 1
+    with pytest.raises(UnsupportedProblem) as caught:
+        layer(w | wrong)
+    assert len(caught.value.reasons) == 5
+    with pytest.raises(UnsupportedProblem, match="router_weight is missing"):
+        layer(w | {"router_weight": None})
+    with pytest.raises(UnsupportedProblem, match="shared_w_gate_up is missing"):
+        layer(w | {"shared_w_gate_up": None, "shared_w_down": None})
+    with pytest.raises(UnsupportedProblem, match=r"expert_map must have shape \(6,\)"):
+        layer(w, expert_map=np.zeros(5, np.int32))
+    with pytest.raises(TypeError, match="w_down must be an array"):
+        layer(w | {"w_down": [1.0]})
+    with pytest.raises(UnsupportedProblem, match="activation is 'silu'"):
+        layer(w | {"w_gate_up": w["w_gate_up"][:, :N]}, activation="silu")(np.ones((1, D), np.float32))
+
+
+@pytest.mark.torch
+def test_gradients_are_not_dropped_in_silence() -> None:
+    torch = pytest.importorskip("torch")
+    held = {name: torch.from_numpy(a) for name, a in weights().items()}
+    held["router_weight"] = torch.nn.Parameter(held["router_weight"])
+    x = torch.ones(3, D)
+    with torch.no_grad():
+        made = layer(held)
+        assert made(x).shape == x.shape
+    with pytest.raises(UnsupportedProblem, match="no_grad"):
+        made(x)
+
+
+def test_repr() -> None:
+    assert repr(layer(weights())) == "FlashMoELayer(32, 6, 2, 24, activation='swiglu')"
