@@ -1,6 +1,6 @@
 """The truth of the GPU tests for mixtures of experts: every operation written plainly in PyTorch, where the arrays are.
 
-`experts`, `products`, `route` and `permutation` are fused_moe, grouped_gemm, moe_route and moe_permute; test_moe_kit.py
+`experts`, `products`, `route` and `permutation` are fused_moe, grouped_gemm, moe_route and moe_permute; test_gpu_moe_kit.py
 checks them against the float64 NumPy reference on small problems. `tensors` draws a problem's arrays on a device, and
 `Guarded` is memory around a result that nobody may write.
 """
@@ -8,15 +8,15 @@ checks them against the float64 NumPy reference on small problems. `tensors` dra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
+from moe_plans import ProductCase
 
 from flashmoe_cupy.testing import (
     TOLERANCES,
     Verdict,
-    case_text,
     error_rule,
     relative_error,
     row_error,
@@ -154,46 +154,6 @@ def judge(out: Tensor, known: Known, dtype: Any) -> list[str]:
 # grouped products
 
 
-class ProductCase(NamedTuple):
-    """One problem for `grouped_gemm`. sizes: rows of each group.
-
-    head, tail: rows of out in front of the first group and behind the last, which are nobody's. x_rows: with a gather,
-    rows of x; one index in eight names none of them. max_rows: the masked layout. bias: "", "same" or "float32".
-    """
-
-    sizes: tuple[int, ...]
-    n: int = 64
-    d: int = 64
-    dtype: str = "bfloat16"
-    bias: str = ""
-    x_rows: int = 0
-    head: int = 0
-    tail: int = 0
-    max_rows: int = 0
-
-    def __str__(self) -> str:
-        return case_text(self)
-
-    @property
-    def rows(self) -> int:
-        """Rows of out, where groups lie one behind the other."""
-        return self.head + sum(self.sizes) + self.tail
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """(argument, shape, dtype name) of each array."""
-        e, x_rows = len(self.sizes), self.x_rows or self.rows
-        yield "x", (e, self.max_rows, self.d) if self.max_rows else (x_rows, self.d), self.dtype
-        yield "w", (e, self.n, self.d), self.dtype
-        if self.bias:
-            yield "bias", (e, self.n), self.dtype if self.bias == "same" else self.bias
-        if self.max_rows:
-            yield "group_sizes", (e,), "int32"
-        else:
-            yield "offsets", (e + 1,), "int32"
-            if self.x_rows:
-                yield "gather_indices", (self.rows,), "int32"
-
-
 def product_tensors(case: ProductCase, device: str, seed: int = 0) -> Arrays:
     """Arrays of a product; rows of x that no row of out needs are NaN."""
     g, t = torch.Generator(device).manual_seed(seed), {}
@@ -322,7 +282,8 @@ def load_balancing(p: Tensor, ids: Tensor, experts: int) -> Tensor:
     """The auxiliary loss of ids before drops and scores p, which add up to 1 here."""
     tokens = max(len(p), 1)
     share = p / (p.sum(1, keepdim=True) + 1e-20)
-    return experts * (torch.bincount(ids.flatten().long(), minlength=experts) / tokens * share.sum(0) / tokens).sum()
+    routed = torch.bincount(ids.flatten().long(), minlength=experts).double() / tokens
+    return experts * (routed * share.sum(0) / tokens).sum()
 
 
 class Sorted(NamedTuple):

@@ -11,9 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-from gpu_moe_kit import ProductCase
+from typing import Any, NamedTuple
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View
@@ -21,7 +19,49 @@ from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.kernels import PRODUCTS, SMALL, arch_for
 from flashmoe_cupy.plan.moe_problem import grouped_gemm_problem, moe_problem, permute_problem, route_problem
 from flashmoe_cupy.plan.product import DEFAULT_SMS, GroupedGemm, Product
+from flashmoe_cupy.testing import case_text
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
+
+
+class ProductCase(NamedTuple):
+    """One problem for `grouped_gemm`. sizes: rows of each group.
+
+    head, tail: rows of out in front of the first group and behind the last, which are nobody's. x_rows: with a gather,
+    rows of x; one index in eight names none of them. max_rows: the masked layout. bias: "", "same" or "float32".
+    """
+
+    sizes: tuple[int, ...]
+    n: int = 64
+    d: int = 64
+    dtype: str = "bfloat16"
+    bias: str = ""
+    x_rows: int = 0
+    head: int = 0
+    tail: int = 0
+    max_rows: int = 0
+
+    def __str__(self) -> str:
+        return case_text(self)
+
+    @property
+    def rows(self) -> int:
+        """Rows of out, where groups lie one behind the other."""
+        return self.head + sum(self.sizes) + self.tail
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """(argument, shape, dtype name) of each array."""
+        e, x_rows = len(self.sizes), self.x_rows or self.rows
+        yield "x", (e, self.max_rows, self.d) if self.max_rows else (x_rows, self.d), self.dtype
+        yield "w", (e, self.n, self.d), self.dtype
+        if self.bias:
+            yield "bias", (e, self.n), self.dtype if self.bias == "same" else self.bias
+        if self.max_rows:
+            yield "group_sizes", (e,), "int32"
+        else:
+            yield "offsets", (e + 1,), "int32"
+            if self.x_rows:
+                yield "gather_indices", (self.rows,), "int32"
+
 
 Case = MoECase | RouteCase | ProductCase | tuple[int, int, int]  # the last for moe_permute: tokens, top_k, experts
 Shape = tuple[str, tuple[int, ...], str]
@@ -96,17 +136,14 @@ def takes(kernel: GroupedGemm, products: Iterable[Product], arch: str, aligned: 
 
 
 def configurations(case: Case, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> set[tuple[str, str]]:
-    """(kernel, configuration) of each launch, of a product on every kernel that takes it."""
-    found: set[tuple[str, str]] = set()
-    for stats in (False, True):
-        for step in steps(case, stats)[0]:
-            if isinstance(step, moe.Step):
-                found.add((step.kernel.name, step.config.name))
-                continue
-            even = aligned and moe.rows_aligned(step.product)
-            for kernel in PRODUCTS.values():
-                if not kernel.why_not(step.product, arch, even):
-                    found.add((kernel.name, kernel.choose(step.product, arch, even, sms).name))
+    """(kernel, configuration) of all launches, of products on every kernel that takes the problem."""
+    every = [step for stats in (False, True) for step in steps(case, stats)[0]]
+    found = {(step.kernel.name, step.config.name) for step in every if isinstance(step, moe.Step)}
+    problems = product_problems(case)
+    for kernel in PRODUCTS.values():
+        if takes(kernel, problems, arch, aligned):
+            chosen = [kernel.choose(p, arch, aligned and moe.rows_aligned(p), sms) for p in problems]
+            found |= {(kernel.name, config.name) for config in chosen}
     return found
 
 

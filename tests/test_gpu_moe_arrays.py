@@ -13,7 +13,6 @@ import pytest
 from gpu_moe_kit import (
     Arrays,
     Known,
-    ProductCase,
     Tensor,
     agree,
     experts,
@@ -27,7 +26,7 @@ from gpu_moe_kit import (
     same_bits,
     tensors,
 )
-from moe_plans import compile_everything, register
+from moe_plans import ProductCase, compile_everything, register
 from test_gpu_arrays import Dlpack, Interface, as_torch, room, to_cupy, to_jax
 
 from flashmoe_cupy import fused_moe, grouped_gemm, moe_permute, moe_route

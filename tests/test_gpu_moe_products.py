@@ -16,7 +16,6 @@ from gpu_moe_kit import (
     Arrays,
     Guarded,
     Known,
-    ProductCase,
     Tensor,
     agree,
     judge,
@@ -26,7 +25,7 @@ from gpu_moe_kit import (
     products,
     same_bits,
 )
-from moe_plans import compile_everything, kernel_names, register
+from moe_plans import ProductCase, compile_everything, kernel_names, register
 
 from flashmoe_cupy import grouped_gemm
 from flashmoe_cupy.errors import FlashMoEError

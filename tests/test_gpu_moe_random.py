@@ -13,10 +13,10 @@ import pytest
 import test_gpu_moe as experts
 import test_gpu_moe_products as products
 import test_gpu_moe_route as routes
-from gpu_moe_kit import ProductCase, judge, known_experts, known_products, product_tensors, tensors
+from gpu_moe_kit import judge, known_experts, known_products, product_tensors, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_plans import compile_everything
+from moe_plans import ProductCase, compile_everything
 from test_gpu_moe_arrays import moved_off, whole_array
 
 from flashmoe_cupy import fused_moe, grouped_gemm

@@ -93,7 +93,7 @@ def judge(case: RouteCase, truth: Routing, weights: Tensor, ids: Tensor) -> list
     if not bool(weights.isfinite().all()):
         wrong.append("weights are not finite")
     want = torch.where(dropped, 0.0, truth.weights)[clear]
-    # exp(-x) is below float32's smallest number from x = 104 on: its square root is off by 1e-22, and then divided
+    # exp(-x) vanishes in float32 from x = 104 on: its square root is off by less than 1e-22, which a sum may divide
     small = torch.full_like(want[:, :1], 1e-22)
     if case.renormalize and case.scoring_func != "softmax":
         small /= truth.p.gather(1, truth.ids).sum(1, True)[clear] + 1e-20

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import pytest
 from gpu_moe_kit import (
     Arrays,
-    ProductCase,
     Tensor,
     judge,
     known_experts,
@@ -25,7 +24,7 @@ from gpu_moe_kit import (
     same_bits,
     tensors,
 )
-from moe_plans import Case, compile_everything, register, steps
+from moe_plans import Case, ProductCase, compile_everything, register, steps
 from test_gpu_arrays import as_torch, to_cupy
 from test_gpu_repeats import Disturbance
 
