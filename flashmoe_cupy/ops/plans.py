@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
@@ -43,6 +46,27 @@ class Memory(Generic[Plan]):
             with suppress(TypeError):  # an unhashable option that validation let through
                 self._plans[key] = plan
         return plan
+
+
+_jax_types: dict[type, bool] = {np.ndarray: False}
+
+
+def is_jax(x: Any) -> bool:
+    """Whether x is an array or a tracer of JAX; does not import it."""
+    kind = type(x)
+    known = _jax_types.get(kind)
+    if known is None:
+        jax = sys.modules.get("jax")
+        known = hasattr(jax, "Array") and isinstance(x, jax.Array)  # type: ignore[union-attr]
+        _jax_types[kind] = known
+    return known
+
+
+def for_jax() -> Any:
+    """The adapter for JAX, which also runs while XLA does."""
+    from flashmoe_cupy import jax
+
+    return jax
 
 
 def gpu() -> Any:
