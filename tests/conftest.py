@@ -136,6 +136,23 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["chosen", "grouped_gemm_sm80"])
+def product_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for mixtures of experts, whose kernels differ in their products."""
+    from flashmoe_cupy.plan.kernels import PRODUCTS, arch_for, only
+
+    if request.param == "chosen":
+        yield
+        return
+    arch = arch_for(compute_capability()[0] or (0, 0))
+    if not any(other.configs(arch) for name, other in PRODUCTS.items() if name != request.param):
+        pytest.skip(f"{arch} has no other kernel")
+    if request.node.callspec.params.get("dtype") == "float32":
+        pytest.skip("fp32 has no other kernel")
+    with only(request.param):
+        yield
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator whose seed is the test's own name: adding a test does not change another one's numbers."""

@@ -42,7 +42,9 @@ _OPTIONS = (
     "-Wno-attributes",
 )  # fmt: skip
 # A kernel's own mistakes become faults: local arrays have bounds, and 16-byte accesses start at multiples of 16.
-_KERNEL_OPTIONS = ("-O1", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error")
+_KERNEL_OPTIONS = (
+    "-O1", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-fstack-clash-protection",
+)  # fmt: skip
 _PAGE = mmap.PAGESIZE
 
 
@@ -103,13 +105,14 @@ _lock = threading.Lock()  # signal handlers and the emulated machine are there o
 
 def build(tu: str, headers: Mapping[str, str] | None = None) -> Path:
     """The shared library of a translation unit: compiled, or found in the folder of earlier ones by its content."""
-    texts = source.headers_for(tu) | {name: text for name, text in (headers or {}).items() if not name.startswith("ptx/")}
+    texts = source.headers_for(tu)
     for name in texts:
         if name.startswith("ptx/"):
             twin = _HERE / name
             if not twin.is_file():
                 raise EmulationError(f"tests/emulation/{name} is missing: the emulated twin of cuda_src/{name}")
             texts[name] = twin.read_text(encoding="utf-8")
+    texts |= headers or {}
     key = _digest(tu, *[f"{name}\0{text}" for name, text in sorted(texts.items())], _toolchain())
     target = _folder() / f"{key}.so"
     if target.exists():
@@ -131,11 +134,11 @@ def build(tu: str, headers: Mapping[str, str] | None = None) -> Path:
     return target
 
 
-def build_all(tus: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+def build_all(todo: Iterable[tuple[str, Mapping[str, str]]]) -> None:
     """`build` for many, two at a time."""
     _runtime_objects()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda one: build(*one), tus))
+        list(pool.map(lambda one: build(*one), todo))
 
 
 @cache
@@ -143,6 +146,8 @@ def _folder() -> Path:
     """Where libraries stay from run to run; their names are what they were made of."""
     folder = Path(tempfile.gettempdir()) / f"flashmoe-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise EmulationError(f"{folder} belongs to somebody else")
     return folder
 
 
@@ -158,21 +163,23 @@ def _options() -> tuple[str, ...]:
 
 @cache
 def _toolchain() -> str:
-    files = sorted(p for p in _HERE.rglob("*") if p.is_file())
-    version = _call("g++", "-dumpfullversion", "-dumpmachine")
-    return _digest(version, *_options(), *_KERNEL_OPTIONS, *[f"{p.name}\0{p.read_text(encoding='utf-8')}" for p in files])
+    texts = [f"{p.name}\0{p.read_text(encoding='utf-8')}" for p in sorted(_HERE.rglob("*.[hc]*pp"))]
+    return _digest(_call("g++", "-dumpfullversion", "-dumpmachine"), *_options(), *_KERNEL_OPTIONS, *texts)
 
 
 def _runtime_objects() -> list[str]:
     """The machine itself, compiled once for all kernels."""
-    with _lock:
-        made = [_folder() / f"{_toolchain()}-{Path(name).stem}.o" for name in _RUNTIME]
-        for name, target in zip(_RUNTIME, made, strict=True):
-            if not target.exists():
-                unfinished = target.with_suffix(f".{os.getpid()}")
-                _call("g++", *_options(), "-O3", "-c", str(_HERE / name), "-o", str(unfinished))
-                os.replace(unfinished, target)
-    return [str(path) for path in made]
+    made = {name: _folder() / f"{_toolchain()}-{Path(name).stem}.o" for name in _RUNTIME}
+
+    def compile_one(name: str) -> None:
+        if not made[name].exists():
+            unfinished = made[name].with_suffix(f".{os.getpid()}")
+            _call("g++", *_options(), "-O3", "-c", str(_HERE / name), "-o", str(unfinished))
+            os.replace(unfinished, made[name])
+
+    with _lock, ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, made))
+    return [str(path) for path in made.values()]
 
 
 def _call(*command: str, hide: str = "") -> str:

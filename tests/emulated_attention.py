@@ -77,7 +77,8 @@ def faults(case: Case, kernel: str, out: NDArray[Any], lse: NDArray[Any]) -> lis
     """What is wrong with a result; rows of no sequence must be zeros, or untouched by a kernel that does not clear."""
     arrays, p = case.random(), problem_of(case, case.random())
     options: dict[str, Any] = dict(case.options())
-    given = {name: array if array.dtype == np.int32 else array.astype(np.float64) for name, array in arrays.items()}
+    exact = (np.bool_, np.int32)
+    given = {name: array if array.dtype in exact else array.astype(np.float64) for name, array in arrays.items()}
     dense = not isinstance(case, VarlenCase)
     truth = reference.flash_attention if dense else reference.flash_attention_varlen
     want, want_lse = truth(given.pop("q"), given.pop("k"), given.pop("v"), **given, **options, return_lse=True)
@@ -99,7 +100,9 @@ def faults(case: Case, kernel: str, out: NDArray[Any], lse: NDArray[Any]) -> lis
     return found + [verdict.text for verdict in verdicts if not verdict]
 
 
-def outcome(case: Case, kernel: str, seeds: Iterable[int], config: Config, headers: Mapping[str, str]) -> dict[int, str]:
+def outcome(
+    case: Case, kernel: str, seeds: Iterable[int], config: Config, headers: Mapping[str, str]
+) -> dict[int, str]:
     """What each seed finds in a kernel that may be wrong: "" nothing, else the report or what is wrong with numbers."""
     found = {}
     for seed in seeds:

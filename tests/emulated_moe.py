@@ -67,7 +67,8 @@ class Machine:
             views["x"], views["w"], offsets=views.get("offsets"), group_sizes=views.get("group_sizes"),
             gather_indices=views.get("gather_indices"), bias=views.get("bias"), out=view(out, "out"),
         )  # fmt: skip
-        return self._run([moe.grouped_gemm_step(problem)], moe.Workspace(), arrays, {"out": out}, keep=True)["out"]
+        steps = moe.grouped_gemm_steps(problem)
+        return self._run(steps, moe.Workspace(), arrays, {"out": out}, keep=True)["out"]
 
     def _run(
         self, steps: Steps, work: moe.Workspace, given: dict[str, Any], outputs: dict[str, Array], tail: bytes = b"",

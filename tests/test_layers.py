@@ -15,6 +15,7 @@ PACKAGE = ROOT / "flashmoe_cupy"
 CUDA = ROOT / "cuda_src"
 
 MAX_LINES = 520
+SOURCES = (".py", ".cuh", ".cu", ".hpp", ".cpp")
 
 # Which rooms of the package a room may import. The first row that matches a file's path is its row; "*" = any room.
 # The package's own `__init__.py` is lazy (see test_package.py).
@@ -90,7 +91,7 @@ def text_files() -> list[Path]:
     """Every text file that belongs to the project."""
     found = [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / ".ci" / "run", ROOT / ".gitignore"]
     for folder in (PACKAGE, CUDA, ROOT / "tests", ROOT / "benchmarks"):
-        found += [p for p in folder.rglob("*") if p.suffix in (".py", ".cuh", ".cu", ".md", ".toml", ".json", ".jsonl")]
+        found += [p for p in folder.rglob("*") if p.suffix in (*SOURCES, ".md", ".toml", ".json", ".jsonl")]
     return sorted(p for p in found if p.is_file() and "__pycache__" not in p.parts)
 
 
@@ -295,7 +296,7 @@ def test_device_headers_hold_no_entry(path: Path) -> None:
 def test_files_stay_readable() -> None:
     long = {}
     for path in text_files():
-        if path.suffix in (".py", ".cuh", ".cu"):
+        if path.suffix in SOURCES:
             count = len(path.read_text(encoding="utf-8").splitlines())
             if count > MAX_LINES:
                 long[path.relative_to(ROOT).as_posix()] = count

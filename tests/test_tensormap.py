@@ -39,16 +39,6 @@ class Library:
         ctypes.memmove(out.value, made, len(made))
         return self.code
 
-    def launch_ex(self, config: int, function: int, parameters: int, extra: None) -> int:
-        """Notes the configuration, its attribute and the first bytes of the parameters."""
-        assert extra is None
-        *sizes, stream, attributes, count = struct.unpack("7I4xQQI4x", ctypes.string_at(config, 56))
-        attribute = struct.unpack("i4xi60x", ctypes.string_at(attributes, 72 * count))
-        (address,) = (ctypes.c_void_p * 1).from_address(parameters)
-        assert address is not None
-        self.calls.append((function, tuple(sizes), stream, attribute, ctypes.string_at(address, 16)))
-        return self.code
-
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
@@ -153,19 +143,6 @@ def test_a_launch_stores_addresses_only(driver: Driver, library: Library) -> Non
         for i, address in enumerate(pointers):
             assert params[128 + 128 * i :][:128] == struct.pack("<Q", address) + bytes([64 + i] * 120)
     assert len(library.calls) == encoded
-
-
-def test_a_launch_that_may_start_early(driver: Driver, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuLaunchKernelEx gets sizes, stream and programmatic stream serialisation, at a thread's first launch too."""
-    kernel = prepared(0)._replace(early=True)
-    monkeypatch.setattr(launch, "_launch_ex", library.launch_ex)
-    for stream in (9, 0):
-        launch.launch(kernel, (0x10, 0x20), stream)
-        want = (77, (5, 1, 1, 384, 1, 1, 1000), stream, (6, 1), struct.pack("2Q", 0x10, 0x20))
-        assert library.calls[-1] == want and not driver.launched
-    library.code = 1
-    with pytest.raises(FlashMoEError, match="5 blocks of 384 threads"):
-        launch.launch(kernel, (0x10, 0x20), 9)
 
 
 def test_kernels_take_turns_in_one_buffer(driver: Driver) -> None:

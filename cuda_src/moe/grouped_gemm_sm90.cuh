@@ -8,10 +8,14 @@
 //
 // Blocks stay on their SM and take tiles of kBlockM rows and kBlockN weight rows (with kGated half of them gate, half up: a thread then
 // holds both of a pair). One warp (the scheduler) finds the tiles, since only the device knows the groups; one thread (the loader) lets
-// the copy engine fill a ring of steps of 64 along k; where rows are gathered, two warps fetch them by cp.async, because Hopper's copy
-// engine cannot gather. Each warpgroup but the first (a consumer) multiplies 64 rows. The ring runs on across tiles, so that the loads
-// of the next one are under way while this one is written. Two blocks of a cluster take tiles of rows that lie one behind the other
-// and share their weights: each loads half and sends it to both.
+// the copy engine fill a ring of steps along k; where rows are gathered, two warps fetch them by cp.async, because Hopper's copy engine
+// cannot gather. Each warpgroup but the first is a consumer: they share a tile, 64 rows each, or (kPingPong) take whole tiles in turn,
+// so that one writes while the other multiplies. The ring runs on across tiles, so that the loads of the next one are under way while
+// this one is written. Two blocks of a cluster take tiles of rows that lie one behind the other and share their weights: each loads
+// half and sends it to both.
+//
+// The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for it before anything else,
+// or, where that grid only makes x (p.early), between its first weights and its first rows.
 #pragma once
 #include "moe/activation.cuh"
 #include "moe/params.cuh"
@@ -39,6 +43,7 @@ struct GroupedGemmSm90 {
   static constexpr int kProducerRegisters = kGather ? 56 : 40, kConsumerRegisters = kGather ? 224 : 232;
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
+  static_assert(kConsumers <= 2, "three would want more registers than a block has");
 
   using TileX = SmemTile<Element, kBlockM, kBlockK>;
   using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns; the two lie panel by panel
@@ -83,19 +88,19 @@ struct GroupedGemmSm90 {
     const int warp = warp_id();
     Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
     if (warp < 4) {
-      setmaxnreg_dec<kProducerRegisters>();
+      if constexpr (kConsumers == 2) setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) load(p, s_works, rings, s_base);
       if (warp == 1) schedule(p, s_works, rings.works);
       if (kGather && warp >= 2) gather(p, s_works, rings, s_base, warp - 2);
     } else {
-      setmaxnreg_inc<kConsumerRegisters>();
+      if constexpr (kConsumers == 2) setmaxnreg_inc<kConsumerRegisters>();
       consume(p, s_works, rings, s_base, warp / 4 - 1);
     }
-    if constexpr (kCluster > 1) __syncwarp(), meet();  // nobody leaves while the other one may still write here
+    if constexpr (kCluster > 1) meet();  // nobody leaves while the other one may still write here
   }
 
   FM_DEVICE static void meet() {
-    if constexpr (kCluster > 1) barrier_cluster_arrive(), barrier_cluster_wait();
+    if constexpr (kCluster > 1) __syncwarp(), barrier_cluster_arrive(), barrier_cluster_wait();
     else __syncthreads();
   }
 

@@ -70,6 +70,16 @@ struct MoeCombineParams {
 };
 static_assert(sizeof(MoeCombineParams) == 10 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
 
+struct GroupedClearParams {
+  void* out;               // rows without a gap between them
+  const int* offsets;      // (groups + 1), or null
+  const int* group_sizes;  // (groups), where groups lie max_rows apart
+  i64 row_chunks;          // of 16 bytes
+  int groups, rows;        // rows: of out
+  int max_rows, unused;
+};
+static_assert(sizeof(GroupedClearParams) == 4 * 8 + 4 * 4, "the packer of plan/moe.py counts on this layout");
+
 enum Activation : int { kIdentity = 0, kSwiglu, kGeglu, kGegluTanh, kSwigluOai, kGelu, kGeluTanh, kRelu, kRelu2 };
 
 struct GroupedGemmParams {

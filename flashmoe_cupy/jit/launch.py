@@ -8,7 +8,6 @@ free again at once.
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,6 @@ from flashmoe_cupy.jit.source import ENTRY
 from flashmoe_cupy.jit.tensormap import TensorMap
 
 _PARAMS_BYTES = 4096  # the driver's limit for kernel parameters
-_SIZES = struct.Struct("7I4xQ")  # of CUlaunchConfig: grid, block, shared memory, stream
-_CONFIG = struct.Struct("7I4xQQI4x")  # and the attributes with their number
-_EARLY = struct.Struct("i4xi60x")  # CUlaunchAttribute
-_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -39,7 +34,6 @@ _loaded: dict[tuple[str, int], Loaded] = {}
 _by_source: dict[tuple[str, int], Loaded] = {}
 _lock = threading.Lock()
 _driver: Any = None
-_launch_ex: Any = None  # cuLaunchKernelEx, after its first use
 _runtime: Any = None
 _devices = 0
 
@@ -78,6 +72,12 @@ def multiprocessors(device: int) -> int:
     """SMs of a CUDA device."""
     devices()
     return int(_runtime.deviceGetAttribute(16, device))
+
+
+def driver_version() -> int:
+    """The CUDA version of the driver, 12030 for 12.3."""
+    devices()
+    return int(_runtime.driverGetVersion())
 
 
 def load(entry: Entry, device: int, smem_bytes: int = 0) -> Loaded:
@@ -135,7 +135,7 @@ class Launch(NamedTuple):
     maps: (8-byte word of Params, pointer that is stored there), for the addresses inside of tensor maps.
     counter: 8-byte word of Params for the address of a counter (`jit.counters`); 0: the kernel wants none.
     clears: the kernel itself writes the rows of no sequence. early: it may start before the launch in front of it has
-    ended (programmatic dependent launch); it waits by itself where it must.
+    ended (programmatic dependent launch); it waits by itself where it must. Only `jit.series` makes use of it.
     """
 
     device: int
@@ -199,11 +199,9 @@ def _current(device: int) -> Iterator[None]:
 
 
 class _Buffer:
-    """Aligned bytes for one Params struct, the pointer array that the driver wants, and a launch's configuration."""
+    """Aligned bytes for one Params struct, and the pointer array that the driver wants."""
 
-    __slots__ = (
-        "_attribute", "_pointers", "address", "bound", "config", "config_address", "storage", "tail", "view", "words",
-    )  # fmt: skip
+    __slots__ = ("_pointers", "address", "bound", "storage", "tail", "view", "words")
 
     def __init__(self) -> None:
         self.storage = ctypes.create_string_buffer(_PARAMS_BYTES + 128)
@@ -212,10 +210,6 @@ class _Buffer:
         self.words = self.view.cast("Q")
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
         self.address = ctypes.addressof(self._pointers)
-        self._attribute = ctypes.create_string_buffer(_EARLY.pack(_STREAM_SERIALIZATION, 1), _EARLY.size)
-        self.config = ctypes.create_string_buffer(_CONFIG.size)
-        self.config_address = ctypes.addressof(self.config)
-        _CONFIG.pack_into(self.config, 0, 1, 1, 1, 1, 1, 1, 0, 0, ctypes.addressof(self._attribute), 1)
         self.tail: bytes = b""  # what lies behind the pointers now
         self.bound = -1  # the only device of this machine, once the thread has its context
 
@@ -232,7 +226,7 @@ _local = _Local()
 
 def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
     """Queue one kernel; nothing is waited for. The driver copies the parameters before it returns."""
-    device, function, grid, threads, smem, head, tail, synchronise, maps, counter, _, early = kernel
+    device, function, grid, threads, smem, head, tail, synchronise, maps, counter, _, _ = kernel
     buffer = _local.buffer
     view = buffer.view
     head(view, 0, *pointers)
@@ -247,26 +241,11 @@ def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
     if buffer.bound == device:
         if counter:
             buffer.words[counter] = counters.counter(_runtime, device, stream)
-        if early:
-            _launch_early(buffer, function, grid, threads, smem, stream)
-        else:
-            _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
+        _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
     else:
         _launch_on(kernel, stream, buffer)
     if synchronise:
         check(device, stream)
-
-
-def _launch_early(buffer: _Buffer, function: int, grid: int, threads: int, smem: int, stream: int) -> None:
-    """The launch with the attribute that lets it start early; CuPy's binding has none."""
-    global _launch_ex
-    if _launch_ex is None:
-        _launch_ex = tensormap.driver().cuLaunchKernelEx
-        _launch_ex.argtypes = [ctypes.c_void_p] * 4
-    _SIZES.pack_into(buffer.config, 0, grid, 1, 1, threads, 1, 1, smem, stream)
-    code = _launch_ex(buffer.config_address, function, buffer.address, None)
-    if code:
-        raise FlashMoEError(f"the driver refuses a launch of {grid} blocks of {threads} threads (error {code})")
 
 
 def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
@@ -276,21 +255,27 @@ def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
     try:
         if kernel.counter:
             buffer.words[kernel.counter] = counters.counter(_runtime, kernel.device, stream)
-        function, grid, threads, smem = kernel.function, kernel.grid, kernel.threads, kernel.smem
-        if kernel.early:
-            _launch_early(buffer, function, grid, threads, smem, stream)
-        else:
-            _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
+        _driver.launchKernel(
+            kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.smem, stream, buffer.address, 0
+        )
     finally:
         _runtime.setDevice(before)
     if _devices == 1:
         buffer.bound = kernel.device
 
 
-def clear(address: int, size: int, device: int, stream: int) -> None:
-    """Queue zeros for `size` bytes of device memory."""
+def bound() -> int:
+    """The device whose context the calling thread has for good; -1: it may change."""
+    return _local.buffer.bound
+
+
+@contextmanager
+def bind(device: int) -> Iterator[None]:
+    """The device's context is the thread's for a while; on a machine with one device, from now on."""
     with _current(device):
-        _runtime.memsetAsync(address, 0, size, stream)
+        yield
+    if _devices == 1:
+        _local.buffer.bound = device
 
 
 def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:

@@ -6,9 +6,6 @@ All arrays are dense. Inputs are addresses in the order of the `views` of the fu
 
 from __future__ import annotations
 
-from typing import Any
-
-from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.ops import moe_gpu
 from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, PermuteProblem, RouteProblem
@@ -36,20 +33,16 @@ def launch(
     problem: moe_gpu.Problem, device: int, stream: int, inputs: Pointers, outputs: Pointers, workspace: int
 ) -> None:
     """Queue the operation on `stream` of `device`. workspace: the address of `workspace_bytes` bytes, or 0 for none."""
-    if isinstance(problem, GroupedGemmProblem):  # rows of no group
-        rows = problem.rows * (problem.num_experts if problem.masked else 1)
-        gpu.clear(outputs[0], rows * problem.n * problem.dtype.itemsize, device, stream)
     table = [0, *inputs, *outputs]
     bits = 0
     for pointer in table:
         bits |= pointer
     ready = _ready(problem, device, stream, bits & 15 == 0)
     table += [workspace + offset for offset in ready.offsets]
-    for kernel, places in ready.launches:
-        gpu.launch(kernel, tuple([table[i] for i in places]), stream)
+    ready.series.run(table, stream)
 
 
-def _ready(problem: moe_gpu.Problem, device: int, stream: int | None, aligned: bool) -> Any:
+def _ready(problem: moe_gpu.Problem, device: int, stream: int | None, aligned: bool) -> moe_gpu.Ready:
     key = (problem, device, aligned)
     found = moe_gpu._ready.get(key)
     if found is None:

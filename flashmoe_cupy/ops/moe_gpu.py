@@ -17,6 +17,7 @@ from flashmoe_cupy.dtypes import UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.jit.launch import Launch
+from flashmoe_cupy.jit.series import Series
 from flashmoe_cupy.plan import kernels, moe
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
 
@@ -35,25 +36,25 @@ _MOE = (
 )  # fmt: skip
 
 
-class _Ready(NamedTuple):
-    """The launches of a problem on a device. A launch's numbers are places in the table of addresses of a call."""
+class Ready(NamedTuple):
+    """The launches of a problem on a device; the table of addresses of a call is 0, arguments, outputs, workspace."""
 
-    launches: tuple[tuple[Launch, tuple[int, ...]], ...]
+    series: Series
     workspace: int  # bytes
     offsets: tuple[int, ...]  # of the arrays in it
 
 
-_ready: dict[Any, _Ready] = {}
+_ready: dict[Any, Ready] = {}
 _MAX_READY = 4096
 kernels.forget.append(_ready.clear)
 
 
-def route(problem: RouteProblem, views: Views, outputs: Pointers) -> None:
+def route(problem: RouteProblem, views: Views, outputs: Pointers) -> Ready | None:
     """views: logits, e_score_correction_bias.
 
     outputs: topk_weights, topk_ids; with problem.return_stats also expert_counts, dropped, load_balancing_loss, z_loss.
     """
-    _run(problem, views, outputs, _ROUTE, _ROUTED[: len(outputs)])
+    return _run(problem, views, outputs, _ROUTE, _ROUTED[: len(outputs)])
 
 
 def permute(problem: PermuteProblem, views: Views, outputs: Pointers) -> None:
@@ -68,24 +69,22 @@ def grouped_gemm(problem: GroupedGemmProblem, views: Views, outputs: Pointers) -
 
     Rows of no group are not written, unless problem.new_out: then they become 0.
     """
-    if problem.new_out:
-        x = views[0]
-        assert x is not None
-        rows = problem.rows * (problem.num_experts if problem.masked else 1)
-        gpu.clear(outputs[0], rows * problem.n * problem.dtype.itemsize, x.device, arrays.stream(x))
     _run(problem, views, outputs, _GEMM, ("out",))
 
 
-def fused_moe(problem: MoEProblem, views: Views, outputs: Pointers) -> None:
+def fused_moe(problem: MoEProblem, views: Views, outputs: Pointers) -> Ready | None:
     """views: x, w_gate_up, w_down, topk_weights, topk_ids, b_gate_up, b_down, expert_map, shared_w_gate_up,
     shared_w_down, shared_gate. outputs: out.
     """
     if _env.get().check:
         _check_ids(views[4], problem.num_experts, problem.num_global)
-    _run(problem, views, outputs, _MOE, ("out",))
+    return _run(problem, views, outputs, _MOE, ("out",))
 
 
-def _run(problem: Problem, views: Views, outputs: Pointers, names: Sequence[str], out_names: Sequence[str]) -> None:
+def _run(
+    problem: Problem, views: Views, outputs: Pointers, names: Sequence[str], out_names: Sequence[str]
+) -> Ready | None:
+    """Queue everything. Returns what a later call with such arrays may run by itself; None where addresses decide."""
     like = views[0]
     assert like is not None
     stream = arrays.stream(like)
@@ -104,11 +103,11 @@ def _run(problem: Problem, views: Views, outputs: Pointers, names: Sequence[str]
         workspace = arrays.empty(like, (ready.workspace,), UINT8)
         base = workspace.data_ptr() if like.library == "torch" else workspace.data.ptr
         table += [base + offset for offset in ready.offsets]
-    for launch, places in ready.launches:
-        gpu.launch(launch, tuple([table[i] for i in places]), stream)
+    ready.series.run(table, stream)
+    return ready if bits & 15 == 0 and ready.series.plain else None
 
 
-def _prepare(problem: Problem, device: int, stream: int, names: list[str], aligned: bool) -> _Ready:
+def _prepare(problem: Problem, device: int, stream: int, names: list[str], aligned: bool) -> Ready:
     """Choose, compile (or find) and load all kernels of a problem. aligned: all pointers are multiples of 16."""
     steps: list[moe.Step | moe.ProductStep]
     if isinstance(problem, RouteProblem):
@@ -121,7 +120,7 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
         if why := moe.rows_apart(problem):
             raise UnsupportedProblem(problem.describe(), why, "contiguous x and out")
         work = moe.Workspace()
-        steps = [moe.grouped_gemm_step(problem)]
+        steps = moe.grouped_gemm_steps(problem)
     else:
         steps, work = moe.moe_steps(problem)
     place = {"": 0}
@@ -136,12 +135,15 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
         else:
             ready = _product(step, arch, device, stream, aligned, sms)
             launches.append((ready, tuple(place[name] for name in step.arguments)))
-    return _Ready(tuple(launches), work.bytes, tuple(work.offsets.values()))
+    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()))
 
 
 def _may_be_early(arch: str) -> bool:
-    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs."""
-    return int(arch[3:].rstrip("a")) >= 90
+    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs.
+
+    Hopper was the first that can; graphs record such launches since the driver of CUDA 12.3.
+    """
+    return int(arch[3:].rstrip("a")) >= 90 and gpu.driver_version() >= 12030
 
 
 def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> Launch:

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan import kernels
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.ops.moe_gpu import Ready
+    from flashmoe_cupy.ops.quick import Quick, Shape
 
 _MAX_PLANS = 4096  # distinct calls that an operation remembers
 _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
@@ -46,6 +50,31 @@ class Memory(Generic[Plan]):
             with suppress(TypeError):  # an unhashable option that validation let through
                 self._plans[key] = plan
         return plan
+
+
+def run_again(
+    ready: Ready, quick: Quick, given: Sequence[Any], absent: int, specs: Sequence[tuple[Shape, Shape, Any]]
+) -> list[Any] | None:
+    """A call like an earlier one, on plain arrays of torch or CuPy: the outputs. None: it has to go the long way.
+
+    given: the arguments that are there, followed by `absent` ones that are not. specs: shape, row-major strides and
+    dtype of each output.
+    """
+    pointer, empty, device = quick.pointer, quick.empty, quick.device(given[0])
+    table = [0, *map(pointer, given), *[0] * absent]
+    bits = 0
+    for address in table:
+        bits |= address
+    if bits & 15 or ready.series.device != device:
+        return None
+    made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
+    table += map(pointer, made)
+    if ready.workspace:
+        workspace = empty(device, (ready.workspace,), (1,), quick.uint8)
+        base = pointer(workspace)
+        table += [base + offset for offset in ready.offsets]
+    ready.series.run(table, quick.stream(device))
+    return made
 
 
 _jax_types: dict[type, bool] = {np.ndarray: False}

@@ -19,9 +19,12 @@ class Quick(NamedTuple):
     """How one array type is read."""
 
     key: Callable[[Any, Any, Any], Key | None]  # q, k, v -> what decides the plan, or None
+    keys: Callable[[tuple[Any, ...]], Key | None]  # the same for any arrays, parameters of modules among them
     pointer: Callable[[Any], int]
     empty: Callable[[int, Shape, Shape, Any], Any]  # device, shape, row-major strides, dtype -> new array
-    float32: Any  # the library's dtype of that name
+    float32: Any  # the library's dtypes of these names
+    int32: Any
+    uint8: Any
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
 
@@ -71,6 +74,23 @@ def _torch(torch: Any) -> Quick:
             device_of(q), device_of(k), device_of(v),
         )  # fmt: skip
 
+    grad_enabled, parameter, plain = torch.is_grad_enabled, torch.nn.Parameter, (bfloat16, torch.int32, torch.int64)
+
+    def keys(arrays: tuple[Any, ...]) -> Key | None:
+        if forward_ad._current_level >= 0:
+            return None
+        refuse = grad_enabled()
+        found: list[Any] = []
+        for x in arrays:
+            of = type(x)
+            if (of is not kind and of is not parameter) or (refuse and x.requires_grad):
+                return None
+            dtype = x.dtype
+            if dtype not in plain and x.is_neg():
+                return None
+            found += (x.shape, x.stride(), dtype, device_of(x))
+        return tuple(found)
+
     current = torch._C._cuda_getDevice
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     fast = getattr(guards, "_empty_strided_cuda", None)  # what the code that torch.compile writes uses
@@ -80,7 +100,8 @@ def _torch(torch: Any) -> Quick:
             return fast(shape, strides, dtype)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
-    return Quick(key, kind.data_ptr, empty, torch.float32, device_of, torch._C._cuda_getCurrentRawStream)
+    stream = torch._C._cuda_getCurrentRawStream
+    return Quick(key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream)
 
 
 def _cupy(cupy: Any) -> Quick:
@@ -98,6 +119,14 @@ def _cupy(cupy: Any) -> Quick:
         # A dtype hashes slowly; its number does not, and means the same type as long as the process lives.
         return q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype.num, k.dtype.num, v.dtype.num
 
+    def keys(arrays: tuple[Any, ...]) -> Key | None:
+        found: list[Any] = []
+        for x in arrays:
+            if type(x) is not kind or not (single or x.data.device_id == runtime.getDevice()):
+                return None
+            found += (x.shape, x.strides, x.dtype.num)
+        return tuple(found)
+
     def pointer(x: Any) -> int:
         return x.data.ptr  # type: ignore[no-any-return]
 
@@ -110,4 +139,5 @@ def _cupy(cupy: Any) -> Quick:
     def stream(device: int) -> int:
         return current(device).ptr  # type: ignore[no-any-return]
 
-    return Quick(key, pointer, empty, cupy.dtype("float32"), device, stream)
+    float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
+    return Quick(key, keys, pointer, empty, float32, int32, uint8, device, stream)

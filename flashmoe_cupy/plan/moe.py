@@ -96,7 +96,11 @@ COMBINE = SmallKernel(
     struct.Struct("4q6i"),
     tuple(SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")),
 )  # fmt: skip
-SMALL_KERNELS = (ROUTER, ROUTER_STATS, CAPACITY, PERMUTE_COUNT, PERMUTE_PLACE, COMBINE)
+CLEAR = SmallKernel(
+    "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams", 3, struct.Struct("q4i"),
+    (SmallConfig("clear", "GroupedClear", 256, 0),),
+)  # fmt: skip
+SMALL_KERNELS = (ROUTER, ROUTER_STATS, CAPACITY, PERMUTE_COUNT, PERMUTE_PLACE, COMBINE, CLEAR)
 
 
 class Step(NamedTuple):
@@ -193,8 +197,19 @@ class ProductStep(NamedTuple):
     arguments: tuple[str, ...]
 
 
-def grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
-    """The launch of `grouped_gemm`. Groups of a masked problem lie whole rows apart: see `rows_apart`."""
+def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step | ProductStep]:
+    """The launches of `grouped_gemm`. Groups of a masked problem lie whole rows apart: see `rows_apart`."""
+    steps: list[Step | ProductStep] = [_grouped_gemm_step(p)]
+    if p.new_out:
+        rows = p.rows * (p.num_experts if p.masked else 1)
+        chunks = p.n * p.dtype.itemsize // 16
+        tail = CLEAR.tail.pack(chunks, p.num_experts, rows, p.rows, 0)
+        grid = min(-(-rows * chunks // 256), 264)  # two blocks for each of an H100's multiprocessors
+        steps.insert(0, Step(CLEAR, CLEAR.all_configs[0], grid, ("out", "offsets", "group_sizes"), tail))
+    return steps
+
+
+def _grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
     x_row, out_row, x_group, out_group, rows, rows_x = p.x_strides[1], p.out_strides[1], 0, 0, p.rows, p.x_rows
     expected = p.rows / max(p.num_experts, 1)
     if p.masked:

@@ -235,7 +235,7 @@ class GroupedGemmSm80(GroupedGemm):
     params = "GroupedGemmParams"
     params_size = _HEAD.size + _TAIL.size
 
-    # (block_m, block_n, stages): for many and for few rows of a group
+    # (block_m, block_n, stages): for many rows of a group to few; not yet measured
     tiles_16 = ((128, 128, 3), (64, 128, 3), (16, 128, 4))
     tiles_fp32 = ((64, 64, 3), (16, 128, 3))
 
@@ -274,7 +274,8 @@ class GroupedGemmSm90(GroupedGemm):
     params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
     params_align = 128
 
-    # (block_m, block_n, block_k, stages, cluster, ping_pong)
+    # (block_m, block_n, block_k, stages, cluster, ping_pong): for many rows of a group to few. Predicted, not yet
+    # measured; benchmarks/NOTEBOOK.md has the reasons.
     tiles_of = (
         (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False),
         (64, 256, 64, 4, 1, False), (64, 128, 64, 6, 1, False),
@@ -322,7 +323,7 @@ class GroupedGemmSm90(GroupedGemm):
             tile = self.tiles_of[1]
         elif p.expected >= 192:
             tile = self.tiles_of[0]
-        elif p.expected + 3 * p.expected**0.5 > 64:  # else groups with a second tile would have their weights travel twice
+        elif p.expected + 3 * p.expected**0.5 > 64:  # else the weights of many groups would travel twice
             tile = self.tiles_of[1]
         else:
             wide = GemmSm90Config(p.dtype.cuda, *self.tiles_of[2], p.gather, p.gated)

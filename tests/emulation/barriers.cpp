@@ -154,7 +154,8 @@ void fence_mbarrier_init() {
 
 static void check_phase(Mbarrier& barrier, Block& block) {
   if (barrier.pending != 0) return;
-  if (barrier.bytes < 0) fail("%lld bytes more than announced landed at the mbarrier at shared +0x%x of block %u", -barrier.bytes, barrier.address - kBase, block.index);
+  if (barrier.bytes < 0)
+    fail("%lld bytes more than announced landed at the mbarrier at shared +0x%x of block %u", -barrier.bytes, barrier.address - kBase, block.index);
   if (barrier.bytes != 0) return;
   barrier.pending = static_cast<int>(barrier.expected);
   ++barrier.phase;

@@ -207,7 +207,8 @@ void run_load(const Load& load) {
   forget_written(*load.block, load.target, bytes);
   for_each_row(map, load.at, [&](u32 offset, u64 address, u32 first, u32 last) {
     alignas(16) u8 row[4096] = {};
-    if (address != 0) std::memcpy(row + first * map.element, reinterpret_cast<const u8*>(address) + first * map.element, (last - first) * map.element);
+    const u32 begin = first * map.element, end = last * map.element;
+    if (address != 0) std::memcpy(row + begin, reinterpret_cast<const u8*>(address) + begin, end - begin);
     for (u32 i = 0; i < width; i += 16) std::memcpy(memory + swizzled(map, load.target, offset + i), row + i, 16);
   });
   complete_bytes(mbarrier_at(*load.block, load.barrier, "a bulk copy", true), *load.block, bytes);

@@ -26,6 +26,7 @@ Run* run;
 Fiber* current;
 const char* beside;
 Fiber* beside_fiber;
+volatile sig_atomic_t expired;
 
 namespace {
 
@@ -41,7 +42,6 @@ u8* memories;  // shared memory of all blocks that are alive, each followed by a
 size_t memory_stride;
 Block* window;  // whose shared memory fm::smem shows
 volatile u64 last_switches;
-volatile sig_atomic_t expired;  // the time is over
 pthread_t runner;
 
 // ---- fibers ----
@@ -89,7 +89,8 @@ void show(Block& block) {
   if (window == &block) return;
   window = &block;
   const size_t bytes = (run->shared_bytes + kPage - 1) / kPage * kPage;
-  if (bytes != 0 && mmap(fm::smem, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory_file, static_cast<off_t>(block.slot * memory_stride)) == MAP_FAILED)
+  const auto at = static_cast<off_t>(block.slot * memory_stride);
+  if (bytes != 0 && mmap(fm::smem, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory_file, at) == MAP_FAILED)
     fail("mmap of shared memory");
 }
 
@@ -129,12 +130,15 @@ void start(Cluster& cluster, u32 index) {
 
 void end(Block& block) {
   for (const Load& load : run->loads)
-    if (load.block == &block) fail("block %u ends while a bulk copy of thread %u into its shared memory +0x%x is under way", block.index, load.fiber->thread, load.target - kBase);
+    if (load.block == &block)
+      fail("block %u ends while a bulk copy of thread %u into its shared memory +0x%x is under way", block.index, load.fiber->thread,
+           load.target - kBase);
   for (size_t i = 0; i < run->stores.size(); ++i) {
     Store* store = run->stores[i];
     if (store->block != &block) continue;
     if (!store->read)
-      fail("block %u ends before a bulk store of thread %u has read its shared memory +0x%x", block.index, store->fiber->thread, store->source - kBase);
+      fail("block %u ends before a bulk store of thread %u has read its shared memory +0x%x", block.index, store->fiber->thread,
+           store->source - kBase);
     write_store(*store);
     delete store;
     run->stores.erase(run->stores.begin() + static_cast<std::ptrdiff_t>(i--));
@@ -142,7 +146,8 @@ void end(Block& block) {
   for (const Arrival& arrival : run->arrivals)
     if (arrival.fiber->block == &block) fail("block %u ends before the cp.async arrival of thread %u", block.index, arrival.fiber->thread);
   for (u32 i = run->shared_bytes; i < memory_stride - kPage; ++i)
-    if (block.memory[i] != 0xa5) fail("block %u wrote %u bytes behind the end of its %u bytes of shared memory", block.index, i - run->shared_bytes, run->shared_bytes);
+    if (block.memory[i] != 0xa5)
+      fail("block %u wrote %u bytes behind the end of its %u bytes of shared memory", block.index, i - run->shared_bytes, run->shared_bytes);
 }
 
 void reap() {
@@ -201,7 +206,8 @@ void on_signal(int number, siginfo_t* info, void* context) {
   if (number == SIGFPE) fail("an integer is divided by zero");
   if (number == SIGILL || number == SIGTRAP) fail("a misaligned access, or an index beyond a local array");
   if (address >= stacks && address < stacks + stack_count * kStack) fail("a local array is too large for the stack, or written beyond its end");
-  if (address >= fm::smem && address < fm::smem + kWindow) fail("an access to shared memory +0x%lx, behind its end", static_cast<unsigned long>(address - fm::smem));
+  if (address >= fm::smem && address < fm::smem + kWindow)
+    fail("an access to shared memory +0x%lx, behind its end", static_cast<unsigned long>(address - fm::smem));
   const bool writes = static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_ERR] & 2;
   if (address == nullptr) fail("an access to address 0, or a misaligned one");
   fail("%s address 0x%llx, where there is no memory for it", writes ? "a write to" : "a read from", reinterpret_cast<u64>(address));
@@ -223,8 +229,8 @@ void leave() { emu_switch(&current->stack_pointer, scheduler_stack_pointer); }
 void fail(const char* format, ...) {
   int used = 0;
   if (const Fiber* fiber = current != nullptr ? current : beside_fiber)
-    used = snprintf(report, report_bytes, "block %u, thread %u (warp %u, lane %u)%s%s: ", fiber->block->index, fiber->thread, fiber->thread / 32, fiber->lane,
-                    beside != nullptr ? ", " : "", beside != nullptr ? beside : "");
+    used = snprintf(report, report_bytes, "block %u, thread %u (warp %u, lane %u)%s%s: ", fiber->block->index, fiber->thread,
+                    fiber->thread / 32, fiber->lane, beside != nullptr ? ", " : "", beside != nullptr ? beside : "");
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(report + used, report_bytes - static_cast<size_t>(used), format, arguments);
@@ -259,8 +265,9 @@ static void prepare(size_t fibers, size_t blocks) {
 }  // namespace emu
 
 // Runs a grid of blocks along x. 0: done; 1: `text` says what went wrong (what the run had allocated is then not given back).
-extern "C" __attribute__((visibility("default"))) int fm_run(const void* params, unsigned grid, unsigned threads, unsigned shared_bytes, unsigned cluster,
-                                                             unsigned resident, unsigned long long seed, double limit_s, char* text, size_t text_bytes) {
+extern "C" __attribute__((visibility("default"))) int fm_run(const void* params, unsigned grid, unsigned threads, unsigned shared_bytes,
+                                                             unsigned cluster, unsigned resident, unsigned long long seed, double limit_s,
+                                                             char* text, size_t text_bytes) {
   using namespace emu;
   static u8 signal_stack[64 * 1024];
   report = text, report_bytes = text_bytes;

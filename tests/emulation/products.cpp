@@ -63,7 +63,8 @@ static bool same(const Product& x, const Product& y) {
 }
 
 static Warpgroup& group_of(Fiber& fiber) {
-  if ((fiber.thread / 128 + 1) * 128 > run->threads) fail("wgmma in threads %u to %u, which are no whole warpgroup", fiber.thread / 128 * 128, run->threads);
+  if ((fiber.thread / 128 + 1) * 128 > run->threads)
+    fail("wgmma in threads %u to %u, which are no whole warpgroup", fiber.thread / 128 * 128, run->threads);
   return fiber.block->groups[fiber.thread / 128];
 }
 
@@ -85,8 +86,9 @@ void product(const ProductShape& shape, float* d, const u32* registers, u64 a, u
   if (place == group.queue.size()) group.queue.push_back(mine);
   Product& product = group.queue[place];
   if (!same(product, mine))
-    fail("the threads of a warpgroup issue different products: n %u, a %llx, b %llx, accumulate %d here, n %u, a %llx, b %llx, accumulate %d before", shape.n, a, b,
-         accumulate, product.shape.n, product.a, product.b, product.accumulate);
+    fail("the threads of a warpgroup issue different products: n %u, a %llx, b %llx, accumulate %d here, "
+         "n %u, a %llx, b %llx, accumulate %d before", shape.n, a, b, accumulate,
+         product.shape.n, product.a, product.b, product.accumulate);
   product.d[me.thread % 128] = d, product.registers[me.thread % 128] = registers;
   if (++product.issued < 128) return;
   wake(group.waiters);
@@ -137,7 +139,8 @@ struct Operand {
   Operand(Block& block, u64 descriptor, bool half)
       : block(block), start(static_cast<u32>(descriptor & 0x3fff) << 4), leading(static_cast<u32>(descriptor >> 16 & 0x3fff) << 4),
         stride(static_cast<u32>(descriptor >> 32 & 0x3fff) << 4), half(half) {
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("wgmma descriptor %llx: only the 128-byte swizzle without an offset is emulated", descriptor);
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+      fail("wgmma descriptor %llx: only the 128-byte swizzle without an offset is emulated", descriptor);
   }
   // Eight values from 16 bytes, which the swizzle has moved.
   void read(u32 address, float* values, u32 step) const {
@@ -159,7 +162,8 @@ void execute(Block& block, u32 group, const Product& product) {
     for (u32 thread = 0; thread < 128; ++thread) {
       const u32 row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
       for (u32 i = 0; i < 4; ++i)
-        for (u32 e = 0; e < 2; ++e) a[row + i % 2 * 8][t * 2 + e + i / 2 * 8] = number(static_cast<u16>(product.registers[thread][i] >> 16 * e), half);
+        for (u32 e = 0; e < 2; ++e)
+          a[row + i % 2 * 8][t * 2 + e + i / 2 * 8] = number(static_cast<u16>(product.registers[thread][i] >> 16 * e), half);
     }
   } else {
     const Operand operand(block, product.a, half);
@@ -186,7 +190,8 @@ void execute(Block& block, u32 group, const Product& product) {
     if (!product.accumulate) std::memset(sum, 0, n * sizeof(float));
     for (u32 k = 0; k < 16; k += 4) {
       const float x = a[row][k], y = a[row][k + 1], z = a[row][k + 2], w = a[row][k + 3];
-      for (u32 column = 0; column < n; ++column) sum[column] += x * b[k][column] + y * b[k + 1][column] + (z * b[k + 2][column] + w * b[k + 3][column]);
+      for (u32 column = 0; column < n; ++column)
+        sum[column] += x * b[k][column] + y * b[k + 1][column] + (z * b[k + 2][column] + w * b[k + 3][column]);
     }
   }
   for_each_pair([](float* registers, const float* tile) { registers[0] = tile[0], registers[1] = tile[1]; });
@@ -200,6 +205,6 @@ extern unsigned char smem[];
 }
 unsigned emu::shared_address(const void* pointer) {
   const u64 offset = static_cast<u64>(static_cast<const u8*>(pointer) - fm::smem);
-  if (offset >= run->shared_bytes) fail("the address of %p in shared memory, where it does not lie", pointer);
+  if (offset > run->shared_bytes) fail("the address of %p in shared memory, where it does not lie", pointer);
   return kBase + static_cast<u32>(offset);
 }

@@ -1,5 +1,7 @@
 // The state of an emulated grid. Every CUDA thread is a fiber; one runs at a time, until it waits, pauses or ends.
 #pragma once
+#include <signal.h>
+
 #include <cstring>
 #include <deque>
 #include <string>
@@ -189,6 +191,7 @@ extern Run* run;
 extern Fiber* current;       // null: the scheduler
 extern const char* beside;   // what the scheduler does for somebody, for reports of faults
 extern Fiber* beside_fiber;
+extern volatile sig_atomic_t expired;  // the time is over
 
 u64 draw();
 inline bool chance(u32 of_65536) { return of_65536 != 0 && (draw() & 0xffff) < of_65536; }

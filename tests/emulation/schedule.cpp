@@ -107,7 +107,7 @@ void run_warp(Warp& warp) {
   const bool downwards = run->policy.shuffled && (draw() & 1);
   warp.paused = false;
   warp.listed = true;  // not again while it runs
-  while (warp.ready != 0 && !warp.paused) {
+  while (warp.ready != 0 && !warp.paused && !expired) {
     const int lane = downwards ? 31 - __builtin_clz(warp.ready) : __builtin_ctz(warp.ready);
     warp.ready &= ~(1u << lane);
     run_fiber(warp.block->fibers[warp.index * 32 + static_cast<u32>(lane)]);
@@ -221,12 +221,13 @@ std::string describe(const Fiber& fiber) {
       break;
     case Waits::mbarrier: {
       const Mbarrier& one = block.mbarriers[address];
-      snprintf(text, sizeof text, "mbarrier at shared +0x%x, parity %llu: its phase %llu lacks %d of %u arrivals and %lld bytes", address - kBase, fiber.detail[1],
-               one.phase, one.pending, one.expected, one.bytes);
+      snprintf(text, sizeof text, "mbarrier at shared +0x%x, parity %llu: its phase %llu lacks %d of %u arrivals and %lld bytes", address - kBase,
+               fiber.detail[1], one.phase, one.pending, one.expected, one.bytes);
       break;
     }
     case Waits::named:
-      snprintf(text, sizeof text, "barrier %u, where %u of %u threads have arrived", address, block.named[address].arrived, block.named[address].expected);
+      snprintf(text, sizeof text, "barrier %u, where %u of %u threads have arrived", address, block.named[address].arrived,
+               block.named[address].expected);
       break;
     case Waits::block:
       snprintf(text, sizeof text, "__syncthreads, where %u of %u threads have arrived", block.all.arrived, block.alive);

@@ -1,0 +1,147 @@
+"""The attention kernels on the emulated GPU: right in every order of events, and faults put into them are found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import emulate
+import pytest
+from emulated_attention import SM80, SM90, attention, choose, faults, outcome
+
+from flashmoe_cupy.plan.config import Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.kernels import KERNELS
+from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
+
+pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+
+CUDA = Path(__file__).resolve().parent.parent / "cuda_src"
+SEEDS = range(10)
+RAGGED = VarlenCase((70, 0, 1, 130), (33, 5, 90, 201), tail_q=3, tail_k=2)
+
+CASES: tuple[tuple[str, Case], ...] = (
+    (SM80, AttentionCase(150, 203, 1, 4, 2, 64, causal=True)),
+    (SM80, AttentionCase(70, 131, 2, 2, 1, 128, dtype="float16", window_size=(40, 7))),
+    (SM80, AttentionCase(33, 65, 1, 2, 2, 40, dtype="float32", softcap=15.0, sinks="float32")),
+    (SM80, AttentionCase(65, 70, 1, 2, 2, 64, bias="h1k", bias_dtype="bool", alibi="bh")),
+    (SM80, RAGGED._replace(used_k=(30, 5, 0, 190), causal=True)),
+    (SM90, AttentionCase(150, 203, 1, 4, 2, 64, causal=True)),
+    (SM90, AttentionCase(400, 300, 1, 2, 1, 128, causal=True)),
+    (SM90, AttentionCase(131, 259, 2, 2, 1, 128, dtype="float16", window_size=(100, 7))),
+    (SM90, AttentionCase(190, 130, 1, 2, 2, 64, softcap=15.0)),
+    (SM90, AttentionCase(130, 130, 1, 2, 2, 192, 128, sinks="same")),
+    (SM90, AttentionCase(130, 100, 1, 2, 2, 64, 512, bias="qk")),
+    (SM90, RAGGED._replace(head_dim=128, causal=True, heads_k=1)),
+    (SM90, RAGGED._replace(used_q=(70, 0, 1, 99), used_k=(30, 5, 0, 190), head_dim=72, dtype="float16")),
+)
+
+# A problem whose tiles are small, so that every buffer is used several times.
+SMALL = AttentionCase(150, 300, 1, 2, 1, 64)
+TILES: dict[str, Config] = {
+    SM80: Sm80Config("bf16", 64, 64, 64, 64, 4, "PlainScores"),
+    SM90: Sm90Config("bf16", 64, 64, 128, 64, 2, "PlainScores"),
+}
+_80, _90, _OUT = "attention/fwd_sm80.cuh", "attention/fwd_sm90.cuh", "tile/epilogue.cuh"
+_WRONG = r"^(relative error|lse error)"
+
+
+class Fault(NamedTuple):
+    """A text of a header and what stands there instead; what some seed then has to say."""
+
+    header: str
+    old: str
+    new: str
+    found: str = _WRONG
+
+    @property
+    def kernel(self) -> str:
+        return SM80 if self.header in (_80, "tile/smem.cuh") else SM90
+
+    def headers(self) -> Mapping[str, str]:
+        text = (CUDA / self.header).read_text(encoding="utf-8")
+        assert text.count(self.old) == 1, f"{self.header} no longer holds {self.old!r} once"
+        return {self.header: text.replace(self.old, self.new)}
+
+
+FAULTS = {
+    "copies not waited for": Fault(
+        _80, "cp_async_wait_group<0>();\n      __syncthreads();  // K(n)", "__syncthreads();  //",
+    ),
+    "K overwritten too early": Fault(_80, "__syncthreads();  // V(n)", "//"),
+    "V overwritten too early": Fault(_80, "__syncthreads();  // K(n)", "//"),
+    "a row too many read": Fault(
+        "tile/smem.cuh", "first_row + pass * kPass < rows", "first_row + pass * kPass <= rows",
+        r"a read from .* behind the end of [qkv]",
+    ),
+    "a row too many written": Fault(
+        "tile/smem.cuh", "if (row >= rows || chunk", "if (row > rows || chunk",
+        r"a write to .*0 bytes behind the end of out",
+    ),
+    "K given back before its product": Fault(
+        _90, "wgmma_wait_group<1>(r_s[0]);\n      release(rings.k.empty(k.stage));",
+        "release(rings.k.empty(k.stage));\n      wgmma_wait_group<1>(r_s[0]);",
+    ),
+    "V given back before its product": Fault(
+        _90, "wgmma_wait_group<0>(r_out[0]);\n      release(rings.v.empty(v.stage));",
+        "release(rings.v.empty(v.stage));\n      wgmma_wait_group<0>(r_out[0]);",
+    ),
+    "V not waited for": Fault(_90, "if (!v_here) rings.v.wait_full(v);", "", "more than 1 arrivals|relative error"),
+    "a product not waited for": Fault(_90, "wgmma_wait_group<0>(r_out[0]);\n      release", "release"),
+    "the wrong parity": Fault("tile/pipeline.cuh", "at.parity ^ 1", "at.parity", r"deadlock(.|\n)*warp 1: mbarrier"),
+    "too few arrivals": Fault(_90, "kUsers = 4 * kConsumers;", "kUsers = 4 * kConsumers - 1;"),
+    "too few bytes": Fault(
+        _90, "(at.stage), Tile::kBytes);", "(at.stage), Tile::kBytes - 128);", "128 bytes more than announced"
+    ),
+    "too many bytes": Fault(
+        _90, "(at.stage), Tile::kBytes);", "(at.stage), Tile::kBytes + 128);", r"deadlock(.|\n)*and 128 bytes"
+    ),
+    "the wrong panel": Fault(
+        _90, "s_tile + panel * TileQ::kPanelBytes", "s_tile + 64 + panel * TileQ::kPanelBytes", "no multiple of 128"
+    ),
+    "no turn to begin with": Fault(
+        _90, "if (kInTurn && consumer == 0) barrier_arrive(1, 256);", "",
+        r"deadlock(.|\n)*barrier 1, where 128 of 256",
+    ),
+    "barriers not fenced": Fault(_90, "fence_mbarrier_init();", "", "without fence.mbarrier_init"),
+    "output not fenced": Fault(_OUT, "fence_proxy_async();", "", "without a fence.proxy.async"),
+    "output stored before all have written": Fault(
+        _OUT, "fence_proxy_async();\n      __syncwarp();", "fence_proxy_async();", "without a fence.proxy.async"
+    ),
+    "output overwritten before it is read": Fault(_OUT, "if (lane == 0) bulk_wait_group_read<0>();", ""),
+    "output unread at the end": Fault(
+        _90, "if (lane_id() == 0) bulk_wait_group_read<0>();", "", "before a bulk store of thread .* has read"
+    ),
+    "a record announced before all have written": Fault(
+        "attention/schedule_sm90.cuh", "__syncwarp();\n      if (lane_id() == 0) mbarrier_arrive",
+        "if (lane_id() == 0) mbarrier_arrive", "issue different products|relative error",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All kernels of this file, two at a time."""
+    todo: list[tuple[str, Mapping[str, str]]] = []
+    todo += [(tu, {}) for tu in {KERNELS[kernel].source(choose(case, kernel)) for kernel, case in CASES}]
+    todo += [(KERNELS[fault.kernel].source(TILES[fault.kernel]), fault.headers()) for fault in FAULTS.values()]
+    emulate.build_all(todo)
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES, ids=str)
+def test_right_in_every_order(kernel: str, case: Case) -> None:
+    found = {seed: faults(case, kernel, *attention(case, kernel, seed, resident=1 + seed % 2)) for seed in SEEDS}
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("kernel", TILES)
+def test_nothing_is_found_in_the_kernels_themselves(kernel: str) -> None:
+    assert not any(outcome(SMALL, kernel, range(40), TILES[kernel], {}).values())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name: str) -> None:
+    fault = FAULTS[name]
+    found = outcome(SMALL, fault.kernel, range(16), TILES[fault.kernel], fault.headers())
+    assert any(re.search(fault.found, text) for text in found.values()), found
