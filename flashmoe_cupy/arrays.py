@@ -183,7 +183,7 @@ def _torch_reasons(torch: Any, x: Any, wrapper: bool, dtype: DType | None) -> li
 
 def _jax_tracer(x: Any, name: str) -> View:
     reason = "the array is traced (jit, grad, vmap or another transform), so there is no memory to read"
-    raise _refuse(x, name, reason, "inside transforms call flashmoe_cupy.jax, which so far has attention only")
+    raise _refuse(x, name, reason, "inside transforms all arrays of a call must be JAX's")
 
 
 def _jax(x: Any, name: str) -> View:

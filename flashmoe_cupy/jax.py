@@ -33,6 +33,7 @@ from flashmoe_cupy.errors import DependencyError, UnsupportedProblem
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
+_MOE = ("fused_moe", "grouped_gemm", "moe_permute", "moe_route")  # in jax_moe.py, and names of this module too
 
 _TARGET = "flashmoe_cupy_attention"
 _OPTIONAL = (
@@ -287,6 +288,7 @@ def _joined(
 # problems by key
 
 _problems: dict[int, tuple[AttentionProblem, tuple[str, ...]]] = {}
+_in_use: list[dict[int, Any]] = [_problems]  # and those of other operations
 
 
 def _inputs(p: AttentionProblem) -> tuple[str, ...]:
@@ -421,7 +423,7 @@ _handlers = _install()
 
 def _drain() -> None:
     """At exit, wait for the work in flight: a handler that needs the interpreter after its end never returns."""
-    if not _problems:
+    if not any(_in_use):
         return  # nothing was traced: do not start a backend now
     for array in jax.live_arrays():
         with contextlib.suppress(Exception):  # its error will never be looked at
@@ -433,3 +435,12 @@ def _drain() -> None:
 
 
 atexit.register(_drain)
+
+
+def __getattr__(name: str) -> Any:
+    """The operations of mixture of experts, which stand in a file of their own."""
+    if name not in _MOE:
+        raise AttributeError(f"module 'flashmoe_cupy.jax' has no attribute {name!r}")
+    from flashmoe_cupy import jax_moe
+
+    return getattr(jax_moe, name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.dtypes import FP32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.moe import fused_moe
+from flashmoe_cupy.ops.plans import is_jax
 from flashmoe_cupy.ops.route import moe_route
 
 _GATED = ("swiglu", "geglu", "geglu_tanh", "swigluoai")
@@ -68,7 +68,7 @@ class FlashMoELayer:
             ("w_gate_up", w_gate_up, (here, rows, d)), ("w_down", w_down, (here, d, n)),
             ("shared_gate_weight", shared_gate_weight, (d,)), ("expert_map", expert_map, (num_experts,)),
         ):  # fmt: skip
-            if array is not None and (shape := view(array, name).shape) != want:
+            if array is not None and (shape := _shape(array, name)) != want:
                 why.append(f"{name} must have shape {want}, but has {shape}")
         if router_weight is None and router_bias is not None:
             why.append("router_bias is added to x @ router_weight.T, but router_weight is missing")
@@ -130,7 +130,10 @@ def _float32(array: Any) -> Any:
     """The array in float32, by its own library; itself where it is float32 already."""
     if array is None:
         return None
-    v = view(array, "array")
-    if v.dtype is FP32:
+    if str(array.dtype).removeprefix("torch.") == "float32":  # traced arrays have no memory, so no view
         return array
-    return array.float() if v.library == "torch" else array.astype("float32")
+    return array.float() if hasattr(array, "data_ptr") else array.astype("float32")
+
+
+def _shape(array: Any, name: str) -> tuple[int, ...]:
+    return array.shape if is_jax(array) else view(array, name).shape

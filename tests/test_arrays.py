@@ -368,7 +368,7 @@ def test_jax_tracers() -> None:
     for transform in (jax.jit, jax.grad, jax.vmap):
         transform(look)(x)
     assert len(seen) == 3
-    assert all("traced" in text and "flashmoe_cupy.jax" in text for text in seen)
+    assert all("traced" in text and "must be JAX's" in text for text in seen)
 
 
 @NEEDS_JAX

@@ -88,6 +88,7 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
     numbers = arch.removeprefix("sm_").rstrip("a")
     stand_in = SimpleNamespace(
         compute_capability=lambda device: (int(numbers[:-1]), int(numbers[-1])), multiprocessors=lambda device: 132,
+        driver_version=lambda: 12040,
         load_for=load_for, with_maps=lambda ready, at, maps: ready,
     )  # fmt: skip
     patch.setattr(moe_gpu, "gpu", stand_in)

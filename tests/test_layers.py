@@ -43,7 +43,8 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("layers.py", ("ops", "arrays", "dtypes", "errors")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
     ("torch.py", ("ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),
-    ("jax.py", ("_xla_ffi", "ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),
+    ("jax.py", ("jax_moe", "_xla_ffi", "ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),
+    ("jax_moe.py", ("jax", "_xla_ffi", "ops", "plan", "cpu", "dtypes", "errors")),
     ("integrations/", ("integrations", "torch", "ops", "arrays", "dtypes", "errors")),
     ("service/", ("*",)),
     ("cli/", ("*",)),
@@ -59,12 +60,12 @@ FRAMEWORKS: dict[str, tuple[str, ...]] = {
     "cupy": ("arrays.py", "jit/compiler.py", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "cuda": ("jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "torch": ("torch.py", "integrations/", "cli/"),
-    "jax": ("jax.py", "cli/"),
+    "jax": ("jax.py", "jax_moe.py", "cli/"),
     "transformers": ("integrations/",),
 }
 ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported.
-AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py",)}
+AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py", "jax_moe.py")}
 
 # A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
 # prelude itself stands on the instructions that work on registers alone.

@@ -316,11 +316,12 @@ def test_jax() -> None:
     refused(fused_moe, moved(experts() | {"w_down": f16(3, 24, 16)}, convert), (r"jnp\.ascontiguousarray\(w_down",))
     arguments = moved(experts(), convert)
     names = ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")
-    with pytest.raises(UnsupportedProblem, match=r"traced"):
-        jax.jit(fused_moe)(*(arguments[n] for n in names))
-    with pytest.raises(UnsupportedProblem, match=r"logits.*\n.*traced") as caught:
-        jax.jit(lambda x: moe_route(x, top_k=2))(convert(f16(5, 8)))
-    assert "attention only" in caught.value.hint
+    some = tuple(arguments[n] for n in names[1:])
+    with pytest.raises(UnsupportedProblem, match=r"w_gate_up.*\n.*traced") as caught:
+        jax.jit(lambda *traced: fused_moe(experts()["x"], *traced))(*some)
+    assert "must be JAX's" in caught.value.hint
+    with pytest.raises(UnsupportedProblem, match=r"topk_ids is a numpy\.ndarray, not a JAX array"):
+        fused_moe(**(arguments | {"topk_ids": experts()["topk_ids"]}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

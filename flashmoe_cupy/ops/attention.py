@@ -6,7 +6,6 @@ remembered), and the plan launches a kernel on the caller's stream or runs the N
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +16,7 @@ import numpy as np
 from flashmoe_cupy import _env, arrays, dtypes
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops.plans import for_jax, is_jax
 from flashmoe_cupy.ops.quick import Quick, find
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
@@ -85,8 +85,8 @@ def flash_attention(
                 plan = _find(options)
                 if plan is not None:
                     return plan.run_quick(quick, q, k, v)
-    if _is_jax(q):
-        return _jax().flash_attention(
+    if is_jax(q):
+        return for_jax().flash_attention(
             q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks,
             alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse, out=out,
         )  # fmt: skip
@@ -147,8 +147,8 @@ def flash_attention_varlen(
     no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
     Raises as `flash_attention` does.
     """
-    if _is_jax(q):
-        return _jax().flash_attention_varlen(
+    if is_jax(q):
+        return for_jax().flash_attention_varlen(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal, window_size=window_size,
             softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
@@ -338,9 +338,7 @@ def _remember(key: Any, plan: _Plan) -> _Plan:
     return plan
 
 
-def _prepare(
-    problem: AttentionProblem, device: int, stream: int | None, aligned: bool, clear_rest: int = 0
-) -> Launch:
+def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned: bool, clear_rest: int = 0) -> Launch:
     """Choose, compile (or find) and load the kernel for a problem on a device."""
     global _launch
     from flashmoe_cupy.jit import launch
@@ -383,22 +381,3 @@ def _as_tuple(window_size: Any) -> Any:
         return tuple(window_size)
     except TypeError:
         return window_size
-
-
-_jax_types: dict[type, bool] = {np.ndarray: False}
-
-
-def _is_jax(x: Any) -> bool:
-    kind = type(x)
-    known = _jax_types.get(kind)
-    if known is None:
-        jax = sys.modules.get("jax")
-        known = hasattr(jax, "Array") and isinstance(x, jax.Array)  # type: ignore[union-attr]
-        _jax_types[kind] = known
-    return known
-
-
-def _jax() -> Any:
-    from flashmoe_cupy import jax
-
-    return jax

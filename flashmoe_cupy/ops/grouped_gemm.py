@@ -48,8 +48,12 @@ def grouped_gemm(
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
     Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and
-    so are traced JAX arrays.
+    so is `jax.grad`.
     """
+    if plans.is_jax(x):
+        return plans.for_jax().grouped_gemm(
+            x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
+        )  # fmt: skip
     vx, vw = view(x, "x"), view(w, "w")
     vo = None if offsets is None else view(offsets, "offsets")
     vs = None if group_sizes is None else view(group_sizes, "group_sizes")

@@ -81,8 +81,7 @@ def fused_moe(
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing; with
     FLASHMOE_CHECK=1 FlashMoEError for the first id below -1 or above the number of (global) experts. Nothing is written
-    on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and so are traced JAX
-    arrays.
+    on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
 
     Sources: Shazeer et al. (arXiv:1701.06538); gated activations as in Shazeer (arXiv:2002.05202); swigluoai as in
     gpt-oss; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
@@ -103,6 +102,13 @@ def fused_moe(
                 found = plan.run_again(quick, given)
                 if found is not None:
                     return found
+    if plans.is_jax(x):
+        return plans.for_jax().fused_moe(
+            x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
+            interleaved=interleaved, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, expert_map=expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,
+            shared_w_down=shared_w_down, shared_gate=shared_gate, batch_invariant=batch_invariant, out=out,
+        )  # fmt: skip
     vx, v1, v2 = view(x, "x"), view(w_gate_up, "w_gate_up"), view(w_down, "w_down")
     vw, vi = view(topk_weights, "topk_weights"), view(topk_ids, "topk_ids")
     b1 = None if b_gate_up is None else view(b_gate_up, "b_gate_up")

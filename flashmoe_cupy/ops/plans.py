@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
 
 from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
@@ -72,6 +75,27 @@ def run_again(
         table += [base + offset for offset in ready.offsets]
     ready.series.run(table, quick.stream(device))
     return made
+
+
+_jax_types: dict[type, bool] = {np.ndarray: False}
+
+
+def is_jax(x: Any) -> bool:
+    """Whether x is an array or a tracer of JAX; does not import it."""
+    kind = type(x)
+    known = _jax_types.get(kind)
+    if known is None:
+        jax = sys.modules.get("jax")
+        known = hasattr(jax, "Array") and isinstance(x, jax.Array)  # type: ignore[union-attr]
+        _jax_types[kind] = known
+    return known
+
+
+def for_jax() -> Any:
+    """The adapter for JAX, which also runs while XLA does."""
+    from flashmoe_cupy import jax
+
+    return jax
 
 
 def gpu() -> Any:

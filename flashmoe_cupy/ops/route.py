@@ -66,7 +66,7 @@ def moe_route(
     logsumexp of the logits. Both losses are 0 for T = 0. The same inputs give the same bits in every run.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
-    There is no gradient yet: torch tensors that require one are refused in grad mode, and so are traced JAX arrays.
+    There is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
 
     Sources: Switch (arXiv:2101.03961, equations 4 to 6), ST-MoE (arXiv:2202.08906, equation 5); bias and groups as in
     DeepSeek-V3 (arXiv:2412.19437), without bias as in DeepSeek-V2 (arXiv:2405.04434).
@@ -87,6 +87,13 @@ def moe_route(
                 found = plan.run_again(quick, given)
                 if found is not None:
                     return found
+    if plans.is_jax(logits):
+        return plans.for_jax().moe_route(
+            logits, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor, e_score_correction_bias=e_score_correction_bias,
+            num_expert_group=num_expert_group, topk_group=topk_group, capacity_factor=capacity_factor,
+            return_stats=return_stats,
+        )  # fmt: skip
     vl = view(logits, "logits")
     vb = None if e_score_correction_bias is None else view(e_score_correction_bias, "e_score_correction_bias")
     key = vl[1:6], vb and vb[1:6], options, *map(type, options)  # types, because 2.0 == 2 and True == 1

@@ -1,0 +1,342 @@
+"""Mixture of experts for JAX arrays and tracers, as jax.py does it for attention: one target of XLA's for the four.
+
+What a compiled program carries is in the same two attributes: "text", here the operation, its problem and the shapes of
+its arrays in JSON, and "key", a hash of that text. The workspace of the kernels is one more result of the call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashmoe_cupy import _xla_ffi, dtypes
+from flashmoe_cupy.cpu import moe as cpu
+from flashmoe_cupy.dtypes import FP32, INT32, UINT8, DType
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jax import _align, _array, _check, _counted, _in_use, _view
+from flashmoe_cupy.ops import moe_buffers, plans
+from flashmoe_cupy.ops.permute import MoEPermutation
+from flashmoe_cupy.ops.route import RouterStats
+from flashmoe_cupy.plan import moe_problem
+from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
+
+__all__ = ["fused_moe", "grouped_gemm", "moe_permute", "moe_route"]
+
+_TARGET = "flashmoe_cupy_moe"
+Problem = RouteProblem | PermuteProblem | GroupedGemmProblem | MoEProblem
+Form = tuple[tuple[int, ...], DType]
+
+
+def moe_route(
+    logits: Any,
+    *,
+    top_k: int,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: Any = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    capacity_factor: float | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """`flashmoe_cupy.moe_route` for JAX arrays, also under `jit` and the other transforms.
+
+    The options are Python values: under `jit` make them static. `vmap` runs one call after the other. No gradient yet:
+    `jax.grad` raises UnsupportedProblem. Several devices: inside `jax.shard_map`.
+    """
+    arrays = {"logits": logits, "e_score_correction_bias": e_score_correction_bias}
+    options = {
+        "top_k": top_k, "scoring_func": scoring_func, "renormalize": renormalize,
+        "routed_scaling_factor": routed_scaling_factor, "num_expert_group": num_expert_group, "topk_group": topk_group,
+        "capacity_factor": capacity_factor, "return_stats": return_stats,
+    }  # fmt: skip
+    weights, ids, *stats = _call("moe_route", arrays, options)
+    return (weights, ids, RouterStats(*stats)) if stats else (weights, ids)
+
+
+def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> MoEPermutation:
+    """`flashmoe_cupy.moe_permute` for JAX arrays, also traced; options and transforms as in `moe_route`."""
+    return MoEPermutation(
+        *_call("moe_permute", {"topk_ids": topk_ids, "expert_map": expert_map}, {"num_experts": num_experts})
+    )
+
+
+def grouped_gemm(
+    x: Any,
+    w: Any,
+    *,
+    offsets: Any = None,
+    group_sizes: Any = None,
+    gather_indices: Any = None,
+    bias: Any = None,
+    out: Any = None,
+) -> Any:
+    """`flashmoe_cupy.grouped_gemm` for JAX arrays, also traced; transforms as in `moe_route`. `out` must be None."""
+    arrays = {
+        "x": x, "w": w, "offsets": offsets, "group_sizes": group_sizes, "gather_indices": gather_indices, "bias": bias,
+    }  # fmt: skip
+    return _call("grouped_gemm", arrays, {}, out)[0]
+
+
+def fused_moe(
+    x: Any,
+    w_gate_up: Any,
+    w_down: Any,
+    topk_weights: Any,
+    topk_ids: Any,
+    *,
+    activation: str = "swiglu",
+    b_gate_up: Any = None,
+    b_down: Any = None,
+    interleaved: bool = False,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+    expert_map: Any = None,
+    apply_router_weight_on_input: bool = False,
+    shared_w_gate_up: Any = None,
+    shared_w_down: Any = None,
+    shared_gate: Any = None,
+    batch_invariant: bool = False,
+    out: Any = None,
+) -> Any:
+    """`flashmoe_cupy.fused_moe` for JAX arrays, also traced; options and transforms as in `moe_route`.
+
+    `out` must be None. FLASHMOE_CHECK=1 checks the ids on the CPU only.
+    """
+    arrays = {
+        "x": x, "w_gate_up": w_gate_up, "w_down": w_down, "topk_weights": topk_weights, "topk_ids": topk_ids,
+        "b_gate_up": b_gate_up, "b_down": b_down, "expert_map": expert_map, "shared_w_gate_up": shared_w_gate_up,
+        "shared_w_down": shared_w_down, "shared_gate": shared_gate,
+    }  # fmt: skip
+    options = {
+        "activation": activation, "interleaved": interleaved, "swiglu_alpha": swiglu_alpha,
+        "swiglu_limit": swiglu_limit, "apply_router_weight_on_input": apply_router_weight_on_input,
+        "batch_invariant": batch_invariant,
+    }  # fmt: skip
+    return _call("fused_moe", arrays, options, out)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the operations
+
+
+class _Op(NamedTuple):
+    """inputs: all arrays in the order in which `ops.moe_gpu` wants them; the first `required` are no keywords."""
+
+    problem: type[Any]
+    make: Callable[..., Any]
+    inputs: tuple[str, ...]
+    required: int
+
+
+_OPS = {
+    "moe_route": _Op(
+        RouteProblem,
+        lambda logits, e_score_correction_bias=None, **options: moe_problem.route_problem(
+            logits, e_score_correction_bias, **options
+        ),
+        ("logits", "e_score_correction_bias"), 1,
+    ),
+    "moe_permute": _Op(
+        PermuteProblem,
+        lambda topk_ids, expert_map=None, **options: moe_problem.permute_problem(topk_ids, expert_map, **options),
+        ("topk_ids", "expert_map"), 1,
+    ),
+    "grouped_gemm": _Op(
+        GroupedGemmProblem, moe_problem.grouped_gemm_problem,
+        ("x", "w", "offsets", "group_sizes", "gather_indices", "bias"), 2,
+    ),
+    "fused_moe": _Op(
+        MoEProblem, moe_problem.moe_problem,
+        ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map",
+         "shared_w_gate_up", "shared_w_down", "shared_gate"), 5,
+    ),
+}  # fmt: skip
+
+
+def _results(p: Problem) -> list[Form]:
+    """Shape and dtype of each result."""
+    if isinstance(p, RouteProblem):
+        each, stats = (p.tokens, p.top_k), [((p.num_experts,), INT32)] * 2 + [((), FP32)] * 2
+        return [(each, FP32), (each, INT32), *(stats if p.return_stats else [])]
+    if isinstance(p, PermuteProblem):
+        return [((p.num_experts + 1,), INT32), ((p.tokens * p.top_k,), INT32), ((p.tokens, p.top_k), INT32)]
+    if isinstance(p, GroupedGemmProblem):
+        return [((p.num_experts, p.rows, p.n) if p.masked else (p.rows, p.n), p.dtype)]
+    return [((p.tokens, p.hidden), p.dtype)]
+
+
+_functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_MAX_FUNCTIONS = 4096  # distinct shapes that are remembered
+
+
+def _call(op: str, arrays: dict[str, Any], options: dict[str, Any], out: Any = None) -> tuple[Any, ...]:
+    """Find or build the function of these shapes, dtypes and options, and call it."""
+    required = _OPS[op].inputs[: _OPS[op].required]
+    given = {name: x for name, x in arrays.items() if x is not None or name in required}
+    try:
+        signature = tuple([(name, x.shape, x.dtype) for name, x in given.items()])
+        key = (op, signature, *options.values(), *map(type, options.values()))
+        function = _functions.get(key) if out is None else None
+    except (AttributeError, TypeError):  # not an array, or a list or tracer among the options
+        key, function = None, None
+    if function is None:
+        _check(op, given, out)
+        problem = _OPS[op].make(**{name: _view(op, name, x) for name, x in given.items()}, **options)
+        function = _build(op, problem, [(name, x.shape, x.dtype) for name, x in given.items()])
+        if key is not None:
+            if len(_functions) >= _MAX_FUNCTIONS:
+                _functions.clear()
+            _functions[key] = function
+    elif not all(isinstance(x, jax.Array) for x in given.values()):
+        _check(op, given, out)
+    return function(*given.values())  # type: ignore[no-any-return]
+
+
+def _build(op: str, problem: Problem, arrays: Sequence[tuple[str, tuple[int, ...], Any]]) -> Callable[..., Any]:
+    """A jitted function of the arrays that gives the results as a tuple."""
+    names = [name for name, _, _ in arrays]
+    order = [names.index(name) for name in _OPS[op].inputs if name in names]
+    forms = [(names[i], *arrays[i][1:]) for i in order]
+    key, text = _register(op, problem, forms)
+    results = _results(problem)
+    empty = 0 in results[-1][0] or 0 in results[0][0]
+    workspace = 0 if empty else moe_buffers.workspace_bytes(problem)
+
+    def plain(*given: Any) -> tuple[Any, ...]:
+        if empty:
+            return tuple(jnp.zeros(shape, dtypes.to_numpy(dtype)) for shape, dtype in results)
+        inputs, varying = _align([given[i] for i in order])
+        wanted: list[Form] = [*results, ((max(workspace, 1),), UINT8)]
+        like = [jax.ShapeDtypeStruct(shape, dtypes.to_numpy(dtype), **varying) for shape, dtype in wanted]
+        call = jax.ffi.ffi_call(_TARGET, like, vmap_method="sequential")
+        return tuple(call(*inputs, key=np.int64(key), text=text)[:-1])
+
+    differentiable = jax.custom_jvp(plain)
+
+    def jvp(_primals: Any, _tangents: Any) -> Any:
+        raise UnsupportedProblem(
+            f"the gradient of {problem.describe()}",
+            ["there is no backward pass for JAX arrays yet"],
+            "wrap the arguments in jax.lax.stop_gradient if no gradient is needed through them",
+        )
+
+    differentiable.defjvp(jvp)
+
+    def function(*given: Any) -> Any:
+        return differentiable(*given)
+
+    function.__name__ = function.__qualname__ = op  # the name in jaxprs and profiles
+    return jax.jit(function)  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# problems by key
+
+
+class _Known(NamedTuple):
+    """What a call of XLA's is about. arrays: name, shape and dtype of its inputs, in their order."""
+
+    op: str
+    problem: Problem
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+_known: dict[int, _Known] = {}
+_in_use.append(_known)
+
+
+def _register(op: str, problem: Problem, arrays: Sequence[tuple[str, tuple[int, ...], Any]]) -> tuple[int, str]:
+    """The attributes (key, text) of a call, known to the handler from now on."""
+    fields = {name: x.name if isinstance(x, DType) else x for name, x in problem._asdict().items()}
+    forms = tuple([(name, tuple(shape), np.dtype(dtype).name) for name, shape, dtype in arrays])
+    text = json.dumps({"op": op, "arrays": forms, "problem": fields})
+    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    known = _known.setdefault(key, _Known(op, problem, forms))
+    if known != (op, problem, forms):
+        raise RuntimeError(f"two problems share the hash {key}: {known.problem} and {problem}")
+    return key, text
+
+
+def _find(call: _xla_ffi.Call) -> _Known:
+    found = _known.get(call.key)
+    if found is None:  # the program was compiled by another process
+        try:
+            read = json.loads(call.text())
+            fields: dict[str, Any] = {
+                name: dtypes.from_name(x) if name.endswith("dtype") and x else tuple(x) if isinstance(x, list) else x
+                for name, x in read["problem"].items()
+            }
+            arrays = [(name, tuple(shape), dtypes.from_name(kind).name) for name, shape, kind in read["arrays"]]
+            _register(read["op"], _OPS[read["op"]].problem(**fields), arrays)
+            found = _known[call.key]
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"this program was compiled with another version of flashmoe_cupy ({error!r}); compile it again"
+            raise _xla_ffi.FfiError(_xla_ffi.INVALID_ARGUMENT, reason) from error
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what XLA calls
+
+
+def _run_cuda(call: _xla_ffi.Call) -> None:
+    known, device = _find(call), call.device()
+    if call.stage == _xla_ffi.LOAD:
+        moe_buffers.load(known.problem, device)
+        return
+    by_name = dict(zip((name for name, _, _ in known.arrays), call.inputs(), strict=True))
+    inputs = tuple([by_name.get(name, 0) for name in _OPS[known.op].inputs])
+    *outputs, workspace = call.outputs()
+    moe_buffers.launch(known.problem, device, call.stream(), inputs, tuple(outputs), workspace)
+
+
+def _run_cpu(call: _xla_ffi.Call) -> None:
+    known = _find(call)
+    p = known.problem
+    a: dict[str, Any] = dict.fromkeys(_OPS[known.op].inputs)
+    for (name, shape, dtype), address in zip(known.arrays, call.inputs(), strict=True):
+        a[name] = _dense(name, address, shape, dtypes.from_name(dtype))
+    out = [
+        _dense("out", address, *form) for form, address in zip(_results(p), call.outputs()[:-1], strict=True)
+    ]  # fmt: skip
+    if isinstance(p, RouteProblem):
+        stats = cpu.route(p, a["logits"], a["e_score_correction_bias"], out[0], out[1])
+        for target, value in zip(out[2:], stats or (), strict=True):
+            target[...] = value
+    elif isinstance(p, PermuteProblem):
+        plans.check_ids(a["topk_ids"], p.num_experts, p.num_global)
+        for target, value in zip(out, cpu.permute(a["topk_ids"], p.num_experts, a["expert_map"]), strict=True):
+            target[...] = value
+    elif isinstance(p, GroupedGemmProblem):
+        out[0][...] = 0
+        cpu.grouped_gemm(p, a.pop("x"), a.pop("w"), out[0], **a)
+    else:
+        plans.check_ids(a["topk_ids"], p.num_experts, p.num_global)
+        cpu.fused_moe(p, out=out[0], **a)
+
+
+def _dense(name: str, address: int, shape: tuple[int, ...], dtype: DType) -> Any:
+    strides = tuple([math.prod(shape[i + 1 :]) for i in range(len(shape))])
+    return _array(name, address, shape, strides, dtypes.to_numpy(dtype))
+
+
+def _install() -> tuple[Any, Any]:
+    """Make the target known to XLA. Returns the C functions, which must never be freed."""
+    cpu_handler, cuda_handler = _xla_ffi.handler(_counted(_run_cpu)), _xla_ffi.handler(_run_cuda)
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(cpu_handler), platform="cpu")
+    # as in jax.py: no module can be loaded while XLA records a graph, so that is done at "initialize"
+    stages = {"initialize": jax.ffi.pycapsule(cuda_handler), "execute": jax.ffi.pycapsule(cuda_handler)}
+    jax.ffi.register_ffi_target(_TARGET, stages, platform="CUDA")
+    return cpu_handler, cuda_handler
+
+
+_handlers = _install()
