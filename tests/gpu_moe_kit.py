@@ -1,8 +1,8 @@
 """The truth of the GPU tests for mixtures of experts: every operation written plainly in PyTorch, where the arrays are.
 
-`experts`, `products`, `route` and `permutation` are fused_moe, grouped_gemm, moe_route and moe_permute; test_gpu_moe_kit.py
-checks them against the float64 NumPy reference on small problems. `tensors` draws a problem's arrays on a device, and
-`Guarded` is memory around a result that nobody may write.
+`experts`, `products`, `route` and `permutation` are fused_moe, grouped_gemm, moe_route and moe_permute;
+test_gpu_moe_kit.py checks them against the float64 NumPy reference on small problems. `tensors` draws a problem's
+arrays on a device, and `Guarded` is memory around a result that nobody may write.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def cases() -> list[Case]:
         found.append(MoECase(tokens, 72, 136, 3, 2, dtype, **features))
     for dtype, activation in itertools.product(DTYPES[:2], ("geglu_tanh", "relu")):
         found.append(MoECase(300, 16, 24, 290, 1, dtype, activation))
-        found.append(MoECase(67, 8, 8, 2, 1, dtype, activation, shared=17000))
+        found.append(MoECase(37, 8, 8, 2, 1, dtype, activation, shared=34000))
     sizes = ((130, 0, 77), (5, 1, 0, 3), (1,) * 290, (250, 0, 201))
     for dtype, rows, (x_rows, max_rows) in itertools.product(DTYPES, sizes, ((0, 0), (60, 0), (0, 1))):
         case = ProductCase(rows, 40, 72, dtype, "float32", x_rows, max_rows=max_rows * (max(rows) + 3))

@@ -96,16 +96,8 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
 
 
 def prepare(problem: Any, aligned: bool = True) -> None:
-    """What the first call of a problem does on a device; the names are those that moe_gpu itself gives."""
-    names: tuple[str, ...] = moe_gpu._MOE
-    outputs: tuple[str, ...] = ("out",)
-    if isinstance(problem, moe_problem.RouteProblem):
-        names, outputs = moe_gpu._ROUTE, moe_gpu._ROUTED[: 6 if problem.return_stats else 2]
-    elif isinstance(problem, moe_problem.PermuteProblem):
-        names, outputs = moe_gpu._PERMUTE, moe_gpu._PERMUTED
-    elif isinstance(problem, moe_problem.GroupedGemmProblem):
-        names = moe_gpu._GEMM
-    moe_gpu._prepare(problem, 0, 0, [*names, *outputs], aligned)
+    """What the first call of a problem does on a device."""
+    moe_gpu._prepare(problem, 0, 0, aligned)
 
 
 # -------------------------------------------------------------------------------------------------------------- explain

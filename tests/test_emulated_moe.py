@@ -121,6 +121,8 @@ ROUTES = (
     RouteCase(33, 5, 5, logits="wild"), RouteCase(17, 64, 8, renormalize=True, logits="peaked"),
     RouteCase(40, 8, 2, capacity_factor=0.7), RouteCase(12, 96, 32, bias="same", logits="equal"),
     RouteCase(8, 12, 3, scoring_func="sigmoid", bias="float32", num_expert_group=12, topk_group=5),
+    RouteCase(7, 512, 6, num_expert_group=128, topk_group=40, logits="ties"),
+    RouteCase(5, 200, 9, scoring_func="sigmoid", bias="float32", num_expert_group=50, topk_group=11),
 )  # fmt: skip
 
 

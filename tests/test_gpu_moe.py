@@ -138,7 +138,7 @@ def shared(dtype: str) -> list[MoECase]:
         MoECase(t, 72, 40, 5, 2, dtype, *form, shared=s, shared_gate=gate, sentinels=0.2)
         for t, s, gate, form in kinds
     ]  # fmt: skip
-    wide = (MoECase(70, 8, 8, 3, 2, dtype, shared=17000, shared_gate="float32"),)  # many tiles of few rows
+    wide = (MoECase(40, 8, 8, 3, 2, dtype, shared=34000, shared_gate="float32"),)  # many tiles of few rows
     return [*found, *wide, MoECase(1, 72, 40, 1, 1, dtype, shared=64, sentinels=1.0)]
 
 

@@ -261,7 +261,10 @@ def check_no_tokens(device: str, convert: Callable[[Tensor], Any]) -> None:
 def same(convert: Callable[[Tensor], Any], owner: str, found: list[Any], want: list[Tensor]) -> None:
     for out, ref in zip(found, want, strict=True):
         assert type(out).__module__.partition(".")[0].removesuffix("lib") == owner, type(out)
-        assert as_torch(out).device == ref.device and same_bits(as_torch(out), ref), owner
+        got = as_torch(out)
+        assert got.device == ref.device
+        # on the CPU BLAS decides, and the addresses of its operands
+        assert same_bits(got, ref) if got.is_cuda else torch.allclose(got, ref, rtol=4e-3, atol=1e-3), owner
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -61,17 +61,12 @@ struct MoeRouter {
     int id = 0;          // lane k has the k-th choice
     float logit = 0.f;
     for (int k = 0; k < p.top_k; ++k) {
-      u32 best = 0;
-      int e = 0;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j)
-        if (token.choice[j] > best) best = token.choice[j], e = expert(j);
-      e = static_cast<int>(__reduce_min_sync(kAll, best == __reduce_max_sync(kAll, best) ? static_cast<u32>(e) : kAll));
+      const int e = take_largest(token.choice);
       float chosen = 0.f;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j)
         if (expert(j) == e) {
-          token.choice[j] = 0, chosen = token.logit[j];
+          chosen = token.logit[j];
           if constexpr (kStats) ++sums.count[j];
         }
       chosen = __shfl_sync(kAll, chosen, e & 31);
@@ -127,35 +122,58 @@ struct MoeRouter {
     return sqrtf(fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))));
   }
 
-  // Choices outside of the best groups become 0.
+  // Choices outside of the best groups become 0. Lane l holds the scores of the groups l, l + 32, ...
   FM_DEVICE static void keep_best_groups(const MoeRouterParams& p, Token& token) {
     const int size = p.experts / p.groups;
-    u32 score = 0;  // lane g has group g's
+    u32 score[kPerLane] = {};
     for (int g = 0; g < p.groups; ++g) {
-      u32 first = 0, second = 0;
+      const u32 of_group = group_score(p, token, g * size, size);
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        const int e = expert(j);
-        const u32 choice = e >= g * size && e < (g + 1) * size ? token.choice[j] : 0;
-        second = max(second, min(first, choice)), first = max(first, choice);
-      }
-      u32 best = __reduce_max_sync(kAll, first);
-      if (p.bias != nullptr && size > 1) {
-        const int holder = __ffs(static_cast<int>(__ballot_sync(kAll, first == best))) - 1;
-        const u32 next = __reduce_max_sync(kAll, lane_id() == holder ? second : first);
-        best = to_ordered(from_ordered(best) + from_ordered(next));
-      }
-      if (lane_id() == g) score = best;
+      for (int i = 0; i < kPerLane; ++i)
+        if (expert(i) == g) score[i] = of_group;
     }
-    u32 kept = 0;
-    for (int i = 0; i < p.topk_groups; ++i) {
-      const int g = __ffs(static_cast<int>(__ballot_sync(kAll, score == __reduce_max_sync(kAll, score)))) - 1;
-      kept |= 1u << g;
-      if (lane_id() == g) score = 0;
+    u32 kept = 0;  // bit i: the lane's i-th group is among the best
+    for (int n = 0; n < p.topk_groups; ++n) {
+      const int g = take_largest(score);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        if (expert(i) == g) kept |= 1u << i;
     }
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const int g = min(expert(j), p.experts - 1) / size;
+      if ((__shfl_sync(kAll, kept, g & 31) >> (g >> 5) & 1) == 0) token.choice[j] = 0;
+    }
+  }
+
+  // The largest choice of the experts begin .. begin + size - 1, or the sum of the two largest.
+  FM_DEVICE static u32 group_score(const MoeRouterParams& p, const Token& token, int begin, int size) {
+    u32 first = 0, second = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const int e = expert(j);
+      const u32 choice = e >= begin && e < begin + size ? token.choice[j] : 0;
+      second = max(second, min(first, choice)), first = max(first, choice);
+    }
+    const u32 best = __reduce_max_sync(kAll, first);
+    if (p.bias == nullptr || size == 1) return best;
+    const int holder = __ffs(static_cast<int>(__ballot_sync(kAll, first == best))) - 1;
+    const u32 next = __reduce_max_sync(kAll, lane_id() == holder ? second : first);
+    return to_ordered(from_ordered(best) + from_ordered(next));
+  }
+
+  // The place j * 32 + lane of the largest value of all lanes, the lowest one among equals; the value becomes 0.
+  FM_DEVICE static int take_largest(u32 (&value)[kPerLane]) {
+    u32 best = 0;
+    int place = 0;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j)
-      if (expert(j) < p.experts && (kept >> (expert(j) / size) & 1) == 0) token.choice[j] = 0;
+      if (value[j] > best) best = value[j], place = expert(j);
+    place = static_cast<int>(__reduce_min_sync(kAll, best == __reduce_max_sync(kAll, best) ? static_cast<u32>(place) : kAll));
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j)
+      if (expert(j) == place) value[j] = 0;
+    return place;
   }
 
   // Probabilities of all experts add up to 1 here, whatever the scoring function.

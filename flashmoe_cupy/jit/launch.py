@@ -111,7 +111,7 @@ def load_for(tu: str, name: str, arch: str, device: int, smem_bytes: int, stream
         if stream is not None and is_capturing(stream):
             raise FlashMoEError(
                 f"{name} is used for the first time while a CUDA graph is recorded; call the operation once before "
-                f"the capture, or run flashmoe_cupy.warmup()"
+                f"the capture, or run flashmoe_cupy.warmup() or warmup('moe')"
             )
         loaded = _by_source[tu, device] = load(cache.get(tu, name, arch), device, smem_bytes)
     return loaded

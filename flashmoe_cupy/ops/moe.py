@@ -170,7 +170,7 @@ class _Plan:
         ready = self.ready
         if ready is None:
             return None
-        made = plans.run_again(ready, quick, given, _ABSENT, ((self.shape, self.strides, given[0].dtype),))
+        made = plans.run_again(ready, quick, given, _ABSENT, 3, ((self.shape, self.strides, given[0].dtype),))
         return None if made is None else made[0]
 
     def _run_on_host(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:

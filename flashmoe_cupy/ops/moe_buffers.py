@@ -26,7 +26,7 @@ def workspace_bytes(problem: moe_gpu.Problem) -> int:
 
 def load(problem: moe_gpu.Problem, device: int) -> None:
     """Compile and load the kernels that `launch` will use for 16-byte aligned buffers; launches nothing."""
-    _ready(problem, device, None, True)
+    moe_gpu.ready_for(problem, device, None, [0] * 20)
 
 
 def launch(
@@ -34,29 +34,6 @@ def launch(
 ) -> None:
     """Queue the operation on `stream` of `device`. workspace: the address of `workspace_bytes` bytes, or 0 for none."""
     table = [0, *inputs, *outputs]
-    bits = 0
-    for pointer in table:
-        bits |= pointer
-    ready = _ready(problem, device, stream, bits & 15 == 0)
+    ready = moe_gpu.ready_for(problem, device, stream, table)
     table += [workspace + offset for offset in ready.offsets]
     ready.series.run(table, stream)
-
-
-def _ready(problem: moe_gpu.Problem, device: int, stream: int | None, aligned: bool) -> moe_gpu.Ready:
-    key = (problem, device, aligned)
-    found = moe_gpu._ready.get(key)
-    if found is None:
-        names: tuple[str, ...] = moe_gpu._MOE
-        outputs: tuple[str, ...] = ("out",)
-        if isinstance(problem, RouteProblem):
-            names, outputs = moe_gpu._ROUTE, moe_gpu._ROUTED[: 6 if problem.return_stats else 2]
-        elif isinstance(problem, PermuteProblem):
-            names, outputs = moe_gpu._PERMUTE, moe_gpu._PERMUTED
-        elif isinstance(problem, GroupedGemmProblem):
-            names = moe_gpu._GEMM
-        # without a stream nobody is recording a graph
-        found = moe_gpu._prepare(problem, device, stream, [*names, *outputs], aligned)  # type: ignore[arg-type]
-        if len(moe_gpu._ready) >= moe_gpu._MAX_READY:
-            moe_gpu._ready.clear()
-        moe_gpu._ready[key] = found
-    return found

@@ -25,15 +25,28 @@ Views = tuple[View | None, ...]
 Pointers = tuple[int, ...]
 Problem = RouteProblem | PermuteProblem | GroupedGemmProblem | MoEProblem
 
-_ROUTE = ("logits", "bias")
-_ROUTED = ("topk_weights", "topk_ids", "expert_counts", "dropped", "load_balancing_loss", "z_loss")
-_PERMUTE = ("topk_ids", "expert_map")
-_PERMUTED = ("offsets", "sorted_indices", "inverse_indices")
-_GEMM = ("x", "w", "offsets", "group_sizes", "gather_indices", "bias")
-_MOE = (
-    "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
-    "shared_w_down", "shared_gate",
-)  # fmt: skip
+class _Arrays(NamedTuple):
+    """What an operation is given, by name: arguments and outputs in the order of the table of addresses."""
+
+    arguments: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rows: tuple[int, ...]  # places in the table of what is read or written by 16 bytes, if it starts so
+
+
+_ARRAYS: dict[type, _Arrays] = {
+    RouteProblem: _Arrays(
+        ("logits", "bias"),
+        ("topk_weights", "topk_ids", "expert_counts", "dropped", "load_balancing_loss", "z_loss"), (),
+    ),
+    PermuteProblem: _Arrays(("topk_ids", "expert_map"), ("offsets", "sorted_indices", "inverse_indices"), ()),
+    GroupedGemmProblem: _Arrays(
+        ("x", "w", "offsets", "group_sizes", "gather_indices", "bias"), ("out",), (1, 2, 7)
+    ),
+    MoEProblem: _Arrays(
+        ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map",
+         "shared_w_gate_up", "shared_w_down", "shared_gate"), ("out",), (1, 2, 3, 9, 10, 12),
+    ),
+}  # fmt: skip
 
 
 class Ready(NamedTuple):
@@ -42,6 +55,7 @@ class Ready(NamedTuple):
     series: Series
     workspace: int  # bytes
     offsets: tuple[int, ...]  # of the arrays in it
+    aligned: bool  # it needs rows that start at multiples of 16 bytes
 
 
 _ready: dict[Any, Ready] = {}
@@ -54,14 +68,14 @@ def route(problem: RouteProblem, views: Views, outputs: Pointers) -> Ready | Non
 
     outputs: topk_weights, topk_ids; with problem.return_stats also expert_counts, dropped, load_balancing_loss, z_loss.
     """
-    return _run(problem, views, outputs, _ROUTE, _ROUTED[: len(outputs)])
+    return _run(problem, views, outputs)
 
 
 def permute(problem: PermuteProblem, views: Views, outputs: Pointers) -> None:
     """views: topk_ids, expert_map. outputs: offsets, sorted_indices, inverse_indices."""
     if _env.get().check:
         _check_ids(views[0], problem.num_experts, problem.num_global)
-    _run(problem, views, outputs, _PERMUTE, _PERMUTED)
+    _run(problem, views, outputs)
 
 
 def grouped_gemm(problem: GroupedGemmProblem, views: Views, outputs: Pointers) -> None:
@@ -69,7 +83,7 @@ def grouped_gemm(problem: GroupedGemmProblem, views: Views, outputs: Pointers) -
 
     Rows of no group are not written, unless problem.new_out: then they become 0.
     """
-    _run(problem, views, outputs, _GEMM, ("out",))
+    _run(problem, views, outputs)
 
 
 def fused_moe(problem: MoEProblem, views: Views, outputs: Pointers) -> Ready | None:
@@ -78,37 +92,52 @@ def fused_moe(problem: MoEProblem, views: Views, outputs: Pointers) -> Ready | N
     """
     if _env.get().check:
         _check_ids(views[4], problem.num_experts, problem.num_global)
-    return _run(problem, views, outputs, _MOE, ("out",))
+    return _run(problem, views, outputs)
 
 
-def _run(
-    problem: Problem, views: Views, outputs: Pointers, names: Sequence[str], out_names: Sequence[str]
-) -> Ready | None:
+def _run(problem: Problem, views: Views, outputs: Pointers) -> Ready | None:
     """Queue everything. Returns what a later call with such arrays may run by itself; None where addresses decide."""
     like = views[0]
     assert like is not None
     stream = arrays.stream(like)
     table = [0, *[0 if v is None else v.ptr for v in views], *outputs]
-    bits = 0
-    for pointer in table:
-        bits |= pointer
-    key = (problem, like.device, bits & 15 == 0)
-    ready = _ready.get(key)
-    if ready is None:
-        ready = _prepare(problem, like.device, stream, [*names, *out_names], bits & 15 == 0)
-        if len(_ready) >= _MAX_READY:
-            _ready.clear()
-        _ready[key] = ready
+    ready = ready_for(problem, like.device, stream, table)
     if ready.workspace:
         workspace = arrays.empty(like, (ready.workspace,), UINT8)
         base = workspace.data_ptr() if like.library == "torch" else workspace.data.ptr
         table += [base + offset for offset in ready.offsets]
+        if like.library != "torch":  # torch has a pool of its own for graphs
+            keep_if_recorded(workspace, stream)
     ready.series.run(table, stream)
-    return ready if bits & 15 == 0 and ready.series.plain else None
+    return ready if ready.aligned and ready.series.plain else None
 
 
-def _prepare(problem: Problem, device: int, stream: int, names: list[str], aligned: bool) -> Ready:
-    """Choose, compile (or find) and load all kernels of a problem. aligned: all pointers are multiples of 16."""
+_recorded: list[object] = []  # workspaces whose addresses a graph has; nobody tells when it is gone
+
+
+def keep_if_recorded(workspace: object, stream: int) -> None:
+    """Keep a workspace out of its pool for ever, if the launches that use it are being recorded into a graph."""
+    if gpu.is_capturing(stream):
+        _recorded.append(workspace)
+
+
+def ready_for(problem: Problem, device: int, stream: int | None, table: Sequence[int]) -> Ready:
+    """The launches of a problem for such addresses, prepared now or found. stream: None where no graph is recorded."""
+    bits = 0
+    for i in _ARRAYS[type(problem)].rows:
+        bits |= table[i]
+    key = (problem, device, bits & 15 == 0)
+    ready = _ready.get(key)
+    if ready is None:
+        ready = _prepare(problem, device, stream, bits & 15 == 0)
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        _ready[key] = ready
+    return ready
+
+
+def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -> Ready:
+    """Choose, compile (or find) and load all kernels of a problem. aligned: rows start at multiples of 16."""
     steps: list[moe.Step | moe.ProductStep]
     if isinstance(problem, RouteProblem):
         routed, work = moe.route_steps(problem)
@@ -124,7 +153,9 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
     else:
         steps, work = moe.moe_steps(problem)
     place = {"": 0}
-    for name in [*names, *work.offsets]:
+    of = _ARRAYS[type(problem)]
+    outputs = of.outputs[:2] if isinstance(problem, RouteProblem) and not problem.return_stats else of.outputs
+    for name in (*of.arguments, *outputs, *work.offsets):
         place[name] = len(place)
     arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     launches = []
@@ -135,7 +166,7 @@ def _prepare(problem: Problem, device: int, stream: int, names: list[str], align
         else:
             ready = _product(step, arch, device, stream, aligned, sms)
             launches.append((ready, tuple(place[name] for name in step.arguments)))
-    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()))
+    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()), aligned)
 
 
 def _may_be_early(arch: str) -> bool:
@@ -146,7 +177,7 @@ def _may_be_early(arch: str) -> bool:
     return int(arch[3:].rstrip("a")) >= 90 and gpu.driver_version() >= 12030
 
 
-def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> Launch:
+def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int | None) -> Launch:
     kernel, config = step.kernel, step.config
     if arch.startswith("sm_") and int(arch[3:].rstrip("a")) < 80:
         reason = f"{arch} is not supported: the kernels need compute capability 8.0 or newer"
@@ -159,7 +190,7 @@ def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int) -> 
     )  # fmt: skip
 
 
-def _product(step: moe.ProductStep, arch: str, device: int, stream: int, aligned: bool, sms: int) -> Launch:
+def _product(step: moe.ProductStep, arch: str, device: int, stream: int | None, aligned: bool, sms: int) -> Launch:
     product = step.product
     aligned = aligned and moe.rows_aligned(product)
     kernel = kernels.choose_product(product, arch, aligned)

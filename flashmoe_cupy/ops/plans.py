@@ -53,17 +53,18 @@ class Memory(Generic[Plan]):
 
 
 def run_again(
-    ready: Ready, quick: Quick, given: Sequence[Any], absent: int, specs: Sequence[tuple[Shape, Shape, Any]]
-) -> list[Any] | None:
+    ready: Ready, quick: Quick, given: Sequence[Any], absent: int, rows: int,
+    specs: Sequence[tuple[Shape, Shape, Any]],
+) -> list[Any] | None:  # fmt: skip
     """A call like an earlier one, on plain arrays of torch or CuPy: the outputs. None: it has to go the long way.
 
-    given: the arguments that are there, followed by `absent` ones that are not. specs: shape, row-major strides and
-    dtype of each output.
+    given: the arguments that are there, followed by `absent` ones that are not; the first `rows` of them have to start
+    at multiples of 16 bytes. specs: shape, row-major strides and dtype of each output.
     """
     pointer, empty, device = quick.pointer, quick.empty, quick.device(given[0])
     table = [0, *map(pointer, given), *[0] * absent]
     bits = 0
-    for address in table:
+    for address in table[1 : rows + 1]:
         bits |= address
     if bits & 15 or ready.series.device != device:
         return None
@@ -73,6 +74,8 @@ def run_again(
         workspace = empty(device, (ready.workspace,), (1,), quick.uint8)
         base = pointer(workspace)
         table += [base + offset for offset in ready.offsets]
+        if not quick.graph_pool:
+            gpu().keep_if_recorded(workspace, quick.stream(device))
     ready.series.run(table, quick.stream(device))
     return made
 

@@ -27,6 +27,7 @@ class Quick(NamedTuple):
     uint8: Any
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
+    graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
 
 
 _known: dict[type, Quick | None] = {}
@@ -140,4 +141,4 @@ def _cupy(cupy: Any) -> Quick:
         return current(device).ptr  # type: ignore[no-any-return]
 
     float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
-    return Quick(key, keys, pointer, empty, float32, int32, uint8, device, stream)
+    return Quick(key, keys, pointer, empty, float32, int32, uint8, device, stream, graph_pool=False)

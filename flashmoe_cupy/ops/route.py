@@ -144,7 +144,7 @@ class _Plan:
             return None
         shape = self.specs[0][0]
         specs = [(shape, (shape[1], 1), dtype) for dtype in (quick.float32, quick.int32)]
-        made = plans.run_again(ready, quick, given, 2 - len(given), specs)
+        made = plans.run_again(ready, quick, given, 2 - len(given), 0, specs)
         return None if made is None else tuple(made)
 
     def _run_on_host(self, views: tuple[View, View | None]) -> Any:
