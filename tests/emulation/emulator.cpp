@@ -238,16 +238,13 @@ void fail(const char* format, ...) {
   siglongjmp(failed, 1);
 }
 
-// Maps what the run needs: stacks that are kept for the next one, and shared memory.
+// Maps what the run needs: stacks with a page behind each that nobody may touch, and shared memory. All of it is given back after the
+// run: every kernel is a library of its own, and a process has only so many mappings.
 static void prepare(size_t fibers, size_t blocks) {
-  if (fibers > stack_count) {
-    if (stacks != nullptr) munmap(stacks, stack_count * kStack);
-    stack_count = 0;
-    stacks = static_cast<u8*>(mmap(nullptr, fibers * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    if (stacks == MAP_FAILED) stacks = nullptr, fail("mmap of %zu stacks", fibers);
-    stack_count = fibers;
-    for (size_t i = 0; i < fibers; ++i) mprotect(stacks + i * kStack, kPage, PROT_NONE);
-  }
+  stacks = static_cast<u8*>(mmap(nullptr, fibers * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (stacks == MAP_FAILED) stacks = nullptr, fail("mmap of %zu stacks", fibers);
+  stack_count = fibers;
+  for (size_t i = 0; i < fibers; ++i) mprotect(stacks + i * kStack, kPage, PROT_NONE);
   memory_stride = (run->shared_bytes + kPage - 1) / kPage * kPage + kPage;
   memory_file = memfd_create("shared", 0);
   if (memory_file < 0 || ftruncate(memory_file, static_cast<off_t>(blocks * memory_stride)) != 0) fail("memfd_create");
@@ -316,6 +313,8 @@ extern "C" __attribute__((visibility("default"))) int fm_run(const void* params,
   run = nullptr, current = nullptr;
   mmap(fm::smem, kWindow, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
   if (memories != nullptr) munmap(memories, static_cast<size_t>(cluster) * resident * memory_stride);
+  if (stacks != nullptr) munmap(stacks, stack_count * kStack);
+  stacks = nullptr, stack_count = 0;
   memories = nullptr;
   close(memory_file);
   return code;
