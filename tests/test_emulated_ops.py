@@ -7,6 +7,7 @@ walked without a GPU: validation, plans, workspaces, addresses, parameters, kern
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -157,7 +158,12 @@ def test_fused_moe(machine: Machine, case: MoECase) -> None:
     assert len(machine.kernels) < 3 * kernels  # what is ready is found again; `out` counts as another problem
 
 
-def test_unaligned_rows_take_the_portable_kernel(machine: Machine) -> None:
+def test_unaligned_rows_take_the_portable_kernel(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where there is a faster one, that is said, once."""
+    monkeypatch.setattr(moe_gpu, "_warned", set())
+    monkeypatch.setattr(logging.getLogger("flashmoe_cupy"), "propagate", True)
     case = MoECase(20, 64, 64, 3, 2)
     given = case.random()
     wide = np.zeros((20, 65), ml_dtypes.bfloat16)
@@ -167,6 +173,8 @@ def test_unaligned_rows_take_the_portable_kernel(machine: Machine) -> None:
     judge(flashmoe_cupy.fused_moe(**here, **case.options()), reference.fused_moe(**given, **case.options()), case.dtype)
     assert (out[:, 0] == 0).all() and (out[:, 65:] == 0).all()
     assert not any("GroupedGemmSm90" in tu for tu in machine.kernels[2:3])
+    said = [record.message for record in caplog.records if "slower grouped_gemm_sm80" in record.message]
+    assert len(said) == (machine.capability == (9, 0)) and all("multiples of 16 bytes" in text for text in said)
 
 
 def test_route_and_permute(machine: Machine) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
-from flashmoe_cupy.dtypes import UINT8, to_numpy
+from flashmoe_cupy.dtypes import FP32, UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.jit.launch import Launch
@@ -112,6 +112,7 @@ def _run(problem: Problem, views: Views, outputs: Pointers) -> Ready | None:
     return ready if ready.aligned and ready.series.plain else None
 
 
+_warned: set[str] = set()  # reasons whose slowness was mentioned
 _recorded: list[object] = []  # workspaces whose addresses a graph has; nobody tells when it is gone
 
 
@@ -196,6 +197,10 @@ def _product(step: moe.ProductStep, arch: str, device: int, stream: int | None, 
     kernel = kernels.choose_product(product, arch, aligned)
     config = kernel.choose(product, arch, aligned, sms)
     _env.log.debug("%s: %s, %s", product.describe(), kernel.name, config.name)
+    slow = [] if product.dtype is FP32 else kernels.product_passed_over(kernel, product, arch, aligned)
+    if slow and slow[0] not in _warned:
+        _warned.add(slow[0])
+        _env.log.warning("%s runs on the slower %s: %s", product.describe(), kernel.name, "; ".join(slow))
     loaded = gpu.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     tail = kernel.pack_tail(product, config, aligned)
     ready = Launch(

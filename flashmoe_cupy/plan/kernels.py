@@ -57,6 +57,12 @@ def choose_product(product: Product, arch: str, aligned: bool) -> GroupedGemm:
     raise UnsupportedProblem(product.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
 
 
+def product_passed_over(kernel: GroupedGemm, product: Product, arch: str, aligned: bool) -> list[str]:
+    """Why faster kernels that `arch` has did not take the product."""
+    before = _products[: _products.index(kernel)]
+    return [why for other in before if other.configs(arch) for why in other.why_not(product, arch, aligned)]
+
+
 def passed_over(kernel: AttentionFwd, problem: AttentionProblem, arch: str, aligned: bool) -> list[str]:
     """Why faster kernels that `arch` has did not take the problem."""
     before = _considered[: _considered.index(kernel)]
