@@ -91,6 +91,7 @@ LAYERS = (
     MoECase(40, experts=384, top_k=8, shared=40, shared_gate="float32"), MoECase(33, routing="duplicates", top_k=5),
     MoECase(21, experts=4, global_experts=16, top_k=6, ids_dtype="int64", sentinels=0.3, weights_dtype="same"),
     MoECase(600, 64, 64, 40, 8, routing="zipf"), MoECase(12, sentinels=1.0),
+    MoECase(2300, 16, 264, 1, 1),  # more tiles of rows than a section has
 )  # fmt: skip
 
 
