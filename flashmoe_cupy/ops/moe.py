@@ -14,11 +14,11 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.ops import plans
-from flashmoe_cupy.ops.quick import Quick, find
 from flashmoe_cupy.plan.moe_problem import MoEProblem, moe_problem
 
 if TYPE_CHECKING:
     from flashmoe_cupy.ops.moe_gpu import Ready
+    from flashmoe_cupy.ops.quick import Quick
 
 _NAMES = (
     "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
@@ -93,15 +93,9 @@ def fused_moe(
         and shared_w_down is None and shared_gate is None and out is None
     ):  # fmt: skip
         given = x, w_gate_up, w_down, topk_weights, topk_ids
-        quick = find(type(x))
-        known = None if quick is None else quick.keys(given)
-        if quick is not None and known is not None:
-            short = known, options, *map(type, options)
-            plan = _plans.find(short)
-            if plan is not None:
-                found = plan.run_again(quick, given)
-                if found is not None:
-                    return found
+        short, found = plans.seen(_plans, given, options)
+        if found is not None:
+            return found
     if plans.is_jax(x):
         return plans.for_jax().fused_moe(
             x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,

@@ -14,6 +14,7 @@ from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops.quick import find
 from flashmoe_cupy.plan import kernels
 
 if TYPE_CHECKING:
@@ -50,6 +51,20 @@ class Memory(Generic[Plan]):
             with suppress(TypeError):  # an unhashable option that validation let through
                 self._plans[key] = plan
         return plan
+
+
+def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The short key of a call on plain arrays of torch or CuPy, and its result if such a call was made before.
+
+    None for both where there is no short way.
+    """
+    quick = find(type(given[0]))
+    known = None if quick is None else quick.keys(given)
+    if quick is None or known is None:
+        return None, None
+    short = known, options, *map(type, options)
+    plan = memory.find(short)
+    return short, None if plan is None else plan.run_again(quick, given)
 
 
 def run_again(

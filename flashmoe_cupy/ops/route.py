@@ -10,11 +10,11 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import FP32, INT32
 from flashmoe_cupy.ops import plans
-from flashmoe_cupy.ops.quick import Quick, find
 from flashmoe_cupy.plan.moe_problem import RouteProblem, route_problem
 
 if TYPE_CHECKING:
     from flashmoe_cupy.ops.moe_gpu import Ready
+    from flashmoe_cupy.ops.quick import Quick
 
 
 class RouterStats(NamedTuple):
@@ -78,15 +78,9 @@ def moe_route(
     short = None
     if not return_stats:
         given = (logits,) if e_score_correction_bias is None else (logits, e_score_correction_bias)
-        quick = find(type(logits))
-        known = None if quick is None else quick.keys(given)
-        if quick is not None and known is not None:
-            short = known, options, *map(type, options)
-            plan = _plans.find(short)
-            if plan is not None:
-                found = plan.run_again(quick, given)
-                if found is not None:
-                    return found
+        short, found = plans.seen(_plans, given, options)
+        if found is not None:
+            return found
     if plans.is_jax(logits):
         return plans.for_jax().moe_route(
             logits, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,
