@@ -221,7 +221,7 @@ FAULTS = {
     "a step is released before its products are done": ("wait_for_products<1>(r_out);", ""),
     "rows are announced before they have landed": ("cp_async_wait_group<kBehind>(), announce();", "announce();"),
     "no fence between copies and products": ("fence_proxy_async();\n      __syncwarp();\n      if (lane", "if (lane"),
-    "the last rows of a group are stored whole": ("p.out_stride, rows, p.n - col", "p.out_stride, 16, p.n - col"),
+    "the last rows of a group are stored whole": ("p.out_stride, 0, rows, p.n - col", "p.out_stride, 16, p.n - col"),
     "the loader does not wait": ("rings.steps.wait_empty(at);\n          mbarrier", "mbarrier"),
 }
 

@@ -72,7 +72,7 @@ struct AttentionFwdSm80 {
     if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[w.batch]);
     if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[w.batch]);
     if (w.m0 >= seqlen_q) return false;
-    w.band = BandMask{seqlen_q, seqlen_k, seqlen_k - seqlen_q, p.window_left, p.window_right};
+    w.band = BandMask{seqlen_q, seqlen_k, seqlen_k - seqlen_q, p.window_left, p.window_right, 0};
 
     const int head_k = w.head / p.heads_per_key;
     w.g_k = static_cast<const Element*>(p.k) + w.batch * p.k_stride_b + k_row * p.k_stride_s + head_k * p.k_stride_h;
@@ -154,13 +154,16 @@ struct AttentionFwdSm80 {
                                      const float (&r_out)[kM][kHeadDimV / 8][4], const OnlineSoftmax<kM>& softmax) {
     const float sink = p.sinks == nullptr ? -infinity() : load_float(p.sinks, w.head, p.sinks_dtype);
     float out_scale[2 * kM], lse[2 * kM];
-    softmax.finish(Variant::exponent(p), sink, out_scale, lse);
+    float sinks[2 * kM];
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) sinks[i] = sink;
+    softmax.finish(Variant::exponent(p), sinks, out_scale, lse);
     __syncthreads();  // the other warps may still read K or V where the output goes
     store_accumulator<Element, TileO>(s_base + Smem::kO, warp_row, r_out, out_scale);
     __syncwarp();
     const int rows = w.band.rows - w.m0;
-    Element* g_out = static_cast<Element*>(p.out) + w.batch * p.out_stride_b + w.q_row * p.out_stride_s + w.head * p.out_stride_h;
-    store_rows<TileO, 16 * kM, kAligned>(g_out + w.v_block * kHeadDimV, p.out_stride_s, s_base + Smem::kO, warp_row, rows,
+    Element* g_out = static_cast<Element*>(p.out) + w.batch * p.out_stride_b + w.q_row * p.out_stride_s + w.head * p.out_stride_h + w.v_block * kHeadDimV;
+    store_rows<TileO, 16 * kM, kAligned>([=](int row) { return g_out + row * p.out_stride_s; }, s_base + Smem::kO, warp_row, rows,
                                          p.head_dim_v / TileO::kPerChunk - w.v_block * TileO::kChunks, p.aligned != 0);
     if (p.lse != nullptr && w.v_block == 0 && (lane_id() & 3) == 0) {
       float* g_lse = p.lse + w.batch * p.lse_stride_b + w.head * p.lse_stride_h + w.q_row;

@@ -13,6 +13,9 @@
 // their products in turn (FlashAttention-3's ping-pong): one's softmax runs under the other's products. Warpgroups apart for softmax
 // and output correction, as on Blackwell, would have to pass scores through shared memory, which the products already keep busy
 // (benchmarks/NOTEBOOK.md has what was measured).
+//
+// Where heads that share keys have few queries, 2^pack_bits of them lie side by side in a tile, each query as so many rows: keys are
+// read once for all of them, and tiles are full. The tensor maps of q and out put the rows in that order and back.
 #pragma once
 #include "attention/params.cuh"
 #include "attention/schedule_sm90.cuh"
@@ -143,7 +146,7 @@ struct AttentionFwdSm90 {
 #pragma unroll
       for (int panel = 0; panel < TileQ::kPanels; ++panel)
         tma_load_5d(s_tile + panel * TileQ::kPanelBytes, p.q_map, s_full, createpolicy_evict_first(), panel * 64, w.head % p.heads_per_key,
-                    w.q_row + i * 64, w.head_k, batch_coordinate(p, w));
+                    w.q_row + (i * 64 >> p.pack_bits), w.head_k, batch_coordinate(p, w));
     }
     q.advance();
   }
@@ -242,7 +245,7 @@ struct AttentionFwdSm90 {
         if (kInTurn && (kPlain || !pending)) barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
       });
       if (last) {
-        softmax.finish(Variant::exponent(p), sink_of(p, s_works[now]), out_scale, lse);
+        softmax.finish(Variant::exponent(p), sinks_of(p, s_works[now]).of, out_scale, lse);
         softmax = OnlineSoftmax<1>();
       }
       wgmma_wait_group<1>(r_s[0]);
@@ -281,7 +284,7 @@ struct AttentionFwdSm90 {
         wgmma_fence();
         multiply_pv(r_out[0], r_p, s_base, v, fresh, [] {});
         wgmma_wait_group<0>(r_out[0]);
-        softmax.finish(Variant::exponent(p), sink_of(p, s_works[now]), out_scale, lse);
+        softmax.finish(Variant::exponent(p), sinks_of(p, s_works[now]).of, out_scale, lse);
       }
       write_output(output_of(p, s_works[finished ? now : done.stage], tile_row), s_base, tile_row, r_out[0], out_scale, lse);
       if (finished) break;
@@ -373,22 +376,30 @@ struct AttentionFwdSm90 {
     if (!steps.whole(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
   }
 
-  FM_DEVICE static float sink_of(const Params& p, const Work& w) {
-    return p.sinks == nullptr ? -infinity() : load_float(p.sinks, w.head, p.sinks_dtype);
+  // Heads that are packed differ from row to row.
+  FM_DEVICE static int head_of(const Params& p, int row) { return row & ((1 << p.pack_bits) - 1); }
+  struct Sinks {
+    float of[2];
+  };
+  FM_DEVICE static Sinks sinks_of(const Params& p, const Work& w) {
+    if (p.sinks == nullptr) return {-infinity(), -infinity()};
+    const int row = lane_id() >> 2;
+    return {load_float(p.sinks, w.head + head_of(p, row), p.sinks_dtype), load_float(p.sinks, w.head + head_of(p, row + 8), p.sinks_dtype)};
   }
 
   // Where a warp's rows of a tile go.
   struct Output {
     RowsOut<Element> rows;
     float* g_lse;  // null: not wanted
+    i64 lse_stride_h;
   };
   FM_DEVICE static Output output_of(const Params& p, const Work& w, int tile_row) {
-    const int q_row = w.q_row + tile_row, rows = w.band.rows - w.m0 - tile_row;
+    const int q_row = w.q_row + (tile_row >> p.pack_bits), rows = w.band.rows - w.m0 - tile_row;
     const bool lse = p.lse != nullptr && w.v_block == 0;
     const i64 first = w.batch * p.out_stride_b + q_row * p.out_stride_s + w.head * p.out_stride_h + w.v_block * kHeadDimV;
-    return {{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride_s, rows,
-             p.head_dim_v - w.v_block * kHeadDimV, w.v_block * kHeadDimV, q_row, w.head, batch_coordinate(p, w)},
-            lse ? p.lse + w.lse_offset + tile_row : nullptr};
+    return {{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride_s, p.out_stride_h, rows,
+             p.head_dim_v - w.v_block * kHeadDimV, w.v_block * kHeadDimV, w.head, q_row, batch_coordinate(p, w), p.pack_bits},
+            lse ? p.lse + w.lse_offset + (tile_row >> p.pack_bits) : nullptr, p.lse_stride_h};
   }
 
   FM_DEVICE static void write_output(const Output& to, u32 s_base, int tile_row, const float (&r_out)[kHeadDimV / 8][4], const float (&out_scale)[2],
@@ -398,7 +409,7 @@ struct AttentionFwdSm90 {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = i * 8 + (lane_id() >> 2);
-        if (row < to.rows.rows) to.g_lse[row] = lse[i];
+        if (row < to.rows.rows) to.g_lse[to.rows.offset(row, 1, to.lse_stride_h)] = lse[i];
       }
     }
   }

@@ -33,10 +33,11 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int* tile_counter;     // two zeros, which the kernel leaves as zeros; null: every block knows its tiles from the start
   int total_q;           // packed sequences: rows of q and out
   int clear_rest;        // rows of no sequence get 0 in out (1), -inf in lse (2), both (3) or are left alone (0)
+  int pack_bits;         // 2^pack_bits heads of a group share tiles: row r of a tile is query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];  // of SoftcapExponent in math/softmax.cuh
-  TensorMap q_map;                          // (head_dim, heads_per_key, seqlen_q, heads_k, batch)
+  TensorMap q_map;                          // (head_dim, heads_per_key, seqlen_q, heads_k, batch): boxes of 64 rows
   TensorMap k_map, v_map;                   // (head_dim, seqlen_k, heads_k, batch)
-  TensorMap out_map;                        // (head_dim_v, seqlen_q, heads_q, batch)
+  TensorMap out_map;                        // (head_dim_v, heads_q, seqlen_q, batch): boxes of 16 rows
 };
 static_assert(sizeof(AttentionFwdSm90Params) == 384 + 4 * 128, "the packer of plan/attention.py counts on this layout");
 

@@ -24,7 +24,7 @@ struct AttentionScheduleSm90 {
   // One tile of queries. Written by this warp, read by all.
   struct Work {
     BandMask band;
-    int batch, head, head_k, m0, v_block;
+    int batch, head, head_k, m0, v_block;  // head: the first of those packed; m0: in rows of tiles, as the band's
     int q_row, k_row;    // rows of the arrays where the tile's first query and the sequence's first key lie
     int n_begin, n_end;  // key tiles; n_end 0: there is no more work
     i64 lse_offset;      // elements of lse before the tile's first
@@ -48,7 +48,7 @@ struct AttentionScheduleSm90 {
         if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[batch]);
         if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[batch]);
       }
-      const int tiles = div_up(seqlen_q, kBlockM) * p.v_blocks * p.heads_q;
+      const int tiles = div_up(seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
       end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
       tiles_seen = __shfl_sync(0xffffffffu, end, 31);
     }
@@ -90,16 +90,17 @@ struct AttentionScheduleSm90 {
 
   // The block's next tile; all lanes write the same. False, and n_end 0: there is none.
   FM_DEVICE static bool find_work(const Params& p, Cursor& at, Work& w) {
-    const u32 blocks = gridDim.x, heads = p.v_blocks * p.heads_q;
+    const u32 blocks = gridDim.x, heads = p.v_blocks * (p.heads_q >> p.pack_bits);
     const u32 index = next_index(p, at.round++);
     w.n_end = 0;
     u32 group;  // v_block and head
+    int seqlen_q;
     if (p.cu_seqlens_q == nullptr) {
       if (index >= p.tiles) return false;
       const TileIndex place = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
       w.batch = place.group / heads, group = place.group % heads;
-      w.m0 = place.m_block * kBlockM, w.q_row = w.m0, w.k_row = 0;
-      w.band.rows = p.seqlen_q, w.band.cols = p.seqlen_k;
+      w.m0 = place.m_block * kBlockM, w.q_row = w.m0 >> p.pack_bits, w.k_row = 0;
+      w.band.cols = p.seqlen_k, seqlen_q = p.seqlen_q;
     } else {
       // Sequence by sequence, in each the last rows first and all heads of a row together.
       while (index >= at.tiles_seen) {
@@ -109,12 +110,13 @@ struct AttentionScheduleSm90 {
       const int lane = __popc(__ballot_sync(0xffffffffu, index >= at.end));
       auto of_lane = [&](int x) { return __shfl_sync(0xffffffffu, x, lane); };
       w.batch = at.next_batch - 32 + lane, group = (index - of_lane(at.begin)) % heads;
-      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = w.m0 + of_lane(at.q_row), w.k_row = of_lane(at.k_row);
-      w.band.rows = of_lane(at.seqlen_q), w.band.cols = of_lane(at.seqlen_k);
+      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + of_lane(at.q_row), w.k_row = of_lane(at.k_row);
+      w.band.cols = of_lane(at.seqlen_k), seqlen_q = of_lane(at.seqlen_q);
     }
-    w.v_block = group % p.v_blocks, w.head = group / p.v_blocks;
+    w.v_block = group % p.v_blocks, w.head = group / p.v_blocks << p.pack_bits;
     w.head_k = w.head / p.heads_per_key;
-    w.band.shift = w.band.cols - w.band.rows, w.band.left = p.window_left, w.band.right = p.window_right;
+    w.band.rows = seqlen_q << p.pack_bits, w.band.pack_bits = p.pack_bits;
+    w.band.shift = w.band.cols - seqlen_q, w.band.left = p.window_left, w.band.right = p.window_right;
     // A tile that sees no key still takes one step, whose scores are all masked.
     w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
     w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);

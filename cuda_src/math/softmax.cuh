@@ -172,16 +172,16 @@ struct OnlineSoftmax {
   // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.
   FM_DEVICE float top(int i) const { return r_max[i] == -infinity() ? 0.f : r_max[i]; }
 
-  // Joins a sink logit (natural units; -inf = none), then gives the factor of the output and the natural logarithm of the sum.
+  // Joins each row's sink logit (natural units; -inf = none), then gives the factor of the output and the natural logarithm of the sum.
   template <class Exponent>
-  FM_DEVICE void finish(const Exponent& exponent, float sink, float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {
+  FM_DEVICE void finish(const Exponent& exponent, const float (&sink)[2 * kM], float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) {
       const float row = r_max[i] == -infinity() ? -infinity() : exponent.natural(r_max[i]);  // -inf * 0 would be NaN
-      const float top = fmaxf(row, sink);
+      const float top = fmaxf(row, sink[i]);
       const float shift = top == -infinity() ? 0.f : top;
       const float factor = exp2_approx((row - shift) * kLog2e);
-      const float sum = fmaf(quad_sum(r_sum[i]), factor, exp2_approx((sink - shift) * kLog2e));
+      const float sum = fmaf(quad_sum(r_sum[i]), factor, exp2_approx((sink[i] - shift) * kLog2e));
       out_scale[i] = sum == 0.f ? 0.f : __fdividef(factor, sum);
       lse[i] = shift + log2_approx(sum) * kLn2;
     }

@@ -136,7 +136,7 @@ struct GroupedGemmSm80 {
     __syncthreads();
     constexpr int kShare = kBlockM / 4;  // rows that a warp writes
     Element* g_out = static_cast<Element*>(p.out) + static_cast<i64>(tile.row) * p.out_stride + col;
-    store_rows<TileOut, kShare, false>(g_out, p.out_stride, s_base, warp_id() * kShare, rows, (p.n - col) / TileOut::kPerChunk, p.aligned != 0);
+    store_rows<TileOut, kShare, false>([&](int row) { return g_out + row * p.out_stride; }, s_base, warp_id() * kShare, rows, (p.n - col) / TileOut::kPerChunk, p.aligned != 0);
     __syncthreads();  // the next tile loads where the output was
   }
 };

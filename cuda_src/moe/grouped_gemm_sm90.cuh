@@ -341,7 +341,7 @@ struct GroupedGemmSm90 {
     scale_by_row_weights(p, tile.row + warp_row, rows, r_out);
     bias.add_to(p, r_out);
     const i64 first = static_cast<i64>(tile.row + warp_row) * p.out_stride + col;
-    const RowsOut<Element> to{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride, rows, p.n - col, col, tile.row + warp_row, 0, 0};
+    const RowsOut<Element> to{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride, 0, rows, p.n - col, col, 0, tile.row + warp_row, 0, 0};
     if constexpr (kGated) activate_gated(p, r_out);
     else activate(p, r_out);
     store_accumulator_rows<kColumns / 8>(to, s_panels, r_out, one);

@@ -105,7 +105,7 @@ static_assert(sizeof(GroupedGemmParams) == 18 * 8 + 18 * 4, "the packer of plan/
 struct GroupedGemmSm90Params : GroupedGemmParams {
   alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered
   TensorMap w_map;               // (k, halves, n, groups)
-  TensorMap out_map;             // (n, rows, 1, 1): boxes of 64 x 16
+  TensorMap out_map;             // (n, 1, rows, 1): boxes of 64 x 16
 };
 static_assert(sizeof(GroupedGemmSm90Params) == 256 + 3 * 128, "the packer of plan/moe.py counts on this layout");
 

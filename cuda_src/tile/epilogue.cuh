@@ -9,11 +9,15 @@ namespace fm {
 // Where one warp writes its rows of a matrix.
 template <class E>
 struct RowsOut {
-  const TensorMap* map;  // boxes of 16 rows and 64 columns
-  E* g_rows;             // the warp's first row at the first column, which lies at coordinates (col, row, head, batch) of the map
-  i64 row_stride;
+  const TensorMap* map;  // (columns, heads, rows, batch): boxes of 64 columns by 16 rows of tiles
+  E* g_rows;             // the warp's first row at the first column, which lies at coordinates (col, head, row, batch) of the map
+  i64 stride_row, stride_head;
   int rows, cols;        // rows and columns that exist from there on
-  int col, row, head, batch;
+  int col, head, row, batch;
+  int pack_bits;         // 2^pack_bits heads lie side by side: row r of a tile is row r >> pack_bits of head r % 2^pack_bits
+
+  // Where row r of a tile is in an array with such strides.
+  FM_DEVICE i64 offset(int r, i64 row_stride, i64 head_stride) const { return (r >> pack_bits) * row_stride + (r & ((1 << pack_bits) - 1)) * head_stride; }
 };
 
 // One warp writes its 16 x (8 kN) accumulator (or the first kTiles tiles of 8 columns), scaled per row, as 16-bit values, two panels of 64 columns at a time, through 4 KiB of
@@ -42,14 +46,14 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
       if (lane == 0) {
 #pragma unroll
         for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
-          tma_store_4d(*to.map, s_panels + (panel & 1) * Panel::kBytes, to.col + panel * 64, to.row, to.head, to.batch);
+          tma_store_4d(*to.map, s_panels + (panel & 1) * Panel::kBytes, to.col + panel * 64, to.head, to.row, to.batch);
         bulk_commit_group();
       }
     } else {
       __syncwarp();
 #pragma unroll
       for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
-        store_rows<Panel, 16, true>(to.g_rows + panel * 64, to.row_stride, s_panels + (panel & 1) * Panel::kBytes, 0, to.rows, to.cols / 8 - panel * 8, true);
+        store_rows<Panel, 16, true>([&](int r) { return to.g_rows + to.offset(r, to.stride_row, to.stride_head) + panel * 64; }, s_panels + (panel & 1) * Panel::kBytes, 0, to.rows, to.cols / 8 - panel * 8, true);
       __syncwarp();
     }
   }

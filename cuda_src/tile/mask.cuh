@@ -1,5 +1,6 @@
 // Band masks: row i of a matrix of rows x cols sees the columns first(i) .. last(i). Causal, sliding window and the end of a
-// sequence are all bands, so one comparison pair per score serves them, and tiles inside the band pay nothing.
+// sequence are all bands, so one comparison pair per score serves them, and tiles inside the band pay nothing. Where heads are packed
+// into tiles, 2^pack_bits rows that lie one behind the other are the same query.
 #pragma once
 #include "prelude.cuh"
 
@@ -7,11 +8,12 @@ namespace fm {
 
 struct BandMask {
   int rows, cols;
-  int shift;        // column that belongs to row 0: cols - rows, the bottom-right alignment
+  int shift;        // column that belongs to row 0: cols less the queries, the bottom-right alignment
   int left, right;  // -1: unlimited
+  int pack_bits;
 
-  FM_DEVICE int first(int row) const { return left < 0 ? 0 : max(0, row + shift - left); }
-  FM_DEVICE int last(int row) const { return right < 0 ? cols - 1 : min(cols - 1, row + shift + right); }
+  FM_DEVICE int first(int row) const { return left < 0 ? 0 : max(0, (row >> pack_bits) + shift - left); }
+  FM_DEVICE int last(int row) const { return right < 0 ? cols - 1 : min(cols - 1, (row >> pack_bits) + shift + right); }
 
   // Whether some pair of the tile lies outside of the band.
   template <int kRows, int kCols>

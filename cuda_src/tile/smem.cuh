@@ -76,25 +76,24 @@ FM_DEVICE void load_tile(u32 s_base, const E* g_base, i64 row_stride, int rows, 
   static_assert(kPass % 8 == 0, "a pass must keep the swizzle");
 }
 
-// One warp writes kRows rows, from `first_row` of the tile on, to global memory; only `rows` rows of `chunks` chunks exist there.
-template <class Tile, int kRows, bool kAligned, class E>
-FM_DEVICE void store_rows(E* g_base, i64 row_stride, u32 s_base, int first_row, int rows, int chunks, bool aligned) {
+// One warp writes kRows rows, from `first_row` of the tile on, to global memory, where g_row(row) is; only `rows` rows of `chunks` chunks exist there.
+template <class Tile, int kRows, bool kAligned, class F>
+FM_DEVICE void store_rows(F&& g_row, u32 s_base, int first_row, int rows, int chunks, bool aligned) {
   constexpr int kPass = 32 / Tile::kPanelChunks;
   const int column = lane_id() % Tile::kPanelChunks;
 #pragma unroll
   for (int pass = 0; pass < kRows / kPass; ++pass) {
     const int row = first_row + pass * kPass + lane_id() / Tile::kPanelChunks;
-    E* g_row = g_base + row * row_stride;
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int chunk = panel * Tile::kPanelChunks + column;
       u32 word[4];
       ld_shared_v4_b32(word, s_base + Tile::offset(row, chunk));
       if (row >= rows || chunk >= chunks) continue;
-      E* g_pointer = g_row + chunk * Tile::kPerChunk;
+      auto* g_pointer = g_row(row) + chunk * Tile::kPerChunk;
       if (kAligned || aligned) {
         *reinterpret_cast<uint4*>(g_pointer) = make_uint4(word[0], word[1], word[2], word[3]);
-      } else if constexpr (sizeof(E) == 4) {
+      } else if constexpr (sizeof(*g_pointer) == 4) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) reinterpret_cast<u32*>(g_pointer)[i] = word[i];
       } else {

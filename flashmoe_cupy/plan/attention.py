@@ -73,6 +73,8 @@ _TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
     ((128, 128), _SCORES): ((128, 128, 2),),
     **{(dims, _BIAS): ((128, 64, 2),) for dims in _TILES_SM90},
 }
+_MOST_PACKED = 4  # 2**4 heads: the rows of one store of the Hopper kernel
+_WORTH_PACKING = 0.9  # tiles of packed heads to those of single ones, at most
 _FLOAT_MAX = 3.4028234663852886e38
 _MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last tile
 _MANY_KEYS = 4096  # keys that a query sees on average, from which wider tiles of keys pay
@@ -93,7 +95,7 @@ _TAIL_FIELDS = (
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(_POINTERS)}Q")
 _TAIL = struct.Struct("18q14i2f")
-_EXTRA = struct.Struct("4iQ2i5f")  # what the Hopper kernel has beyond them
+_EXTRA = struct.Struct("4iQ3i5f")  # what the Hopper kernel has beyond them
 
 
 class AttentionFwd(ABC):
@@ -153,8 +155,16 @@ class AttentionFwd(ABC):
 
     def tiles(self, problem: AttentionProblem, config: Config) -> int:
         """Tiles of work: queries, value columns, heads and batch."""
-        m_blocks, v_blocks = _blocks(problem, config)
-        return m_blocks * v_blocks * problem.heads_q * problem.batch
+        m_blocks, v_blocks = self.blocks(problem, config)
+        return m_blocks * v_blocks * (problem.heads_q >> self.pack_bits(problem)) * problem.batch
+
+    def blocks(self, p: AttentionProblem, config: Config) -> tuple[int, int]:
+        """Tiles of queries, and of value columns, of a head or of heads that are packed."""
+        return -(-(p.seqlen_q << self.pack_bits(p)) // config.block_m), -(-p.head_dim_v // config.head_dim_v)
+
+    def pack_bits(self, p: AttentionProblem) -> int:  # noqa: ARG002
+        """2**pack_bits heads that share keys lie side by side in a tile: each query as so many rows."""
+        return 0
 
     def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
         """Blocks of a launch on a device of `sms` multiprocessors."""
@@ -172,7 +182,7 @@ class AttentionFwd(ABC):
 
         clear_rest: 1 to write the rows of no sequence in out, 2 in lse, 3 in both; for kernels that have `clears`.
         """
-        m_blocks, v_blocks = _blocks(p, config)
+        m_blocks, v_blocks = self.blocks(p, config)
         strides = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "out": p.out_strides}
         values: dict[str, float] = {
             **{f"{name}_stride_{axis}": n for name, of in strides.items() for axis, n in zip("bsh", of, strict=True)},
@@ -296,13 +306,25 @@ class AttentionFwdSm90(AttentionFwd):
         return why
 
     def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Sm90Config:  # noqa: ARG002
-        dims, variant = _compiled_dims(problem, _TILES_SM90), _variant(problem)
-        if variant == _SCORES and problem.softcap and not problem.alibi and problem.softmax_scale > 0:
-            variant = _SOFTCAP
-        return Sm90Config(problem.dtype.cuda, *dims, *_tile_for(problem, dims, variant), variant)
+        dims, variant = _compiled_dims(problem, _TILES_SM90), _variant_sm90(problem)
+        tile = _tile_for(problem, dims, variant, self.pack_bits(problem))
+        return Sm90Config(problem.dtype.cuda, *dims, *tile, variant)
+
+    def pack_bits(self, p: AttentionProblem) -> int:
+        """As many heads as make fewer tiles; none where a score depends on its head (`AttentionFwd.pack_bits`)."""
+        group = _heads_per_key(p)
+        bits = min((group & -group).bit_length() - 1, _MOST_PACKED)
+        if bits <= 0 or _variant_sm90(p) not in (_PLAIN, _SOFTCAP) or p.seqlen_q >= 2**26:
+            return 0
+        rows = _mean(p.seqlen_q, p.total_q, p)
+        # Of sequences whose lengths only the device knows, each ends with half a tile, on average.
+        single, packed = (r / 128 + 0.5 if p.varlen else -(-r // 128) for r in (rows, rows << bits))
+        return bits if packed <= _WORTH_PACKING * single * 2**bits else 0
 
     def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
         why = super().reasons(problem, config)
+        if bits := self.pack_bits(problem):
+            why.append(f"{2**bits} heads that share keys lie side by side, since a head has few queries for a tile")
         tiles = _tiles_sm90((config.head_dim, config.head_dim_v), config.variant)
         if len(tiles) > 1:
             others = ", ".join(f"{m}x{n}" for m, n, _ in tiles if (m, n) != (config.block_m, config.block_n))
@@ -317,11 +339,13 @@ class AttentionFwdSm90(AttentionFwd):
         """How many heads are worked on together; see plan/order.py. Packed sequences have an order of their own."""
         if p.varlen or max(_window(p.window_left, p), _window(p.window_right, p)) < 0:
             return 1
-        m_blocks, v_blocks = _blocks(p, config)
+        m_blocks, v_blocks = self.blocks(p, config)
         if m_blocks >= 2 * sms:
             return 1  # one head fills two rounds
-        steps = [_key_tiles(p, config, m) + 1.0 for m in range(m_blocks)]  # opening a tile costs about one more
-        per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / _heads_per_key(p) / v_blocks
+        bits = self.pack_bits(p)
+        steps = [_key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # opening a tile costs about one more
+        shared = _heads_per_key(p) / 2**bits * v_blocks  # that many tiles of a row read the same keys
+        per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
         return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
 
     def extra(
@@ -340,6 +364,7 @@ class AttentionFwdSm90(AttentionFwd):
             "tile_counter": 0,  # each launch stores its own
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": clear_rest,
+            "pack_bits": self.pack_bits(p),
             "to_tanh": to_tanh,
             **{f"softcap_exponent_{k}": c for k, c in enumerate(capped)},
         }
@@ -357,17 +382,18 @@ class AttentionFwdSm90(AttentionFwd):
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
         group, batch, (rows_q, rows_k) = _heads_per_key(p), 1 if p.varlen else p.batch, _rows(p)
+        packed = 1 << self.pack_bits(p)
         (q_b, q_s, q_h), (k_b, k_s, k_h), (v_b, v_s, v_h) = p.q_strides, p.k_strides, p.v_strides
         out_b, out_s, out_h = p.out_strides
         queries = (group, q_h), (rows_q, q_s), (p.heads_k, q_h * group), (batch, q_b)
         keys = (rows_k, k_s), (p.heads_k, k_h), (batch, k_b)
         values = (rows_k, v_s), (p.heads_k, v_h), (batch, v_b)
-        results = (rows_q, out_s), (p.heads_q, out_h), (batch, out_b)
+        results = (p.heads_q, out_h), (rows_q, out_s), (batch, out_b)
         return (
-            _map(p.dtype, p.head_dim, queries, (64, 1, 64, 1, 1)),
+            _map(p.dtype, p.head_dim, queries, (64, packed, 64 // packed, 1, 1)),
             _map(p.dtype, p.head_dim, keys, (64, config.block_n, 1, 1)),
             _map(p.dtype, p.head_dim_v, values, (64, config.block_n, 1, 1)),
-            _map(p.dtype, p.head_dim_v, results, (64, 16, 1, 1)),  # what one warp stores
+            _map(p.dtype, p.head_dim_v, results, (64, packed, 16 // packed, 1)),  # what one warp stores
         )
 
 
@@ -393,13 +419,13 @@ def _tiles_sm90(dims: tuple[int, int], variant: str) -> tuple[_Tile, ...]:
     return _TILES_SM90_FOR.get((dims, variant)) or _TILES_SM90[dims]
 
 
-def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str) -> _Tile:
+def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits: int) -> _Tile:
     """The tile of the Hopper kernel: lengths only choose among the tiles that the table, and so the warm-up, has."""
     tiles, keys = _tiles_sm90(dims, variant), _mean_keys(problem)
     if len({m for m, _, _ in tiles}) == 1:
         return tiles[keys < _MANY_KEYS] if len(tiles) > 1 else tiles[0]
 
-    rows = _mean(problem.seqlen_q, problem.total_q, problem)
+    rows = _mean(problem.seqlen_q, problem.total_q, problem) << pack_bits
 
     def cost(tile: _Tile) -> float:  # rows, the empty ones of a last tile included, by the time that a row takes
         m = tile[0]
@@ -422,11 +448,11 @@ def _mean_keys(p: AttentionProblem) -> float:
     return min(keys, left + max(right, 0) + 1) if left >= 0 else keys
 
 
-def _key_tiles(p: AttentionProblem, config: Config, m_block: int) -> int:
+def _key_tiles(p: AttentionProblem, config: Config, m_block: int, pack_bits: int) -> int:
     """Tiles of keys that a tile of queries goes through, as the kernel counts them."""
     left, right = _window(p.window_left, p), _window(p.window_right, p)
-    shift, first_row = p.seqlen_k - p.seqlen_q, m_block * config.block_m
-    last_row = min(first_row + config.block_m, p.seqlen_q) - 1
+    shift, first_row = p.seqlen_k - p.seqlen_q, m_block * config.block_m >> pack_bits
+    last_row = (min((m_block + 1) * config.block_m, p.seqlen_q << pack_bits) - 1) >> pack_bits
     last = p.seqlen_k - 1 if right < 0 else min(p.seqlen_k - 1, last_row + shift + right)
     first = 0 if left < 0 else max(0, first_row + shift - left)
     end = max(1, -(-(last + 1) // config.block_n))
@@ -439,6 +465,11 @@ def _variant(problem: AttentionProblem) -> str:
         return _BIAS
     # A scale that is not positive would turn the order of the scores, on which the folded exponent relies.
     return _SCORES if problem.softcap or problem.alibi or problem.softmax_scale <= 0 else _PLAIN
+
+
+def _variant_sm90(p: AttentionProblem) -> str:
+    variant = _variant(p)
+    return _SOFTCAP if variant == _SCORES and p.softcap and not p.alibi and p.softmax_scale > 0 else variant
 
 
 def _float32(x: float) -> float:
@@ -471,11 +502,6 @@ def _rows(p: AttentionProblem) -> tuple[int, int]:
 
 def _heads_per_key(p: AttentionProblem) -> int:
     return p.heads_q // max(p.heads_k, 1)
-
-
-def _blocks(p: AttentionProblem, config: Config) -> tuple[int, int]:
-    """Tiles of queries, and of value columns."""
-    return -(-p.seqlen_q // config.block_m), -(-p.head_dim_v // config.head_dim_v)
 
 
 def _window(size: int, p: AttentionProblem) -> int:

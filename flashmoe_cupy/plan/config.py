@@ -93,7 +93,7 @@ class Sm90Config(NamedTuple):
         queries, keys = self.block_m * width, self.stages * self.block_n * (width + width_v)
         keys += self.block_m // 64 * 4 * 4096  # and what each consumer warp stages of its output
         q_stages = 2 if 2 * queries + keys + 1536 <= MAX_SMEM["sm_90a"] else 1
-        works, work_bytes = 4, 64 + 24 * (self.block_m // 64)  # tiles ahead, and their records
+        works, work_bytes = 4, 72 + 24 * (self.block_m // 64)  # tiles ahead, and their records
         barriers = 16  # the two of each buffer
         rings = self.block_m // 64 * q_stages + 2 * self.stages + works
         return q_stages * queries + keys + works * work_bytes + barriers * rings

@@ -342,9 +342,9 @@ class GroupedGemmSm90(GroupedGemm):
         w_e, w_n = p.w_strides
         halves = 2 if p.gated else 1
         w = (stride(halves, p.w_stride_half), stride(p.n, w_n), stride(p.groups, w_e))
-        out = (stride(p.rows, p.out_stride), 16, 16)
+        out = (16, stride(p.rows, p.out_stride), 16)
         return (
             TensorMap(p.dtype, (p.k, p.rows_x), (stride(p.rows_x, p.x_stride),), (64, config.block_m)),
             TensorMap(p.dtype, (p.k, halves, p.n, p.groups), w, (64, 1, config.block_n // 2, 1)),
-            TensorMap(p.dtype, (p.n, p.rows, 1, 1), out, (64, 16, 1, 1)),
+            TensorMap(p.dtype, (p.n, 1, p.rows, 1), out, (64, 1, 16, 1)),
         )
