@@ -102,7 +102,7 @@ def test_params_layout_with_maps() -> None:
     for name in extra:
         places.append((name.removesuffix("[4]"), end))
         end += {"tile_counter": 8, "softcap_exponent[4]": 16}.get(name, 4)
-    assert end - base == struct.calcsize("4iQ2i5f") and end <= spec.maps_at
+    assert end - base == struct.calcsize("4iQ3i5f") and end <= spec.maps_at
     assert dict(places)["tile_counter"] == spec.counter_at(packed())
     places += [(name, spec.maps_at + tensormap.BYTES * i) for i, name in enumerate(maps)]
     text += "using P = fm::AttentionFwdSm90Params;\nstatic_assert(sizeof(fm::TensorMap) == 128);\n"

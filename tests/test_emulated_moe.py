@@ -57,6 +57,7 @@ EXPERTS = (
     MoECase(150, 72, 136, 3, 2, biases="float32", sentinels=0.2),
     MoECase(70, 200, 264, 5, 3, activation="gelu", routing="zipf", biases="same"),
     MoECase(9, 136, 40, 4, 2, activation="swigluoai", interleaved=True, weight_on_input=True, shared=24),
+    MoECase(700, 136, 264, 3, 2, routing="zipf"),  # several tiles of rows of an expert, odd numbers of them too
 )
 
 

@@ -12,7 +12,7 @@
 // cannot gather. Each warpgroup but the first is a consumer: they share a tile, 64 rows each, or (kPingPong) take whole tiles in turn,
 // so that one writes while the other multiplies. The ring runs on across tiles, so that the loads of the next one are under way while
 // this one is written. Two blocks of a cluster take tiles of rows that lie one behind the other and share their weights: each loads
-// half and sends it to both.
+// half and sends it to both (moe/schedule.cuh says what they do at the end of a group).
 //
 // The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for it before anything else,
 // or, where that grid only makes x (p.early), between its first weights and its first rows.
@@ -44,12 +44,13 @@ struct GroupedGemmSm90 {
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
   static_assert(kConsumers <= 2, "three would want more registers than a block has");
+  static_assert(kColumns % 64 == 0, "the copy engine stores 64 columns at once");
 
   using TileX = SmemTile<Element, kBlockM, kBlockK>;
   using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;  // gate or up, or half of the columns; the two lie panel by panel
   static constexpr int kWorks = 4;                        // tiles that the scheduler may be ahead
   struct Work {
-    GroupTile tile;  // its rows may be none: the other block of the cluster has some
+    GroupTile tile;
     int more;        // 0: there is no more work
   };
   struct Smem {
@@ -108,19 +109,16 @@ struct GroupedGemmSm90 {
 
   // One warp.
   FM_DEVICE static void schedule(const Params& p, Work* s_works, const RingBarriers<kWorks>& ring) {
-    GroupCursor<kBlockM * kCluster> cursor;
+    GroupCursor<kBlockM, kCluster> cursor;
+    const int rank = kCluster > 1 ? cluster_ctarank() : 0;
     RingWork at;
     u32 index = blockIdx.x / kCluster;
     for (bool found = true; found; index += gridDim.x / kCluster, at.advance()) {
       ring.wait_empty(at);
       Work& w = s_works[at.stage];
       GroupTile tile;
-      found = cursor.find(p, index, tile);
-      if (found) {
-        const int skip = kCluster > 1 ? static_cast<int>(cluster_ctarank()) * kBlockM : 0;
-        tile.row += skip, tile.rows -= skip;
-        w.tile = tile;
-      }
+      found = cursor.find(p, index, tile, rank);
+      if (found) w.tile = tile;
       w.more = found;
       __syncwarp();
       if (lane_id() == 0) mbarrier_arrive(ring.full(at.stage));
@@ -166,7 +164,7 @@ struct GroupedGemmSm90 {
                   step * kBlockK + panel * 64, tile.row + tile.group * p.x_skip);
   }
 
-  // Both halves, or this block's one to both blocks of the cluster.
+  // Both halves, or this block's one to both blocks of a cluster that share them.
   FM_DEVICE static void load_w(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, u32 rank, int stage, int step) {
     const int col = tile.n_block * kColumns;
 #pragma unroll
@@ -175,7 +173,7 @@ struct GroupedGemmSm90 {
       for (int half = 0; half < 2; ++half) {
         const u32 s_half = s_base + Smem::kW + stage * 2 * TileW::kBytes + (panel * 2 + half) * TileW::kPanelBytes;
         const int k = step * kBlockK + panel * 64, which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
-        if constexpr (kCluster == 1) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), createpolicy_evict_first(), k, which, row, tile.group);
+        if (kCluster == 1 || tile.apart) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), createpolicy_evict_first(), k, which, row, tile.group);
         else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, rings.steps.full(stage), 3, createpolicy_evict_first(), k, which, row, tile.group);
       }
   }
@@ -249,14 +247,13 @@ struct GroupedGemmSm90 {
     int turn = 0;
     if (kPingPong && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
-      const GroupTile tile = s_works[works.stage].tile;
+      const GroupTile& tile = s_works[works.stage].tile;  // read again after the products, which leave no registers for it
       if (kPingPong && turn != consumer) {
         skip(at, steps);
       } else if (uniform(tile.rows) > first_row) {
-        const int col = tile.n_block * kColumns;
         float r_out[kParts][kBlockN / 8][4];
         TileBias bias;
-        bias.load(p, tile.group, col, col + kBlockN / 2);
+        bias.load(p, tile.group, tile.n_block * kColumns, tile.n_block * kColumns + kBlockN / 2);
         take_turn(consumer);
         multiply(rings, s_base, consumer, steps, at, r_out);
 #pragma unroll

@@ -19,12 +19,15 @@ FM_DEVICE GroupRows rows_of(const GroupedGemmParams& p, int group) {
 }
 
 struct GroupTile {
-  int group, row, rows;  // row: of out, the tile's first; rows: of the group from there on
+  int group, row, rows;  // row: of out, the tile's first; rows: of the group from there on, 0 or less: there is nothing to do
   int n_block;
+  int apart;             // the blocks of a cluster have different columns
 };
 
-// Where a block is in the order of tiles of kRows rows. A lane holds one of 32 groups, all lanes look at one tile.
-template <int kRows>
+// Where a block, or a cluster of them, is in the order of tiles of kRows rows. A lane holds one of 32 groups, all lanes look at one tile.
+// The blocks of a cluster take tiles of rows that lie one behind the other; if a group ends with a single one, they take two blocks
+// of its columns instead.
+template <int kRows, int kCluster = 1>
 struct GroupCursor {
   int next_group = 0;
   u32 tiles_seen = 0, begin = 0, end = 0;  // tiles of all groups looked at; numbers of the tiles of the lane's group
@@ -34,13 +37,14 @@ struct GroupCursor {
     const int group = next_group + lane_id();
     next_group += 32;
     mine = group < p.groups ? rows_of(p, group) : GroupRows{0, 0};
-    const int tiles = div_up(mine.rows, kRows) * p.n_blocks;
+    const int m_blocks = div_up(mine.rows, kRows), tiles = m_blocks / kCluster * p.n_blocks + m_blocks % kCluster * div_up(p.n_blocks, kCluster);
     end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
     tiles_seen = __shfl_sync(0xffffffffu, end, 31);
   }
 
-  // Tile `index`, which is not before the last one asked for. False: there is none.
-  FM_DEVICE bool find(const GroupedGemmParams& p, u32 index, GroupTile& tile) {
+  // Tile `index` of those that a cluster has at once, which is not before the last one asked for: the part of its block `rank`.
+  // False: there is none.
+  FM_DEVICE bool find(const GroupedGemmParams& p, u32 index, GroupTile& tile, int rank = 0) {
     while (index >= tiles_seen) {
       if (next_group >= p.groups) return false;
       next_groups(p);
@@ -48,12 +52,19 @@ struct GroupCursor {
     const int lane = __popc(__ballot_sync(0xffffffffu, index >= end));
     const int first = __shfl_sync(0xffffffffu, mine.begin, lane), rows = __shfl_sync(0xffffffffu, mine.rows, lane);
     index -= __shfl_sync(0xffffffffu, begin, lane);
-    const u32 m_blocks = div_up(rows, kRows), per_section = p.section * p.n_blocks, section = index / per_section;
-    index -= section * per_section;
-    const u32 width = min(static_cast<u32>(p.section), m_blocks - section * p.section), m_block = section * p.section + index % width;
+    const u32 m_pairs = div_up(rows, kRows) / kCluster, whole = m_pairs * p.n_blocks;
+    int m_block = m_pairs * kCluster;
+    tile.apart = kCluster > 1 && index >= whole;
+    if (tile.apart) {
+      tile.n_block = (index - whole) * kCluster + rank;
+    } else {
+      const u32 per_section = p.section * p.n_blocks, section = index / per_section, width = min(static_cast<u32>(p.section), m_pairs - section * p.section);
+      index -= section * per_section;
+      tile.n_block = static_cast<int>(index / width);
+      m_block = static_cast<int>(section * p.section + index % width) * kCluster + rank;
+    }
     tile.group = next_group - 32 + lane;
-    tile.n_block = static_cast<int>(index / width);
-    tile.row = first + static_cast<int>(m_block) * kRows, tile.rows = rows - static_cast<int>(m_block) * kRows;
+    tile.row = first + m_block * kRows, tile.rows = tile.n_block < p.n_blocks ? rows - m_block * kRows : 0;
     return true;
   }
 };

@@ -51,9 +51,12 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
       }
     } else {
       __syncwarp();
+#pragma unroll 1  // or the addresses of all rows need registers
+      for (int row = 0; row < to.rows; row += 4)
 #pragma unroll
-      for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
-        store_rows<Panel, 16, true>([&](int r) { return to.g_rows + to.offset(r, to.stride_row, to.stride_head) + panel * 64; }, s_panels + (panel & 1) * Panel::kBytes, 0, to.rows, to.cols / 8 - panel * 8, true);
+        for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
+          store_rows<Panel, 4, true>([&](int r) { return to.g_rows + to.offset(r, to.stride_row, to.stride_head) + panel * 64; },
+                                     s_panels + (panel & 1) * Panel::kBytes, row, to.rows, to.cols / 8 - panel * 8, true);
       __syncwarp();
     }
   }
