@@ -149,7 +149,7 @@ def test_params_layout_of_moe(kernel: str) -> None:
     text = f'#include "{spec.header}"\n'
     header = source.headers_for(text)["moe/params.cuh"]
     found = [kind for kind, _ in members(header, spec.params)]
-    tail = spec.tail if kernel in SMALL else struct.Struct("10q12i2f4i")
+    tail = spec.tail if kernel in SMALL else struct.Struct("11q12i2f8i")
     counts = re.findall(r"(\d*)([qif])", tail.format)
     kinds = [kind for n, kind in counts for _ in range(int(n or 1))]
     pointers = spec.pointers if kernel in SMALL else len(POINTERS)
@@ -167,7 +167,7 @@ def test_params_layout_of_products_with_maps() -> None:
     spec = PRODUCTS["grouped_gemm_sm90"]
     text = f'#include "{spec.header}"\nusing P = fm::{spec.params};\n'
     for i, name in enumerate(("x_map", "w_map", "out_map")):
-        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {256 + 128 * i});\n"
+        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {384 + 128 * i});\n"
     text += f"static_assert(sizeof(P) == {spec.params_size} && alignof(P) == {spec.params_align});\n"
     compiler.compile_cubin(text, source.headers_for(text), "sm_90a")
 

@@ -76,7 +76,7 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "tile": ("prelude.cuh", "ptx/", "math/", "tile/"),
 }
 # What the kernels of one family share; a kernel never includes another one.
-SHARED = ("activation.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "variant.cuh")
+SHARED = ("activation.cuh", "assignments.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "variant.cuh")
 
 
 def python_files() -> list[Path]:

@@ -37,7 +37,7 @@ struct GroupedGemmSm80 {
   using TileBias = Bias<2 * kN, kGated>;
   struct Smem {
     static constexpr int kStage = TileX::kBytes + 2 * TileW::kBytes;
-    static constexpr int kBytes = max_of(kStages * kStage, TileOut::kBytes);
+    static constexpr int kSorted = max_of(kStages * kStage, TileOut::kBytes), kBytes = kSorted + 4 * GroupCursor<kBlockM>::kSortedBytes;
   };
   using Accumulator = float[kM][2 * kN][4];  // the first half of the weight rows, then the second
 
@@ -45,12 +45,14 @@ struct GroupedGemmSm80 {
     start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     const u32 s_base = smem_address(smem);
-    GroupCursor<kBlockM> cursor;
+    int* s_sorted = reinterpret_cast<int*>(smem + Smem::kSorted) + warp_id() * 32;  // each warp finds the tiles by itself
+    GroupCursor<kBlockM> cursor(s_sorted);
     GroupTile tile;
     for (u32 index = blockIdx.x; cursor.find(p, index, tile); index += gridDim.x) {
+      __syncwarp();
       const u8* g_rows[kPasses];  // what this thread loads of x
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) g_rows[i] = row_of_x(p, tile, static_cast<int>(threadIdx.x) / 8 + i * kRowsAtOnce);
+      for (int i = 0; i < kPasses; ++i) g_rows[i] = row_of_x(p, tile, static_cast<int>(threadIdx.x) / 8 + i * kRowsAtOnce, s_sorted);
       Accumulator r_out = {};
       TileBias bias;
       const int col = tile.n_block * kColumns + warp_id() / kWarpsM * 8 * kN;
@@ -61,14 +63,10 @@ struct GroupedGemmSm80 {
   }
 
   // Null: nothing is there.
-  FM_DEVICE static const u8* row_of_x(const GroupedGemmParams& p, const GroupTile& tile, int row) {
-    if (row >= min(tile.rows, kBlockM)) return nullptr;
+  FM_DEVICE static const u8* row_of_x(const GroupedGemmParams& p, const GroupTile& tile, int row, const int* s_sorted) {
     i64 source = tile.row + row + static_cast<i64>(tile.group) * p.x_skip;
-    if (p.gather_indices != nullptr) {
-      const int index = p.gather_indices[tile.row + row];
-      source = index / p.gather_divisor;
-      if (index < 0 || source >= p.rows_x) return nullptr;
-    }
+    if (gathers(p)) source = gathered_row(p, tile, row, s_sorted);
+    if (row >= min(tile.rows, kBlockM) || source < 0) return nullptr;
     return reinterpret_cast<const u8*>(static_cast<const Element*>(p.x) + source * p.x_stride);
   }
 

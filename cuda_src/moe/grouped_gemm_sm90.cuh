@@ -40,7 +40,7 @@ struct GroupedGemmSm90 {
   static constexpr int kConsumers = kPingPong ? 2 : kBlockM / 64, kThreads = 128 * (1 + kConsumers);
   static constexpr int kSharers = kPingPong ? 1 : kConsumers;   // consumers that use a step
   static constexpr int kParts = kBlockM / (64 * kSharers);      // of 64 rows that one multiplies
-  static constexpr int kProducerRegisters = kGather ? 56 : 40, kConsumerRegisters = kGather ? 224 : 232;
+  static constexpr int kProducerRegisters = kGather ? 72 : 40, kConsumerRegisters = kGather ? 216 : 232;
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
   static_assert(kConsumers <= 2, "three would want more registers than a block has");
@@ -55,10 +55,11 @@ struct GroupedGemmSm90 {
   };
   struct Smem {
     static constexpr int kX = 0, kW = kX + kStages * TileX::kBytes, kOut = kW + kStages * 2 * TileW::kBytes;
-    static constexpr int kWork = kOut + kConsumers * 4 * 4096, kBarriers = kWork + kWorks * 24;
+    static constexpr int kWork = kOut + kConsumers * 4 * 4096, kSorted = kWork + kWorks * static_cast<int>(sizeof(Work));
+    static constexpr int kBarriers = kSorted + GroupCursor<kBlockM>::kSortedBytes;
     static constexpr int kBarriersWork = kBarriers + RingBarriers<kStages>::kBytes;
     static constexpr int kBytes = kBarriersWork + RingBarriers<kWorks>::kBytes;
-    static_assert(kBytes <= 227 * 1024 && sizeof(Work) <= 24);
+    static_assert(kBytes <= 227 * 1024);
   };
   using TileBias = Bias<kBlockN / 8, kGated>;
   using RingStep = Ring<kStages>;
@@ -88,11 +89,12 @@ struct GroupedGemmSm90 {
     griddepcontrol_launch_dependents();
     const int warp = warp_id();
     Work* s_works = reinterpret_cast<Work*>(smem + Smem::kWork);
+    int* s_sorted = reinterpret_cast<int*>(smem + Smem::kSorted);
     if (warp < 4) {
       if constexpr (kConsumers == 2) setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) load(p, s_works, rings, s_base);
-      if (warp == 1) schedule(p, s_works, rings.works);
-      if (kGather && warp >= 2) gather(p, s_works, rings, s_base, warp - 2);
+      if (warp == 1) schedule(p, s_works, s_sorted, rings.works);
+      if (kGather && warp >= 2) gather(p, s_works, s_sorted, rings, s_base, warp - 2);
     } else {
       if constexpr (kConsumers == 2) setmaxnreg_inc<kConsumerRegisters>();
       consume(p, s_works, rings, s_base, warp / 4 - 1);
@@ -108,8 +110,8 @@ struct GroupedGemmSm90 {
   // ---- scheduler ----
 
   // One warp.
-  FM_DEVICE static void schedule(const Params& p, Work* s_works, const RingBarriers<kWorks>& ring) {
-    GroupCursor<kBlockM, kCluster> cursor;
+  FM_DEVICE static void schedule(const Params& p, Work* s_works, int* s_sorted, const RingBarriers<kWorks>& ring) {
+    GroupCursor<kBlockM, kCluster> cursor(s_sorted);
     const int rank = kCluster > 1 ? cluster_ctarank() : 0;
     RingWork at;
     u32 index = blockIdx.x / kCluster;
@@ -155,6 +157,7 @@ struct GroupedGemmSm90 {
       mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
     }
+    if (!waited) griddepcontrol_wait();  // a grid ends after the one in front of it, also without work
   }
 
   FM_DEVICE static void load_x(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, int stage, int step) {
@@ -182,12 +185,13 @@ struct GroupedGemmSm90 {
 
   // Two warps, each half of the rows; eight lanes fetch 128 bytes of a row. What cp.async has written becomes visible to the tensor cores only by a
   // fence of the thread that asked for it, so a step is announced when it has landed, some steps later.
-  FM_DEVICE static void gather(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int warp) {
-    constexpr int kRows = kBlockM / 2, kHeld = div_up(kRows, 32);
+  FM_DEVICE static void gather(const Params& p, const Work* s_works, const int* s_sorted, const Rings& rings, u32 s_base, int warp) {
+    constexpr int kRows = kBlockM / 2, kCopies = kRows / 4;
     const int steps = div_up(p.k, kBlockK), chunks = p.k / 8;
-    const u32 row_bytes = static_cast<u32>(p.x_stride) * 2;  // the host lets no longer rows come here
+    const u32 row_chunks = static_cast<u32>(p.x_stride / 8);
     const int row = lane_id() / 8, column = lane_id() % 8;  // and every fourth row from there
-    const u32 s_thread = s_base + Smem::kX + TileX::offset(warp * kRows, 0);
+    const u32 s_even = s_base + Smem::kX + TileX::offset(warp * kRows + row, column);
+    const u32 s_odd = s_base + Smem::kX + TileX::offset(warp * kRows + row + 4, column);
     RingStep at, landed;
     RingWork works;
     int behind = 0;
@@ -198,10 +202,8 @@ struct GroupedGemmSm90 {
       landed.advance();
     };
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
-      const GroupTile tile = s_works[works.stage].tile;
-      int held[kHeld];  // a lane knows the source of its row, and of the one 32 rows further on
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) held[i] = source_row(p, tile, warp * kRows + i * 32 + lane_id());
+      u32 source[kCopies], exists = 0;  // where the lane's rows of x begin, in chunks; bit i: there is such a row
+      find_rows<kRows>(p, s_works[works.stage].tile, s_sorted, warp * kRows, row, row_chunks, source, exists);
       __syncwarp();
       if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
@@ -211,15 +213,12 @@ struct GroupedGemmSm90 {
 #pragma unroll
         for (int panel = 0; panel < kBlockK / 64; ++panel) {
           const int chunk = (step * (kBlockK / 64) + panel) * 8 + column;
-          const u8* g_column = static_cast<const u8*>(p.x) + chunk * 16;
-          const u32 s_panel = s_thread + at.stage * TileX::kBytes + panel * TileX::kPanelBytes;
+          const u8* g_chunk = static_cast<const u8*>(p.x) + chunk * 16;
+          keep_register(g_chunk);  // or x is added again for every row
+          const u32 here = chunk < chunks ? exists : 0, s_panel = at.stage * TileX::kBytes + panel * TileX::kPanelBytes;
 #pragma unroll
-          for (int i = 0; i < kRows / 4; ++i) {
-            const int source = __shfl_sync(0xffffffffu, held[i / 8], i % 8 * 4 + row);
-            const bool valid = chunk < chunks && source >= 0;
-            const u8* g_pointer = valid ? g_column + static_cast<u64>(source) * row_bytes : g_column;  // not read where it is not valid
-            cp_async_cg_16(s_panel + TileX::offset(i * 4 + row, column), g_pointer, valid);
-          }
+          for (int i = 0; i < kCopies; ++i)
+            cp_async_cg_16((i % 2 == 0 ? s_even : s_odd) + s_panel + i / 2 * 8 * TileX::kRowBytes, g_chunk + static_cast<u64>(source[i]) * 16, (here & 1u << i) != 0);
         }
         cp_async_commit_group();
         if (behind == kBehind) cp_async_wait_group<kBehind>(), announce();
@@ -230,11 +229,19 @@ struct GroupedGemmSm90 {
     for (; behind > 0; --behind) announce();
   }
 
-  // The row of x that a row of the tile is; -1: zeros.
-  FM_DEVICE static int source_row(const Params& p, const GroupTile& tile, int row) {
-    if (row >= tile.rows) return -1;
-    const int index = p.gather_indices[tile.row + row], source = index / p.gather_divisor;
-    return index >= 0 && source < p.rows_x ? source : -1;
+  // For every fourth row from `row` on of the kRows rows from `first_row` on. A lane looks up one or two rows, of which others need parts.
+  template <int kRows>
+  FM_DEVICE static void find_rows(const Params& p, const GroupTile& tile, const int* s_sorted, int first_row, int row, u32 row_chunks,
+                                  u32 (&source)[kRows / 4], u32& exists) {
+    int held[div_up(kRows, 32)];
+#pragma unroll
+    for (int i = 0; i < div_up(kRows, 32); ++i) held[i] = gathered_row(p, tile, first_row + i * 32 + lane_id(), s_sorted);
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) {
+      const int found = __shfl_sync(0xffffffffu, held[i / 8], i % 8 * 4 + row);
+      source[i] = max(found, 0) * row_chunks;
+      exists |= static_cast<u32>(found >= 0) << i;
+    }
   }
 
   // ---- consumer ----

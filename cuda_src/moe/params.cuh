@@ -51,11 +51,11 @@ struct MoePermuteParams {
   int* offsets;            // (experts + 1)
   int* sorted_indices;     // (assignments)
   int* inverse_indices;    // (assignments)
-  i64 stride_t, stride_k;  // of topk_ids
+  i64 ids_stride;          // from token to token
   int assignments, top_k, experts, ids;
-  int per_warp, wide;      // assignments of a warp, a multiple of 32; ids are 64-bit
+  int per_warp, ids_wide;  // assignments of a warp, a multiple of 32; ids are 64-bit
 };
-static_assert(sizeof(MoePermuteParams) == 8 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(MoePermuteParams) == 7 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoeCombineParams {
   const void* y;               // (assignments in the order of the experts, columns)
@@ -90,23 +90,27 @@ struct GroupedGemmParams {
   const int* group_sizes;     // (groups): and has so many rows; null: max_rows
   const int* gather_indices;  // (rows): row r reads row gather_indices[r] / gather_divisor of x; null: row r
   const void* row_weights;    // a factor for each row before the bias, by its gather index; null: none
+  const void* topk_ids;       // (tokens, top_k), at most 32 in all: groups and gathered rows are found in them; null: in the arrays above
+  const int* expert_map;      // as in MoePermuteParams
+  int* inverse_indices;       // the same, written here; null: not wanted
   i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride, bias_stride_e, bias_stride_n, bias_stride_half;
-  i64 row_weights_stride_t, row_weights_stride_k;
+  i64 row_weights_stride_t, row_weights_stride_k, ids_stride;
   int groups, max_rows, rows_x, rows;      // rows: of out
   int k, n, n_blocks, gather_divisor;      // summed dimension; columns of out; tiles along them
   int activation, bias_dtype, row_weights_dtype, aligned;
   float alpha, limit;
   int section;                             // tiles of rows that are worked on together, so that their weights are read once
   int group_stride, x_skip;                // rows from group to group, in out; how many more they are in x
+  int assignments, top_k, ids, ids_wide;   // of topk_ids
   int early;                               // the rows of a group are known before the kernel that runs before this one has ended
 };
-static_assert(sizeof(GroupedGemmParams) == 18 * 8 + 18 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(GroupedGemmParams) == 22 * 8 + 22 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct GroupedGemmSm90Params : GroupedGemmParams {
   alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered
   TensorMap w_map;               // (k, halves, n, groups)
   TensorMap out_map;             // (n, 1, rows, 1): boxes of 64 x 16
 };
-static_assert(sizeof(GroupedGemmSm90Params) == 256 + 3 * 128, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(GroupedGemmSm90Params) == 384 + 3 * 128, "the packer of plan/moe.py counts on this layout");
 
 }  // namespace fm

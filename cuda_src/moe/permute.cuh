@@ -9,9 +9,11 @@
 // putting them in their places in order. (A radix sort would move each key several times for an order that is known after one count.)
 //
 // MoePermuteCount counts for each block, MoePermutePlace adds up what the blocks before it have counted. One block needs no first
-// kernel. Experts come in windows, as many as counters fit into shared memory.
+// kernel. Experts come in windows, as many as counters fit into shared memory. Where a warp's lanes hold all assignments, the grouped
+// products find the same order by themselves (moe/assignments.cuh), and none of this runs.
 #pragma once
 #include "math/reduce.cuh"
+#include "moe/assignments.cuh"
 #include "moe/params.cuh"
 #include "ptx/cluster.cuh"
 
@@ -22,13 +24,7 @@ struct MoePermute {
 
   // The expert that takes assignment i, or -1.
   FM_DEVICE static int expert_of(const MoePermuteParams& p, int i) {
-    if (i >= p.assignments) return -1;
-    const int t = i / p.top_k, k = i - t * p.top_k;
-    const i64 at = t * p.stride_t + k * p.stride_k;
-    const i64 id = p.wide ? static_cast<const i64*>(p.topk_ids)[at] : static_cast<const int*>(p.topk_ids)[at];
-    if (id < 0 || id >= p.ids) return -1;
-    const int e = p.expert_map == nullptr ? static_cast<int>(id) : p.expert_map[id];
-    return e >= 0 && e < p.experts ? e : -1;
+    return i < p.assignments ? fm::expert_of(p, p.experts, i / p.top_k, i % p.top_k) : -1;
   }
 
   // The first assignment of a warp.

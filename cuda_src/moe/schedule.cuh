@@ -2,20 +2,21 @@
 // other, so that its weights travel once while the rows stay in L2.
 #pragma once
 #include "math/reduce.cuh"
+#include "moe/assignments.cuh"
 #include "moe/params.cuh"
 
 namespace fm {
 
 // The rows of a group, which only the device knows.
 struct GroupRows {
-  int begin, rows;
+  int group, begin, rows;
 };
 FM_DEVICE GroupRows rows_of(const GroupedGemmParams& p, int group) {
   if (p.offsets != nullptr) {
     const int begin = max(p.offsets[group], 0);
-    return {begin, max(min(p.offsets[group + 1], p.rows) - begin, 0)};
+    return {group, begin, max(min(p.offsets[group + 1], p.rows) - begin, 0)};
   }
-  return {group * p.group_stride, p.group_sizes == nullptr ? p.max_rows : max(min(p.group_sizes[group], p.max_rows), 0)};
+  return {group, group * p.group_stride, p.group_sizes == nullptr ? p.max_rows : max(min(p.group_sizes[group], p.max_rows), 0)};
 }
 
 struct GroupTile {
@@ -24,19 +25,39 @@ struct GroupTile {
   int apart;             // the blocks of a cluster have different columns
 };
 
+// Whether rows of x are gathered, and the row of x that a row of the tile then is, -1: zeros. s_sorted: what the cursor has written.
+FM_DEVICE bool gathers(const GroupedGemmParams& p) { return p.gather_indices != nullptr || p.inverse_indices != nullptr; }
+FM_DEVICE int gathered_row(const GroupedGemmParams& p, const GroupTile& tile, int row, const int* s_sorted) {
+  if (row >= tile.rows) return -1;
+  const int index = (p.topk_ids == nullptr ? p.gather_indices : s_sorted)[tile.row + row], source = index / p.gather_divisor;
+  return index >= 0 && source < p.rows_x ? source : -1;
+}
+
 // Where a block, or a cluster of them, is in the order of tiles of kRows rows. A lane holds one of 32 groups, all lanes look at one tile.
 // The blocks of a cluster take tiles of rows that lie one behind the other; if a group ends with a single one, they take two blocks
 // of its columns instead.
 template <int kRows, int kCluster = 1>
 struct GroupCursor {
+  static constexpr int kSortedBytes = 128;
+  int* s_sorted;  // of few assignments: the flat index at each place, when the first tile has been found
   int next_group = 0;
   u32 tiles_seen = 0, begin = 0, end = 0;  // tiles of all groups looked at; numbers of the tiles of the lane's group
-  GroupRows mine = {0, 0};
+  GroupRows mine = {0, 0, 0};
+
+  FM_DEVICE explicit GroupCursor(int* s_sorted_) : s_sorted(s_sorted_) {}
 
   FM_DEVICE void next_groups(const GroupedGemmParams& p) {
-    const int group = next_group + lane_id();
-    next_group += 32;
-    mine = group < p.groups ? rows_of(p, group) : GroupRows{0, 0};
+    if (p.topk_ids == nullptr) {
+      const int group = next_group + lane_id();
+      next_group += 32;
+      mine = group < p.groups ? rows_of(p, group) : GroupRows{0, 0, 0};
+    } else {
+      const FewAssignments few(p);
+      next_group = p.groups;
+      mine = {few.expert, few.place, few.count};
+      if (few.expert >= 0) s_sorted[few.place] = lane_id();
+      if (p.inverse_indices != nullptr && blockIdx.x == 0 && lane_id() < p.assignments) p.inverse_indices[lane_id()] = few.expert < 0 ? -1 : few.place;
+    }
     const int m_blocks = div_up(mine.rows, kRows), tiles = m_blocks / kCluster * p.n_blocks + m_blocks % kCluster * div_up(p.n_blocks, kCluster);
     end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
     tiles_seen = __shfl_sync(0xffffffffu, end, 31);
@@ -63,7 +84,7 @@ struct GroupCursor {
       tile.n_block = static_cast<int>(index / width);
       m_block = static_cast<int>(section * p.section + index % width) * kCluster + rank;
     }
-    tile.group = next_group - 32 + lane;
+    tile.group = __shfl_sync(0xffffffffu, mine.group, lane);
     tile.row = first + m_block * kRows, tile.rows = tile.n_block < p.n_blocks ? rows - m_block * kRows : 0;
     return true;
   }

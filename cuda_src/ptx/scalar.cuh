@@ -19,6 +19,7 @@ __device__ __forceinline__ unsigned mov_tid_x() {
 
 // No instruction: the compiler forgets how x came about, and keeps the one register.
 __device__ __forceinline__ void keep_register(unsigned& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep_register(const unsigned char*& x) { asm volatile("" : "+l"(x)); }
 
 // Two floats to two 16-bit values in a register, to nearest even.
 __device__ __forceinline__ unsigned cvt_rn_bf16x2_f32(float high, float low) {

@@ -12,12 +12,13 @@ from typing import NamedTuple
 from flashmoe_cupy.dtypes import FP32, INT32, DType
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
-from flashmoe_cupy.plan.product import Product
+from flashmoe_cupy.plan.product import POINTERS, Product
 
 _PER_LANE = (1, 2, 4, 8, 16, 32)  # experts that a lane of the router holds, by compiled sizes
 _WARPS_ROUTER = 4
 _WARPS_PERMUTE = 16
 _ONE_BLOCK = 4096  # assignments that one block of the permutation places
+FEW = 32  # assignments, one for each lane of a warp, whose order the products find by themselves
 _BLOCKS_PERMUTE = 256  # at most, of the permutation
 _ROWS_OF_STATS = 512  # warps of a router that keeps statistics, at most
 _SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -82,7 +83,7 @@ CAPACITY = SmallKernel(
     "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams", 4, struct.Struct("2i"),
     (SmallConfig("capacity", "MoeCapacity", 256, 0),),
 )  # fmt: skip
-_PERMUTE = struct.Struct("2q6i")
+_PERMUTE = struct.Struct("q6i")
 PERMUTE_COUNT = SmallKernel(
     "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams", 6, _PERMUTE,
     (SmallConfig("count", "MoePermuteCount", 512, 16384),),
@@ -177,10 +178,8 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True) -> list[
     blocks = -(-assignments // (per_warp * _WARPS_PERMUTE))
     if blocks > 1:
         work.add("counts", 4 * blocks * p.num_experts)
-    ids = p.num_experts if p.num_global < 0 else p.num_global
-    tail = _PERMUTE.pack(
-        p.ids_stride, 1, assignments, p.top_k, p.num_experts, ids, per_warp, int(p.ids_dtype.itemsize == 8)
-    )
+    wide = int(p.ids_dtype.itemsize == 8)
+    tail = _PERMUTE.pack(p.ids_stride, assignments, p.top_k, p.num_experts, p.ids, per_warp, wide)
     results = ("offsets", "sorted_indices", "inverse_indices")
     mapped = "expert_map" if p.num_global >= 0 else ""
     arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results)
@@ -195,6 +194,10 @@ class ProductStep(NamedTuple):
 
     product: Product
     arguments: tuple[str, ...]
+
+
+def _arguments(*names: str) -> tuple[str, ...]:
+    return names + ("",) * (len(POINTERS) - len(names))
 
 
 def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step | ProductStep]:
@@ -221,7 +224,7 @@ def _grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
         p.w_strides, 0, out_row, p.bias_dtype, (p.bias_stride, 1, 0), None, 0, 0.0, 0.0, out_group, x_group - out_group,
         expected, False,
     )  # fmt: skip
-    return ProductStep(product, ("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", ""))
+    return ProductStep(product, _arguments("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices"))
 
 
 def _rows(p: GroupedGemmProblem, strides: tuple[int, int]) -> tuple[int, int]:
@@ -256,7 +259,15 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     work = Workspace()
     assignments, size, n, d = p.tokens * p.top_k, p.dtype.itemsize, p.intermediate, p.hidden
     chosen = PermuteProblem(p.topk_ids_dtype, p.tokens, p.top_k, p.topk_ids_stride, p.num_experts, p.num_global)
-    steps: list[Step | ProductStep] = [*permute_steps(chosen, work)]
+    # So few assignments that the products find their groups by themselves: one launch less, which counts for one token.
+    few = assignments <= FEW and not p.weight_on_input
+    steps: list[Step | ProductStep] = []
+    if few:
+        work.add("inverse_indices", 4 * assignments)
+    else:
+        steps += permute_steps(chosen, work)
+    mapped = "expert_map" if p.num_global >= 0 else ""
+    ids, found = ("topk_ids", mapped) if few else (), ("", "") if few else ("offsets", "sorted_indices")
     work.add("activation", assignments * n * size)
     work.add("y", assignments * d * size)
     # a gated w_gate_up has n gate rows, then n up rows, or takes turns
@@ -270,16 +281,17 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
         p.dtype, p.num_experts, assignments, p.tokens, 0, d, n, p.activation, p.gated, True, p.top_k, p.x_stride,
         (expert, stride * row), stride * half, n, p.b_gate_up_dtype, (p.b_gate_up_stride, row, half), weights_dtype,
         p.topk_weights_stride, p.swiglu_alpha, p.swiglu_limit, 0, 0, expected, p.batch_invariant,
+        False, chosen if few else None,
     )  # fmt: skip
     gathered = "topk_weights" if p.weight_on_input else ""
-    steps.append(
-        ProductStep(first, ("x", "w_gate_up", "activation", "b_gate_up", "offsets", "", "sorted_indices", gathered))
-    )
+    arguments = ("x", "w_gate_up", "activation", "b_gate_up", found[0], "", found[1], gathered, *ids)
+    steps.append(ProductStep(first, _arguments(*arguments, *(["inverse_indices"] if few else []))))
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
         p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
+        chosen if few else None,
     )  # fmt: skip
-    steps.append(ProductStep(second, ("activation", "w_down", "y", "b_down", "offsets", "", "", "")))
+    steps.append(ProductStep(second, _arguments("activation", "w_down", "y", "b_down", found[0], "", "", "", *ids)))
     if p.shared:
         s = p.shared
         work.add("shared_activation", p.tokens * s * size)
@@ -289,15 +301,15 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
             groups=1, rows=p.tokens, max_rows=p.tokens, n=s, gather=False, gather_divisor=1,
             w_strides=(0, stride * row), w_stride_half=stride * half, out_stride=s, bias_dtype=None,
             bias_strides=(0, 0, 0), row_weights_dtype=None, row_weights_stride=0, group_stride=p.tokens,
-            expected=float(p.tokens),
+            expected=float(p.tokens), few=None,
         )  # fmt: skip
-        steps.append(ProductStep(one, ("x", "shared_w_gate_up", "shared_activation", "", "", "", "", "")))
+        steps.append(ProductStep(one, _arguments("x", "shared_w_gate_up", "shared_activation")))
         two = second._replace(
             groups=1, rows=p.tokens, rows_x=p.tokens, max_rows=p.tokens, k=s, x_stride=s,
             w_strides=(0, p.shared_w_down_stride), bias_dtype=None, bias_strides=(0, 0, 0), group_stride=p.tokens,
-            expected=float(p.tokens),
+            expected=float(p.tokens), few=None,
         )  # fmt: skip
-        steps.append(ProductStep(two, ("shared_activation", "shared_w_down", "shared", "", "", "", "", "")))
+        steps.append(ProductStep(two, _arguments("shared_activation", "shared_w_down", "shared")))
     config = next(c for c in COMBINE.all_configs if c.name == p.dtype.cuda)
     chunks = p.tokens * (d // (16 // size))
     grid = min(-(-chunks // 256), 2**16)

@@ -90,6 +90,11 @@ class PermuteProblem(NamedTuple):
     num_experts: int
     num_global: int  # length of expert_map, -1 without one
 
+    @property
+    def ids(self) -> int:
+        """Ids from 0 on that name an expert, or an entry of the map."""
+        return self.num_experts if self.num_global < 0 else self.num_global
+
     def describe(self) -> str:
         """One line, for example "permute int32 t4096 k8 e128"."""
         words = ["permute", self.ids_dtype.name, f"t{self.tokens}", f"k{self.top_k}", f"e{self.num_experts}"]

@@ -15,16 +15,21 @@ from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.moe_problem import PermuteProblem
 
 DEFAULT_SMS = 132  # of an H100, where no device is at hand
+_SORTED_BYTES = 128  # the order of few assignments, as a warp has found it
 _MOST = 2**31 - 2**16  # tiles: a block counts up to one grid beyond the last
 _ACTIVATIONS = (
     "", "swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2",
 )  # fmt: skip
 
-POINTERS = ("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", "row_weights")
+POINTERS = (
+    "x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", "row_weights", "topk_ids", "expert_map",
+    "inverse_indices",
+)  # fmt: skip
 _HEAD = struct.Struct(f"{len(POINTERS)}Q")
-_TAIL = struct.Struct("10q12i2f4i")
+_TAIL = struct.Struct("11q12i2f8i")
 
 
 class Product(NamedTuple):
@@ -56,6 +61,7 @@ class Product(NamedTuple):
     expected: float  # rows of a group, on average
     fixed: bool  # one configuration, whatever the rows
     early: bool = False  # the groups are known before the launch that makes x has ended
+    few: PermuteProblem | None = None  # the ids in which the product finds groups and gathered rows by itself
 
     def describe(self) -> str:
         """One line, for example "product bf16 e128 rows131072 n1536 k2048 swiglu gather"."""
@@ -97,7 +103,7 @@ class GemmSm80Config(NamedTuple):
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm80::Smem`."""
         columns = self.block_n // 2 if self.gated else self.block_n
         ring = self.stages * 128 * (self.block_m + self.block_n)
-        return max(ring, self.block_m * columns * ELEMENT_BYTES[self.element])
+        return max(ring, self.block_m * columns * ELEMENT_BYTES[self.element]) + 4 * _SORTED_BYTES
 
     @property
     def struct(self) -> str:
@@ -145,7 +151,8 @@ class GemmSm90Config(NamedTuple):
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
         works, work_bytes, barriers = 4, 24, 16  # tiles ahead, their records, the two barriers of each buffer
         ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
-        return ring + self.consumers * 4 * 4096 + works * work_bytes + barriers * (self.stages + works)
+        ring += self.consumers * 4 * 4096 + works * work_bytes + _SORTED_BYTES
+        return ring + barriers * (self.stages + works)
 
     @property
     def struct(self) -> str:
@@ -209,16 +216,22 @@ class GroupedGemm(ABC):
         code = [0 if dtype is None else dtype.code for dtype in (p.bias_dtype, p.row_weights_dtype)]
         return _TAIL.pack(
             p.x_stride, *p.w_strides, p.w_stride_half, p.out_stride, *p.bias_strides, p.row_weights_stride, 1,
+            0 if p.few is None else p.few.ids_stride,
             p.groups, p.max_rows, p.rows_x, p.rows,
             p.k, p.n, n_blocks(p, config), p.gather_divisor,
             _ACTIVATIONS.index(p.activation), *code, int(aligned),
             p.alpha, p.limit,
-            max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip, int(p.early),
+            max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip,
+            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early),
         )  # fmt: skip
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
         """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
         return ()
+
+
+def _ids(p: PermuteProblem) -> tuple[int, int, int, int]:
+    return p.tokens * p.top_k, p.top_k, p.ids, int(p.ids_dtype.itemsize == 8)
 
 
 def n_blocks(p: Product, config: GemmConfig) -> int:
@@ -270,7 +283,7 @@ class GroupedGemmSm90(GroupedGemm):
     header = "moe/grouped_gemm_sm90.cuh"
     summary = "grouped products on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
     params = "GroupedGemmSm90Params"
-    maps_at = 256  # where the tensor maps begin in Params
+    maps_at = 384  # where the tensor maps begin in Params
     params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
     params_align = 128
 
@@ -310,6 +323,8 @@ class GroupedGemmSm90(GroupedGemm):
                 why.append(f"{name} has a stride that is negative, or 1 TiB or more: the copy engine cannot follow it")
         if not 0 <= p.x_stride < 2**31:
             why.append("rows of x lie more than 4 GiB apart")
+        elif p.gather and p.rows_x * p.x_stride // 8 >= 2**32:
+            why.append("x reaches over 64 GiB: rows to gather are counted in units of 16 bytes, in 32 bits")
         tiles = self.tiles(p, self.choose(p, arch))
         if tiles >= _MOST:
             why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")

@@ -6,6 +6,7 @@ namespace fm {
 inline unsigned shl_b32(unsigned x, int n) { return static_cast<unsigned>(n) > 31 ? 0 : x << n; }
 inline unsigned mov_tid_x() { return threadIdx.x; }
 inline void keep_register(unsigned&) {}
+inline void keep_register(const unsigned char*&) {}
 
 inline unsigned cvt_rn_bf16x2_f32(float high, float low) {
   return static_cast<unsigned>(emu::float_to_bfloat(high)) << 16 | emu::float_to_bfloat(low);
