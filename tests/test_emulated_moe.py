@@ -87,6 +87,30 @@ def test_activations(activation: str, dtype: str) -> None:
     judge(machine(config).fused_moe(arrays, **case.options()), reference.fused_moe(**arrays, **case.options()), dtype)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_odd_values(activation: str) -> None:
+    """One expert whose gate rows are single values of x: huge ones, infinities and NaN stay with the value itself."""
+    finite = [-3e38, -1e20, -90.0, -41.5, -40.0, -1e-30, 0.0, 1e-3, 9.0, 88.0, 1e18, 7.0]
+    odd = np.array([*finite, np.inf, -np.inf, np.nan, 1.0])
+    x = bf16(np.concatenate([odd[:, None], np.ones((16, 1)), np.zeros((16, 14))], 1))
+    gated = activation in ("swiglu", "geglu", "geglu_tanh", "swigluoai")
+    w1 = np.zeros((1, 32 if gated else 16, 16), np.float32)
+    w1[0, :8, 0] = 1  # gates, or all there is: the odd value
+    if gated:
+        w1[0, 16:, 1] = 1  # up: 1
+    w2 = np.zeros((1, 16, 16), np.float32)
+    w2[0, 0, 0] = 1
+    arrays = {
+        "x": x, "w_gate_up": bf16(w1), "w_down": bf16(w2), "topk_weights": np.ones((16, 1), np.float32),
+        "topk_ids": np.zeros((16, 1), np.int32),
+    }  # fmt: skip
+    got = machine(HOPPER[-1]).fused_moe(arrays, activation=activation)[:, 0].astype(np.float64)
+    with np.errstate(all="ignore"):
+        want = reference.fused_moe(**arrays, activation=activation)[:, 0]
+    np.testing.assert_allclose(got[:12], want[:12], rtol=2e-2, atol=1e-10)
+    assert not np.isfinite(got[12:14]).all() and np.isnan(got[14]) and np.isclose(got[15], want[15], rtol=2e-2)
+
+
 LAYERS = (
     MoECase(1, experts=160, top_k=8), MoECase(7, experts=1, top_k=1), MoECase(129, experts=5, routing="one"),
     MoECase(40, experts=384, top_k=8, shared=40, shared_gate="float32"), MoECase(33, routing="duplicates", top_k=5),

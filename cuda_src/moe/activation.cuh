@@ -1,14 +1,24 @@
 // What an expert does between its two products, and the bias before it.
 #pragma once
+#include "math/softmax.cuh"
 #include "moe/params.cuh"
 
 namespace fm {
 
-FM_DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
-FM_DEVICE float silu(float x) { return x * sigmoid(x); }
+// Two sigmoids for three special functions instead of four: 1 / a = b / (a b). Below -41 they are 0 instead of next to nothing, so that
+// the product of two denominators stays finite.
+FM_DEVICE void sigmoids(float x, float y, float& of_x, float& of_y) {
+  constexpr float kLeast = -41.f;
+  const float a = 1.f + exp2_approx(-kLog2e * fmaxf(x, kLeast)), b = 1.f + exp2_approx(-kLog2e * fmaxf(y, kLeast));
+  const float inverse = rcp_approx_ftz_f32(a * b);
+  of_x = x < kLeast ? 0.f : b * inverse, of_y = y < kLeast ? 0.f : a * inverse;
+}
 FM_DEVICE float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
 // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
-FM_DEVICE float gelu_tanh(float x) { return x * sigmoid(1.5957691f * (x + 0.044715f * x * x * x)); }
+FM_DEVICE float gelu_tanh_argument(float x) { return 1.5957691f * (x + 0.044715f * x * x * x); }
+// NaN stays NaN, as fminf and fmaxf would not leave it.
+FM_DEVICE float at_least(float x, float low) { return x < low ? low : x; }
+FM_DEVICE float at_most(float x, float high) { return x > high ? high : x; }
 
 // x = f(x, up), where up is the value of x kUp tiles of 8 columns further on; for the first kTiles tiles.
 template <int kTiles, int kUp, int kN, class F>
@@ -18,22 +28,34 @@ FM_DEVICE void for_each_pair(float (&x)[kN][4], F&& f) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[n][i] = f(x[n][i], x[n + kUp][i]);
 }
+// x = f(x, up, s) with s = sigmoid(argument(x)), two at a time.
+template <int kTiles, int kUp, int kN, class Argument, class F>
+FM_DEVICE void for_each_sigmoid(float (&x)[kN][4], Argument&& argument, F&& f) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      float s[2];
+      sigmoids(argument(x[n][i]), argument(x[n][i + 1]), s[0], s[1]);
+      x[n][i] = f(x[n][i], x[n + kUp][i], s[0]), x[n][i + 1] = f(x[n][i + 1], x[n + kUp][i + 1], s[1]);
+    }
+}
 
 // The first half of the tiles are gates, the second half up values: gate = act(gate) * up, and gpt-oss' variant with limits.
 template <int kN>
 FM_DEVICE void activate_gated(const GroupedGemmParams& p, float (&x)[kN][4]) {
   constexpr int kHalf = kN / 2;
+  auto times_up = [](float g, float u, float s) { return g * s * u; };
   if (p.activation == kSwiglu) {
-    for_each_pair<kHalf, kHalf>(x, [](float g, float u) { return silu(g) * u; });
+    for_each_sigmoid<kHalf, kHalf>(x, [](float g) { return g; }, times_up);
   } else if (p.activation == kGeglu) {
     for_each_pair<kHalf, kHalf>(x, [](float g, float u) { return gelu(g) * u; });
   } else if (p.activation == kGegluTanh) {
-    for_each_pair<kHalf, kHalf>(x, [](float g, float u) { return gelu_tanh(g) * u; });
+    for_each_sigmoid<kHalf, kHalf>(x, gelu_tanh_argument, times_up);
   } else {
     const float alpha = p.alpha, limit = p.limit;
-    for_each_pair<kHalf, kHalf>(x, [alpha, limit](float g, float u) {
-      g = fminf(g, limit), u = fminf(fmaxf(u, -limit), limit);
-      return (u + 1.f) * g * sigmoid(alpha * g);
+    for_each_sigmoid<kHalf, kHalf>(x, [=](float g) { return alpha * at_most(g, limit); }, [=](float g, float u, float s) {
+      return at_most(g, limit) * s * (at_least(at_most(u, limit), -limit) + 1.f);
     });
   }
 }
@@ -44,11 +66,11 @@ FM_DEVICE void activate(const GroupedGemmParams& p, float (&x)[kN][4]) {
   if (p.activation == kGelu) {
     for_each_pair<kN, 0>(x, [](float g, float) { return gelu(g); });
   } else if (p.activation == kGeluTanh) {
-    for_each_pair<kN, 0>(x, [](float g, float) { return gelu_tanh(g); });
+    for_each_sigmoid<kN, 0>(x, gelu_tanh_argument, [](float g, float, float s) { return g * s; });
   } else if (p.activation == kRelu) {
-    for_each_pair<kN, 0>(x, [](float g, float) { return fmaxf(g, 0.f); });
+    for_each_pair<kN, 0>(x, [](float g, float) { return at_least(g, 0.f); });
   } else {
-    for_each_pair<kN, 0>(x, [](float g, float) { return fmaxf(g, 0.f) * fmaxf(g, 0.f); });
+    for_each_pair<kN, 0>(x, [](float g, float) { return at_least(g, 0.f) * at_least(g, 0.f); });
   }
 }
 
