@@ -14,7 +14,7 @@ from flashmoe_cupy.arrays import view
 from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.kernels import PRODUCTS
 from flashmoe_cupy.plan.moe_problem import grouped_gemm_problem, moe_problem, permute_problem, route_problem
-from flashmoe_cupy.plan.product import GemmConfig, Product
+from flashmoe_cupy.plan.product import GemmConfig, GroupedGemmSm90, Product
 
 Array = NDArray[Any]
 Steps = Sequence[moe.Step | moe.ProductStep]
@@ -102,7 +102,8 @@ class Machine:
         why = kernel.why_not(product, arch, aligned)
         assert not why, why
         config = kernel.choose(product, arch, aligned, self.sms)
-        if self.config is not None:
+        plain_only = self.config is not None and self.config[1:-2] == GroupedGemmSm90.plain_tile
+        if self.config is not None and not (plain_only and (product.gather or product.gated)):
             wanted = {n: getattr(config, n) for n in ("gather", "gated") if hasattr(config, n)}
             config = self.config._replace(**wanted)
         params = bytearray(kernel.params_size)

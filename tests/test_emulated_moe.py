@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 SEEDS = (0, 1, 4, 7)
 HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in GroupedGemmSm90.tiles_of]
+PLAIN = GemmSm90Config("bf16", *GroupedGemmSm90.plain_tile, gather=False, gated=False)  # of second products only
 PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
 PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
 
@@ -37,6 +38,7 @@ def _compiled() -> None:
             texts.append((PRODUCTS["grouped_gemm_sm90"].source(config), {}))
         for portable in PORTABLE:
             texts.append((PRODUCTS["grouped_gemm_sm80"].source(portable._replace(gated=gated)), {}))
+    texts.append((PRODUCTS["grouped_gemm_sm90"].source(PLAIN), {}))
     build_all(texts)
 
 
@@ -61,7 +63,7 @@ EXPERTS = (
 )
 
 
-@pytest.mark.parametrize("config", [*HOPPER, *PORTABLE], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [*HOPPER, PLAIN, *PORTABLE], ids=lambda c: c.name)
 def test_experts(config: GemmSm90Config | GemmSm80Config) -> None:
     """Every tile on problems that do not fill it, in several orders of warps and asynchronous work: the same bits."""
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.element]
@@ -100,7 +102,7 @@ def test_activations_of_odd_values(activation: str) -> None:
         w1[0, 16:, 1] = 1  # up: 1
     w2 = np.zeros((1, 16, 16), np.float32)
     w2[0, 0, 0] = 1
-    arrays = {
+    arrays: dict[str, Any] = {
         "x": x, "w_gate_up": bf16(w1), "w_down": bf16(w2), "topk_weights": np.ones((16, 1), np.float32),
         "topk_ids": np.zeros((16, 1), np.int32),
     }  # fmt: skip

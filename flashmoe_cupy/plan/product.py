@@ -293,6 +293,9 @@ class GroupedGemmSm90(GroupedGemm):
         (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False),
         (64, 256, 64, 4, 1, False), (64, 128, 64, 4, 1, False),
     )  # fmt: skip
+    # For few steps along k, where rows lie in order and w has one row for a column: consumers in turn hide the output.
+    plain_tile = (128, 192, 64, 4, 2, True)
+    few_k = 1024
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
@@ -303,7 +306,7 @@ class GroupedGemmSm90(GroupedGemm):
             for tile in self.tiles_of
             for gather in (False, True)
             for gated in (False, True)
-        ]
+        ] + [GemmSm90Config(element, *self.plain_tile, False, False) for element in ("bf16", "fp16")]
 
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
         p = product
@@ -337,7 +340,7 @@ class GroupedGemmSm90(GroupedGemm):
         if p.fixed:
             tile = self.tiles_of[1]
         elif p.expected >= 192:
-            tile = self.tiles_of[0]
+            tile = self.plain_tile if p.k < self.few_k and not p.gather and not p.gated else self.tiles_of[0]
         elif p.expected + 3 * p.expected**0.5 > 64:  # else the weights of many groups would travel twice
             tile = self.tiles_of[1]
         else:

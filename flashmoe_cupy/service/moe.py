@@ -98,9 +98,12 @@ def _product(step: ProductStep, arch: str, sms: int | None) -> Choice:
         because = "batch_invariant: one configuration for any number of tokens"
     else:
         because = f"{product.expected:.4g} rows for each of {product.groups} experts on average"
+    reasons = [because]
+    if product.few is not None:
+        reasons.append("so few assignments that every block finds their order by itself: nothing is permuted before")
     rejected = []
     for other in kernels.PRODUCTS.values():
         if other is not kernel:
             why_not = other.why_not(product, arch, aligned) or [f"{kernel.name} comes first"]
             rejected += [(other.name, reason) for reason in why_not]
-    return Choice(arch, kernel.name, config.name, fields, (because,), tuple(rejected), name)
+    return Choice(arch, kernel.name, config.name, fields, tuple(reasons), tuple(rejected), name)
