@@ -52,6 +52,7 @@ def cases() -> list[Case]:
     for dtype, rows, (x_rows, max_rows) in itertools.product(DTYPES, sizes, ((0, 0), (60, 0), (0, 1))):
         case = ProductCase(rows, 40, 72, dtype, "float32", x_rows, max_rows=max_rows * (max(rows) + 3))
         found.append(case if max_rows else case._replace(head=2, tail=7))
+    found += [ProductCase((250, 201), 72, 1032, dtype) for dtype in DTYPES]  # many steps along k
     for i, e in enumerate((7, 33, 100, 256, 300, 1000)):
         some: dict[str, Any] = {"bias": "float32", "scoring_func": "sigmoid", "renormalize": True} if e < 256 else {}
         found.append(RouteCase(67, e, 5, DTYPES[i % 3], **some))

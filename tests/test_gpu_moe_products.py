@@ -107,6 +107,7 @@ def packed(dtype: str) -> list[ProductCase]:
         found.append(ProductCase(sizes, n, d, dtype, bias, x_rows, head, tail))
     wide = [ProductCase((150, 0, 20), n, d, dtype, "same", x_rows) for n, d in DIMS for x_rows in (0, 60)]
     many = [ProductCase(sizes, 264, 72, dtype, x_rows=x_rows, tail=5) for sizes in MANY for x_rows in (0, 300)]
+    wide += [ProductCase((129, 600, 300), n, 1032, dtype) for n in (200, 1000)]  # many rows and many steps
     return [*found, *wide, *many, ProductCase((0,), dtype=dtype), ProductCase((0, 0), dtype=dtype, tail=4)]
 
 
