@@ -27,6 +27,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {},
     {"causal": True, "sinks": "float32"},
     {"causal": True, "softcap": 15.0},
+    {"causal": True, "softcap": 90.0},
     {"window_size": (70, 3), "softcap": 15.0, "alibi": "bh", "sinks": "same"},
     {"bias": "bhqk", "bias_dtype": "float32", "causal": True},
     {"bias": "b1q1", "bias_dtype": "bool", "window_size": (20, 20), "alibi": "h"},
@@ -44,8 +45,8 @@ def cases() -> list[AttentionCase | VarlenCase]:
         found.append(packed._replace(head_dim=d, dtype=dtype, softcap=9.0, alibi="bh"))
     sizes = ((1, 1), (1, 300), (300, 1), (5, 0))
     for dtype, d in itertools.product(("bfloat16", "float16"), (64, 128)):  # tiles that only long sequences get
-        found += [AttentionCase(1100, 147, 1, 2, 1, d, d, dtype, **features) for features in FEATURES[:4]]
-    for dtype, d, features in itertools.product(("bfloat16", "float16"), (64, 96, 128), FEATURES[:4]):
+        found += [AttentionCase(1100, 147, 1, 2, 1, d, d, dtype, **features) for features in FEATURES[:5]]
+    for dtype, d, features in itertools.product(("bfloat16", "float16"), (64, 96, 128), FEATURES[:5]):
         found += [AttentionCase(rows, 4200, 1, 2, 1, d, d, dtype, **features) for rows in (70, 190)]
         found.append(AttentionCase(250, 147, 1, 2, 1, d, d, dtype, **features))
         found.append(AttentionCase(70, 8400, 1, 1, 1, d, d, dtype, **features))

@@ -70,7 +70,7 @@ def bottom_right(dtype: str) -> list[AttentionCase]:
 
 
 def softcaps(dtype: str) -> list[AttentionCase]:
-    grid = itertools.product(((113, 203), (799, 3), (1024, 1023), (4096, 4096)), (15.0, 30.0, 50.0), (64, 128))
+    grid = itertools.product(((113, 203), (799, 3), (1024, 1023), (4096, 4096)), (15.0, 30.0, 50.0, 90.0), (64, 128))
     cases = [AttentionCase(*s, 2, 4, 2, d, dtype=dtype, softcap=cap) for s, cap, d in grid]
     cases = [c._replace(causal=bool(i % 2), softmax_scale=(None, 1.0)[i // 2 % 2]) for i, c in enumerate(cases)]
     for d, scale in itertools.product((96, 128), (None, 1.0)):  # many keys; arguments of tanh that are small, or not

@@ -13,7 +13,7 @@ from test_problem import array, dense, packed
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan import kernels
-from flashmoe_cupy.plan.attention import AttentionFwdSm80, AttentionFwdSm90, rows_aligned
+from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90, rows_aligned
 from flashmoe_cupy.plan.config import MAX_SMEM
 from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, choose_kernel, only
 from flashmoe_cupy.plan.problem import AttentionProblem
@@ -277,7 +277,7 @@ def test_the_other_tile_is_a_reason() -> None:
 def test_every_choice_is_in_the_closed_set() -> None:
     """All head dims, features, short and long lengths, on both kernels."""
     features: tuple[dict[str, Any], ...] = (
-        {}, {"softcap": 1.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
+        {}, {"softcap": 1.0}, {"softcap": 99.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
     )  # fmt: skip
     lengths = ((1, 400), (200, 400), (2000, 5000))
     for kernel in KERNELS.values():
@@ -289,6 +289,20 @@ def test_every_choice_is_in_the_closed_set() -> None:
                 used.add(kernel.choose(p, "sm_90a"))
         assert used <= every
         assert {c for c in every if "Unaligned" not in c.variant} == used
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
+def test_the_sanitizer_launches_every_configuration(kernel: AttentionFwd) -> None:
+    pytest.importorskip("cupy")
+    import sanitize
+    from emulated_attention import problem_of
+
+    used = set()
+    for case in sanitize.cases():
+        p = problem_of(case, case.random())
+        ways = [aligned for aligned in (True, False) if not kernel.why_not(p, "sm_90a", aligned)]
+        used |= {kernel.choose(p, "sm_90a", aligned) for aligned in ways}
+    assert used == set(kernel.configs("sm_90a"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,19 +349,23 @@ def test_tail_of_the_hopper_kernel() -> None:
 
 
 def test_softcap_is_a_polynomial_of_small_scores() -> None:
-    """Exponents of 2 up to half of the softcap, as float32 computes them; then numbers that no float32 holds."""
-    p = problem(softcap=30.0, softmax_scale=0.125)
-    extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
-    c = np.array([extra[f"softcap_exponent_{k}"] for k in range(4)], np.float32)
-    s = np.linspace(-119.0, 119.0, 2001, dtype=np.float32)
-    assert extra["to_tanh"] == 0.125 / 30 and abs(s).max() * extra["to_tanh"] < 0.5
-    x = s * s
-    found = s * (c[0] + x * (c[1] + x * (c[2] + x * c[3])))
-    want = 30 * np.tanh(s.astype(np.float64) / 240) / np.log(2)
-    np.testing.assert_allclose(found, want, rtol=1.5e-6, atol=1e-30)
-    odd = problem(softcap=2e-38, softmax_scale=1e38)
-    config = hopper.choose(odd, "sm_90a")
-    assert config.variant == "SoftcapScores" and len(hopper.pack_tail(odd, config, True)) == 288
+    """Exponents of 2 up to a part of the softcap, as float32 computes them; then numbers that no float32 holds."""
+    kinds = ((FP16, "SoftcapScores", 119.0, 1.5e-6), (BF16, "BoundedSoftcapScores", 83.9, 4e-6))
+    for dtype, variant, most, error in kinds:
+        p = problem(softcap=30.0, softmax_scale=0.125, dtype=dtype)
+        config = hopper.choose(p, "sm_90a")
+        extra = hopper.extra(p, config)
+        c = np.array([extra[f"softcap_exponent_{k}"] for k in range(4)], np.float32)
+        s = np.linspace(-most, most, 2001, dtype=np.float32)
+        assert config.variant == variant and extra["to_tanh"] == 0.125 / 30
+        x = s * s
+        found = s * (c[0] + x * (c[1] + x * (c[2] + x * c[3])))
+        want = 30 * np.tanh(s.astype(np.float64) / 240) / np.log(2)
+        np.testing.assert_allclose(found, want, rtol=error, atol=1e-30)
+        odd = problem(softcap=2e-38, softmax_scale=1e38, dtype=dtype)
+        config = hopper.choose(odd, "sm_90a")
+        assert config.variant == variant and len(hopper.pack_tail(odd, config, True)) == 288
+    assert hopper.choose(problem(softcap=56.5), "sm_90a").variant == "SoftcapScores", "exponents beyond bf16's range"
     for options in ({"alibi_slopes": array(8, dtype=FP32)}, {"softmax_scale": -1.0}):
         assert hopper.choose(problem(softcap=1.0, **options), "sm_90a").variant == "ModifiedScores<false>"
 

@@ -262,7 +262,7 @@ struct AttentionFwdSm90 {
       release(rings.v.empty(v.stage));
       v.advance();
       skip_v(rings, v, skip);
-      if (!last && any_differs(correction)) scale_rows(r_out, correction);
+      if (!decltype(Variant::exponent(p))::kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
       softmax.exponentiate(r_s, Variant::exponent(p));
       pack_scores(r_p, r_s[0]);
       tail = last ? tail_rows(p, s_works[here], n) : 0;

@@ -39,6 +39,11 @@ struct SoftcapScores {
   FM_DEVICE static SoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent}; }
 };
 
+// The same for bf16 and a softcap up to 56.
+struct BoundedSoftcapScores : SoftcapScores {
+  FM_DEVICE static BoundedSoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent}; }
+};
+
 // The same bits as PlainScores, for rows that start anywhere.
 struct PlainScoresUnaligned : PlainScores {
   static constexpr bool kAligned = false;

@@ -21,7 +21,7 @@ FM_DEVICE float tanh_exp2(float x) {
 template <bool kWide>
 struct LinearExponent {
   // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first, one FADD more.
-  static constexpr bool kCurved = false;
+  static constexpr bool kCurved = false, kBounded = false;
   static constexpr float kLag = kWide ? 0.f : 8.f;
   float scale;
 
@@ -32,7 +32,7 @@ struct LinearExponent {
 
 // ... or softcap * log2(e) * tanh(scale * s / softcap), where -inf stays -inf. It grows with s, so the maximum may be taken before.
 struct SoftcapExponent {
-  static constexpr bool kCurved = true;
+  static constexpr bool kCurved = true, kBounded = false;
   static constexpr float kLag = 8.f;
   static constexpr float kLimit = 0.5f;  // |argument| of tanh up to which a polynomial has a relative error of 6e-7
   float softcap;
@@ -63,6 +63,53 @@ struct SoftcapExponent {
           low = max(max(low, __float_as_uint(r_s[m][n][e])), __float_as_uint(r_s[m][n][e + 1]));
         }
     return __all_sync(0xffffffffu, fmaxf(__int_as_float(high), fabsf(__uint_as_float(low))) * to_tanh <= kLimit);
+  }
+};
+
+// The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
+// products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for.
+struct BoundedSoftcapExponent {
+  static constexpr bool kCurved = true, kBounded = true;
+  static constexpr float kLag = 0.f;
+  static constexpr float kLimit = 0.35f;   // |argument| of tanh up to which a polynomial has a relative error of 3e-6
+  static constexpr float kWideCap = 20.f;  // from here on what lies below -kLimit is so small beside the rest that no error of it counts
+  float softcap, to_tanh;
+  const float (&c)[4];  // the last one is not used
+
+  FM_DEVICE float natural(float) const { return 0.5f * softcap; }  // of what serves as the maximum
+  FM_DEVICE float difference(float, float) const { return 0.f; }  // of two maxima
+  FM_DEVICE float below(float s, float) const { return s == -infinity() ? s : softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
+  FM_DEVICE float below_small(float s, float) const {
+    const float x = s * s;
+    return fmaf(s, fmaf(fmaf(c[2], x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
+  }
+  template <int kM, int kN>
+  FM_DEVICE bool all_small(const float (&r_s)[kM][kN][4]) const {
+    // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative float is the largest. Two
+    // chains for each of the thread's two rows, or they would wait for themselves.
+    int high[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          int& chain = high[n % 2 * 2 + e / 2];
+          chain = max(max(chain, __float_as_int(r_s[m][n][e])), __float_as_int(r_s[m][n][e + 1]));
+        }
+    const int rows[2] = {max(high[0], high[2]), max(high[1], high[3])};
+    bool small = min(rows[0], rows[1]) > 0 && __int_as_float(max(rows[0], rows[1])) * to_tanh <= kLimit;
+    if (softcap < kWideCap) {
+      u32 low = 0;
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; e += 2) low = max(max(low, __float_as_uint(r_s[m][n][e])), __float_as_uint(r_s[m][n][e + 1]));
+      small &= fabsf(__uint_as_float(low)) * to_tanh <= kLimit;
+    }
+    return __all_sync(0xffffffffu, small);
   }
 };
 
@@ -112,6 +159,11 @@ struct OnlineSoftmax {
   // for what the maximum lags behind. `correction` is exactly 1 where the maximum stays.
   template <class Exponent, int kN>
   FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], const Exponent& exponent, float (&correction)[2 * kM]) {
+    if constexpr (Exponent::kBounded) {  // 0 stands for what nobody asks for
+#pragma unroll
+      for (int i = 0; i < 2 * kM; ++i) r_max[i] = 0.f, correction[i] = 1.f;
+      return;
+    }
     bool positive = true;
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) positive &= r_max[i] >= 0.f;

@@ -10,7 +10,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.dtypes import BF16, DType
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
 from flashmoe_cupy.jit.tensormap import TensorMap
@@ -23,8 +23,12 @@ DEFAULT_SMS = 132  # of an H100, where no device is at hand
 _VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 _PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
 _SOFTCAP = "SoftcapScores"  # the Hopper kernel's, where a softcap is all that changes the scores
-# tanh(x) = x (c[0] + c[1] x^2 + c[2] x^4 + c[3] x^6), relative error 6e-7 up to x = 0.5 (SoftcapExponent::kLimit).
-_TANH = (0.99999946, -0.33326318, 0.13190296, -0.0444022)
+_BOUNDED = "BoundedSoftcapScores"  # the same in bf16, for a softcap that leaves no exponent too large
+_MOST_SOFTCAP = 56.0  # for it: BoundedSoftcapExponent says why
+_TANH = {  # tanh(x) = x (c[0] + c[1] x^2 + c[2] x^4 + c[3] x^6)
+    _SOFTCAP: (0.99999946, -0.33326318, 0.13190296, -0.0444022),  # relative error 6e-7 up to x = 0.5
+    _BOUNDED: (0.99999713, -0.33290952, 0.12395031, 0.0),  # 3e-6 up to 0.35
+}
 _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
 
 # (block_m, block_n, warps) by compiled head dims. Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
@@ -138,7 +142,7 @@ class AttentionFwd(ABC):
             why.append("scores are only scaled and masked, so the scale folds into the exponent")
         elif config.variant == _UNALIGNED:
             why.append("rows do not start at multiples of 16 bytes, or lie 16 MiB apart: elements load one by one")
-        elif config.variant == _SOFTCAP:
+        elif config.variant in (_SOFTCAP, _BOUNDED):
             why.append("softcap alone is part of the exponent: a polynomial where its tanh stays small")
         elif config.variant == _SCORES:
             why.append("softcap, ALiBi or a scale <= 0 changes the scores")
@@ -279,7 +283,8 @@ class AttentionFwdSm90(AttentionFwd):
             Sm90Config(element, *dims, *tile, variant)
             for element in ("bf16", "fp16")
             for dims in _TILES_SM90
-            for variant in (_PLAIN, _SOFTCAP, _SCORES, _BIAS)
+            for variant in (_PLAIN, _SOFTCAP, _BOUNDED, _SCORES, _BIAS)
+            if variant != _BOUNDED or element == "bf16"
             for tile in _tiles_sm90(dims, variant)
         ]
 
@@ -314,7 +319,7 @@ class AttentionFwdSm90(AttentionFwd):
         """As many heads as make fewer tiles; none where a score depends on its head (`AttentionFwd.pack_bits`)."""
         group = _heads_per_key(p)
         bits = min((group & -group).bit_length() - 1, _MOST_PACKED)
-        if bits <= 0 or _variant_sm90(p) not in (_PLAIN, _SOFTCAP) or p.seqlen_q >= 2**26:
+        if bits <= 0 or _variant_sm90(p) not in (_PLAIN, _SOFTCAP, _BOUNDED) or p.seqlen_q >= 2**26:
             return 0
         rows = _mean(p.seqlen_q, p.total_q, p)
         # Of sequences whose lengths only the device knows, each ends with half a tile, on average.
@@ -352,10 +357,10 @@ class AttentionFwdSm90(AttentionFwd):
         self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS, clear_rest: int = 0
     ) -> dict[str, float]:
         """The fields of fm::AttentionFwdSm90Params behind those of its base, in their order."""
-        to_tanh, capped = 0.0, [0.0] * len(_TANH)
-        if p.softcap:
+        to_tanh, capped, tanh = 0.0, [0.0] * 4, _TANH.get(config.variant, ())
+        if tanh:
             to_tanh = _float32(p.softmax_scale / p.softcap)
-            capped = [_float32(c * p.softmax_scale / math.log(2) * to_tanh ** (2 * k)) for k, c in enumerate(_TANH)]
+            capped = [_float32(c * p.softmax_scale / math.log(2) * to_tanh ** (2 * k)) for k, c in enumerate(tanh)]
         return {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
@@ -469,7 +474,9 @@ def _variant(problem: AttentionProblem) -> str:
 
 def _variant_sm90(p: AttentionProblem) -> str:
     variant = _variant(p)
-    return _SOFTCAP if variant == _SCORES and p.softcap and not p.alibi and p.softmax_scale > 0 else variant
+    if variant == _SCORES and p.softcap and not p.alibi and p.softmax_scale > 0:
+        return _BOUNDED if p.dtype is BF16 and p.softcap <= _MOST_SOFTCAP else _SOFTCAP
+    return variant
 
 
 def _float32(x: float) -> float:
