@@ -41,12 +41,13 @@ FEATURES: tuple[dict[str, Any], ...] = (
 
 
 def cases() -> list[Case]:
-    """Few, some and many rows of an expert, and as many experts as make many tiles of few rows."""
+    """Few, some and many rows of an expert, and many tiles of few rows; few experts with many rows."""
     found: list[Case] = []
     for dtype, tokens, features in itertools.product(DTYPES, (5, 77, 150, 301), FEATURES):
         found.append(MoECase(tokens, 72, 136, 3, 2, dtype, **features))
     for dtype, activation in itertools.product(DTYPES[:2], ("geglu_tanh", "relu")):
         found.append(MoECase(300, 16, 24, 290, 1, dtype, activation))
+        found.append(MoECase(1300, 24, 40, 3, 1, dtype, activation))
         found.append(MoECase(37, 8, 8, 2, 1, dtype, activation, shared=34000))
     sizes = ((130, 0, 77), (5, 1, 0, 3), (1,) * 290, (250, 0, 201))
     for dtype, rows, (x_rows, max_rows) in itertools.product(DTYPES, sizes, ((0, 0), (60, 0), (0, 1))):

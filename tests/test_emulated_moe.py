@@ -22,8 +22,10 @@ from flashmoe_cupy.testing_moe import MoECase, RouteCase
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 SEEDS = (0, 1, 4, 7)
-HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in GroupedGemmSm90.tiles_of]
-PLAIN = GemmSm90Config("bf16", *GroupedGemmSm90.plain_tile, gather=False, gated=False)  # of second products only
+ALONE = (*GroupedGemmSm90.wide[:4], 1, False)  # the same without a cluster
+TILES = (GroupedGemmSm90.wide, ALONE, GroupedGemmSm90.slim)
+HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in TILES]
+PLAIN = GemmSm90Config("bf16", *GroupedGemmSm90.plain, gather=False, gated=False)  # of second products only
 PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
 PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
 
@@ -251,8 +253,10 @@ def test_rows_that_start_anywhere(step: int, rng: np.random.Generator) -> None:
 
 FAULTS = {
     "a step is released before its products are done": ("wait_for_products<1>(r_out);", ""),
-    "rows are announced before they have landed": ("cp_async_wait_group<kBehind>(), announce();", "announce();"),
-    "no fence between copies and products": ("fence_proxy_async();\n      __syncwarp();\n      if (lane", "if (lane"),
+    "rows are announced before they have landed": (
+        "cp_async_mbarrier_arrive_noinc(rings.steps.full(at.stage));", "mbarrier_arrive(rings.steps.full(at.stage));",
+    ),
+    "no fence between copies and products": ("if constexpr (kGather) fence_proxy_async();", ""),
     "the last rows of a group are stored whole": ("p.out_stride, 0, rows, p.n - col", "p.out_stride, 16, p.n - col"),
     "the loader does not wait": ("rings.steps.wait_empty(at);\n          mbarrier", "mbarrier"),
 }

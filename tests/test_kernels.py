@@ -12,6 +12,7 @@ from test_problem import array, dense, packed
 
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90, rows_aligned
 from flashmoe_cupy.plan.config import MAX_SMEM
@@ -383,10 +384,10 @@ def test_maps_of_a_dense_problem() -> None:
     p = problem(q=384, k=400, d=96, dv=64)
     config = hopper.choose(p, "sm_90a")
     q, k, v, out = hopper.map_arguments(p, config)
-    assert q == (BF16, (96, 4, 384, 2, 2), (192, 8 * 192, 4 * 192, 384 * 8 * 192), (64, 1, 64, 1, 1))
-    assert k == (BF16, (96, 400, 2, 2), (2 * 192, 192, 400 * 2 * 192), (64, config.block_n, 1, 1))
-    assert v == (BF16, (64, 400, 2, 2), (2 * 128, 128, 400 * 2 * 128), (64, config.block_n, 1, 1))
-    assert out == (BF16, (64, 8, 384, 2), (128, 8 * 128, 384 * 8 * 128), (64, 1, 16, 1))
+    assert q == TensorMap(BF16, (96, 4, 384, 2, 2), (192, 8 * 192, 4 * 192, 384 * 8 * 192), (64, 1, 64, 1, 1))
+    assert k == TensorMap(BF16, (96, 400, 2, 2), (2 * 192, 192, 400 * 2 * 192), (64, config.block_n, 1, 1))
+    assert v == TensorMap(BF16, (64, 400, 2, 2), (2 * 128, 128, 400 * 2 * 128), (64, config.block_n, 1, 1))
+    assert out == TensorMap(BF16, (64, 8, 384, 2), (128, 8 * 128, 384 * 8 * 128), (64, 1, 16, 1))
     q, _, _, out = hopper.map_arguments(problem(q=20, k=400), config)
     assert q.box == (64, 4, 16, 1, 1) and out.box == (64, 4, 4, 1), "four heads of a group for each query"
     assert AttentionFwdSm80().map_arguments(p, AttentionFwdSm80().choose(p, "sm_90a")) == ()

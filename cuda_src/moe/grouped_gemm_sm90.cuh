@@ -65,8 +65,6 @@ struct GroupedGemmSm90 {
   using RingStep = Ring<kStages>;
   using RingWork = Ring<kWorks>;
   static constexpr int kGatherWarps = kGather ? 2 : 0;
-  static constexpr int kBehind = min_of(kStages - 2, 2);  // steps that a gathering warp issues before it announces one
-  static_assert(kBehind >= 0 && kBehind < kWorks, "a consumer holds two steps: or everybody waits");
 
   struct Rings {
     RingBarriers<kStages> steps;
@@ -81,7 +79,7 @@ struct GroupedGemmSm90 {
     if (threadIdx.x == 0) {
       if constexpr (!kGather) prefetch_tensormap(p.x_map);
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
-      rings.steps.init(1 + kGatherWarps, 4 * kSharers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
+      rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
       fence_mbarrier_init();
     }
     meet();
@@ -161,30 +159,32 @@ struct GroupedGemmSm90 {
   }
 
   FM_DEVICE static void load_x(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, int stage, int step) {
+    const u64 policy = tile.sole ? createpolicy_evict_last() : createpolicy_evict_normal();
 #pragma unroll
     for (int panel = 0; panel < kBlockK / 64; ++panel)
-      tma_load_2d(s_base + Smem::kX + stage * TileX::kBytes + panel * TileX::kPanelBytes, p.x_map, rings.steps.full(stage), createpolicy_evict_last(),
+      tma_load_2d(s_base + Smem::kX + stage * TileX::kBytes + panel * TileX::kPanelBytes, p.x_map, rings.steps.full(stage), policy,
                   step * kBlockK + panel * 64, tile.row + tile.group * p.x_skip);
   }
 
   // Both halves, or this block's one to both blocks of a cluster that share them.
   FM_DEVICE static void load_w(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, u32 rank, int stage, int step) {
     const int col = tile.n_block * kColumns;
+    const u64 policy = tile.sole ? createpolicy_evict_first() : createpolicy_evict_last();  // many tiles of rows ask for them, or only this
 #pragma unroll
     for (int panel = 0; panel < kBlockK / 64; ++panel)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const u32 s_half = s_base + Smem::kW + stage * 2 * TileW::kBytes + (panel * 2 + half) * TileW::kPanelBytes;
         const int k = step * kBlockK + panel * 64, which = kGated ? half : 0, row = kGated ? col : col + half * (kBlockN / 2);
-        if (kCluster == 1 || tile.apart) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), createpolicy_evict_first(), k, which, row, tile.group);
-        else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, rings.steps.full(stage), 3, createpolicy_evict_first(), k, which, row, tile.group);
+        if (kCluster == 1 || tile.apart) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), policy, k, which, row, tile.group);
+        else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, rings.steps.full(stage), 3, policy, k, which, row, tile.group);
       }
   }
 
   // ---- gathering ----
 
-  // Two warps, each half of the rows; eight lanes fetch 128 bytes of a row. What cp.async has written becomes visible to the tensor cores only by a
-  // fence of the thread that asked for it, so a step is announced when it has landed, some steps later.
+  // Two warps, each half of the rows; eight lanes fetch 128 bytes of a row. The copies report by themselves when they have landed; the
+  // fence that the tensor cores need to see them is the consumer's.
   FM_DEVICE static void gather(const Params& p, const Work* s_works, const int* s_sorted, const Rings& rings, u32 s_base, int warp) {
     constexpr int kRows = kBlockM / 2, kCopies = kRows / 4;
     const int steps = div_up(p.k, kBlockK), chunks = p.k / 8;
@@ -192,15 +192,8 @@ struct GroupedGemmSm90 {
     const int row = lane_id() / 8, column = lane_id() % 8;  // and every fourth row from there
     const u32 s_even = s_base + Smem::kX + TileX::offset(warp * kRows + row, column);
     const u32 s_odd = s_base + Smem::kX + TileX::offset(warp * kRows + row + 4, column);
-    RingStep at, landed;
+    RingStep at;
     RingWork works;
-    int behind = 0;
-    auto announce = [&] {
-      fence_proxy_async();
-      __syncwarp();
-      if (lane_id() == 0) mbarrier_arrive(rings.steps.full(landed.stage));
-      landed.advance();
-    };
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       u32 source[kCopies], exists = 0;  // where the lane's rows of x begin, in chunks; bit i: there is such a row
       find_rows<kRows>(p, s_works[works.stage].tile, s_sorted, warp * kRows, row, row_chunks, source, exists);
@@ -220,13 +213,9 @@ struct GroupedGemmSm90 {
           for (int i = 0; i < kCopies; ++i)
             cp_async_cg_16((i % 2 == 0 ? s_even : s_odd) + s_panel + i / 2 * 8 * TileX::kRowBytes, g_chunk + static_cast<u64>(source[i]) * 16, (here & 1u << i) != 0);
         }
-        cp_async_commit_group();
-        if (behind == kBehind) cp_async_wait_group<kBehind>(), announce();
-        else ++behind;
+        cp_async_mbarrier_arrive_noinc(rings.steps.full(at.stage));
       }
     }
-    cp_async_wait_group<0>();
-    for (; behind > 0; --behind) announce();
   }
 
   // For every fourth row from `row` on of the kRows rows from `first_row` on. A lane looks up one or two rows, of which others need parts.
@@ -300,6 +289,7 @@ struct GroupedGemmSm90 {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       rings.steps.wait_full(at);
+      if constexpr (kGather) fence_proxy_async();  // what cp.async has written, for the tensor cores
       if (step == steps - 1) pass_turn(consumer);
       const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes, 0);
       const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);

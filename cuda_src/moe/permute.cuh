@@ -62,31 +62,31 @@ struct MoePermutePlace : MoePermute {
   static constexpr int kWindow = 512;  // experts at once: one for each thread
   static_assert(kWindow == kThreads);
   struct Smem {
-    static constexpr int kNext = 0, kSums = kNext + 4 * kWarps * kWindow, kBytes = kSums + 4 * kWarps;
+    static constexpr int kNext = 0, kBefore = kNext + 4 * kWarps * kWindow, kTotal = kBefore + 4 * kWindow;
+    static constexpr int kSums = kTotal + 4 * kWindow, kBytes = kSums + 4 * kWarps;
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
     start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
-    int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);
     const int warp = warp_id(), thread = static_cast<int>(threadIdx.x);
     int* s_mine = s_next + warp * kWindow;
     int placed = 0;  // assignments of all windows before
     for (int window = 0; window < p.experts; window += kWindow) {
       const int width = min(kWindow, p.experts - window);
-      for (int i = thread; i < kWarps * kWindow; i += kThreads) s_next[i] = 0;
+      for (int i = thread; i < (kWarps + 2) * kWindow; i += kThreads) s_next[i] = 0;  // and the sums over blocks behind them
       __syncthreads();
-      walk(p, warp, window, width, [&](int, int e, u32 same) {
-        if (leads(same)) s_mine[e] += __popc(same);
+      walk(p, warp, window, width, [&](int, int e, bool here, u32 same) {
+        if (here && leads(same)) s_mine[e] += __popc(same);
       });
       __syncthreads();
-      placed = find_places(p, s_next, s_sums, window, width, placed);
-      walk(p, warp, window, width, [&](int i, int e, u32 same) {
-        const int place = s_mine[e] + __popc(same & ((1u << lane_id()) - 1));
-        __syncwarp(same);  // all have read before one moves it on
-        if (leads(same)) s_mine[e] += __popc(same);
-        p.sorted_indices[place] = i, p.inverse_indices[i] = place;
+      placed = find_places(p, smem, window, width, placed);
+      walk(p, warp, window, width, [&](int i, int e, bool here, u32 same) {
+        const int place = here ? s_mine[e] + __popc(same & ((1u << lane_id()) - 1)) : 0;
+        __syncwarp();  // all have read before one moves it on
+        if (here && leads(same)) s_mine[e] += __popc(same);
+        if (here) p.sorted_indices[place] = i, p.inverse_indices[i] = place;
       });
       __syncthreads();
     }
@@ -94,36 +94,52 @@ struct MoePermutePlace : MoePermute {
     skip_rest(p, warp, placed);
   }
 
-  // Calls f(assignment, expert in the window, lanes with the same expert) for a warp's assignments, 32 at a time and in order.
+  // Calls f(assignment, expert, whether it is in the window, lanes with the same expert) for a warp's assignments, 32 at a time and in
+  // order; all lanes call it together.
   template <class F>
   FM_DEVICE static void walk(const MoePermuteParams& p, int warp, int window, int width, F&& f) {
-    const i64 begin = first_of(p, warp);
-    for (i64 i = begin; i < begin + p.per_warp && i < p.assignments; i += 32) {
-      const int mine = static_cast<int>(min(i + lane_id(), static_cast<i64>(p.assignments)));
-      const int e = expert_of(p, mine) - window;
-      const bool here = e >= 0 && e < width;
-      const u32 same = __match_any_sync(0xffffffffu, here ? e : -1);
-      if (here) f(mine, e, same);
-      __syncwarp();
+    constexpr int kTogether = 4;  // times 32 ids under way
+    const i64 begin = first_of(p, warp), end = min(begin + p.per_warp, static_cast<i64>(p.assignments));
+    for (i64 i = begin; i < end; i += 32 * kTogether) {
+      int mine[kTogether], expert[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        mine[j] = static_cast<int>(min(i + 32 * j + lane_id(), end));
+        expert[j] = mine[j] < end ? expert_of(p, mine[j]) - window : -1;
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const bool here = expert[j] >= 0 && expert[j] < width;
+        const u32 same = lanes_with(expert[j], here, width);
+        f(mine[j], expert[j], here, same);
+        __syncwarp();
+      }
     }
+  }
+  // The lanes that have the same expert; bit by bit, since __match_any_sync takes a microsecond where all differ.
+  FM_DEVICE static u32 lanes_with(int expert, bool here, int width) {
+    u32 same = __ballot_sync(0xffffffffu, here);
+    for (int bit = 1; bit < width; bit *= 2) {
+      const u32 set = __ballot_sync(0xffffffffu, (expert & bit) != 0);
+      same &= (expert & bit) != 0 ? set : ~set;
+    }
+    return same;
   }
   FM_DEVICE static bool leads(u32 same) { return __ffs(static_cast<int>(same)) - 1 == lane_id(); }
 
   // Turns each warp's counts in s_next into places. Returns the number of assignments up to the end of the window.
-  FM_DEVICE static int find_places(const MoePermuteParams& p, int* s_next, int* s_sums, int window, int width, int placed) {
-    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), warp = warp_id();
-    int before = 0, total = 0;  // of expert e: in the blocks before this one, in all
-    if (e < width) {
-      if (blocks > 1) {
-#pragma unroll 8
-        for (int b = 0; b < blocks; ++b) {
-          const int count = p.counts[static_cast<i64>(b) * p.experts + window + e];
-          before += b < block ? count : 0, total += count;
-        }
-      } else {
-        for (int w = 0; w < kWarps; ++w) total += s_next[w * kWindow + e];
-      }
-    }
+  FM_DEVICE static int find_places(const MoePermuteParams& p, u8* smem, int window, int width, int placed) {
+    int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);
+    int* s_before = reinterpret_cast<int*>(smem + Smem::kBefore);  // (window): assignments of an expert in the blocks before this one
+    int* s_total = reinterpret_cast<int*>(smem + Smem::kTotal);    // (window): in all blocks
+    int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);
+    const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), warp = warp_id();
+    add_blocks(p, s_before, s_total, window, width);
+    __syncthreads();
+    int total = 0;
+    if (gridDim.x > 1) total = s_total[e];
+    else if (e < width)
+      for (int w = 0; w < kWarps; ++w) total += s_next[w * kWindow + e];
     const int up_to_lane = inclusive_sum(total);
     if (lane_id() == 31) s_sums[warp] = up_to_lane;
     __syncthreads();
@@ -131,7 +147,7 @@ struct MoePermutePlace : MoePermute {
     for (int w = 0; w < kWarps; ++w) place += w < warp ? s_sums[w] : 0, all += s_sums[w];
     if (e < width) {
       if (block == 0) p.offsets[window + e] = place;
-      place += before;
+      place += s_before[e];
       for (int w = 0; w < kWarps; ++w) {
         const int count = s_next[w * kWindow + e];
         s_next[w * kWindow + e] = place;
@@ -140,6 +156,21 @@ struct MoePermutePlace : MoePermute {
     }
     __syncthreads();
     return all;
+  }
+
+  // Where the window is narrow, several threads share an expert's blocks.
+  FM_DEVICE static void add_blocks(const MoePermuteParams& p, int* s_before, int* s_total, int window, int width) {
+    if (gridDim.x == 1) return;
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), sharers = max(1, kThreads / width);
+    const int e = static_cast<int>(threadIdx.x) % width, first = static_cast<int>(threadIdx.x) / width;
+    if (first >= sharers) return;
+    int before = 0, total = 0;
+#pragma unroll 8
+    for (int b = first; b < blocks; b += sharers) {
+      const int count = p.counts[static_cast<i64>(b) * p.experts + window + e];
+      before += b < block ? count : 0, total += count;
+    }
+    atomicAdd(s_before + e, before), atomicAdd(s_total + e, total);
   }
 
   // Assignments that nobody takes have no place, and the last places have no assignment.

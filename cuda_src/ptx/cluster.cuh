@@ -21,9 +21,10 @@ FM_DEVICE u32 mapa(u32 s_address, u32 rank) {
   return address;
 }
 
-// Arrives at a barrier of any block of the cluster.
+// Arrives at a barrier of any block of the cluster. What this thread has read is ordered before it, by the default semantics; a release at
+// cluster scope would order its writes too, with a fence that takes longer than a step of a product.
 FM_DEVICE void mbarrier_arrive_cluster(u32 cluster_address) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
 }
 
 // Until the grids that this one depends on have ended and their writes are seen. At once where there is none, and before sm_90.

@@ -16,7 +16,8 @@ from flashmoe_cupy.errors import DependencyError, FlashMoEError
 BYTES = 128
 
 _CODES = {FP16: 6, BF16: 9}  # CUtensorMapDataType
-_SWIZZLE_128B, _L2_128B = 3, 2  # CUtensorMapSwizzle, CUtensorMapL2promotion
+_SWIZZLE_128B = 3  # CUtensorMapSwizzle
+_PROMOTION = {128: 2, 256: 3}  # CUtensorMapL2promotion
 _PROBES = (0x1000, 0x7F5A_A5F0_1230)  # addresses, multiples of 16, that differ in many bits
 _cuda: Any = None
 
@@ -28,6 +29,7 @@ class TensorMap(NamedTuple):
     dims: tuple[int, ...]  # elements
     strides: tuple[int, ...]  # bytes
     box: tuple[int, ...]  # elements that one copy moves; what lies outside of the array arrives as zero
+    promotion: int = 128  # bytes that L2 fetches at least
 
 
 def encode(of: TensorMap, address: int) -> bytes:
@@ -38,7 +40,8 @@ def encode(of: TensorMap, address: int) -> bytes:
     code = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(storage) + start), _CODES[of.dtype], rank, ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*of.dims), (ctypes.c_uint64 * (rank - 1))(*of.strides),
-        (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B, _L2_128B, 0,
+        (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B,
+        _PROMOTION[of.promotion], 0,
     )  # fmt: skip
     if code:
         raise FlashMoEError(f"the driver does not encode a tensor map (error {code}) at {address:#x}: {of}")

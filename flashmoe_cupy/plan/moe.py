@@ -90,7 +90,7 @@ PERMUTE_COUNT = SmallKernel(
 )  # fmt: skip
 PERMUTE_PLACE = SmallKernel(
     "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams", 6, _PERMUTE,
-    (SmallConfig("place", "MoePermutePlace", 512, 4 * 16 * 512 + 64),),
+    (SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),),
 )  # fmt: skip
 COMBINE = SmallKernel(
     "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams", 6,

@@ -149,7 +149,7 @@ class GemmSm90Config(NamedTuple):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
-        works, work_bytes, barriers = 4, 24, 16  # tiles ahead, their records, the two barriers of each buffer
+        works, work_bytes, barriers = 4, 28, 16  # tiles ahead, their records, the two barriers of each buffer
         ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
         ring += self.consumers * 4 * 4096 + works * work_bytes + _SORTED_BYTES
         return ring + barriers * (self.stages + works)
@@ -287,15 +287,11 @@ class GroupedGemmSm90(GroupedGemm):
     params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
     params_align = 128
 
-    # (block_m, block_n, block_k, stages, cluster, ping_pong): for many rows of a group to few. Predicted, not yet
-    # measured; benchmarks/NOTEBOOK.md has the reasons.
-    tiles_of = (
-        (128, 256, 64, 4, 2, False), (128, 256, 64, 4, 1, False),
-        (64, 256, 64, 4, 1, False), (64, 128, 64, 4, 1, False),
-    )  # fmt: skip
-    # For few steps along k, where rows lie in order and w has one row for a column: consumers in turn hide the output.
-    plain_tile = (128, 192, 64, 4, 2, True)
-    few_k = 1024
+    # (block_m, block_n, block_k, stages, cluster, ping_pong). For many rows of a group; for few, whose weights travel
+    # once; for many and few steps along k, where rows lie in order and w has one row for a column: consumers in turn
+    # hide the output. benchmarks/NOTEBOOK.md has what was measured.
+    wide, slim, plain = (128, 256, 64, 4, 2, False), (64, 128, 128, 4, 1, False), (128, 192, 64, 4, 2, True)
+    slim_rows, plain_rows, plain_k = 144, 384, 1024
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
@@ -303,10 +299,10 @@ class GroupedGemmSm90(GroupedGemm):
         return [
             GemmSm90Config(element, *tile, gather, gated)
             for element in ("bf16", "fp16")
-            for tile in self.tiles_of
+            for tile in (self.wide, self.slim)
             for gather in (False, True)
             for gated in (False, True)
-        ] + [GemmSm90Config(element, *self.plain_tile, False, False) for element in ("bf16", "fp16")]
+        ] + [GemmSm90Config(element, *self.plain, False, False) for element in ("bf16", "fp16")]
 
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
         p = product
@@ -337,15 +333,11 @@ class GroupedGemmSm90(GroupedGemm):
         self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> GemmSm90Config:  # fmt: skip
         p = product
-        if p.fixed:
-            tile = self.tiles_of[1]
-        elif p.expected >= 192:
-            tile = self.plain_tile if p.k < self.few_k and not p.gather and not p.gated else self.tiles_of[0]
-        elif p.expected + 3 * p.expected**0.5 > 64:  # else the weights of many groups would travel twice
-            tile = self.tiles_of[1]
+        if p.fixed or p.expected > self.slim_rows:
+            many = not p.fixed and p.expected >= self.plain_rows and p.k <= self.plain_k
+            tile = self.plain if many and not p.gather and not p.gated else self.wide
         else:
-            wide = GemmSm90Config(p.dtype.cuda, *self.tiles_of[2], p.gather, p.gated)
-            tile = self.tiles_of[2 if self.tiles(p, wide) >= 2 * sms else 3]
+            tile = self.slim
         return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated)
 
     def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
@@ -361,8 +353,9 @@ class GroupedGemmSm90(GroupedGemm):
         halves = 2 if p.gated else 1
         w = (stride(halves, p.w_stride_half), stride(p.n, w_n), stride(p.groups, w_e))
         out = (16, stride(p.rows, p.out_stride), 16)
+        promotion = 256 if config.block_m == 64 else 128  # whole rows of weights come from memory, none from L2
         return (
             TensorMap(p.dtype, (p.k, p.rows_x), (stride(p.rows_x, p.x_stride),), (64, config.block_m)),
-            TensorMap(p.dtype, (p.k, halves, p.n, p.groups), w, (64, 1, config.block_n // 2, 1)),
+            TensorMap(p.dtype, (p.k, halves, p.n, p.groups), w, (64, 1, config.block_n // 2, 1), promotion),
             TensorMap(p.dtype, (p.n, 1, p.rows, 1), out, (64, 1, 16, 1)),
         )

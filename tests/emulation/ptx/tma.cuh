@@ -5,6 +5,7 @@
 namespace fm {
 
 inline u64 createpolicy_evict_first() { return 1; }
+inline u64 createpolicy_evict_normal() { return 0; }
 inline u64 createpolicy_evict_last() { return 2; }
 inline void prefetch_tensormap(const TensorMap& map) { emu::tma_check(&map, 0); }
 
