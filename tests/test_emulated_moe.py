@@ -150,7 +150,8 @@ def test_a_token_alone_and_among_others() -> None:
 
 
 ROUTES = (
-    RouteCase(13, 16, 4), RouteCase(5, 1, 1), RouteCase(6, 1000, 32, scoring_func="sqrtsoftplus", logits="ties"),
+    RouteCase(13, 16, 4), RouteCase(5, 1, 1), RouteCase(2, 2, 1), RouteCase(1, 4, 1, "bfloat16"),
+    RouteCase(6, 1000, 32, scoring_func="sqrtsoftplus", logits="ties"),
     RouteCase(9, 160, 6, "bfloat16", num_expert_group=8, topk_group=3),
     RouteCase(11, 256, 8, "float16", "sigmoid", True, 2.5, "float32", 8, 4),
     RouteCase(33, 5, 5, logits="wild"), RouteCase(17, 64, 8, renormalize=True, logits="peaked"),
