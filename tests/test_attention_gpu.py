@@ -75,6 +75,10 @@ def softcaps(dtype: str) -> list[AttentionCase]:
     cases = [c._replace(causal=bool(i % 2), softmax_scale=(None, 1.0)[i // 2 % 2]) for i, c in enumerate(cases)]
     for d, scale in itertools.product((96, 128), (None, 1.0)):  # many keys; arguments of tanh that are small, or not
         cases.append(AttentionCase(130, 4200, 1, 2, 1, d, dtype=dtype, softcap=30.0, softmax_scale=scale))
+    dims = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 256))
+    for (d, dv), cap in itertools.product(dims, (30.0, 90.0)):
+        sizes = ((130, 4200), (300, 700), (120, 500), (250, 1300))  # for every tile
+        cases += [AttentionCase(*s, 1, 2, 1, d, dv, dtype=dtype, softcap=cap, causal=s[0] < 130) for s in sizes]
     return [*cases, AttentionCase(33001, 33001, 1, 2, 1, 64, dtype=dtype, softcap=30.0, causal=True)]
 
 

@@ -90,19 +90,20 @@ def test_params_layout_with_maps() -> None:
     """Behind the base struct come the packer's numbers without a gap, then the maps. NVRTC has no offsetof."""
     spec = AttentionFwdSm90()
     text = f'#include "{spec.header}"\n'
-    extra = [re.sub(r"_0$", "[4]", name) for name in spec.extra(dense(), spec.choose(dense(), "sm_90a"))]
+    fields = spec.extra(dense(), spec.choose(dense(), "sm_90a"))
+    extra = [name.replace("exponent_0", "exponent[4]").replace("short_0", "short[2]") for name in fields]
     extra = [name for name in extra if not re.search(r"_[123]$", name)]
     maps = ["q_map", "k_map", "v_map", "out_map"]
     header = source.headers_for(text)["attention/params.cuh"]
-    floats = ("to_tanh", "softcap_exponent[4]")
+    floats = ("to_tanh", "softcap_exponent[4]", "softcap_short[2]", "query_scale")
     want = [("float" if name in floats else "int", name) for name in extra] + [("TensorMap", name) for name in maps]
     assert members(header, spec.params) == want
     base, places = KERNELS["attention_fwd_sm80"].params_size, []
     end = base
     for name in extra:
-        places.append((name.removesuffix("[4]"), end))
-        end += {"tile_counter": 8, "softcap_exponent[4]": 16}.get(name, 4)
-    assert end - base == struct.calcsize("4iQ3i5f") and end <= spec.maps_at
+        places.append((name.partition("[")[0], end))
+        end += {"tile_counter": 8, "softcap_exponent[4]": 16, "softcap_short[2]": 8}.get(name, 4)
+    assert end - base == struct.calcsize("4iQ3i8f") and end <= spec.maps_at
     assert dict(places)["tile_counter"] == spec.counter_at(packed())
     places += [(name, spec.maps_at + tensormap.BYTES * i) for i, name in enumerate(maps)]
     text += "using P = fm::AttentionFwdSm90Params;\nstatic_assert(sizeof(fm::TensorMap) == 128);\n"

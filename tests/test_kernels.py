@@ -13,7 +13,7 @@ from test_problem import array, dense, packed
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan import kernels, softcap
 from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90, rows_aligned
 from flashmoe_cupy.plan.config import MAX_SMEM
 from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, choose_kernel, only
@@ -340,7 +340,7 @@ def test_tail_of_the_hopper_kernel() -> None:
     section = hopper.section(p, config, 100)
     assert section > 1 and hopper.extra(p, config, 100) == {
         "tiles": 512, "batch": 2, "section": section, "ragged": 0, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
-        "pack_bits": 0, "to_tanh": 0, **{f"softcap_exponent_{k}": 0 for k in range(4)},
+        "pack_bits": 0, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
     assert struct.unpack("4i", tail[208:224]) == (512, 2, section, 0) and not any(tail[224:])
     assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == 96 + 224, "8-byte words, behind the pointers"
@@ -351,32 +351,47 @@ def test_tail_of_the_hopper_kernel() -> None:
 
 def test_softcap_is_a_polynomial_of_small_scores() -> None:
     """Exponents of 2 up to a part of the softcap, as float32 computes them; then numbers that no float32 holds."""
-    kinds = ((FP16, "SoftcapScores", 119.0, 1.5e-6), (BF16, "BoundedSoftcapScores", 83.9, 4e-6))
+    kinds = ((FP16, "SoftcapScores", 0.5, 1.5e-6), (BF16, "BoundedSoftcapScores", 0.6, 4e-6))
     for dtype, variant, most, error in kinds:
         p = problem(softcap=30.0, softmax_scale=0.125, dtype=dtype)
         config = hopper.choose(p, "sm_90a")
         extra = hopper.extra(p, config)
-        c = np.array([extra[f"softcap_exponent_{k}"] for k in range(4)], np.float32)
-        s = np.linspace(-most, most, 2001, dtype=np.float32)
-        assert config.variant == variant and extra["to_tanh"] == 0.125 / 30
-        x = s * s
-        found = s * (c[0] + x * (c[1] + x * (c[2] + x * c[3])))
-        want = 30 * np.tanh(s.astype(np.float64) / 240) / np.log(2)
-        np.testing.assert_allclose(found, want, rtol=error, atol=1e-30)
-        odd = problem(softcap=2e-38, softmax_scale=1e38, dtype=dtype)
-        config = hopper.choose(odd, "sm_90a")
-        assert config.variant == variant and len(hopper.pack_tail(odd, config, True)) == 288
+        assert config.variant == variant and extra["query_scale"] == (1.0 if dtype is FP16 else 2.0**-8)
+        assert extra["to_tanh"] == 0.125 / 30 / extra["query_scale"]
+        for name, terms, end, wrong in (("exponent", 4, most, error), ("short", 2, 0.2, 3e-5)):
+            c = np.array([extra[f"softcap_{name}_{k}"] for k in range(terms)], np.float32)
+            s = np.linspace(-end, end, 2001, dtype=np.float32) / np.float32(extra["to_tanh"])
+            found = s * np.polynomial.polynomial.polyval(s * s, c)
+            want = 30 * np.tanh(s.astype(np.float64) * extra["to_tanh"]) / np.log(2)
+            np.testing.assert_allclose(found, want, rtol=wrong, atol=1e-30)
+    odd = problem(softcap=2e-38, softmax_scale=1e38)
+    config = hopper.choose(odd, "sm_90a")
+    assert config.variant == "SoftcapScores" and len(hopper.pack_tail(odd, config, True)) == 288
     assert hopper.choose(problem(softcap=56.5), "sm_90a").variant == "SoftcapScores", "exponents beyond bf16's range"
     for options in ({"alibi_slopes": array(8, dtype=FP32)}, {"softmax_scale": -1.0}):
         assert hopper.choose(problem(softcap=1.0, **options), "sm_90a").variant == "ModifiedScores<false>"
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.0442, 0.125, 0.7, 1.0])
+@pytest.mark.parametrize("cap", [1.2, 15.0, 28.0, 50.0, 56.0])
+def test_below_their_range_polynomials_of_a_softcap_go_on_falling(scale: float, cap: float) -> None:
+    """What a kernel takes for s^2 ends at 1, so exponents of scores that nobody looked at are small enough."""
+    assert softcap.variant(scale, cap, True) == softcap.BOUNDED
+    f = softcap.fields(softcap.BOUNDED, scale, cap)
+    assert 0.6 < f["to_tanh"] <= 1.2001 and np.log2(f["query_scale"]) % 1 == 0
+    u = np.linspace(0, 20, 20001)
+    x = np.minimum((u / f["to_tanh"]) ** 2, 1)
+    for name, terms, end in (("exponent", 4, 0.6), ("short", 2, 0.2)):
+        c = [f[f"softcap_{name}_{k}"] for k in range(terms)]
+        found = -u / f["to_tanh"] * np.polynomial.polynomial.polyval(x, c)
+        assert (found[u > end] <= -0.999 * cap / np.log(2) * np.tanh(end)).all()
 
 
 def test_packed_sequences_have_their_own_order() -> None:
     p = packed(causal=True)
     extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
     assert extra == {"tiles": p.batch * p.heads_k, "batch": p.batch, "section": 1, "ragged": 1} | {
-        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0, "pack_bits": 1, "to_tanh": 0,
-        **{f"softcap_exponent_{k}": 0 for k in range(4)},
+        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0, "pack_bits": 1, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
 
 

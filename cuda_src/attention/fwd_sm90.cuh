@@ -41,6 +41,7 @@ struct AttentionFwdSm90 {
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr int kConsumers = kBlockM / 64, kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 40, kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : 232;
+  static constexpr bool kBounded = Variant::kBounded;  // masked after exp2, not before
   static constexpr bool kInTurn = kConsumers == 2 || kConsumers == 3;  // four fill the gaps of each other by themselves
 
   using TileQ = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;  // of one consumer
@@ -187,6 +188,7 @@ struct AttentionFwdSm90 {
 
     // The first scores, which nothing hides.
     rings.q(consumer).wait_full(q);
+    if constexpr (kBounded) scale_queries(p, s_base, consumer, q);
     skip_k(rings, k, consumer, steps.skip_before);
     rings.k.wait_full(k);
     wgmma_fence();
@@ -198,7 +200,7 @@ struct AttentionFwdSm90 {
     if (n == steps.begin) release(rings.q(consumer).empty(q.stage));
     change_scores(p, s_works[0], steps, r_s, tile_row, n);
     softmax.raise_max(r_s, Variant::exponent(p), correction);
-    softmax.exponentiate(r_s, Variant::exponent(p));
+    exponentiate(p, softmax, s_works[0], steps, r_s, tile_row, n);
     pack_scores(r_p, r_s[0]);
 
     float out_scale[2], lse[2];              // of the tile that is about to be written
@@ -225,6 +227,7 @@ struct AttentionFwdSm90 {
         works.advance();
         q.advance();
         rings.q(consumer).wait_full(q);
+        if constexpr (kBounded) scale_queries(p, s_base, consumer, q);
       }
       --n;
       if (!k_here) rings.k.wait_full(k);
@@ -262,8 +265,8 @@ struct AttentionFwdSm90 {
       release(rings.v.empty(v.stage));
       v.advance();
       skip_v(rings, v, skip);
-      if (!decltype(Variant::exponent(p))::kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
-      softmax.exponentiate(r_s, Variant::exponent(p));
+      if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
+      exponentiate<kPlain>(p, softmax, s_works[here], steps, r_s, tile_row, n);
       pack_scores(r_p, r_s[0]);
       tail = last ? tail_rows(p, s_works[here], n) : 0;
       fresh = pending = last;
@@ -373,7 +376,34 @@ struct AttentionFwdSm90 {
   template <int kN>
   FM_DEVICE static void change_scores(const Params& p, const Work& w, const Steps& steps, float (&r_s)[1][kN][4], int tile_row, int n) {
     if constexpr (Variant::kScore) Variant::apply(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
-    if (!steps.whole(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
+    if (!kBounded && !steps.whole(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
+  }
+
+  template <bool kPlain = false, int kN>
+  FM_DEVICE static void exponentiate(const Params& p, OnlineSoftmax<1>& softmax, const Work& w, const Steps& steps, float (&r_s)[1][kN][4], int tile_row,
+                                     int n) {
+    if constexpr (kBounded) {
+      const bool masked = !kPlain && !steps.whole(n);
+      softmax.exponentiate_bounded(r_s, Variant::exponent(p), masked, [&] {
+        if (masked) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN, 0.f);
+      });
+    } else {
+      softmax.exponentiate(r_s, Variant::exponent(p));
+    }
+  }
+
+  // By a power of two: exact. The threads of one consumer, on the queries that have just arrived.
+  FM_DEVICE static void scale_queries(const Params& p, u32 s_base, int consumer, const RingQ& q) {
+    const u32 s_thread = s_base + Smem::kQ + (q.stage * kConsumers + consumer) * TileQ::kBytes + threadIdx.x % 128 * 16;
+    const u32 scale = pack2<Element>(p.query_scale, p.query_scale);
+#pragma unroll 2
+    for (int i = 0; i < TileQ::kBytes; i += 128 * 16) {
+      u32 r[4];
+      ld_shared_v4_b32(r, s_thread + i);
+      st_shared_v4_b32(s_thread + i, mul_rn_bf16x2(r[0], scale), mul_rn_bf16x2(r[1], scale), mul_rn_bf16x2(r[2], scale), mul_rn_bf16x2(r[3], scale));
+    }
+    fence_proxy_async();
+    barrier_sync(1 + kConsumers + consumer, 128);
   }
 
   // Heads that are packed differ from row to row.

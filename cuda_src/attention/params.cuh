@@ -35,6 +35,7 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int clear_rest;        // rows of no sequence get 0 in out (1), -inf in lse (2), both (3) or are left alone (0)
   int pack_bits;         // 2^pack_bits heads of a group share tiles: row r of a tile is query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];  // of SoftcapExponent in math/softmax.cuh
+  float softcap_short[2], query_scale; // of BoundedSoftcapExponent; what queries are multiplied by first
   TensorMap q_map;                          // (head_dim, heads_per_key, seqlen_q, heads_k, batch): boxes of 64 rows
   TensorMap k_map, v_map;                   // (head_dim, seqlen_k, heads_k, batch)
   TensorMap out_map;                        // (head_dim_v, heads_q, seqlen_q, batch): boxes of 16 rows

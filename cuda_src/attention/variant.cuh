@@ -5,6 +5,7 @@
 //   apply(...)  changes the tile of scores a thread holds, through for_each_score (kScore only)
 //   kWide       true: scores may come near the end of fp32's range
 //   kAligned    true: only inputs whose rows start at multiples of 16 bytes
+//   kBounded    true: exponents are so small that nothing needs to be subtracted from them; queries are scaled by p.query_scale
 // A new expression on scores is a new struct here (or in a generated translation unit); no kernel changes.
 #pragma once
 #include "attention/params.cuh"
@@ -28,20 +29,21 @@ FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) 
 }
 
 struct PlainScores {
-  static constexpr bool kScore = false, kWide = false, kAligned = true;
+  static constexpr bool kScore = false, kWide = false, kAligned = true, kBounded = false;
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return p.softmax_scale; }
   FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams& p) { return {scale(p)}; }
 };
 
 // Softcap alone, and a positive scale: the scores stay q.k, the cap is part of the exponent.
 struct SoftcapScores {
-  static constexpr bool kScore = false, kWide = false, kAligned = true;
+  static constexpr bool kScore = false, kWide = false, kAligned = true, kBounded = false;
   FM_DEVICE static SoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent}; }
 };
 
 // The same for bf16 and a softcap up to 56.
 struct BoundedSoftcapScores : SoftcapScores {
-  FM_DEVICE static BoundedSoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent}; }
+  static constexpr bool kBounded = true;
+  FM_DEVICE static BoundedSoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent, p.softcap_short}; }
 };
 
 // The same bits as PlainScores, for rows that start anywhere.
@@ -52,7 +54,7 @@ struct PlainScoresUnaligned : PlainScores {
 // Softcap, ALiBi and (kBias) an additive or boolean bias, each when the parameters ask for it.
 template <bool kBias>
 struct ModifiedScores {
-  static constexpr bool kScore = true, kWide = kBias, kAligned = false;
+  static constexpr bool kScore = true, kWide = kBias, kAligned = false, kBounded = false;
   // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be added in those units.
   FM_DEVICE static bool folds(const AttentionFwdParams& p) { return !kBias && p.softcap == 0.f && p.softmax_scale > 0.f; }
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return folds(p) ? p.softmax_scale : 1.f; }

@@ -67,24 +67,30 @@ struct SoftcapExponent {
 };
 
 // The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
-// products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for.
+// products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for. Scores
+// are those of scaled queries: at 1 the argument of tanh lies between 0.6 and 1.2, and polynomials take no more than 1 for s^2. So below
+// the range they are made for they go on falling.
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
-  static constexpr float kLimit = 0.35f;   // |argument| of tanh up to which a polynomial has a relative error of 3e-6
-  static constexpr float kWideCap = 20.f;  // from here on what lies below -kLimit is so small beside the rest that no error of it counts
+  static constexpr float kShort = 0.2f;    // |argument| of tanh up to which two coefficients have a relative error of 3e-5
+  static constexpr float kLong = 0.6f;     // and four of 2e-6
+  static constexpr float kWideCap = 28.f;  // from here on what lies below -kShort is so small beside the rest that no error of it counts
   float softcap, to_tanh;
-  const float (&c)[4];  // the last one is not used
+  const float (&c)[4], (&c_short)[2];
 
   FM_DEVICE float natural(float) const { return 0.5f * softcap; }  // of what serves as the maximum
-  FM_DEVICE float difference(float, float) const { return 0.f; }  // of two maxima
-  FM_DEVICE float below(float s, float) const { return s == -infinity() ? s : softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
-  FM_DEVICE float below_small(float s, float) const {
-    const float x = s * s;
-    return fmaf(s, fmaf(fmaf(c[2], x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
+  FM_DEVICE float difference(float, float) const { return 0.f; }   // of two maxima
+  FM_DEVICE float below(float s) const { return softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
+  FM_DEVICE float below_short(float s) const { return fmaf(s, fmaf(c_short[1], mul_sat_f32(s, s), c_short[0]), -0.5f * kLog2e * softcap); }
+  FM_DEVICE float below_long(float s) const {
+    const float x = mul_sat_f32(s, s);
+    return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
   }
+
+  // The largest argument of tanh, of a size that counts. masked: the tile has scores that do not count.
   template <int kM, int kN>
-  FM_DEVICE bool all_small(const float (&r_s)[kM][kN][4]) const {
+  FM_DEVICE float largest(const float (&r_s)[kM][kN][4], bool masked) const {
     // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative float is the largest. Two
     // chains for each of the thread's two rows, or they would wait for themselves.
     int high[4] = {0, 0, 0, 0};
@@ -98,8 +104,8 @@ struct BoundedSoftcapExponent {
           chain = max(max(chain, __float_as_int(r_s[m][n][e])), __float_as_int(r_s[m][n][e + 1]));
         }
     const int rows[2] = {max(high[0], high[2]), max(high[1], high[3])};
-    bool small = min(rows[0], rows[1]) > 0 && __int_as_float(max(rows[0], rows[1])) * to_tanh <= kLimit;
-    if (softcap < kWideCap) {
+    int most = max(rows[0], rows[1]);
+    if (masked || softcap < kWideCap || min(rows[0], rows[1]) == 0) {  // a row has nothing positive, or nothing that counts
       u32 low = 0;
 #pragma unroll
       for (int m = 0; m < kM; ++m)
@@ -107,9 +113,9 @@ struct BoundedSoftcapExponent {
         for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int e = 0; e < 4; e += 2) low = max(max(low, __float_as_uint(r_s[m][n][e])), __float_as_uint(r_s[m][n][e + 1]));
-      small &= fabsf(__uint_as_float(low)) * to_tanh <= kLimit;
+      most = max(most, static_cast<int>(low & 0x7fffffff));
     }
-    return __all_sync(0xffffffffu, small);
+    return __int_as_float(most) * to_tanh;
   }
 };
 
@@ -219,6 +225,27 @@ struct OnlineSoftmax {
         const int e = (i & 1) * 2;
         r_sum[i] += exponential(r_s[i / 2][n][e]) + exponential(r_s[i / 2][n][e + 1]);
       }
+  }
+
+  // The same where no maximum is subtracted. Scores that do not count are not -inf here, which would be out of every polynomial's range,
+  // but what q k is; mask() makes their exponentials 0.
+  template <int kN, class Mask>
+  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, bool masked, Mask&& mask) {
+    auto all = [&](auto&& below) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4 * kM; ++e) r_s[e / 4][n][e % 4] = exp2_approx(below(r_s[e / 4][n][e % 4]));
+      mask();
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
+    };
+    const float largest = exponent.largest(r_s, masked);
+    if (__all_sync(0xffffffffu, largest <= exponent.kShort)) all([&](float s) { return exponent.below_short(s); });
+    else if (__all_sync(0xffffffffu, largest <= exponent.kLong)) all([&](float s) { return exponent.below_long(s); });
+    else all([&](float s) { return exponent.below(s); });
   }
 
   // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.

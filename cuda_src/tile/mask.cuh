@@ -31,9 +31,9 @@ FM_DEVICE WholeTiles whole_tiles(const BandMask& band, int row) {
   return {div_up(band.first(row + kRows - 1), kCols), max(band.last(row) + 1, 0) / kCols};
 }
 
-// Scores of a warp outside of the band become -inf; row, col are those of its 16 x (8 kN) tile.
+// Scores of a warp outside of the band become `outside`; row, col are those of its 16 x (8 kN) tile.
 template <int kN>
-FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col) {
+FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col, float outside = -infinity()) {
   static_assert(kN <= 32);
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
@@ -45,7 +45,7 @@ FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, i
       const int c = col + 2 * t + e;
       const u32 seen = shift_left(~0u, min(max((first - c + 7) >> 3, 0), 32)) & ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
 #pragma unroll
-      for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : -infinity();
+      for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : outside;
     }
   }
 }

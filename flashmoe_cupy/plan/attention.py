@@ -5,7 +5,6 @@ One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything 
 
 from __future__ import annotations
 
-import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from flashmoe_cupy.dtypes import BF16, DType
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.plan import order
+from flashmoe_cupy.plan import order, softcap
 from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM, Config, Sm80Config, Sm90Config
 from flashmoe_cupy.plan.problem import AttentionProblem
 
@@ -22,13 +21,6 @@ DEFAULT_SMS = 132  # of an H100, where no device is at hand
 
 _VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 _PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
-_SOFTCAP = "SoftcapScores"  # the Hopper kernel's, where a softcap is all that changes the scores
-_BOUNDED = "BoundedSoftcapScores"  # the same in bf16, for a softcap that leaves no exponent too large
-_MOST_SOFTCAP = 56.0  # for it: BoundedSoftcapExponent says why
-_TANH = {  # tanh(x) = x (c[0] + c[1] x^2 + c[2] x^4 + c[3] x^6)
-    _SOFTCAP: (0.99999946, -0.33326318, 0.13190296, -0.0444022),  # relative error 6e-7 up to x = 0.5
-    _BOUNDED: (0.99999713, -0.33290952, 0.12395031, 0.0),  # 3e-6 up to 0.35
-}
 _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
 
 # (block_m, block_n, warps) by compiled head dims. Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
@@ -73,13 +65,13 @@ _TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
 # Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly.
 _TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
     ((64, 64), _SCORES): ((256, 64, 4), (128, 128, 3)),
+    ((64, 64), softcap.BOUNDED): ((192, 112, 3), (256, 64, 4), (128, 128, 3)),
     ((96, 96), _SCORES): ((128, 128, 2),),
     ((128, 128), _SCORES): ((128, 128, 2),),
     **{(dims, _BIAS): ((128, 64, 2),) for dims in _TILES_SM90},
 }
 _MOST_PACKED = 4  # 2**4 heads: the rows of one store of the Hopper kernel
 _WORTH_PACKING = 0.9  # tiles of packed heads to those of single ones, at most
-_FLOAT_MAX = 3.4028234663852886e38
 _MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last tile
 _MANY_KEYS = 4096  # keys that a query sees on average, from which wider tiles of keys pay
 _WIDE_TILE_KEYS = 1024  # the same, at d 64, for 192 queries by 128 keys against 256 by 64
@@ -99,7 +91,7 @@ _TAIL_FIELDS = (
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(_POINTERS)}Q")
 _TAIL = struct.Struct("18q14i2f")
-_EXTRA = struct.Struct("4iQ3i5f")  # what the Hopper kernel has beyond them
+_EXTRA = struct.Struct("4iQ3i8f")  # what the Hopper kernel has beyond them
 
 
 class AttentionFwd(ABC):
@@ -142,7 +134,7 @@ class AttentionFwd(ABC):
             why.append("scores are only scaled and masked, so the scale folds into the exponent")
         elif config.variant == _UNALIGNED:
             why.append("rows do not start at multiples of 16 bytes, or lie 16 MiB apart: elements load one by one")
-        elif config.variant in (_SOFTCAP, _BOUNDED):
+        elif config.variant in softcap.VARIANTS:
             why.append("softcap alone is part of the exponent: a polynomial where its tanh stays small")
         elif config.variant == _SCORES:
             why.append("softcap, ALiBi or a scale <= 0 changes the scores")
@@ -283,8 +275,8 @@ class AttentionFwdSm90(AttentionFwd):
             Sm90Config(element, *dims, *tile, variant)
             for element in ("bf16", "fp16")
             for dims in _TILES_SM90
-            for variant in (_PLAIN, _SOFTCAP, _BOUNDED, _SCORES, _BIAS)
-            if variant != _BOUNDED or element == "bf16"
+            for variant in (_PLAIN, *softcap.VARIANTS, _SCORES, _BIAS)
+            if variant != softcap.BOUNDED or element == "bf16"
             for tile in _tiles_sm90(dims, variant)
         ]
 
@@ -319,7 +311,7 @@ class AttentionFwdSm90(AttentionFwd):
         """As many heads as make fewer tiles; none where a score depends on its head (`AttentionFwd.pack_bits`)."""
         group = _heads_per_key(p)
         bits = min((group & -group).bit_length() - 1, _MOST_PACKED)
-        if bits <= 0 or _variant_sm90(p) not in (_PLAIN, _SOFTCAP, _BOUNDED) or p.seqlen_q >= 2**26:
+        if bits <= 0 or _variant_sm90(p) not in (_PLAIN, *softcap.VARIANTS) or p.seqlen_q >= 2**26:
             return 0
         rows = _mean(p.seqlen_q, p.total_q, p)
         # Of sequences whose lengths only the device knows, each ends with half a tile, on average.
@@ -357,10 +349,6 @@ class AttentionFwdSm90(AttentionFwd):
         self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS, clear_rest: int = 0
     ) -> dict[str, float]:
         """The fields of fm::AttentionFwdSm90Params behind those of its base, in their order."""
-        to_tanh, capped, tanh = 0.0, [0.0] * 4, _TANH.get(config.variant, ())
-        if tanh:
-            to_tanh = _float32(p.softmax_scale / p.softcap)
-            capped = [_float32(c * p.softmax_scale / math.log(2) * to_tanh ** (2 * k)) for k, c in enumerate(tanh)]
         return {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
@@ -370,8 +358,7 @@ class AttentionFwdSm90(AttentionFwd):
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": clear_rest,
             "pack_bits": self.pack_bits(p),
-            "to_tanh": to_tanh,
-            **{f"softcap_exponent_{k}": c for k, c in enumerate(capped)},
+            **softcap.fields(config.variant, p.softmax_scale, p.softcap),
         }
 
     def counter_at(self, p: AttentionProblem) -> int:
@@ -475,13 +462,8 @@ def _variant(problem: AttentionProblem) -> str:
 def _variant_sm90(p: AttentionProblem) -> str:
     variant = _variant(p)
     if variant == _SCORES and p.softcap and not p.alibi and p.softmax_scale > 0:
-        return _BOUNDED if p.dtype is BF16 and p.softcap <= _MOST_SOFTCAP else _SOFTCAP
+        return softcap.variant(p.softmax_scale, p.softcap, p.dtype is BF16)
     return variant
-
-
-def _float32(x: float) -> float:
-    """The nearest number that a float32 holds."""
-    return max(-_FLOAT_MAX, min(_FLOAT_MAX, x))
 
 
 def _compiled_dims(problem: AttentionProblem, table: Iterable[tuple[int, int]]) -> tuple[int, int]:
