@@ -17,6 +17,7 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, FP64, INT32, INT64
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import moe, plans
+from flashmoe_cupy.plan.moe import combine_tail
 from flashmoe_cupy.plan.moe_problem import (
     GroupedGemmProblem,
     MoEProblem,
@@ -136,6 +137,15 @@ def test_moe_options() -> None:
     )
     p = experts(w_gate_up=array(E, N, D), activation="relu2", swiglu_alpha=0.5)
     assert (p.intermediate, p.gated, p.swiglu_alpha) == (N, False, 0.0)
+
+
+def test_rows_of_out_are_aligned_by_address_and_stride() -> None:
+    p = experts()
+    for stride, aligned in ((p.hidden, 1), (p.hidden + 8, 1), (p.hidden + 1, 0), (p.hidden + 4, 0)):
+        assert combine_tail(p._replace(out_stride=stride), True)[-4:] == aligned.to_bytes(4, "little")
+        assert combine_tail(p._replace(out_stride=stride), False)[-4:] == bytes(4)
+    assert combine_tail(p._replace(out_stride=3, tokens=1), True)[-4:] == b"\1\0\0\0"
+    assert combine_tail(p._replace(out_stride=p.hidden + 4, dtype=FP32), True)[-4:] == b"\1\0\0\0"
 
 
 def test_sizes_beyond_32_bits() -> None:

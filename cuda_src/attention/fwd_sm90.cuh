@@ -396,7 +396,7 @@ struct AttentionFwdSm90 {
   FM_DEVICE static void scale_queries(const Params& p, u32 s_base, int consumer, const RingQ& q) {
     const u32 s_thread = s_base + Smem::kQ + (q.stage * kConsumers + consumer) * TileQ::kBytes + threadIdx.x % 128 * 16;
     const u32 scale = pack2<Element>(p.query_scale, p.query_scale);
-#pragma unroll 2
+#pragma unroll
     for (int i = 0; i < TileQ::kBytes; i += 128 * 16) {
       u32 r[4];
       ld_shared_v4_b32(r, s_thread + i);

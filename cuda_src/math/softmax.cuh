@@ -88,9 +88,9 @@ struct BoundedSoftcapExponent {
     return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
   }
 
-  // The largest argument of tanh, of a size that counts. masked: the tile has scores that do not count.
+  // Whether all arguments of tanh are at most kShort that are of a size to count. masked: the tile has scores that do not count.
   template <int kM, int kN>
-  FM_DEVICE float largest(const float (&r_s)[kM][kN][4], bool masked) const {
+  FM_DEVICE bool all_short(const float (&r_s)[kM][kN][4], bool masked) const {
     // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative float is the largest. Two
     // chains for each of the thread's two rows, or they would wait for themselves.
     int high[4] = {0, 0, 0, 0};
@@ -104,18 +104,20 @@ struct BoundedSoftcapExponent {
           chain = max(max(chain, __float_as_int(r_s[m][n][e])), __float_as_int(r_s[m][n][e + 1]));
         }
     const int rows[2] = {max(high[0], high[2]), max(high[1], high[3])};
-    int most = max(rows[0], rows[1]);
-    if (masked || softcap < kWideCap || min(rows[0], rows[1]) == 0) {  // a row has nothing positive, or nothing that counts
-      u32 low = 0;
+    const bool upper_end = !masked && softcap >= kWideCap && min(rows[0], rows[1]) > 0;  // is all that counts: rows have positive scores
+    return __all_sync(0xffffffffu, upper_end && __int_as_float(max(rows[0], rows[1])) * to_tanh <= kShort);
+  }
+  // Whether all arguments are at most kLong, of whatever sign.
+  template <int kM, int kN>
+  FM_DEVICE bool all_long(const float (&r_s)[kM][kN][4]) const {
+    int most = 0;
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; e += 2) low = max(max(low, __float_as_uint(r_s[m][n][e])), __float_as_uint(r_s[m][n][e + 1]));
-      most = max(most, static_cast<int>(low & 0x7fffffff));
-    }
-    return __int_as_float(most) * to_tanh;
+        for (int e = 0; e < 4; ++e) most = max(most, __float_as_int(r_s[m][n][e]) & 0x7fffffff);
+    return __all_sync(0xffffffffu, __int_as_float(most) * to_tanh <= kLong);
   }
 };
 
@@ -242,9 +244,8 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
     };
-    const float largest = exponent.largest(r_s, masked);
-    if (__all_sync(0xffffffffu, largest <= exponent.kShort)) all([&](float s) { return exponent.below_short(s); });
-    else if (__all_sync(0xffffffffu, largest <= exponent.kLong)) all([&](float s) { return exponent.below_long(s); });
+    if (exponent.all_short(r_s, masked)) all([&](float s) { return exponent.below_short(s); });
+    else if (exponent.all_long(r_s)) all([&](float s) { return exponent.below_long(s); });
     else all([&](float s) { return exponent.below(s); });
   }
 

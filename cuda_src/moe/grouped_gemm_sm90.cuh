@@ -79,7 +79,7 @@ struct GroupedGemmSm90 {
     if (threadIdx.x == 0) {
       if constexpr (!kGather) prefetch_tensormap(p.x_map);
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
-      rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster), rings.works.init(1, 1 + kGatherWarps + 4 * kConsumers);
+      rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster), rings.works.init(32, 1 + 32 * kGatherWarps + 128 * kConsumers);  // all who write or read a tile's record
       fence_mbarrier_init();
     }
     meet();
@@ -120,8 +120,7 @@ struct GroupedGemmSm90 {
       found = cursor.find(p, index, tile, rank);
       if (found) w.tile = tile;
       w.more = found;
-      __syncwarp();
-      if (lane_id() == 0) mbarrier_arrive(ring.full(at.stage));
+      mbarrier_arrive(ring.full(at.stage));
     }
   }
 
@@ -197,8 +196,7 @@ struct GroupedGemmSm90 {
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       u32 source[kCopies], exists = 0;  // where the lane's rows of x begin, in chunks; bit i: there is such a row
       find_rows<kRows>(p, s_works[works.stage].tile, s_sorted, warp * kRows, row, row_chunks, source, exists);
-      __syncwarp();
-      if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
+      mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
@@ -260,8 +258,7 @@ struct GroupedGemmSm90 {
         for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
         pass_turn(consumer);
       }
-      __syncwarp();
-      if (lane_id() == 0) mbarrier_arrive(rings.works.empty(works.stage));
+      mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
       turn ^= 1;
     }

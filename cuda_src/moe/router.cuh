@@ -99,7 +99,7 @@ struct MoeRouter {
       if (p.renormalize) weight /= warp_sum(weight) + 1e-20f;
     }
     if (mine) {
-      const int at = t * p.top_k + lane_id();
+      const i64 at = static_cast<i64>(t) * p.top_k + lane_id();
       p.topk_weights[at] = weight * p.scale, p.topk_ids[at] = static_cast<int>(id);
     }
     if constexpr (kStats) {

@@ -321,7 +321,8 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
 
 
 def combine_tail(p: MoEProblem, aligned: bool) -> bytes:
-    """The rest of Params of the last step. aligned: rows of out start at multiples of 16 bytes."""
+    """The rest of Params of the last step. aligned: out starts at a multiple of 16 bytes."""
+    aligned = aligned and (p.tokens <= 1 or p.out_stride * p.dtype.itemsize % 16 == 0)
     return COMBINE.tail.pack(
         p.topk_weights_stride, 1, p.shared_gate_stride, p.out_stride, p.tokens, p.top_k, p.hidden,
         p.topk_weights_dtype.code, _code(p.shared_gate_dtype), int(aligned),

@@ -291,7 +291,7 @@ class GroupedGemmSm90(GroupedGemm):
     # once; for many and few steps along k, where rows lie in order and w has one row for a column: consumers in turn
     # hide the output. benchmarks/NOTEBOOK.md has what was measured.
     wide, slim, plain = (128, 256, 64, 4, 2, False), (64, 128, 128, 4, 1, False), (128, 192, 64, 4, 2, True)
-    slim_rows, plain_rows, plain_k = 144, 384, 1024
+    slim_rows, plain_rows, plain_k = 96, 384, 1024
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
