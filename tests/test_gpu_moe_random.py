@@ -20,7 +20,7 @@ from moe_plans import ProductCase, compile_everything
 from test_gpu_moe_arrays import moved_off, whole_array
 
 from flashmoe_cupy import fused_moe, grouped_gemm
-from flashmoe_cupy.errors import FlashMoEError
+from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 from flashmoe_cupy.testing_moe import LOGITS, ROUTINGS, MoECase, RouteCase
 
 torch: Any = pytest.importorskip("torch")
@@ -120,6 +120,12 @@ def place(arrays: dict[str, Any], where: dict[str, tuple[int, int]]) -> dict[str
     return {n: moved_off(x, *where[n]) if any(where.get(n, ())) else x for n, x in arrays.items()}
 
 
+def cannot(name: str, where: dict[str, tuple[int, int]], error: FlashMoEError) -> bool:
+    """Whether the Hopper kernel, asked for by name, says that some rows do not start at multiples of 16 bytes."""
+    odd = any(n % 8 for moved in where.values() for n in moved)
+    return name == "grouped_gemm_sm90" and odd and isinstance(error, UnsupportedProblem)
+
+
 def inside(shape: tuple[int, ...], like: Any, extra: int, at: int) -> tuple[Any, Any]:
     """(memory full of NaN, out): a row in front of out and one behind, and `extra` elements in each row."""
     whole = whole_array((*shape[:-2], shape[-2] + 2, shape[-1] + extra), like)
@@ -136,6 +142,8 @@ def check_moe(problem: Drawn, device: str) -> None:
             try:
                 assert fused_moe(**some, **case.options(), out=out) is out
             except FlashMoEError as e:
+                if cannot(name, where, e):
+                    continue
                 raise AssertionError(f"{case} {name} {where}: {e}") from e
         assert judge(out, known, out.dtype) == [], f"{case} {name} {where}"
         assert int(whole.isnan().sum()) == whole.numel() - out.numel(), f"{case} {name} {where}: wrote around out"
@@ -154,6 +162,8 @@ def check_product(problem: Drawn, device: str) -> None:
             try:
                 assert grouped_gemm(**some, out=out) is out
             except FlashMoEError as e:
+                if cannot(name, where, e):
+                    continue
                 raise AssertionError(f"{case} {name} {where}: {e}") from e
         assert judge(out[mine], known, out.dtype) == [], f"{case} {name} {where}"
         written = int(mine.sum()) * case.n

@@ -25,7 +25,6 @@ _NAMES = (
     "shared_w_down", "shared_gate",
 )  # fmt: skip
 Views = tuple[View | None, ...]  # in the order of _NAMES
-_ABSENT = len(_NAMES) - 5  # optional arguments
 
 
 def fused_moe(
@@ -89,10 +88,12 @@ def fused_moe(
     options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
     short = None
     if (
-        b_gate_up is None and b_down is None and expert_map is None and shared_w_gate_up is None
+        (b_gate_up is None) is (b_down is None) and expert_map is None and shared_w_gate_up is None
         and shared_w_down is None and shared_gate is None and out is None
     ):  # fmt: skip
-        given = x, w_gate_up, w_down, topk_weights, topk_ids
+        given: tuple[Any, ...] = x, w_gate_up, w_down, topk_weights, topk_ids
+        if b_gate_up is not None:
+            given += (b_gate_up, b_down)
         short, found = plans.seen(_plans, given, options)
         if found is not None:
             return found
@@ -160,11 +161,12 @@ class _Plan:
         return out
 
     def run_again(self, quick: Quick, given: tuple[Any, ...]) -> Any:
-        """`run` for plain arrays on a GPU and no optional ones; None: the long way, this time."""
+        """`run` for plain arrays on a GPU and no optional ones but biases; None: the long way, this time."""
         ready = self.ready
         if ready is None:
             return None
-        made = plans.run_again(ready, quick, given, _ABSENT, 3, ((self.shape, self.strides, given[0].dtype),))
+        specs = ((self.shape, self.strides, given[0].dtype),)
+        made = plans.run_again(ready, quick, given, len(_NAMES) - len(given), 3, specs)
         return None if made is None else made[0]
 
     def _run_on_host(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
