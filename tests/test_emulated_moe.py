@@ -25,7 +25,9 @@ SEEDS = (0, 1, 4, 7)
 ALONE = (*GroupedGemmSm90.wide[:4], 1, False)  # the same without a cluster
 TILES = (GroupedGemmSm90.wide, ALONE, GroupedGemmSm90.slim)
 HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in TILES]
-PLAIN = GemmSm90Config("bf16", *GroupedGemmSm90.plain, gather=False, gated=False)  # of second products only
+PLAIN, THIN = (  # of second products only
+    GemmSm90Config("bf16", *tile, gather=False, gated=False) for tile in (GroupedGemmSm90.plain, GroupedGemmSm90.thin)
+)
 PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
 PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
 
@@ -40,7 +42,7 @@ def _compiled() -> None:
             texts.append((PRODUCTS["grouped_gemm_sm90"].source(config), {}))
         for portable in PORTABLE:
             texts.append((PRODUCTS["grouped_gemm_sm80"].source(portable._replace(gated=gated)), {}))
-    texts.append((PRODUCTS["grouped_gemm_sm90"].source(PLAIN), {}))
+    texts += [(PRODUCTS["grouped_gemm_sm90"].source(config), {}) for config in (PLAIN, THIN)]
     build_all(texts)
 
 
@@ -65,7 +67,7 @@ EXPERTS = (
 )
 
 
-@pytest.mark.parametrize("config", [*HOPPER, PLAIN, *PORTABLE], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [*HOPPER, PLAIN, THIN, *PORTABLE], ids=lambda c: c.name)
 def test_experts(config: GemmSm90Config | GemmSm80Config) -> None:
     """Every tile on problems that do not fill it, in several orders of warps and asynchronous work: the same bits."""
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.element]

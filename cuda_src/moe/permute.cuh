@@ -67,54 +67,78 @@ struct MoePermutePlace : MoePermute {
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
-    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
-    const int warp = warp_id(), thread = static_cast<int>(threadIdx.x);
+    const int warp = warp_id();
     int* s_mine = s_next + warp * kWindow;
-    int placed = 0;  // assignments of all windows before
+    const Stretch mine{first_of(p, warp), min(first_of(p, warp + 1), static_cast<i64>(p.assignments))};
+    clear_counts(s_next);
+    start_after_last_grid();
+    const Chunk first(p, mine, mine.begin);  // nearly always all that a warp has
+    int placed = 0;                          // assignments of all windows before
     for (int window = 0; window < p.experts; window += kWindow) {
       const int width = min(kWindow, p.experts - window);
-      for (int i = thread; i < (kWarps + 2) * kWindow; i += kThreads) s_next[i] = 0;  // and the sums over blocks behind them
+      if (window > 0) clear_counts(s_next);
       __syncthreads();
-      walk(p, warp, window, width, [&](int, int e, bool here, u32 same) {
+      walk(p, mine, first, window, width, [&](i64, int e, bool here, u32 same) {
         if (here && leads(same)) s_mine[e] += __popc(same);
       });
       __syncthreads();
       placed = find_places(p, smem, window, width, placed);
-      walk(p, warp, window, width, [&](int i, int e, bool here, u32 same) {
+      walk(p, mine, first, window, width, [&](i64 i, int e, bool here, u32 same) {
         const int place = here ? s_mine[e] + __popc(same & ((1u << lane_id()) - 1)) : 0;
         __syncwarp();  // all have read before one moves it on
         if (here && leads(same)) s_mine[e] += __popc(same);
-        if (here) p.sorted_indices[place] = i, p.inverse_indices[i] = place;
+        if (here) p.sorted_indices[place] = static_cast<int>(i), p.inverse_indices[i] = place;
       });
       __syncthreads();
     }
-    if (blockIdx.x == 0 && thread == 0) p.offsets[p.experts] = placed;
-    skip_rest(p, warp, placed);
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.offsets[p.experts] = placed;
+    skip_rest(p, mine, first, placed);
   }
 
-  // Calls f(assignment, expert, whether it is in the window, lanes with the same expert) for a warp's assignments, 32 at a time and in
-  // order; all lanes call it together.
-  template <class F>
-  FM_DEVICE static void walk(const MoePermuteParams& p, int warp, int window, int width, F&& f) {
-    constexpr int kTogether = 4;  // times 32 ids under way
-    const i64 begin = first_of(p, warp), end = min(begin + p.per_warp, static_cast<i64>(p.assignments));
-    for (i64 i = begin; i < end; i += 32 * kTogether) {
-      int mine[kTogether], expert[kTogether];
+  FM_DEVICE static void clear_counts(int* s_next) {  // and the sums over blocks behind them
+    for (int i = static_cast<int>(threadIdx.x); i < (kWarps + 2) * kWindow; i += kThreads) s_next[i] = 0;
+  }
+
+  // The assignments of a warp.
+  struct Stretch {
+    i64 begin, end;
+  };
+  // The experts of 32 kTogether of them, from i on: loads that are under way together.
+  struct Chunk {
+    static constexpr int kTogether = 4;
+    int expert[kTogether];
+    FM_DEVICE Chunk(const MoePermuteParams& p, const Stretch& mine, i64 i) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        mine[j] = static_cast<int>(min(i + 32 * j + lane_id(), end));
-        expert[j] = mine[j] < end ? expert_of(p, mine[j]) - window : -1;
-      }
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const bool here = expert[j] >= 0 && expert[j] < width;
-        const u32 same = lanes_with(expert[j], here, width);
-        f(mine[j], expert[j], here, same);
-        __syncwarp();
+        const i64 at = i + 32 * j + lane_id();
+        expert[j] = at < mine.end ? expert_of(p, static_cast<int>(at)) : -1;
       }
     }
+  };
+
+  // Calls f(first assignment of a row of 32, row of their experts) for all rows of the stretch, in order.
+  template <class F>
+  FM_DEVICE static void for_each_row(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, F&& f) {
+    for (i64 i = mine.begin; i < mine.end; i += 32 * Chunk::kTogether) {
+      const Chunk chunk = i == mine.begin ? first : Chunk(p, mine, i);
+#pragma unroll
+      for (int j = 0; j < Chunk::kTogether; ++j)
+        if (i + 32 * j < mine.end) f(i + 32 * j + lane_id(), chunk.expert[j]);
+    }
+  }
+
+  // Calls f(assignment, expert in the window, whether it is there, lanes with the same expert), 32 at a time and in order; all lanes
+  // call it together.
+  template <class F>
+  FM_DEVICE static void walk(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, int window, int width, F&& f) {
+    for_each_row(p, mine, first, [&](i64 i, int expert) {
+      const int e = expert - window;
+      const bool here = e >= 0 && e < width;
+      f(i, e, here, lanes_with(e, here, width));
+      __syncwarp();
+    });
   }
   // The lanes that have the same expert; bit by bit, since __match_any_sync takes a microsecond where all differ.
   FM_DEVICE static u32 lanes_with(int expert, bool here, int width) {
@@ -174,12 +198,12 @@ struct MoePermutePlace : MoePermute {
   }
 
   // Assignments that nobody takes have no place, and the last places have no assignment.
-  FM_DEVICE static void skip_rest(const MoePermuteParams& p, int warp, int placed) {
-    const i64 begin = first_of(p, warp);
-    for (i64 i = begin + lane_id(); i < min(begin + p.per_warp, static_cast<i64>(p.assignments)); i += 32) {
-      if (expert_of(p, static_cast<int>(i)) < 0) p.inverse_indices[i] = -1;
+  FM_DEVICE static void skip_rest(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, int placed) {
+    for_each_row(p, mine, first, [&](i64 i, int expert) {
+      if (i >= mine.end) return;
+      if (expert < 0) p.inverse_indices[i] = -1;
       if (i >= placed) p.sorted_indices[i] = -1;
-    }
+    });
   }
 };
 

@@ -23,7 +23,7 @@ struct GroupTile {
   int group, row, rows;  // row: of out, the tile's first; rows: of the group from there on, 0 or less: there is nothing to do
   int n_block;
   int apart;             // the blocks of a cluster have different columns
-  int sole;              // no tiles of rows that come later use the same weights
+  int sole;              // no other tiles of rows use the same weights
 };
 
 // Whether rows of x are gathered, and the row of x that a row of the tile then is, -1: zeros. s_sorted: what the cursor has written.
@@ -76,7 +76,7 @@ struct GroupCursor {
     index -= __shfl_sync(0xffffffffu, begin, lane);
     const u32 m_pairs = div_up(rows, kRows) / kCluster, whole = m_pairs * p.n_blocks;
     int m_block = m_pairs * kCluster;
-    tile.sole = rows <= 128 * kCluster;
+    tile.sole = rows <= kRows * kCluster;
     tile.apart = kCluster > 1 && index >= whole;
     if (tile.apart) {
       tile.n_block = (index - whole) * kCluster + rank;

@@ -291,6 +291,7 @@ class GroupedGemmSm90(GroupedGemm):
     # once; for many and few steps along k, where rows lie in order and w has one row for a column: consumers in turn
     # hide the output. benchmarks/NOTEBOOK.md has what was measured.
     wide, slim, plain = (128, 256, 64, 4, 2, False), (64, 128, 128, 4, 1, False), (128, 192, 64, 4, 2, True)
+    thin = (64, 64, 128, 4, 1, False)  # where slim ones would leave half of the multiprocessors without work
     slim_rows, plain_rows, plain_k = 96, 384, 1024
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
@@ -302,7 +303,7 @@ class GroupedGemmSm90(GroupedGemm):
             for tile in (self.wide, self.slim)
             for gather in (False, True)
             for gated in (False, True)
-        ] + [GemmSm90Config(element, *self.plain, False, False) for element in ("bf16", "fp16")]
+        ] + [GemmSm90Config(e, *tile, False, False) for e in ("bf16", "fp16") for tile in (self.thin, self.plain)]
 
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
         p = product
@@ -337,7 +338,8 @@ class GroupedGemmSm90(GroupedGemm):
             many = not p.fixed and p.expected >= self.plain_rows and p.k <= self.plain_k
             tile = self.plain if many and not p.gather and not p.gated else self.wide
         else:
-            tile = self.slim
+            few = 2 * self.tiles(p, GemmSm90Config(p.dtype.cuda, *self.slim, p.gather, p.gated)) <= sms
+            tile = self.thin if few and not p.gather and not p.gated else self.slim
         return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated)
 
     def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
