@@ -125,8 +125,8 @@ FAULTS = {
         _90, "if (lane_id() == 0) bulk_wait_group_read<0>();", "", "before a bulk store of thread .* has read"
     ),
     "a record announced before all have written": Fault(
-        "attention/schedule_sm90.cuh", "__syncwarp();\n      if (lane_id() == 0) mbarrier_arrive",
-        "if (lane_id() == 0) mbarrier_arrive", "issue different products|relative error|deadlock",
+        _90, "rings.work.init(32, 1 + 128", "rings.work.init(1, 1 + 128",
+        "issue different products|relative error|deadlock",
     ),
 }  # fmt: skip
 

@@ -87,7 +87,8 @@ struct AttentionFwdSm90 {
       prefetch_tensormap(p.q_map), prefetch_tensormap(p.k_map), prefetch_tensormap(p.v_map), prefetch_tensormap(p.out_map);
       constexpr u32 kUsers = 4 * kConsumers;  // one thread per consumer warp reports
       for (int i = 0; i < kConsumers; ++i) rings.q(i).init(1, 4);
-      rings.k.init(1, kUsers), rings.v.init(1, kUsers), rings.work.init(1, kUsers);
+      rings.k.init(1, kUsers), rings.v.init(1, kUsers);
+      rings.work.init(32, 1 + 128 * kConsumers);  // all who write or read a record
       fence_mbarrier_init();
     }
     __syncthreads();
@@ -124,6 +125,7 @@ struct AttentionFwdSm90 {
       for (int n = w.n_end - 1; n >= w.n_begin; --n) {
         load_k(w, n);
         if (n_before >= 0) load_v(s_works[before], n_before);
+        if (n_before >= 0 && before != now) mbarrier_arrive(rings.work.empty(before));
         n_before = n, before = now;
         if (Smem::kQStages == 1 && n == w.n_end - 1) load_q(p, w, rings, s_base, q);
         if (n == n_look_ahead) {
@@ -238,7 +240,7 @@ struct AttentionFwdSm90 {
       if (!kPlain && pending) {
         if constexpr (kInTurn) barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
         write_output(output_of(p, s_works[done.stage], tile_row), s_base, tile_row, r_out[0], out_scale, lse);
-        release(rings.work.empty(done.stage));
+        mbarrier_arrive(rings.work.empty(done.stage));
         done.advance();
       }
       if (!v_here) rings.v.wait_full(v);

@@ -68,8 +68,7 @@ struct AttentionScheduleSm90 {
         w.steps[consumer] = steps_in(w, consumer, skipped);
         skipped = w.steps[consumer].skip_after;
       }
-      __syncwarp();
-      if (lane_id() == 0) mbarrier_arrive(ring.full(works.stage));
+      mbarrier_arrive(ring.full(works.stage));
     }
     finish_counting(p);
   }
