@@ -107,9 +107,9 @@ struct BoundedSoftcapExponent {
     const bool upper_end = !masked && softcap >= kWideCap && min(rows[0], rows[1]) > 0;  // is all that counts: rows have positive scores
     return __all_sync(0xffffffffu, upper_end && __int_as_float(max(rows[0], rows[1])) * to_tanh <= kShort);
   }
-  // Whether all arguments are at most kLong, of whatever sign.
+  // The largest argument of the thread, of whatever sign.
   template <int kM, int kN>
-  FM_DEVICE bool all_long(const float (&r_s)[kM][kN][4]) const {
+  FM_DEVICE float largest(const float (&r_s)[kM][kN][4]) const {
     int most = 0;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -117,7 +117,7 @@ struct BoundedSoftcapExponent {
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) most = max(most, __float_as_int(r_s[m][n][e]) & 0x7fffffff);
-    return __all_sync(0xffffffffu, __int_as_float(most) * to_tanh <= kLong);
+    return __int_as_float(most) * to_tanh;
   }
 };
 
@@ -244,8 +244,11 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
     };
-    if (exponent.all_short(r_s, masked)) all([&](float s) { return exponent.below_short(s); });
-    else if (exponent.all_long(r_s)) all([&](float s) { return exponent.below_long(s); });
+    bool is_short = exponent.all_short(r_s, masked);
+    const float largest = is_short ? 0.f : exponent.largest(r_s);
+    is_short = is_short || __all_sync(0xffffffffu, largest <= exponent.kShort);
+    if (is_short) all([&](float s) { return exponent.below_short(s); });
+    else if (__all_sync(0xffffffffu, largest <= exponent.kLong)) all([&](float s) { return exponent.below_long(s); });
     else all([&](float s) { return exponent.below(s); });
   }
 
