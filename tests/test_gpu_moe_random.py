@@ -123,7 +123,7 @@ def place(arrays: dict[str, Any], where: dict[str, tuple[int, int]]) -> dict[str
 def cannot(name: str, where: dict[str, tuple[int, int]], error: FlashMoEError) -> bool:
     """Whether the Hopper kernel, asked for by name, says that some rows do not start at multiples of 16 bytes."""
     odd = any(n % 8 for moved in where.values() for n in moved)
-    return name == "grouped_gemm_sm90" and odd and isinstance(error, UnsupportedProblem)
+    return name == "grouped_gemm_sm90" and odd and isinstance(error, UnsupportedProblem) and "16 bytes" in str(error)
 
 
 def inside(shape: tuple[int, ...], like: Any, extra: int, at: int) -> tuple[Any, Any]:

@@ -291,7 +291,7 @@ class GroupedGemmSm90(GroupedGemm):
     # once; for many and few steps along k, where rows lie in order and w has one row for a column: consumers in turn
     # hide the output. benchmarks/NOTEBOOK.md has what was measured.
     wide, slim, plain = (128, 256, 64, 4, 2, False), (64, 128, 128, 4, 1, False), (128, 192, 64, 4, 2, True)
-    thin = (64, 64, 128, 4, 1, False)  # where slim ones would leave half of the multiprocessors without work
+    thin = (64, 64, 128, 4, 1, False)  # where slim ones leave half of the SMs without work; not yet measured
     slim_rows, plain_rows, plain_k = 96, 384, 1024
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
