@@ -386,7 +386,7 @@ struct AttentionFwdSm90 {
                                      int n) {
     if constexpr (kBounded) {
       const bool masked = !kPlain && !steps.whole(n);
-      softmax.exponentiate_bounded(r_s, Variant::exponent(p), masked, [&] {
+      softmax.exponentiate_bounded(r_s, Variant::exponent(p), [&] {
         if (masked) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN, 0.f);
       });
     } else {

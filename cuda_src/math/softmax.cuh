@@ -68,56 +68,47 @@ struct SoftcapExponent {
 
 // The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
 // products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for. Scores
-// are those of scaled queries: at 1 the argument of tanh lies between 0.6 and 1.2, and polynomials take no more than 1 for s^2. So below
-// the range they are made for they go on falling.
+// are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that whether all scores are below
+// takes one OR for two of them, half of what a maximum costs.
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
-  static constexpr float kShort = 0.2f;    // |argument| of tanh up to which two coefficients have a relative error of 3e-5
-  static constexpr float kLong = 0.6f;     // and four of 2e-6
-  static constexpr float kWideCap = 28.f;  // from here on what lies below -kShort is so small beside the rest that no error of it counts
+  static constexpr float kLong = 0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
 
   FM_DEVICE float natural(float) const { return 0.5f * softcap; }  // of what serves as the maximum
   FM_DEVICE float difference(float, float) const { return 0.f; }   // of two maxima
   FM_DEVICE float below(float s) const { return softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
-  FM_DEVICE float below_short(float s) const { return fmaf(s, fmaf(c_short[1], mul_sat_f32(s, s), c_short[0]), -0.5f * kLog2e * softcap); }
+  FM_DEVICE float below_short(float s) const { return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -0.5f * kLog2e * softcap); }
   FM_DEVICE float below_long(float s) const {
-    const float x = mul_sat_f32(s, s);
+    const float x = s * s;
     return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
   }
 
-  // Whether all arguments of tanh are at most kShort that are of a size to count. masked: the tile has scores that do not count.
+  // Whether two coefficients are enough for the scores of the warp. Four chains, or they would wait for themselves.
   template <int kM, int kN>
-  FM_DEVICE bool all_short(const float (&r_s)[kM][kN][4], bool masked) const {
-    // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative float is the largest. Two
-    // chains for each of the thread's two rows, or they would wait for themselves.
-    int high[4] = {0, 0, 0, 0};
+  FM_DEVICE bool all_short(const float (&r_s)[kM][kN][4]) const {
+    u32 bits[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          int& chain = high[n % 2 * 2 + e / 2];
-          chain = max(max(chain, __float_as_int(r_s[m][n][e])), __float_as_int(r_s[m][n][e + 1]));
-        }
-    const int rows[2] = {max(high[0], high[2]), max(high[1], high[3])};
-    const bool upper_end = !masked && softcap >= kWideCap && min(rows[0], rows[1]) > 0;  // is all that counts: rows have positive scores
-    return __all_sync(0xffffffffu, upper_end && __int_as_float(max(rows[0], rows[1])) * to_tanh <= kShort);
+        for (int e = 0; e < 4; e += 2) bits[n % 2 * 2 + e / 2] |= __float_as_uint(r_s[m][n][e]) | __float_as_uint(r_s[m][n][e + 1]);
+    constexpr u32 kTwoOrMore = 0x40000000;  // the highest bit of the exponent
+    return __all_sync(0xffffffffu, ((bits[0] | bits[1] | bits[2] | bits[3]) & kTwoOrMore) == 0);
   }
-  // The largest argument of the thread, of whatever sign.
   template <int kM, int kN>
-  FM_DEVICE float largest(const float (&r_s)[kM][kN][4]) const {
-    int most = 0;
+  FM_DEVICE bool all_long(const float (&r_s)[kM][kN][4]) const {
+    int most = 0;  // bits of positive floats compare as integers
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) most = max(most, __float_as_int(r_s[m][n][e]) & 0x7fffffff);
-    return __int_as_float(most) * to_tanh;
+    return __all_sync(0xffffffffu, __int_as_float(most) * to_tanh <= kLong);
   }
 };
 
@@ -232,7 +223,7 @@ struct OnlineSoftmax {
   // The same where no maximum is subtracted. Scores that do not count are not -inf here, which would be out of every polynomial's range,
   // but what q k is; mask() makes their exponentials 0.
   template <int kN, class Mask>
-  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, bool masked, Mask&& mask) {
+  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, Mask&& mask) {
     auto all = [&](auto&& below) {
 #pragma unroll
       for (int n = 0; n < kN; ++n)
@@ -244,11 +235,8 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
     };
-    bool is_short = exponent.all_short(r_s, masked);
-    const float largest = is_short ? 0.f : exponent.largest(r_s);
-    is_short = is_short || __all_sync(0xffffffffu, largest <= exponent.kShort);
-    if (is_short) all([&](float s) { return exponent.below_short(s); });
-    else if (__all_sync(0xffffffffu, largest <= exponent.kLong)) all([&](float s) { return exponent.below_long(s); });
+    if (exponent.all_short(r_s)) all([&](float s) { return exponent.below_short(s); });
+    else if (exponent.all_long(r_s)) all([&](float s) { return exponent.below_long(s); });
     else all([&](float s) { return exponent.below(s); });
   }
 

@@ -38,12 +38,6 @@ __device__ __forceinline__ float cvt_f32_f16(unsigned short bits) {
   return y;
 }
 
-// The product, or the nearer end of 0 .. 1.
-__device__ __forceinline__ float mul_sat_f32(float a, float b) {
-  float y;
-  asm("mul.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
 // From sm_90 on.
 __device__ __forceinline__ unsigned mul_rn_bf16x2(unsigned a, unsigned b) {
   unsigned y;

@@ -18,18 +18,30 @@ _TANH = {
     UNBOUNDED: (0.99999946, -0.33326318, 0.13190296, -0.0444022),  # relative error 6e-7 up to u = 0.5
     BOUNDED: (0.99999785, -0.33314044, 0.13057898, -0.0409302),  # 2e-6 up to 0.6
 }
-_TANH_SHORT = (0.9999738, -0.32807637)  # 3e-5 up to 0.2
+_MOST_SHORT = 0.3  # |argument| of tanh below which BOUNDED may take two coefficients ...
+_SHORT_ERROR = 8e-4  # ... and the largest error of an exponent that they may make
 
 
 def variant(softmax_scale: float, softcap: float, bf16: bool) -> str:
     """The variant for a positive scale and a softcap."""
-    scaled = _query_scale(softmax_scale / softcap) if softmax_scale / softcap > 0 else 0.0
+    scaled = _query_scale(softmax_scale / softcap, softcap) if softmax_scale / softcap > 0 else 0.0
     return BOUNDED if bf16 and softcap <= _MOST and 2.0**-24 <= scaled <= 1.0 else UNBOUNDED
 
 
-def _query_scale(to_tanh: float) -> float:
-    """The power of two that brings scores of 1 to an |argument| of tanh in (0.6, 1.2]."""
-    return float(2.0 ** min(max(math.ceil(math.log2(to_tanh / 1.2)), -1000), 1000))
+def _query_scale(to_tanh: float, softcap: float) -> float:
+    """The power of two that brings scores of 2 to the largest |argument| of tanh that two coefficients serve.
+
+    They leave u^5 / 60 of tanh(u) at the end of their range (2 u^5 / 15, of which a best line in u^2 leaves an eighth).
+    """
+    most = min(_MOST_SHORT, (_SHORT_ERROR * 60 * math.log(2) / softcap) ** 0.2)
+    return float(2.0 ** min(max(math.ceil(math.log2(2 * to_tanh / most)), -1000), 1000))
+
+
+def _tanh_short(end: float) -> tuple[float, float]:
+    """tanh(u) / u up to u = end as a line in u^2: parallel to the chord, halfway to what lies farthest below it."""
+    first, last, middle = 1.0, math.tanh(end) / end, math.tanh(end * 0.5**0.5) / (end * 0.5**0.5)
+    sag = ((first + last) / 2 - middle) / 2
+    return first - sag, (last - first) / end**2
 
 
 def fields(kind: str, softmax_scale: float, softcap: float) -> dict[str, float]:
@@ -37,12 +49,12 @@ def fields(kind: str, softmax_scale: float, softcap: float) -> dict[str, float]:
     to_tanh, query_scale = 0.0, 0.0
     capped, short = [0.0] * 4, [0.0] * 2
     if kind in VARIANTS:
-        query_scale = _query_scale(softmax_scale / softcap) if kind == BOUNDED else 1.0
+        query_scale = _query_scale(softmax_scale / softcap, softcap) if kind == BOUNDED else 1.0
         scale = softmax_scale / query_scale  # of the scores of scaled queries
         to_tanh = float32(scale / softcap)
         capped, short = (
             [float32(c * scale / math.log(2) * to_tanh ** (2 * k)) for k, c in enumerate(tanh)]
-            for tanh in (_TANH[kind], _TANH_SHORT)
+            for tanh in (_TANH[kind], _tanh_short(2 * to_tanh) if kind == BOUNDED else (0.0, 0.0))
         )
     return {
         "to_tanh": to_tanh,

@@ -16,7 +16,6 @@ inline unsigned cvt_rn_f16x2_f32(float high, float low) {
 }
 inline float cvt_f32_f16(unsigned short bits) { return emu::half_to_float(bits); }
 
-inline float mul_sat_f32(float a, float b) { return fminf(fmaxf(a * b, 0.f), 1.f); }
 inline unsigned mul_rn_bf16x2(unsigned a, unsigned b) {
   const auto one = [](unsigned x, unsigned y) { return emu::float_to_bfloat(__uint_as_float(x << 16) * __uint_as_float(y << 16)); };
   return static_cast<unsigned>(one(a >> 16, b >> 16)) << 16 | one(a, b);
