@@ -139,7 +139,8 @@ def shared(dtype: str) -> list[MoECase]:
         for t, s, gate, form in kinds
     ]  # fmt: skip
     wide = (MoECase(40, 8, 8, 3, 2, dtype, shared=34000, shared_gate="float32"),)  # many tiles of few rows
-    return [*found, *wide, MoECase(1, 72, 40, 1, 1, dtype, shared=64, sentinels=1.0)]
+    some = (MoECase(t, 72, 40, 5, 2, dtype, shared=200, shared_gate="same") for t in (130, 131))
+    return [*found, *wide, *some, MoECase(1, 72, 40, 1, 1, dtype, shared=64, sentinels=1.0)]
 
 
 def on_input(dtype: str) -> list[MoECase]:

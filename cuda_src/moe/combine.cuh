@@ -29,19 +29,20 @@ struct MoeCombine {
   FM_DEVICE static void add_rows(const MoeCombineParams& p, i64 t, int chunk) {
     float sum[kPerChunk] = {};
     for (int first = 0; first < p.top_k; first += kTogether) {
-      uint4 words[kTogether];
+      int row[kTogether];
       float weight[kTogether];
+      uint4 words[kTogether];
+      // All loads of a kind are under way before one of them is waited for.
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) row[j] = first + j < p.top_k ? p.inverse_indices[t * p.top_k + first + j] : -1;
+      load_weights(p, t, first, weight);
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        const int k = first + j, row = k < p.top_k ? p.inverse_indices[t * p.top_k + k] : -1;
-        weight[j] = 0.f;
         words[j] = make_uint4(0, 0, 0, 0);
-        if (row < 0) continue;
-        words[j] = reinterpret_cast<const uint4*>(static_cast<const Element*>(p.y) + static_cast<i64>(row) * p.columns)[chunk];
-        weight[j] = p.topk_weights == nullptr ? 1.f : load_float(p.topk_weights, t * p.weights_stride_t + k * p.weights_stride_k, p.weights_dtype);
+        if (row[j] >= 0) words[j] = reinterpret_cast<const uint4*>(static_cast<const Element*>(p.y) + static_cast<i64>(row[j]) * p.columns)[chunk];
       }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) add(sum, words[j], weight[j]);
+      for (int j = 0; j < kTogether; ++j) add(sum, words[j], row[j] >= 0 ? weight[j] : 0.f);
     }
     if (p.shared != nullptr) {
       const float gate = p.shared_gate == nullptr ? 1.f : load_float(p.shared_gate, t * p.shared_gate_stride, p.gate_dtype);
@@ -49,6 +50,24 @@ struct MoeCombine {
     }
     Element* g_out = static_cast<Element*>(p.out) + t * p.out_stride + chunk * kPerChunk;
     write(g_out, sum, p.aligned != 0);
+  }
+
+  FM_DEVICE static void load_weights(const MoeCombineParams& p, i64 t, int first, float (&weight)[kTogether]) {
+    auto load = [&](int dtype) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+        weight[j] = first + j < p.top_k ? load_float(p.topk_weights, t * p.weights_stride_t + (first + j) * p.weights_stride_k, dtype) : 0.f;
+    };
+    if (p.topk_weights == nullptr) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) weight[j] = 1.f;
+    } else if (p.weights_dtype == kFP32) {
+      load(kFP32);
+    } else if (p.weights_dtype == kBF16) {
+      load(kBF16);
+    } else {
+      load(kFP16);
+    }
   }
 
   FM_DEVICE static void add(float (&sum)[kPerChunk], const uint4& words, float weight) {

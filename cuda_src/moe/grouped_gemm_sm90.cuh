@@ -15,7 +15,8 @@
 // half and sends it to both (moe/schedule.cuh says what they do at the end of a group).
 //
 // The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for it before anything else,
-// or, where that grid only makes x (p.early), between its first weights and its first rows.
+// or, where that grid only makes x (p.early), between its first weights and its first rows. Where it makes the groups, too, it lets L2
+// fetch the first weights of a guess (p.guess): what each block needs if every group has one tile of rows.
 #pragma once
 #include "moe/activation.cuh"
 #include "moe/params.cuh"
@@ -81,6 +82,7 @@ struct GroupedGemmSm90 {
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
       rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster), rings.works.init(32, 1 + 32 * kGatherWarps + 128 * kConsumers);  // all who write or read a tile's record
       fence_mbarrier_init();
+      if (p.guess) prefetch_w(p);
     }
     meet();
     if (kGather || !p.early) griddepcontrol_wait();
@@ -178,6 +180,14 @@ struct GroupedGemmSm90 {
         if (kCluster == 1 || tile.apart) tma_load_4d(s_half, p.w_map, rings.steps.full(stage), policy, k, which, row, tile.group);
         else if (half == rank) tma_load_4d_multicast(s_half, p.w_map, rings.steps.full(stage), 3, policy, k, which, row, tile.group);
       }
+  }
+
+  FM_DEVICE static void prefetch_w(const Params& p) {
+    const int rank = kCluster > 1 ? cluster_ctarank() : 0, per_group = div_up(p.n_blocks, kCluster), index = blockIdx.x / kCluster;
+    const int group = index / per_group, col = (index % per_group * kCluster + rank) * kColumns;
+    if (group >= p.groups || col >= p.n) return;
+    for (int k = 0; k < min(kStages * kBlockK, p.k); k += 64)
+      for (int half = 0; half < 2; ++half) tma_prefetch_4d(p.w_map, k, kGated ? half : 0, kGated ? col : col + half * (kBlockN / 2), group);
   }
 
   // ---- gathering ----

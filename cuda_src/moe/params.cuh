@@ -103,8 +103,9 @@ struct GroupedGemmParams {
   int group_stride, x_skip;                // rows from group to group, in out; how many more they are in x
   int assignments, top_k, ids, ids_wide;   // of topk_ids
   int early;                               // the rows of a group are known before the kernel that runs before this one has ended
+  int guess;                               // they are not, but probably every group has one tile of rows
 };
-static_assert(sizeof(GroupedGemmParams) == 22 * 8 + 22 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(GroupedGemmParams) == 22 * 8 + 24 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct GroupedGemmSm90Params : GroupedGemmParams {
   alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered

@@ -58,6 +58,11 @@ FM_DEVICE void tma_load_5d(u32 s_target, const TensorMap& map, u32 s_barrier, u6
       : "memory");
 }
 
+// The box into L2 only: a hint.
+FM_DEVICE void tma_prefetch_4d(const TensorMap& map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
 // The same box to the same place in every block of the cluster whose bit is set, each of whose barriers is told of all its bytes.
 FM_DEVICE void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64 policy, int c0, int c1) {
   asm volatile(

@@ -29,7 +29,7 @@ POINTERS = (
     "inverse_indices",
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(POINTERS)}Q")
-_TAIL = struct.Struct("11q12i2f8i")
+_TAIL = struct.Struct("11q12i2f9i4x")
 
 
 class Product(NamedTuple):
@@ -222,12 +222,17 @@ class GroupedGemm(ABC):
             _ACTIVATIONS.index(p.activation), *code, int(aligned),
             p.alpha, p.limit,
             max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip,
-            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early),
+            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), int(_guess(p, config)),
         )  # fmt: skip
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
         """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
         return ()
+
+
+def _guess(p: Product, config: GemmConfig) -> bool:
+    """Whether nearly every group has one tile of rows. The kernel may fetch weights before it knows."""
+    return not p.early and p.few is None and 1 <= p.expected <= config.block_m * config.cluster * 0.75
 
 
 def _ids(p: PermuteProblem) -> tuple[int, int, int, int]:
@@ -287,12 +292,15 @@ class GroupedGemmSm90(GroupedGemm):
     params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
     params_align = 128
 
-    # (block_m, block_n, block_k, stages, cluster, ping_pong). For many rows of a group; for few, whose weights travel
-    # once; for many and few steps along k, where rows lie in order and w has one row for a column: consumers in turn
-    # hide the output. benchmarks/NOTEBOOK.md has what was measured.
-    wide, slim, plain = (128, 256, 64, 4, 2, False), (64, 128, 128, 4, 1, False), (128, 192, 64, 4, 2, True)
-    thin = (64, 64, 128, 4, 1, False)  # where slim ones leave half of the SMs without work; not yet measured
-    slim_rows, plain_rows, plain_k = 96, 384, 1024
+    # (block_m, block_n, block_k, stages, cluster, ping_pong), by rows of a group on average: few, whose weights travel
+    # once; up to two tiles of 64, which share their weights; one or two of 128, one consumer for each; many.
+    slim, pair = (64, 128, 128, 4, 1, False), (64, 128, 128, 4, 2, False)
+    turns, wide = (128, 128, 64, 6, 2, True), (128, 256, 64, 4, 2, False)
+    slim_rows, pair_rows, turns_rows = 32, 96, 144
+    # And where rows lie in order and w has one row for a column: so few tiles that slim ones leave half of the SMs
+    # without work; many rows and few steps along k, where consumers in turn hide the output.
+    thin, plain = (64, 64, 128, 6, 1, False), (128, 192, 64, 4, 2, True)
+    plain_rows, plain_k = 384, 1024  # benchmarks/NOTEBOOK.md has what was measured
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
@@ -300,7 +308,7 @@ class GroupedGemmSm90(GroupedGemm):
         return [
             GemmSm90Config(element, *tile, gather, gated)
             for element in ("bf16", "fp16")
-            for tile in (self.wide, self.slim)
+            for tile in (self.slim, self.pair, self.turns, self.wide)
             for gather in (False, True)
             for gated in (False, True)
         ] + [GemmSm90Config(e, *tile, False, False) for e in ("bf16", "fp16") for tile in (self.thin, self.plain)]
@@ -334,12 +342,15 @@ class GroupedGemmSm90(GroupedGemm):
         self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> GemmSm90Config:  # fmt: skip
         p = product
-        if p.fixed or p.expected > self.slim_rows:
+        simple = not p.gather and not p.gated
+        if p.fixed or p.expected > self.turns_rows:
             many = not p.fixed and p.expected >= self.plain_rows and p.k <= self.plain_k
-            tile = self.plain if many and not p.gather and not p.gated else self.wide
+            tile = self.plain if many and simple else self.wide
+        elif p.expected > self.slim_rows:
+            tile = self.pair if p.expected <= self.pair_rows else self.turns
         else:
             few = 2 * self.tiles(p, GemmSm90Config(p.dtype.cuda, *self.slim, p.gather, p.gated)) <= sms
-            tile = self.thin if few and not p.gather and not p.gated else self.slim
+            tile = self.thin if few and simple else self.slim
         return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated)
 
     def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
@@ -355,7 +366,7 @@ class GroupedGemmSm90(GroupedGemm):
         halves = 2 if p.gated else 1
         w = (stride(halves, p.w_stride_half), stride(p.n, w_n), stride(p.groups, w_e))
         out = (16, stride(p.rows, p.out_stride), 16)
-        promotion = 256 if config.block_m == 64 else 128  # whole rows of weights come from memory, none from L2
+        promotion = 128 if config.block_n > 128 else 256  # few rows: weights come from memory, in longer pieces
         return (
             TensorMap(p.dtype, (p.k, p.rows_x), (stride(p.rows_x, p.x_stride),), (64, config.block_m)),
             TensorMap(p.dtype, (p.k, halves, p.n, p.groups), w, (64, 1, config.block_n // 2, 1), promotion),

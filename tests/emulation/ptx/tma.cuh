@@ -31,6 +31,7 @@ inline void tma_load_4d(u32 s_target, const TensorMap& map, u32 s_barrier, u64, 
 inline void tma_load_5d(u32 s_target, const TensorMap& map, u32 s_barrier, u64, int c0, int c1, int c2, int c3, int c4) {
   tma_load(s_target, map, s_barrier, 0, c0, c1, c2, c3, c4);
 }
+inline void tma_prefetch_4d(const TensorMap& map, int, int, int, int) { emu::tma_check(&map, 0); }
 inline void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64, int c0, int c1) {
   tma_load(s_target, map, s_barrier, blocks, c0, c1);
 }
