@@ -186,7 +186,7 @@ struct GroupedGemmSm90 {
     const int rank = kCluster > 1 ? cluster_ctarank() : 0, per_group = div_up(p.n_blocks, kCluster), index = blockIdx.x / kCluster;
     const int group = index / per_group, col = (index % per_group * kCluster + rank) * kColumns;
     if (group >= p.groups || col >= p.n) return;
-    for (int k = 0; k < min(kStages * kBlockK, p.k); k += 64)
+    for (int k = 0; k < min(p.guess, p.k); k += 64)
       for (int half = 0; half < 2; ++half) tma_prefetch_4d(p.w_map, k, kGated ? half : 0, kGated ? col : col + half * (kBlockN / 2), group);
   }
 

@@ -103,7 +103,7 @@ struct GroupedGemmParams {
   int group_stride, x_skip;                // rows from group to group, in out; how many more they are in x
   int assignments, top_k, ids, ids_wide;   // of topk_ids
   int early;                               // the rows of a group are known before the kernel that runs before this one has ended
-  int guess;                               // they are not, but probably every group has one tile of rows
+  int guess;                               // they are not, but probably every group has one tile of rows: so much of w along k goes to L2
 };
 static_assert(sizeof(GroupedGemmParams) == 22 * 8 + 24 * 4, "the packer of plan/moe.py counts on this layout");
 

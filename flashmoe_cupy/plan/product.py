@@ -222,7 +222,7 @@ class GroupedGemm(ABC):
             _ACTIVATIONS.index(p.activation), *code, int(aligned),
             p.alpha, p.limit,
             max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip,
-            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), int(_guess(p, config)),
+            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), _guess(p, config),
         )  # fmt: skip
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
@@ -230,9 +230,12 @@ class GroupedGemm(ABC):
         return ()
 
 
-def _guess(p: Product, config: GemmConfig) -> bool:
-    """Whether nearly every group has one tile of rows. The kernel may fetch weights before it knows."""
-    return not p.early and p.few is None and 1 <= p.expected <= config.block_m * config.cluster * 0.75
+def _guess(p: Product, config: GemmConfig) -> int:
+    """So many elements of a row of weights may be fetched before the kernel knows the groups: if most have one tile."""
+    most = config.block_m * config.cluster * 0.75
+    if p.early or p.few is not None or config.block_n > 128 or not 1 <= p.expected <= most:
+        return 0
+    return 512 if p.expected < 8 else 1024  # 17 or 34 MB of an L2 of 50
 
 
 def _ids(p: PermuteProblem) -> tuple[int, int, int, int]:
