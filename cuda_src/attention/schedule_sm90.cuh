@@ -64,6 +64,7 @@ struct AttentionScheduleSm90 {
       ring.wait_empty(works);
       Work& w = s_works[works.stage];
       found = find_work(p, at, w);
+      __syncwarp();
       if (consumer < kConsumers) {
         w.steps[consumer] = steps_in(w, consumer, skipped);
         skipped = w.steps[consumer].skip_after;
@@ -91,11 +92,10 @@ struct AttentionScheduleSm90 {
   FM_DEVICE static bool find_work(const Params& p, Cursor& at, Work& w) {
     const u32 blocks = gridDim.x, heads = p.v_blocks * (p.heads_q >> p.pack_bits);
     const u32 index = next_index(p, at.round++);
-    w.n_end = 0;
     u32 group;  // v_block and head
     int seqlen_q;
     if (p.cu_seqlens_q == nullptr) {
-      if (index >= p.tiles) return false;
+      if (index >= p.tiles) return w.n_end = 0, false;
       const TileIndex place = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
       w.batch = place.group / heads, group = place.group % heads;
       w.m0 = place.m_block * kBlockM, w.q_row = w.m0 >> p.pack_bits, w.k_row = 0;
@@ -103,7 +103,7 @@ struct AttentionScheduleSm90 {
     } else {
       // Sequence by sequence, in each the last rows first and all heads of a row together.
       while (index >= at.tiles_seen) {
-        if (at.next_batch >= p.batch) return false;
+        if (at.next_batch >= p.batch) return w.n_end = 0, false;
         at.next_sequences(p);
       }
       const int lane = __popc(__ballot_sync(0xffffffffu, index >= at.end));
@@ -116,6 +116,7 @@ struct AttentionScheduleSm90 {
     w.head_k = w.head / p.heads_per_key;
     w.band.rows = seqlen_q << p.pack_bits, w.band.pack_bits = p.pack_bits;
     w.band.shift = w.band.cols - seqlen_q, w.band.left = p.window_left, w.band.right = p.window_right;
+    __syncwarp();  // lanes read what others have written
     // A tile that sees no key still takes one step, whose scores are all masked.
     w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
     w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);

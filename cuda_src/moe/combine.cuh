@@ -17,7 +17,7 @@ struct MoeCombine {
   static constexpr int kTogether = 8;  // rows under way
 
   FM_DEVICE static void run(const MoeCombineParams& p) {
-    start_with_next_grid();
+    start_after_last_grid();
     const int chunks = p.columns / kPerChunk;
     const i64 work = static_cast<i64>(p.tokens) * chunks;
     for (i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; i < work; i += static_cast<i64>(gridDim.x) * kThreads) {

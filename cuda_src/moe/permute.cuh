@@ -38,7 +38,7 @@ struct MoePermuteCount : MoePermute {
   };
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
-    start_with_next_grid();
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     int* s_count = reinterpret_cast<int*>(smem);
     const int thread = static_cast<int>(threadIdx.x);
@@ -73,7 +73,7 @@ struct MoePermutePlace : MoePermute {
     int* s_mine = s_next + warp * kWindow;
     const Stretch mine{first_of(p, warp), min(first_of(p, warp + 1), static_cast<i64>(p.assignments))};
     clear_counts(s_next);
-    start_with_next_grid();
+    start_after_last_grid();
     const Chunk first(p, mine, mine.begin);  // nearly always all that a warp has
     int placed = 0;                          // assignments of all windows before
     for (int window = 0; window < p.experts; window += kWindow) {

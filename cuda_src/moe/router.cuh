@@ -45,7 +45,7 @@ struct MoeRouter {
   };
 
   FM_DEVICE static void run(const MoeRouterParams& p) {
-    start_with_next_grid();
+    start_after_last_grid();
     Sums sums = {};
     if constexpr (!kStats) {  // tokens_per_block is kWarps, and without a loop nothing is computed before it is needed
       const int t = static_cast<int>(blockIdx.x) * kWarps + warp_id();
@@ -292,7 +292,7 @@ struct MoeRouterStats {
   };
 
   FM_DEVICE static void run(const MoeRouterStatsParams& p) {
-    start_with_next_grid();
+    start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     float* s_probability = reinterpret_cast<float*>(smem + Smem::kProbability);
     int* s_count = reinterpret_cast<int*>(smem + Smem::kCount);
@@ -332,7 +332,7 @@ struct MoeCapacity {
   static constexpr int kThreads = 256;
 
   FM_DEVICE static void run(const MoeCapacityParams& p) {
-    start_with_next_grid();
+    start_after_last_grid();
     const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
     if (i >= p.assignments) return;
     const int e = p.topk_ids[i];

@@ -46,10 +46,5 @@ FM_DEVICE void start_after_last_grid() {
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
 }
-// Where the next grid waits for this one before it reads anything: it may be there as early as it can.
-FM_DEVICE void start_with_next_grid() {
-  griddepcontrol_launch_dependents();
-  griddepcontrol_wait();
-}
 
 }  // namespace fm

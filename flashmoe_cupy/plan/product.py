@@ -235,7 +235,7 @@ def _guess(p: Product, config: GemmConfig) -> int:
     most = config.block_m * config.cluster * 0.75
     if p.early or p.few is not None or config.block_n > 128 or not 1 <= p.expected <= most:
         return 0
-    return 512 if p.expected < 8 else 1024  # 17 or 34 MB of an L2 of 50
+    return 256  # 8.6 MB in all; benchmarks/NOTEBOOK.md
 
 
 def _ids(p: PermuteProblem) -> tuple[int, int, int, int]:

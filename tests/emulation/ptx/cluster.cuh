@@ -12,6 +12,5 @@ inline void mbarrier_arrive_cluster(u32 cluster_address) { emu::mbarrier_arrive(
 inline void griddepcontrol_wait() { emu::may_pause(); }
 inline void griddepcontrol_launch_dependents() {}
 inline void start_after_last_grid() { griddepcontrol_wait(); }
-inline void start_with_next_grid() { griddepcontrol_wait(); }
 
 }  // namespace fm
