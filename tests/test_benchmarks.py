@@ -321,7 +321,8 @@ def test_host_time_is_of_one_call_and_drains_the_queue() -> None:
         calls.append(i)
         time.sleep(0.002)
 
-    assert 2000 <= host_microseconds(Spy(), call, calls=9, batch=4) < 20000
+    lowest, median = host_microseconds(Spy(), call, calls=9, batch=4)
+    assert 2000 <= lowest <= median < 20000
     assert calls == list(range(9)) and drained == [0, 4, 8, 9]
 
 
