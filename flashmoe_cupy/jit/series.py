@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import BuiltinMethodType
 from typing import Any, NamedTuple
 
@@ -28,8 +29,11 @@ _call: Any = None  # cuLaunchKernelEx
 class _Own(NamedTuple):
     """One launch in one thread."""
 
+    pack: Callable[..., None]  # stores the pointers, at the start of Params
+    view: memoryview  # Params
+    pick: Callable[[Sequence[int]], tuple[int, ...]]  # the pointers out of the table of addresses
     words: memoryview  # Params in words of 8 bytes
-    moves: tuple[tuple[int, int], ...]  # (word, place in the table of addresses)
+    maps: tuple[tuple[int, int], ...]  # (word in a tensor map, place in the table of addresses)
     config: Any
     config_address: int
     function: int
@@ -73,10 +77,12 @@ class Series:
             for one in own:
                 _STREAM.pack_into(one.config, _STREAM_AT, stream)
             local.stream = stream
-        for words, moves, _, config, function, parameters, _ in own:
-            for word, place in moves:
+        call = _call
+        for pack, view, pick, words, maps, _, config, function, parameters, _ in own:
+            pack(view, 0, *pick(table))
+            for word, place in maps:
                 words[word] = table[place]
-            code = _call(config, function, parameters, None)
+            code = call(config, function, parameters, None)
             if code:
                 raise FlashMoEError(f"the driver refuses a launch (error {code})")
 
@@ -96,9 +102,10 @@ class Series:
         _CONFIG.pack_into(
             config, 0, one.grid, 1, 1, one.threads, 1, 1, one.smem, 0, ctypes.addressof(attribute), int(one.early)
         )
-        moves = [(i, place) for i, place in enumerate(places) if place]
-        moves += [(word, places[index]) for word, index in one.maps]
+        maps = tuple([(word, places[index]) for word, index in one.maps])
+        # One place alone would come without a tuple around it: a slice of one stands for it.
+        pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
         return _Own(
-            view.cast("Q"), tuple(moves), config, ctypes.addressof(config), one.function, ctypes.addressof(array),
-            (storage, array, attribute),
+            struct.Struct(f"{len(places)}Q").pack_into, view, pick, view.cast("Q"), maps,
+            config, ctypes.addressof(config), one.function, ctypes.addressof(array), (storage, array, attribute),
         )  # fmt: skip
