@@ -17,7 +17,7 @@ from flashmoe_cupy import _env, arrays, dtypes
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.plans import for_jax, is_jax
-from flashmoe_cupy.ops.quick import Quick, find
+from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
@@ -79,11 +79,16 @@ def flash_attention(
     if sinks is None and alibi_slopes is None and bias is None and out is None:
         quick = find(type(q))
         if quick is not None:
+            wanted = (causal, window_size, softmax_scale, softcap, layout, return_lse)
+            plan = _recent.find((q, k, v), wanted)
+            if plan is not None:
+                return plan.run_quick(quick, q, k, v)
             short = quick.key(q, k, v)
             if short is not None:
-                options = (short, causal, window_size, softmax_scale, softcap, layout, return_lse)
+                options = (short, wanted)
                 plan = _find(options)
                 if plan is not None:
+                    _recent.note(quick, (q, k, v), wanted, plan)
                     return plan.run_quick(quick, q, k, v)
     if is_jax(q):
         return for_jax().flash_attention(
@@ -147,6 +152,26 @@ def flash_attention_varlen(
     no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
     Raises as `flash_attention` does.
     """
+    options = short = None
+    if seqused_q is None and seqused_k is None and sinks is None and alibi_slopes is None and out is None:
+        quick = find(type(q))
+        if quick is not None:
+            # A guard wants each array once, and very often the two are one.
+            one = cu_seqlens_q is cu_seqlens_k
+            given = (q, k, v, cu_seqlens_q) if one else (q, k, v, cu_seqlens_q, cu_seqlens_k)
+            wanted = one, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale, softcap, return_lse
+            plan = _recent.find(given, wanted)
+            if plan is None:
+                short = quick.keys(given)
+                if short is not None:
+                    options = (short, wanted)
+                    plan = _find(options)
+                    if plan is not None:
+                        _recent.note(quick, given, wanted, plan)
+            if plan is not None and plan.last is not None and plan.last.clears:
+                found = plan.run_quick(quick, q, k, v, quick.pointer(cu_seqlens_q), quick.pointer(cu_seqlens_k))
+                if found is not None:
+                    return found
     if is_jax(q):
         return for_jax().flash_attention_varlen(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
@@ -175,6 +200,8 @@ def flash_attention_varlen(
             softcap=softcap, sinks=vs, alibi_slopes=va, out=vo,
         )  # fmt: skip
         plan = _remember(key, _Plan(problem, vq, "packed", bool(return_lse), vo is None))
+    if short is not None and vq.device >= 0:
+        _remember(options, plan)
     return plan.run(vq, vk, vv, vo, (None, va, vs, cq, ck, uq, uk), out)
 
 
@@ -206,8 +233,8 @@ class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
     __slots__ = (
-        "aligned", "clear_rest", "empty_output", "last", "lse_shape", "out_shape", "out_strides", "problem", "ready",
-        "return_lse", "swap",
+        "aligned", "clear_rest", "empty_output", "last", "lse_shape", "lse_strides", "out_shape", "out_strides",
+        "problem", "ready", "return_lse", "swap",
     )  # fmt: skip
 
     def __init__(
@@ -226,7 +253,7 @@ class _Plan:
         elif self.swap:
             self.out_shape = (p.batch, p.heads_q, p.seqlen_q, p.head_dim_v)
         self.empty_output = 0 in self.out_shape or 0 in (p.batch, p.seqlen_q)
-        self.out_strides = row_major(self.out_shape)
+        self.out_strides, self.lse_strides = row_major(self.out_shape), row_major(self.lse_shape)
         self.ready: dict[tuple[int, bool], Launch] = {}
         self.last: Launch | None = None  # the aligned launch of the device that was used last
         self.aligned = False
@@ -261,19 +288,26 @@ class _Plan:
                 arrays.keep_until_done([q, k, v, *[x for x in optional if x is not None]])
         return (out, lse) if self.return_lse else out
 
-    def run_quick(self, quick: Quick, q: Any, k: Any, v: Any) -> Any:
-        """`run` for plain GPU arrays whose key was seen before."""
+    def run_quick(self, quick: Quick, q: Any, k: Any, v: Any, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0) -> Any:
+        """`run` for plain GPU arrays whose key was seen before, packed sequences (whose pointers come) among them.
+
+        None: rows of no sequence have to be cleared first, which is for the long way.
+        """
         pointer = quick.pointer
         device = quick.device(q)
         out = quick.empty(device, self.out_shape, self.out_strides, q.dtype)
         lse, lse_pointer = None, 0
         if self.return_lse:
-            lse = quick.empty(device, self.lse_shape, (*self.problem.lse_strides, 1), quick.float32)
+            lse = quick.empty(device, self.lse_shape, self.lse_strides, quick.float32)
             lse_pointer = pointer(lse)
         if not self.empty_output:
-            pointers = (pointer(q), pointer(k), pointer(v), pointer(out), lse_pointer, 0, 0, 0, 0, 0, 0, 0)
+            pointers = (
+                pointer(q), pointer(k), pointer(v), pointer(out), lse_pointer, 0, 0, 0, cu_seqlens_q, cu_seqlens_k, 0, 0
+            )  # fmt: skip
             ready = self.last
             if ready is None or ready[0] != device or (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15:
+                if self.clear_rest:
+                    return None
                 self.launch(device, quick.stream(device), pointers)
             else:
                 _launch(ready, pointers, quick.stream(device))
@@ -317,6 +351,7 @@ class _Plan:
 _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
 _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
+_recent = Recent()
 kernels.forget.append(_plans.clear)
 _warned: set[str] = set()  # configurations and reasons whose slowness was mentioned
 _launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched

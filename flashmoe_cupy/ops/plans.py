@@ -14,7 +14,7 @@ from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops.quick import find
+from flashmoe_cupy.ops.quick import Recent, find
 from flashmoe_cupy.plan import kernels
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ Spec = tuple[tuple[int, ...], DType]  # shape and dtype of an output
 class Memory(Generic[Plan]):
     """The plans of one operation by the shapes, strides, dtypes and options of the calls that they serve."""
 
-    __slots__ = ("_lock", "_plans")
+    __slots__ = ("_lock", "_plans", "recent")
 
     def __init__(self) -> None:
+        self.recent = Recent()
         self._plans: dict[Any, Plan] = {}
         self._lock = threading.Lock()
         kernels.forget.append(self._plans.clear)
@@ -59,12 +60,21 @@ def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) 
     None for both where there is no short way.
     """
     quick = find(type(given[0]))
-    known = None if quick is None else quick.keys(given)
-    if quick is None or known is None:
+    if quick is None:
         return None, None
-    short = known, options, *map(type, options)
+    wanted = len(given), options, *map(type, options)
+    plan = memory.recent.find(given, wanted)
+    if plan is not None:
+        return None, plan.run_again(quick, given)
+    known = quick.keys(given)
+    if known is None:
+        return None, None
+    short = known, wanted
     plan = memory.find(short)
-    return short, None if plan is None else plan.run_again(quick, given)
+    if plan is None:
+        return short, None
+    memory.recent.note(quick, given, wanted, plan)
+    return short, plan.run_again(quick, given)
 
 
 def run_again(
@@ -77,7 +87,7 @@ def run_again(
     at multiples of 16 bytes. specs: shape, row-major strides and dtype of each output.
     """
     pointer, empty, device = quick.pointer, quick.empty, quick.device(given[0])
-    table = [0, *map(pointer, given), *[0] * absent]
+    table = [0, *map(pointer, given), *(0,) * absent]
     bits = 0
     for address in table[1 : rows + 1]:
         bits |= address

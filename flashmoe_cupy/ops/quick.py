@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from flashmoe_cupy.plan import kernels
+
 Key = tuple[Any, ...]
 Shape = tuple[int, ...]
 
@@ -28,6 +30,44 @@ class Quick(NamedTuple):
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
     graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
+    # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
+    guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
+
+
+class Recent:
+    """The plans of the last few calls, found by a guard: one look in C at all arrays, without making their key."""
+
+    __slots__ = ("_entries", "_guarded")
+    _MOST, _MOST_GUARDS, _MOST_PLANS = 4, 8, 4096
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}  # by options
+        self._guarded: dict[Any, int] = {}  # guards made for each plan: what always changes does without
+        kernels.forget.append(self.clear)
+
+    def find(self, given: tuple[Any, ...], options: Any) -> Any:
+        """The plan of a call on arrays like these with equal options, or None. options tell the number of arrays."""
+        try:
+            entries = self._entries.get(options, ())
+        except TypeError:  # an option that cannot be hashed: validation names it
+            return None
+        for guard, plan in entries:
+            if guard(*given):
+                return plan
+        return None
+
+    def note(self, quick: Quick, given: tuple[Any, ...], options: Any, plan: Any) -> None:
+        """Find this plan for such arrays from now on."""
+        made = self._guarded.get(plan, 0)
+        if made >= self._MOST_GUARDS or len(self._guarded) >= self._MOST_PLANS:
+            return
+        guard = quick.guard(given)
+        if guard is not None:
+            self._guarded[plan] = made + 1
+            self._entries[options] = ((guard, plan), *self._entries.get(options, ())[: self._MOST - 1])
+
+    def clear(self) -> None:
+        self._entries, self._guarded = {}, {}
 
 
 _known: dict[type, Quick | None] = {}
@@ -101,8 +141,29 @@ def _torch(torch: Any) -> Quick:
             return fast(shape, strides, dtype)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
+    guards_of = getattr(guards, "TensorGuards", None)  # what torch.compile asks whether its code fits the arguments
+
+    def guard(arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
+        if guards_of is None or forward_ad._current_level >= 0:
+            return None
+        try:
+            same = guards_of(*arrays, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        except (TypeError, ValueError):  # another version's
+            return None
+
+        want_gradients = any(x.requires_grad for x in arrays)  # which the guard compares, but not whether it counts
+
+        def check(*others: Any) -> bool:
+            if forward_ad._current_level >= 0 or (want_gradients and grad_enabled()):
+                return False
+            return bool(same(*others))
+
+        return check
+
     stream = torch._C._cuda_getCurrentRawStream
-    return Quick(key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream)
+    return Quick(
+        key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, guard=guard
+    )  # fmt: skip
 
 
 def _cupy(cupy: Any) -> Quick:

@@ -1,0 +1,110 @@
+"""The short way in for torch's arrays: which arrays count as like those of an earlier call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flashmoe_cupy.ops import quick
+from flashmoe_cupy.ops.quick import Quick, Recent
+from flashmoe_cupy.plan import kernels
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def access(monkeypatch: pytest.MonkeyPatch) -> Quick:
+    """torch's access as a build with CUDA has it; the arrays stay in host memory."""
+    for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
+        monkeypatch.setattr(torch._C, name, lambda *_: 0, raising=False)
+    return quick._torch(torch)
+
+
+@pytest.fixture
+def recent() -> Iterator[Recent]:
+    yield Recent()
+    kernels.forget.pop()
+
+
+class Subclass(torch.Tensor):  # type: ignore[misc, name-defined, unused-ignore]
+    pass
+
+
+def test_a_guard_knows_shapes_strides_dtypes_devices_and_kinds(access: Quick) -> None:
+    x, y = torch.rand(6, 8), torch.randint(0, 9, (6,), dtype=torch.int32)
+    guard = access.guard((x, y))
+    assert guard is not None and guard(x, y) and guard(torch.rand(6, 8), y + 1) and guard(torch.rand(9, 8)[2:8], y)
+    frozen = torch.nn.Parameter(torch.rand(6, 8), requires_grad=False)
+    others: dict[str, Any] = {
+        "shape": torch.rand(7, 8), "stride": torch.rand(8, 6).T, "dimensions": torch.rand(6, 8, 1),
+        "dtype": torch.rand(6, 8).double(), "device": torch.rand(6, 8, device="meta"), "nothing": None,
+        "subclass": torch.rand(6, 8).as_subclass(Subclass), "parameter": frozen, "library": torch.rand(6, 8).numpy(),
+        "gradient": torch.rand(6, 8, requires_grad=True), "sparse": torch.rand(6, 8).to_sparse(),
+        "negated": torch.complex(x, x).conj().imag,
+    }  # fmt: skip
+    for name, other in others.items():
+        assert not guard(other, y), name
+    with torch.autograd.forward_ad.dual_level():
+        assert not guard(x, y) and access.guard((x, y)) is None
+    with torch.inference_mode():
+        assert access.guard((x, y))(x, y)  # type: ignore[misc]
+
+
+def test_a_gradient_that_is_not_recorded_is_none(access: Quick) -> None:
+    x = torch.rand(3, requires_grad=True)
+    with torch.no_grad():
+        guard = access.guard((x,))
+        assert guard is not None and guard(x)
+    assert not guard(x)
+
+
+def test_recent_plans_are_found_by_arrays_and_options(access: Quick, recent: Recent) -> None:
+    x, y = torch.rand(3, 8), torch.rand(4, 8)
+    recent.note(access, (x,), (1, "a"), "first")
+    recent.note(access, (y,), (1, "a"), "second")
+    assert recent.find((x,), (1, "a")) == "first" and recent.find((torch.rand(4, 8),), (1, "a")) == "second"
+    assert recent.find((x,), (1, "b")) is None and recent.find((torch.rand(5, 8),), (1, "a")) is None
+    assert recent.find((x,), (1, [])) is None  # what cannot be hashed
+    for call in kernels.forget:
+        call()
+    assert recent.find((x,), (1, "a")) is None
+
+
+def test_what_always_changes_is_not_guarded_for_ever(access: Quick, recent: Recent) -> None:
+    made = []
+
+    def guard(arrays: tuple[Any, ...]) -> Any:
+        made.append(arrays)
+        return access.guard(arrays)
+
+    counting = access._replace(guard=guard)
+    for n in range(50):
+        recent.note(counting, (torch.rand(n + 1),), (1,), "plan")
+    assert len(made) == Recent._MOST_GUARDS and len(recent._entries[(1,)]) == Recent._MOST
+
+
+def test_guards_keep_no_array_alive(access: Quick) -> None:
+    import gc
+    import weakref
+
+    x, y = torch.rand(3), torch.rand(4)
+    guard, alive = access.guard((x, y)), weakref.ref(x)
+    del x
+    gc.collect()
+    assert alive() is None and guard is not None and guard(torch.rand(3), y)
+
+
+def test_without_torchs_guards_keys_decide(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", None)
+    x = torch.rand(3)
+    without = quick._torch(torch)
+    assert without.guard((x,)) is None and without.keys((x,)) == access.keys((x,))
+
+    def other_version(*_: Any) -> None:
+        raise ValueError("dynamic_dims_sizes")
+
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", other_version)
+    assert quick._torch(torch).guard((x,)) is None
