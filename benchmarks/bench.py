@@ -29,14 +29,27 @@ SCHEMA = 2  # 1: when there was no kernel beside the portable one
 
 
 class Effort(NamedTuple):
-    """How much is measured: rounds per case, microseconds of device work per sample, host calls."""
+    """How much is measured: rounds per case, microseconds of device work per sample and before one, host calls.
+
+    lead_us is for cases with references: a share of what the machine can do means something when the clock is what it
+    is under load for both, the library and the reference, and not the higher one of a device that was idle before.
+    """
 
     rounds: int = 15
     sample_us: float = 5000.0
     host_calls: int = 400
+    lead_us: float = 20000.0
+
+    def launches(self, microseconds: float) -> int:
+        """Launches of a sample, one of which takes so long."""
+        return max(2, min(200, round(self.sample_us / microseconds)))
+
+    def lead(self, microseconds: float) -> int:
+        """Launches before a sample."""
+        return max(1, min(400, round(self.lead_us / microseconds)))
 
 
-QUICK = Effort(rounds=5, sample_us=2000.0, host_calls=100)
+QUICK = Effort(rounds=5, sample_us=2000.0, host_calls=100, lead_us=2000.0)
 
 
 class Run:
@@ -74,6 +87,15 @@ class Timed(NamedTuple):
     run: Callable[[int], Any]
     calls: int
     again: Callable[[], Any]
+
+
+class Plan(NamedTuple):
+    """How samples of a library are taken: the arguments of `sample`."""
+
+    timed: Timed
+    launches: int
+    hold_us: float
+    lead: int
 
 
 C = TypeVar("C", bound=AnyCase)
@@ -141,7 +163,8 @@ class Bench(Generic[C, I]):
         for name in libraries:
             with self._guard(case, name, rows, ready):
                 self._first(case, name, sets, rows, ready, answers)
-        plans: dict[str, tuple[Timed, int, float]] = {}
+        plans: dict[str, Plan] = {}
+        references = self.references() if ready else {}
         self.timer.warm(15.0)
         for name in list(ready):
             with self._guard(case, name, rows, ready), ready[name].scope():
@@ -154,14 +177,15 @@ class Bench(Generic[C, I]):
                 hold = host if isinstance(self.timer, GpuTimer) and timed.calls == 1 and rough < 2.5 * host else 0.0
                 if timed.calls > 1:
                     rough = self.timer.sample(timed.run, 1) / timed.calls
-                launches = max(2, min(200, round(self.effort.sample_us / (rough * timed.calls))))
-                plans[name] = timed, launches, hold
+                launch_us = rough * timed.calls
+                lead = self.effort.lead(launch_us) if references and not hold else 1
+                plans[name] = Plan(timed, self.effort.launches(launch_us), hold, lead)
                 on_gpu = isinstance(self.timer, GpuTimer)
                 rows[name]["host_us"] = round(lowest, 3) if on_gpu else None
                 rows[name]["host_us_median"] = round(host, 3) if on_gpu else None
         samples: dict[str, list[float]] = {name: [] for name in ready}
-        references = self.references() if ready else {}
         rates: dict[str, list[float]] = {key: [] for key in references}
+        known = {} if self.common.dead else {key: self.timer.sample(one.run, 2) for key, one in references.items()}
         clocks: dict[str, int] = {}
         gc.collect()
         gc.disable()
@@ -169,12 +193,13 @@ class Bench(Generic[C, I]):
             for turn in range(self.effort.rounds):
                 order = list(ready)
                 for name in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
-                    timed, launches, hold = plans[name]
+                    timed, launches, hold, lead = plans[name]
                     with self._guard(case, name, rows, ready), ready[name].scope():
-                        samples[name].append(self.timer.sample(timed.run, launches, hold) / timed.calls)
+                        samples[name].append(self.timer.sample(timed.run, launches, hold, lead) / timed.calls)
                 if not self.common.dead:
-                    for key, reference in references.items():
-                        rates[key].append(reference.work / self.timer.sample(reference.run, 2))
+                    for key, one in references.items():
+                        launches, lead = self.effort.launches(known[key]), self.effort.lead(known[key])
+                        rates[key].append(one.work / self.timer.sample(one.run, launches, lead=lead))
                 if turn == self.effort.rounds // 2:
                     clocks = self.common.clocks.read()
                 if turn >= 2 and time.perf_counter() > deadline:
@@ -184,10 +209,11 @@ class Bench(Generic[C, I]):
         fields = {key: rounded(statistics.median(found)) for key, found in rates.items() if found}
         for name in list(ready):
             with self._guard(case, name, rows, ready), ready[name].scope():
-                timed, launches, _ = plans[name]
+                timed, launches, _, lead = plans[name]
                 rows[name] |= fields
                 rows[name] |= self.numbers(rows[name], samples[name])
-                rows[name] |= {"launches": launches, "calls": timed.calls, "input_sets": len(sets), "clocks": clocks}
+                rows[name] |= {"launches": launches, "lead": lead, "calls": timed.calls}
+                rows[name] |= {"input_sets": len(sets), "clocks": clocks}
                 # An error that moves between two calls on the same inputs is a race: check the later answer as well.
                 again = ready[name].as_torch(timed.again())
                 same = bool(again.equal(answers[name]))

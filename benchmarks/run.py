@@ -7,7 +7,8 @@ All libraries get the same random inputs. Each first computes the case into a po
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
 in turning order. Device microseconds: CUDA events around several launches, per launch, median of the rounds; inputs
 rotate when they would stay in the L2 cache. Host microseconds: processor time of one call while the queue is short.
-With few tokens a mixture of experts is timed as one CUDA graph of many calls, each with another set of weights.
+A mixture of experts is timed beside a dense matrix product and a big read; before each sample of a library, and of
+these two, 20 ms of the same go untimed. With few tokens it is one CUDA graph of many calls, each with other weights.
 """
 
 from __future__ import annotations

@@ -63,11 +63,16 @@ class GpuTimer:
     def synchronize(self) -> None:
         self.torch.cuda.synchronize(self.device)
 
-    def sample(self, run: Callable[[int], Any], launches: int, host_us: float = 0.0) -> float:
-        """Device microseconds of one call; host_us > 0: a waiting kernel holds the device until all is queued."""
+    def sample(self, run: Callable[[int], Any], launches: int, host_us: float = 0.0, lead: int = 1) -> float:
+        """Device microseconds of one call after `lead` untimed ones.
+
+        host_us > 0: a waiting kernel holds the device until all is queued. One call at least leads: the events never
+        see an idle device, nor the cache as another library left it. Many bring the clock to what it is under load.
+        """
         if host_us:
-            self.torch.cuda._sleep(int(2000 * min(20_000.0, 50.0 + 1.5 * host_us * (launches + 1))))
-        run(0)  # untimed: the events never see an idle device, nor the cache as another library left it
+            self.torch.cuda._sleep(int(2000 * min(20_000.0, 50.0 + 1.5 * host_us * (launches + lead))))
+        for i in range(1 - lead, 1):
+            run(i)
         self.start.record()
         for i in range(1, launches + 1):
             run(i)
@@ -117,7 +122,7 @@ class CpuTimer:
     def synchronize(self) -> None:
         return None
 
-    def sample(self, run: Callable[[int], Any], launches: int, host_us: float = 0.0) -> float:  # noqa: ARG002
+    def sample(self, run: Callable[[int], Any], launches: int, host_us: float = 0.0, lead: int = 1) -> float:  # noqa: ARG002
         start = time.perf_counter()
         for i in range(launches):
             run(i)

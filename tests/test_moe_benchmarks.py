@@ -246,6 +246,35 @@ def test_references_are_rates_of_the_machine() -> None:
 
 
 @pytest.mark.torch
+def test_libraries_and_references_are_sampled_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import run
+    from benchmarks.timing import CpuTimer, Reference
+
+    seen: dict[str, set[tuple[int, int]]] = {"library": set(), "reference": set()}
+
+    class Steady(CpuTimer):
+        """Every launch takes 400 us."""
+
+        def sample(self, run: Any, launches: int, host_us: float = 0.0, lead: int = 1) -> float:  # noqa: ARG002
+            run(0)
+            if launches > 2:
+                seen["reference" if run is known else "library"].add((launches, lead))
+            return 400.0
+
+        def references(self) -> dict[str, Reference]:
+            return {key: Reference(known, 1.0) for key in ("ceiling_tflops", "read_gbps")}
+
+    def known(i: int) -> int:
+        return i
+
+    monkeypatch.setattr(run, "CpuTimer", Steady)
+    arguments = ["--suite", "moe_smoke", "--device", "cpu", "--rounds", "2", "--libraries", OURS]
+    assert run.main(arguments) == 0
+    ceiling = {(5, 1), (9, 1)}  # of the process
+    assert seen["reference"] == {(12, 50)} and seen["library"] - ceiling <= {(12, 50)} and (12, 50) in seen["library"]
+
+
+@pytest.mark.torch
 def test_a_layer_that_does_not_fit_costs_its_case_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from benchmarks import moe_inputs, run
 
