@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from flashmoe_cupy.ops import quick
+from flashmoe_cupy.ops import plans, quick
 from flashmoe_cupy.ops.quick import Quick, Recent
 from flashmoe_cupy.plan import kernels
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.torch
 @pytest.fixture
 def access(monkeypatch: pytest.MonkeyPatch) -> Quick:
     """torch's access as a build with CUDA has it; the arrays stay in host memory."""
-    for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
+    for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream", "_cuda_isCurrentStreamCapturing"):
         monkeypatch.setattr(torch._C, name, lambda *_: 0, raising=False)
     return quick._torch(torch)
 
@@ -108,3 +110,37 @@ def test_without_torchs_guards_keys_decide(access: Quick, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", other_version)
     assert quick._torch(torch).guard((x,)) is None
+
+
+def test_small_workspaces_stay_with_their_stream() -> None:
+    recorded: set[int] = set()
+    made: list[Any] = []
+
+    def empty(device: int, shape: Any, strides: Any, dtype: Any) -> Any:
+        made.append(bytearray(shape[0]))
+        return made[-1]
+
+    def capturing(device: int, stream: int) -> bool:
+        return stream in recorded
+
+    quick: Any = SimpleNamespace(empty=empty, pointer=id, capturing=capturing, uint8=None, graph_pool=True)
+    scratch = plans.Scratch()
+    first = scratch.find(quick, 0, 5, 100)
+    assert scratch.find(quick, 0, 5, 60) is first and first[0] == 100 and first[1] == id(made[0])
+    assert scratch.find(quick, 0, 6, 100) is not first and scratch.find(quick, 1, 5, 100) is not first
+    larger = scratch.find(quick, 0, 5, 200)
+    assert larger[0] == 200 and scratch.find(quick, 0, 5, 100) is larger
+    big = plans.Scratch._MOST_BYTES + 1
+    assert scratch.find(quick, 0, 5, big)[0] == big and scratch.find(quick, 0, 5, 100) is larger
+    recorded.add(5)
+    alone = [scratch.find(quick, 0, 5, 100) for _ in range(2)]
+    assert alone[0] is not alone[1] and larger not in alone
+    recorded.clear()
+    elsewhere: list[Any] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(scratch.find(quick, 0, 5, 100)))
+    thread.start()
+    thread.join()
+    assert elsewhere[0] is not larger and scratch.find(quick, 0, 5, 100) is larger
+    for stream in range(100):
+        scratch.find(quick, 0, stream, 8)
+    assert len(scratch._kept) <= plans.Scratch._MOST_STREAMS

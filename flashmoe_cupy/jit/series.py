@@ -1,4 +1,4 @@
-"""Launches that always run one after the other: their parameters stay in memory, a call stores addresses only.
+"""Launches that always run one after the other: their parameters stay in memory, a call stores addresses that are new.
 
 `jit.launch.launch` writes a kernel's whole Params into one buffer; an operation of five kernels would do that five
 times in each call. Here every launch has a buffer of its own in every thread that uses it.
@@ -69,20 +69,24 @@ class Series:
 
     def _queue(self, table: Sequence[int], stream: int) -> None:
         local = self._local
-        try:
-            own, before = local.own, local.stream
-        except AttributeError:
-            own, before = local.own, _ = [self._make(*one) for one in self.launches], None
-        if before != stream:
-            for one in own:
+        if not hasattr(local, "own"):
+            local.own = [self._make(*one) for one in self.launches]
+            local.calls = [(one.config_address, one.function, one.parameters, None) for one in local.own]
+            local.stream = local.table = None
+        if local.stream != stream:
+            for one in local.own:
                 _STREAM.pack_into(one.config, _STREAM_AT, stream)
             local.stream = stream
+        if local.table != table:
+            local.table = None  # until all of it is stored
+            for pack, view, pick, words, maps, *_ in local.own:
+                pack(view, 0, *pick(table))
+                for word, place in maps:
+                    words[word] = table[place]
+            local.table = list(table)
         call = _call
-        for pack, view, pick, words, maps, _, config, function, parameters, _ in own:
-            pack(view, 0, *pick(table))
-            for word, place in maps:
-                words[word] = table[place]
-            code = call(config, function, parameters, None)
+        for one in local.calls:
+            code = call(*one)
             if code:
                 raise FlashMoEError(f"the driver refuses a launch (error {code})")
 

@@ -95,16 +95,45 @@ def run_again(
         return None
     made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
     table += map(pointer, made)
+    stream = quick.stream(device)
     if ready.workspace:
-        workspace = empty(device, (ready.workspace,), (1,), quick.uint8)
-        base = pointer(workspace)
+        workspace = _scratch.find(quick, device, stream, ready.workspace)  # is not another's until all is queued
+        base = workspace[1]
         table += [base + offset for offset in ready.offsets]
-        if not quick.graph_pool:
-            gpu().keep_if_recorded(workspace, quick.stream(device))
-    ready.series.run(table, quick.stream(device))
+    ready.series.run(table, stream)
     return made
 
 
+Kept = tuple[int, int, Any]  # bytes, address, array
+
+
+class Scratch(threading.local):
+    """Small workspaces that stay: the calls of a thread on one stream use the same one, one after the other."""
+
+    _MOST_BYTES, _MOST_STREAMS = 4 << 20, 16
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], Kept] = {}  # (device, stream)
+
+    def find(self, quick: Quick, device: int, stream: int, size: int) -> Kept:
+        """At least `size` bytes for the next launches on the stream. A graph gets memory of its own."""
+        if size > self._MOST_BYTES or quick.capturing(device, stream):
+            return self._new(quick, device, stream, size)
+        kept = self._kept.get((device, stream))
+        if kept is None or kept[0] < size:
+            if len(self._kept) >= self._MOST_STREAMS:
+                self._kept.clear()
+            kept = self._kept[device, stream] = self._new(quick, device, stream, size)
+        return kept
+
+    def _new(self, quick: Quick, device: int, stream: int, size: int) -> Kept:
+        made = quick.empty(device, (size,), (1,), quick.uint8)
+        if not quick.graph_pool:
+            gpu().keep_if_recorded(made, stream)
+        return size, quick.pointer(made), made
+
+
+_scratch = Scratch()
 _jax_types: dict[type, bool] = {np.ndarray: False}
 
 

@@ -7,6 +7,7 @@ through `arrays.view`, which explains itself.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class Quick(NamedTuple):
     uint8: Any
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
+    capturing: Callable[[int, int], bool]  # whether a graph is being recorded on a device's stream
     graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
     # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
     guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
@@ -160,9 +162,19 @@ def _torch(torch: Any) -> Quick:
 
         return check
 
+    here = torch._C._cuda_isCurrentStreamCapturing
+
+    def capturing(device: int, stream: int) -> bool:
+        if current() == device:
+            return here()  # type: ignore[no-any-return]
+        from flashmoe_cupy.jit.launch import is_capturing
+
+        return is_capturing(stream)
+
     stream = torch._C._cuda_getCurrentRawStream
     return Quick(
-        key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, guard=guard
+        key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, capturing,
+        guard=guard,
     )  # fmt: skip
 
 
@@ -170,6 +182,8 @@ def _cupy(cupy: Any) -> Quick:
     kind, current = cupy.ndarray, cupy.cuda.get_current_stream
     runtime = cupy.cuda.runtime
     single = runtime.getDeviceCount() == 1
+    # An attribute of C; strides that need not be told are a tuple less to make, hash and compare.
+    contiguous = operator.attrgetter("_c_contiguous" if hasattr(kind, "_c_contiguous") else "flags.c_contiguous")
 
     def key(q: Any, k: Any, v: Any) -> Key | None:
         if type(k) is not kind or type(v) is not kind:
@@ -179,14 +193,17 @@ def _cupy(cupy: Any) -> Quick:
             if device != k.data.device_id or device != v.data.device_id or device != runtime.getDevice():
                 return None
         # A dtype hashes slowly; its number does not, and means the same type as long as the process lives.
-        return q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype.num, k.dtype.num, v.dtype.num
+        return (
+            q.shape, k.shape, v.shape, contiguous(q) or q.strides, contiguous(k) or k.strides,
+            contiguous(v) or v.strides, q.dtype.num, k.dtype.num, v.dtype.num,
+        )  # fmt: skip
 
     def keys(arrays: tuple[Any, ...]) -> Key | None:
         found: list[Any] = []
         for x in arrays:
             if type(x) is not kind or not (single or x.data.device_id == runtime.getDevice()):
                 return None
-            found += (x.shape, x.strides, x.dtype.num)
+            found += (x.shape, contiguous(x) or x.strides, x.dtype.num)
         return tuple(found)
 
     def pointer(x: Any) -> int:
@@ -201,5 +218,8 @@ def _cupy(cupy: Any) -> Quick:
     def stream(device: int) -> int:
         return current(device).ptr  # type: ignore[no-any-return]
 
+    def capturing(device: int, stream: int) -> bool:  # noqa: ARG001
+        return runtime.streamIsCapturing(stream)  # type: ignore[no-any-return]
+
     float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
-    return Quick(key, keys, pointer, empty, float32, int32, uint8, device, stream, graph_pool=False)
+    return Quick(key, keys, pointer, empty, float32, int32, uint8, device, stream, capturing, graph_pool=False)
