@@ -28,6 +28,8 @@ class Machine:
         self.product, self.config, self.seed, self.sms = product, config, seed, 3
         self.used: list[str] = []
         self.headers: dict[str, str] = {}  # in place of the files of these names
+        self.announced: list[int] = []  # of each product
+        self.left: dict[str, Array] = {}  # the workspace of the last operation
 
     def fused_moe(self, arrays: dict[str, Any], **options: Any) -> Array:
         """out (T, d)."""
@@ -81,6 +83,7 @@ class Machine:
         for (name, start), end in zip(work.offsets.items(), sizes[1:], strict=True):
             arrays[name] = guarded(np.full(end - start, _POISON, np.uint8), name)
         addresses = {"": 0} | {n: x.ctypes.data for n, x in (arrays | made).items()}
+        announced = 0
         for step in steps:
             pointers = [addresses.get(name, 0) for name in step.arguments]
             if isinstance(step, moe.Step):
@@ -92,10 +95,12 @@ class Machine:
                 self.used.append(f"{kernel.name} {config.name}")
                 run(tu, bytes(params), grid, config.threads, config.smem_bytes, self.seed, cluster)
             else:
-                self._multiply(step.product, pointers)
+                announced = self._multiply(step.product, pointers, announced if "done" in step.arguments else 0)
+        self.left = {name: arrays[name] for name in work.offsets}
         return made
 
-    def _multiply(self, product: Product, pointers: list[int]) -> None:
+    def _multiply(self, product: Product, pointers: list[int], announced: int) -> int:
+        """How often the kernel says that a row is written; announced: how often the one before did."""
         kernel = PRODUCTS[self.product]
         arch = "sm_90a" if "sm90" in self.product else "sm_80"
         aligned = moe.rows_aligned(product) and not (pointers[0] | pointers[1] | pointers[2]) & 15
@@ -108,7 +113,7 @@ class Machine:
             config = self.config._replace(**wanted)
         params = bytearray(kernel.params_size)
         kernel.pack_pointers(params, 0, *pointers)
-        tail = kernel.pack_tail(product, config, aligned)
+        tail = kernel.pack_tail(product, config, aligned, announced)
         params[kernel.pointer_bytes : kernel.pointer_bytes + len(tail)] = tail
         for i, one in enumerate(kernel.map_arguments(product, config)):
             at = kernel.pointer_bytes + len(tail) + 128 * i
@@ -119,6 +124,8 @@ class Machine:
             kernel.source(config), bytes(params), grid, config.threads, config.smem_bytes, self.seed, config.cluster,
             headers=self.headers,
         )  # fmt: skip
+        self.announced.append(kernel.announces(product, config))
+        return self.announced[-1]
 
 
 def _beside(x: Array, name: str, before: bool) -> Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+import moe_plans
 import numpy as np
 import pytest
 from emulate import EmulationError, build_all, missing
@@ -13,7 +15,7 @@ from flashmoe_cupy import reference
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import moe
-from flashmoe_cupy.plan.kernels import PRODUCTS
+from flashmoe_cupy.plan.kernels import PRODUCTS, announced
 from flashmoe_cupy.plan.moe_problem import PermuteProblem
 from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -254,6 +256,48 @@ def test_rows_that_start_anywhere(step: int, rng: np.random.Generator) -> None:
         judge(got[part], np.asarray(x[part], np.float64) @ np.asarray(w[e], np.float64).T, "bfloat16")
 
 
+def error_of_groups(machine: Machine, k: int, n: int) -> float:
+    """The error of groups of several tiles, of one tile and of no row."""
+    rng = np.random.default_rng(k)
+    ends = np.array([0, 420, 420, 550, 557], np.int32)
+    x, w = (bf16(rng.standard_normal(shape, np.float32)) for shape in ((int(ends[-1]), k), (4, n, k)))
+    got = machine.grouped_gemm({"x": x, "w": w, "offsets": ends}, bf16(np.zeros((len(x), n), np.float32)))
+    parts = [x[a:b].astype(np.float64) @ w[e].astype(np.float64).T for e, (a, b) in enumerate(pairwise(ends))]
+    return relative_error(got.astype(np.float64), np.concatenate(parts))
+
+
+@pytest.mark.parametrize(("k", "n"), [(40, 200), (128, 384), (200, 264), (256, 776)])
+def test_clusters_that_share_rows(k: int, n: int) -> None:
+    """The columns are two blocks, or five and then rows are not shared; the last one is not full."""
+    for seed in SEEDS:
+        here = machine(PLAIN, seed)
+        here.sms = 5  # two clusters
+        assert error_of_groups(here, k, n) <= TOLERANCES["bfloat16"].norm
+
+
+def test_half_of_shared_rows_would_be_missed() -> None:
+    name = "moe/grouped_gemm_sm90.cuh"
+    text = source.headers_for(f'#include "{name}"\n')[name]
+    assert text.count("row + half);") == 1
+    broken = machine(PLAIN)
+    broken.headers = {name: text.replace("row + half);", "row);")}
+    assert not error_of_groups(broken, 128, 384) <= TOLERANCES["bfloat16"].norm
+
+
+@pytest.mark.parametrize("config", HOPPER, ids=lambda c: c.name)
+@pytest.mark.parametrize("columns", [40, 264])
+def test_rows_are_counted(config: GemmSm90Config, columns: int) -> None:
+    """All rows of all experts, once for each tile along the columns: the second product would wait for more."""
+    case = MoECase(300, 72, columns, 5, 2, routing="zipf", sentinels=0.2)
+    arrays, here = case.random(), machine(config)
+    here.fused_moe(arrays, **case.options())
+    per_tile = here.announced[0]
+    assert per_tile == -(-columns // (config.block_n // 2))
+    counts = np.bincount(arrays["topk_ids"].reshape(-1).clip(-1, 5) + 1, minlength=7)[1:6]
+    done = here.left["done"].view(np.uint32)[:5]
+    assert np.array_equal(done, counts * per_tile)
+
+
 FAULTS = {
     "a step is released before its products are done": ("wait_for_products<1>(r_out);", ""),
     "rows are announced before they have landed": (
@@ -297,3 +341,20 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
         grid = steps[-1].grid
         assert per_warp % 32 == 0 and (grid - 1) * 16 * per_warp < assignments <= grid * 16 * per_warp
         assert len(steps) == (1 if grid == 1 else 2)
+
+
+@pytest.mark.parametrize(
+    ("case", "arch", "aligned", "counts"),
+    [
+        (MoECase(64, 64, 768, 128, 8), "sm_90a", True, 12), (MoECase(64, 64, 760, 128, 8), "sm_90a", True, 12),
+        (MoECase(64, 64, 768, 128, 8), "sm_90a", False, 0),  # the portable kernel does not count
+        (MoECase(64, 64, 768, 128, 8), "sm_80", True, 0), (MoECase(64, 64, 768, 128, 8, "float32"), "sm_90a", True, 0),
+        (MoECase(4, 64, 768, 128, 8), "sm_90a", True, 0),  # so few that nobody sorts, and nobody clears counters
+        (MoECase(4096, 64, 768, 128, 8), "sm_90a", True, 0),  # so many that blocks had better begin together
+        (MoECase(64, 64, 768, 128, 8, batch_invariant=True), "sm_90a", True, 0),
+    ],
+)  # fmt: skip
+def test_groups_are_awaited_where_rows_are_few(case: MoECase, arch: str, aligned: bool, counts: int) -> None:
+    steps, _ = moe_plans.steps(case)
+    pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "done" in step.arguments]
+    assert announced(pair, arch, aligned, 132) == counts

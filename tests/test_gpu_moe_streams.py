@@ -128,6 +128,7 @@ WORKS: dict[str, Work] = {
     "more tokens": experts_of(MoECase(300, 264, 136, 5, 2, "float16", biases="same", interleaved=True, sentinels=0.1)),
     "many tokens": experts_of(MoECase(1000, 520, 264, 4, 2, routing="zipf", global_experts=7)),
     "many experts": experts_of(MoECase(130, 264, 200, 160, 8, activation="gelu", shared=72)),
+    "awaited groups": experts_of(MoECase(96, 264, 392, 96, 8)),  # the second product starts within the first
     "one height": experts_of(MoECase(300, 264, 136, 5, 2, weight_on_input=True, batch_invariant=True)),
     "float32": experts_of(MoECase(150, 136, 72, 5, 2, "float32", biases="same")),
     "packed": products_of(ProductCase((200, 0, 77, 300), 264, 136, bias="same", tail=9)),
@@ -253,6 +254,17 @@ def test_same_bits_beside_other_work(work: Work, disturbance: Disturbance) -> No
         for out, ref in zip(work.call(**t), want, strict=True):
             wrong += (out.view(-1).view(torch.uint8) != ref.view(-1).view(torch.uint8)).any()
     assert int(wrong) == 0, f"{int(wrong)} of {REPEATS} runs differ"
+
+
+def test_calls_right_behind_each_other(work: Work, disturbance: Disturbance) -> None:
+    """Two sets of arrays take turns: what a kernel reads too early is the other set's."""
+    sets = [work.arrays("cuda", seed) for seed in (0, 1)]
+    wants = [work.call(**t) for t in sets]
+    torch.cuda.synchronize()
+    for turn in range(REPEATS // 40):
+        disturbance(turn)
+        outs = [work.call(**sets[i % 2]) for i in range(40)]
+        assert all(equal(out, wants[i % 2]) for i, out in enumerate(outs))
 
 
 def test_device_memory_does_not_leak(work: Work) -> None:

@@ -12,17 +12,21 @@
 // cannot gather. Each warpgroup but the first is a consumer: they share a tile, 64 rows each, or (kPingPong) take whole tiles in turn,
 // so that one writes while the other multiplies. The ring runs on across tiles, so that the loads of the next one are under way while
 // this one is written. Two blocks of a cluster take tiles of rows that lie one behind the other and share their weights: each loads
-// half and sends it to both (moe/schedule.cuh says what they do at the end of a group).
+// half and sends it to both (moe/schedule.cuh says what they do at the end of a group). Or (p.across) they take the same rows and share
+// these.
 //
 // The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for it before anything else,
-// or, where that grid only makes x (p.early), between its first weights and its first rows. Where it makes the groups, too, it lets L2
-// fetch the first weights of a guess (p.guess): what each block needs if every group has one tile of rows.
+// or, where that grid only makes x (p.early), between its first weights and its first rows. If that grid is a product of this kind, it
+// counts the rows that it has written in p.done, and this one begins with the groups that are complete, while the last blocks of the other
+// still multiply. Where it makes the groups, too, it lets L2 fetch the first weights of a guess (p.guess): what each block needs if every
+// group has one tile of rows.
 #pragma once
 #include "moe/activation.cuh"
 #include "moe/params.cuh"
 #include "moe/schedule.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/global_memory.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
@@ -109,21 +113,42 @@ struct GroupedGemmSm90 {
 
   // ---- scheduler ----
 
-  // One warp.
+  // One warp. It also says which rows are written: of a tile when all consumers are done with its record.
   FM_DEVICE static void schedule(const Params& p, Work* s_works, int* s_sorted, const RingBarriers<kWorks>& ring) {
     GroupCursor<kBlockM, kCluster> cursor(s_sorted);
     const int rank = kCluster > 1 ? cluster_ctarank() : 0;
     RingWork at;
     u32 index = blockIdx.x / kCluster;
-    for (bool found = true; found; index += gridDim.x / kCluster, at.advance()) {
+    int records = 0, group = -1;
+    for (bool found = true; found; index += gridDim.x / kCluster, at.advance(), ++records) {
       ring.wait_empty(at);
       Work& w = s_works[at.stage];
+      if (records >= kWorks) announce(p, w.tile);
       GroupTile tile;
       found = cursor.find(p, index, tile, rank);
+      // Later tiles are known when their rows are there; for the first one the loader waits, behind its weights.
+      if (found && p.awaited != 0 && records > 0 && tile.group != group) wait_for_rows(p, tile);
+      group = tile.group;
       if (found) w.tile = tile;
       w.more = found;
       mbarrier_arrive(ring.full(at.stage));
     }
+    if (!announces(p)) return;
+    for (int i = 0; i < kWorks - 1; ++i, at.advance())
+      if (records + i >= kWorks) ring.wait_empty(at), announce(p, s_works[at.stage].tile);
+  }
+
+  FM_DEVICE static bool announces(const Params& p) { return p.done != nullptr && p.awaited == 0; }
+  FM_DEVICE static void announce(const Params& p, const GroupTile& tile) {
+    const int rows = min(tile.rows, kBlockM);
+    if (announces(p) && rows > 0 && lane_id() == 0) red_add_release_gpu_u32(p.done + tile.group, rows);
+    __syncwarp();
+  }
+  // Until the kernel in front of this one has written all rows of the tile's group.
+  FM_DEVICE static void wait_for_rows(const Params& p, const GroupTile& tile) {
+    const u32 wanted = static_cast<u32>(tile.group_rows) * p.awaited;
+    while (ld_acquire_gpu_u32(p.done + tile.group) != wanted) {}
+    fence_proxy_async_global();  // they were written by copy engines and by threads, and come by the copy engine
   }
 
   // ---- loader ----
@@ -143,7 +168,9 @@ struct GroupedGemmSm90 {
         mbarrier_arrive_expect_tx(rings.steps.full(step), 2 * TileW::kBytes + TileX::kBytes);
         load_w(p, tile, rings, s_base, rank, step, step);
       }
-      if (!waited) griddepcontrol_wait(), waited = true;
+      if (!waited && p.awaited != 0) wait_for_rows(p, tile);
+      if (!waited && p.awaited == 0) griddepcontrol_wait();
+      waited = true;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
         if (step >= ahead) {
@@ -151,20 +178,24 @@ struct GroupedGemmSm90 {
           mbarrier_arrive_expect_tx(rings.steps.full(at.stage), 2 * TileW::kBytes + (kGather ? 0 : TileX::kBytes));
           load_w(p, tile, rings, s_base, rank, at.stage, step);
         }
-        if constexpr (!kGather) load_x(p, tile, rings, s_base, at.stage, step);
+        if constexpr (!kGather) load_x(p, tile, rings, s_base, rank, at.stage, step);
       }
       mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
     }
-    if (!waited) griddepcontrol_wait();  // a grid ends after the one in front of it, also without work
+    if (!waited || p.awaited != 0) griddepcontrol_wait();  // a grid ends after the one in front of it
   }
 
-  FM_DEVICE static void load_x(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, int stage, int step) {
+  // All rows, or this block's half to both blocks of a cluster that share them.
+  FM_DEVICE static void load_x(const Params& p, const GroupTile& tile, const Rings& rings, u32 s_base, u32 rank, int stage, int step) {
     const u64 policy = tile.sole ? createpolicy_evict_last() : createpolicy_evict_normal();
 #pragma unroll
-    for (int panel = 0; panel < kBlockK / 64; ++panel)
-      tma_load_2d(s_base + Smem::kX + stage * TileX::kBytes + panel * TileX::kPanelBytes, p.x_map, rings.steps.full(stage), policy,
-                  step * kBlockK + panel * 64, tile.row + tile.group * p.x_skip);
+    for (int panel = 0; panel < kBlockK / 64; ++panel) {
+      const u32 s_panel = s_base + Smem::kX + stage * TileX::kBytes + panel * TileX::kPanelBytes;
+      const int k = step * kBlockK + panel * 64, row = tile.row + tile.group * p.x_skip, half = rank * (kBlockM / 2);
+      if (kCluster == 1 || p.across == 0) tma_load_2d(s_panel, p.x_map, rings.steps.full(stage), policy, k, row);
+      else tma_load_2d_multicast(s_panel + half * TileX::kRowBytes, p.x_map, rings.steps.full(stage), 3, policy, k, row + half);
+    }
   }
 
   // Both halves, or this block's one to both blocks of a cluster that share them.
@@ -249,6 +280,13 @@ struct GroupedGemmSm90 {
     RingStep at;
     RingWork works;
     int turn = 0;
+    int written = -1;  // the record of the tile whose stores are under way
+    auto report = [&] {
+      if (written < 0) return;
+      if (lane_id() == 0) bulk_wait_group<0>();  // for which the tile's products have left time
+      mbarrier_arrive(rings.works.empty(written));
+      written = -1;
+    };
     if (kPingPong && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
     for (rings.works.wait_full(works); s_works[works.stage].more; rings.works.wait_full(works)) {
       const GroupTile& tile = s_works[works.stage].tile;  // read again after the products, which leave no registers for it
@@ -259,19 +297,22 @@ struct GroupedGemmSm90 {
         TileBias bias;
         bias.load(p, tile.group, tile.n_block * kColumns, tile.n_block * kColumns + kBlockN / 2);
         take_turn(consumer);
-        multiply(rings, s_base, consumer, steps, at, r_out);
+        multiply(rings, s_base, consumer, steps, at, r_out, report);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
+        if (announces(p)) written = works.stage;
       } else {
+        report();
         take_turn(consumer);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
         pass_turn(consumer);
       }
-      mbarrier_arrive(rings.works.empty(works.stage));
+      if (written != works.stage) mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
       turn ^= 1;
     }
+    report();
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
@@ -290,7 +331,9 @@ struct GroupedGemmSm90 {
     at.stage = behind - rounds * kStages, at.parity ^= rounds & 1;
   }
 
-  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4]) {
+  // meanwhile() is called while products are under way.
+  template <class F>
+  FM_DEVICE static void multiply(const Rings& rings, u32 s_base, int consumer, int steps, RingStep& at, float (&r_out)[kParts][kBlockN / 8][4], F&& meanwhile) {
     const int first_row = kPingPong ? 0 : consumer * 64;
     int before = 0;
 #pragma unroll 1
@@ -309,6 +352,7 @@ struct GroupedGemmSm90 {
           Wgmma<Element, kBlockN, false>::ss(r_out[part], a + (x >> 4), b + (w >> 4), step != 0 || i != 0);
         }
       wgmma_commit_group();
+      if (step == min(steps - 1, 1)) meanwhile();
       if (step != 0) {
         wait_for_products<1>(r_out);
         release(rings, before);

@@ -51,11 +51,12 @@ struct MoePermuteParams {
   int* offsets;            // (experts + 1)
   int* sorted_indices;     // (assignments)
   int* inverse_indices;    // (assignments)
+  u32* done;               // (experts), becomes 0; null: none
   i64 ids_stride;          // from token to token
   int assignments, top_k, experts, ids;
   int per_warp, ids_wide;  // assignments of a warp, a multiple of 32; ids are 64-bit
 };
-static_assert(sizeof(MoePermuteParams) == 7 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(MoePermuteParams) == 8 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoeCombineParams {
   const void* y;               // (assignments in the order of the experts, columns)
@@ -93,6 +94,7 @@ struct GroupedGemmParams {
   const void* topk_ids;       // (tokens, top_k), at most 32 in all: groups and gathered rows are found in them; null: in the arrays above
   const int* expert_map;      // as in MoePermuteParams
   int* inverse_indices;       // the same, written here; null: not wanted
+  u32* done;                  // (groups): rows written, times tiles along the columns; added to here or (awaited) waited for. Null: neither
   i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride, bias_stride_e, bias_stride_n, bias_stride_half;
   i64 row_weights_stride_t, row_weights_stride_k, ids_stride;
   int groups, max_rows, rows_x, rows;      // rows: of out
@@ -104,8 +106,11 @@ struct GroupedGemmParams {
   int assignments, top_k, ids, ids_wide;   // of topk_ids
   int early;                               // the rows of a group are known before the kernel that runs before this one has ended
   int guess;                               // they are not, but probably every group has one tile of rows: so much of w along k goes to L2
+  int across;                              // the blocks of a cluster have the same rows and different columns
+  int awaited;                             // tiles along the columns of the product that makes x, whose rows are waited for in `done`
+  int unused;
 };
-static_assert(sizeof(GroupedGemmParams) == 22 * 8 + 24 * 4, "the packer of plan/moe.py counts on this layout");
+static_assert(sizeof(GroupedGemmParams) == 23 * 8 + 26 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct GroupedGemmSm90Params : GroupedGemmParams {
   alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered

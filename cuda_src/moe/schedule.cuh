@@ -24,6 +24,7 @@ struct GroupTile {
   int n_block;
   int apart;             // the blocks of a cluster have different columns
   int sole;              // no other tiles of rows use the same weights
+  int group_rows;        // of the whole group
 };
 
 // Whether rows of x are gathered, and the row of x that a row of the tile then is, -1: zeros. s_sorted: what the cursor has written.
@@ -36,7 +37,7 @@ FM_DEVICE int gathered_row(const GroupedGemmParams& p, const GroupTile& tile, in
 
 // Where a block, or a cluster of them, is in the order of tiles of kRows rows. A lane holds one of 32 groups, all lanes look at one tile.
 // The blocks of a cluster take tiles of rows that lie one behind the other; if a group ends with a single one, they take two blocks
-// of its columns instead.
+// of its columns instead. With p.across they always do.
 template <int kRows, int kCluster = 1>
 struct GroupCursor {
   static constexpr int kSortedBytes = 128;
@@ -46,6 +47,10 @@ struct GroupCursor {
   GroupRows mine = {0, 0, 0};
 
   FM_DEVICE explicit GroupCursor(int* s_sorted_) : s_sorted(s_sorted_) {}
+
+  // Tiles of rows that a cluster has at once, and blocks of columns, or pairs of them.
+  FM_DEVICE static int together(const GroupedGemmParams& p) { return p.across != 0 ? 1 : kCluster; }
+  FM_DEVICE static int columns(const GroupedGemmParams& p) { return p.across != 0 ? div_up(p.n_blocks, kCluster) : p.n_blocks; }
 
   FM_DEVICE void next_groups(const GroupedGemmParams& p) {
     if (p.topk_ids == nullptr) {
@@ -59,7 +64,8 @@ struct GroupCursor {
       if (few.expert >= 0) s_sorted[few.place] = lane_id();
       if (p.inverse_indices != nullptr && blockIdx.x == 0 && lane_id() < p.assignments) p.inverse_indices[lane_id()] = few.expert < 0 ? -1 : few.place;
     }
-    const int m_blocks = div_up(mine.rows, kRows), tiles = m_blocks / kCluster * p.n_blocks + m_blocks % kCluster * div_up(p.n_blocks, kCluster);
+    const int m_blocks = div_up(mine.rows, kRows);
+    const int tiles = m_blocks / together(p) * columns(p) + m_blocks % together(p) * div_up(p.n_blocks, kCluster);
     end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
     tiles_seen = __shfl_sync(0xffffffffu, end, 31);
   }
@@ -74,19 +80,21 @@ struct GroupCursor {
     const int lane = __popc(__ballot_sync(0xffffffffu, index >= end));
     const int first = __shfl_sync(0xffffffffu, mine.begin, lane), rows = __shfl_sync(0xffffffffu, mine.rows, lane);
     index -= __shfl_sync(0xffffffffu, begin, lane);
-    const u32 m_pairs = div_up(rows, kRows) / kCluster, whole = m_pairs * p.n_blocks;
-    int m_block = m_pairs * kCluster;
-    tile.sole = rows <= kRows * kCluster;
-    tile.apart = kCluster > 1 && index >= whole;
-    if (tile.apart) {
+    const u32 n_units = columns(p), m_units = div_up(rows, kRows) / together(p), whole = m_units * n_units;
+    int m_block = m_units * together(p);
+    tile.sole = rows <= kRows * together(p);
+    tile.apart = kCluster > 1 && (p.across != 0 || index >= whole);
+    if (index >= whole) {
       tile.n_block = (index - whole) * kCluster + rank;
     } else {
-      const u32 per_section = p.section * p.n_blocks, section = index / per_section, width = min(static_cast<u32>(p.section), m_pairs - section * p.section);
+      const u32 per_section = p.section * n_units, section = index / per_section, width = min(static_cast<u32>(p.section), m_units - section * p.section);
       index -= section * per_section;
-      tile.n_block = static_cast<int>(index / width);
-      m_block = static_cast<int>(section * p.section + index % width) * kCluster + rank;
+      const int n_unit = static_cast<int>(index / width), m_unit = static_cast<int>(section * p.section + index % width);
+      tile.n_block = p.across != 0 ? n_unit * kCluster + rank : n_unit;
+      m_block = p.across != 0 ? m_unit : m_unit * kCluster + rank;
     }
     tile.group = __shfl_sync(0xffffffffu, mine.group, lane);
+    tile.group_rows = rows;
     tile.row = first + m_block * kRows, tile.rows = tile.n_block < p.n_blocks ? rows - m_block * kRows : 0;
     return true;
   }

@@ -115,5 +115,7 @@ FM_DEVICE void bulk_wait_group() {
 
 // Ordinary writes of this thread to shared memory come before what the copy engine and the tensor cores do next.
 FM_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of global memory.
+FM_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace fm

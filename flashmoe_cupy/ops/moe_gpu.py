@@ -160,13 +160,17 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         place[name] = len(place)
     arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     launches = []
+    pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "done" in step.arguments]
+    announced = kernels.announced(pair, arch, aligned, sms)
+    if not announced:
+        place["done"] = 0
     for step in steps:
         if isinstance(step, moe.Step):
             tail = step.tail or moe.combine_tail(problem, aligned)  # type: ignore[arg-type]
-            launches.append((_small(step, tail, arch, device, stream), tuple(place[name] for name in step.arguments)))
+            ready = _small(step, tail, arch, device, stream)
         else:
-            ready = _product(step, arch, device, stream, aligned, sms)
-            launches.append((ready, tuple(place[name] for name in step.arguments)))
+            ready = _product(step, arch, device, stream, aligned, sms, announced if "done" in step.arguments else 0)
+        launches.append((ready, tuple(place[name] for name in step.arguments)))
     return Ready(Series(launches), work.bytes, tuple(work.offsets.values()), aligned)
 
 
@@ -191,7 +195,9 @@ def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int | No
     )  # fmt: skip
 
 
-def _product(step: moe.ProductStep, arch: str, device: int, stream: int | None, aligned: bool, sms: int) -> Launch:
+def _product(
+    step: moe.ProductStep, arch: str, device: int, stream: int | None, aligned: bool, sms: int, announced: int
+) -> Launch:
     product = step.product
     aligned = aligned and moe.rows_aligned(product)
     kernel = kernels.choose_product(product, arch, aligned)
@@ -202,7 +208,7 @@ def _product(step: moe.ProductStep, arch: str, device: int, stream: int | None, 
         _warned.add(slow[0])
         _env.log.warning("%s runs on the slower %s: %s", product.describe(), kernel.name, "; ".join(slow))
     loaded = gpu.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
-    tail = kernel.pack_tail(product, config, aligned)
+    tail = kernel.pack_tail(product, config, aligned, announced)
     ready = Launch(
         device, loaded.function, kernel.grid(product, config, sms), config.threads, config.smem_bytes,
         kernel.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),

@@ -5,12 +5,12 @@ A contributor adds a kernel as a class beside those of plan/attention.py, and he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90
-from flashmoe_cupy.plan.moe import SMALL_KERNELS, SmallKernel
+from flashmoe_cupy.plan.moe import SMALL_KERNELS, SmallKernel, rows_aligned
 from flashmoe_cupy.plan.problem import AttentionProblem
 from flashmoe_cupy.plan.product import GroupedGemm, GroupedGemmSm80, GroupedGemmSm90, Product
 
@@ -55,6 +55,18 @@ def choose_product(product: Product, arch: str, aligned: bool) -> GroupedGemm:
         if not why:
             return kernel
     raise UnsupportedProblem(product.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
+
+
+def announced(pair: Sequence[Product], arch: str, aligned: bool, sms: int) -> int:
+    """How often the first of two products counts a row that the second waits for; 0: it waits for the whole grid."""
+    chosen = []
+    for product in pair:
+        fits = aligned and rows_aligned(product)
+        kernel = choose_product(product, arch, fits)
+        chosen.append((kernel, product, kernel.choose(product, arch, fits, sms)))
+    if len(chosen) != 2 or not chosen[1][0].awaits(*chosen[1][1:]):
+        return 0
+    return chosen[0][0].announces(*chosen[0][1:])
 
 
 def product_passed_over(kernel: GroupedGemm, product: Product, arch: str, aligned: bool) -> list[str]:

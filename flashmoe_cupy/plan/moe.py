@@ -85,11 +85,11 @@ CAPACITY = SmallKernel(
 )  # fmt: skip
 _PERMUTE = struct.Struct("q6i")
 PERMUTE_COUNT = SmallKernel(
-    "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams", 6, _PERMUTE,
+    "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams", 7, _PERMUTE,
     (SmallConfig("count", "MoePermuteCount", 512, 16384),),
 )  # fmt: skip
 PERMUTE_PLACE = SmallKernel(
-    "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams", 6, _PERMUTE,
+    "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams", 7, _PERMUTE,
     (SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),),
 )  # fmt: skip
 COMBINE = SmallKernel(
@@ -166,8 +166,8 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
     return steps, work
 
 
-def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True) -> list[Step]:
-    """The launches of `moe_permute`. own: the three results lie in the workspace."""
+def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, done: str = "") -> list[Step]:
+    """The launches of `moe_permute`. own: the three results lie in the workspace. done: an array that becomes 0."""
     assignments = p.tokens * p.top_k
     if own:
         work.add("offsets", 4 * (p.num_experts + 1))
@@ -182,7 +182,7 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True) -> list[
     tail = _PERMUTE.pack(p.ids_stride, assignments, p.top_k, p.num_experts, p.ids, per_warp, wide)
     results = ("offsets", "sorted_indices", "inverse_indices")
     mapped = "expert_map" if p.num_global >= 0 else ""
-    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results)
+    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results, done)
     steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, tail)]
     if blocks > 1:
         steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, tail))
@@ -265,7 +265,8 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     if few:
         work.add("inverse_indices", 4 * assignments)
     else:
-        steps += permute_steps(chosen, work)
+        work.add("done", 4 * p.num_experts)
+        steps += permute_steps(chosen, work, done="done")
     mapped = "expert_map" if p.num_global >= 0 else ""
     ids, found = ("topk_ids", mapped) if few else (), ("", "") if few else ("offsets", "sorted_indices")
     work.add("activation", assignments * n * size)
@@ -285,13 +286,15 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     )  # fmt: skip
     gathered = "topk_weights" if p.weight_on_input else ""
     arguments = ("x", "w_gate_up", "activation", "b_gate_up", found[0], "", found[1], gathered, *ids)
-    steps.append(ProductStep(first, _arguments(*arguments, *(["inverse_indices"] if few else []))))
+    counters = ("", "", "", "done")
+    steps.append(ProductStep(first, _arguments(*arguments, *(("inverse_indices",) if few else counters))))
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
         p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
         chosen if few else None,
     )  # fmt: skip
-    steps.append(ProductStep(second, _arguments("activation", "w_down", "y", "b_down", found[0], "", "", "", *ids)))
+    behind = ids if few else counters
+    steps.append(ProductStep(second, _arguments("activation", "w_down", "y", "b_down", found[0], "", "", "", *behind)))
     if p.shared:
         s = p.shared
         work.add("shared_activation", p.tokens * s * size)

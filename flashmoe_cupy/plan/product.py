@@ -26,10 +26,10 @@ _ACTIVATIONS = (
 
 POINTERS = (
     "x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", "row_weights", "topk_ids", "expert_map",
-    "inverse_indices",
+    "inverse_indices", "done",
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(POINTERS)}Q")
-_TAIL = struct.Struct("11q12i2f9i4x")
+_TAIL = struct.Struct("11q12i2f12i")
 
 
 class Product(NamedTuple):
@@ -149,7 +149,7 @@ class GemmSm90Config(NamedTuple):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
-        works, work_bytes, barriers = 4, 28, 16  # tiles ahead, their records, the two barriers of each buffer
+        works, work_bytes, barriers = 4, 32, 16  # tiles ahead, their records, the two barriers of each buffer
         ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
         ring += self.consumers * 4 * 4096 + works * work_bytes + _SORTED_BYTES
         return ring + barriers * (self.stages + works)
@@ -202,17 +202,32 @@ class GroupedGemm(ABC):
 
     def tiles(self, p: Product, config: GemmConfig) -> int:
         """At most so many tiles, or pairs of them in a cluster; only the device knows how many."""
-        rows = config.block_m * config.cluster
+        rows, columns = config.block_m * config.cluster, n_blocks(p, config)
+        if self.shares_rows(p, config):
+            rows, columns = config.block_m, columns // config.cluster
         groups = min(p.groups, p.rows)
         m_blocks = (p.rows - groups) // rows + groups if p.group_stride == 0 else p.groups * -(-p.max_rows // rows)
-        return m_blocks * n_blocks(p, config)
+        return m_blocks * columns
+
+    def shares_rows(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
+        """Whether the blocks of a cluster have the same rows, and share them instead of weights."""
+        return False
+
+    def announces(self, p: Product, config: GemmConfig) -> int:  # noqa: ARG002
+        """How often the kernel counts a row of a group in `done`, which the next one may wait for; 0: it cannot."""
+        return 0
+
+    def awaits(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
+        """Whether the kernel should begin with groups whose rows are counted, while others of x are not yet written."""
+        return False
 
     def grid(self, p: Product, config: GemmConfig, sms: int = DEFAULT_SMS) -> int:
         """Blocks of a launch on a device of `sms` multiprocessors; each takes tile after tile."""
         return config.cluster * max(1, min(sms * config.min_blocks // config.cluster, self.tiles(p, config)))
 
-    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
-        """The bytes of Params behind the pointers, up to the tensor maps."""
+    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0) -> bytes:
+        """The bytes of Params behind the pointers, up to the tensor maps. announced: by the one before."""
+        across = self.shares_rows(p, config)
         code = [0 if dtype is None else dtype.code for dtype in (p.bias_dtype, p.row_weights_dtype)]
         return _TAIL.pack(
             p.x_stride, *p.w_strides, p.w_stride_half, p.out_stride, *p.bias_strides, p.row_weights_stride, 1,
@@ -221,8 +236,9 @@ class GroupedGemm(ABC):
             p.k, p.n, n_blocks(p, config), p.gather_divisor,
             _ACTIVATIONS.index(p.activation), *code, int(aligned),
             p.alpha, p.limit,
-            max(1, 16 * 128 // (config.block_m * config.cluster)), p.group_stride, p.x_skip,
-            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), _guess(p, config),
+            max(1, 16 * 128 // (config.block_m * (1 if across else config.cluster))), p.group_stride, p.x_skip,
+            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), _guess(p, config), int(across),
+            announced if p.early else 0, 0,
         )  # fmt: skip
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
@@ -303,7 +319,7 @@ class GroupedGemmSm90(GroupedGemm):
     # And where rows lie in order and w has one row for a column: so few tiles that slim ones leave half of the SMs
     # without work; many rows and few steps along k, where consumers in turn hide the output.
     thin, plain = (64, 64, 128, 6, 1, False), (128, 192, 64, 4, 2, True)
-    plain_rows, plain_k = 384, 1024  # benchmarks/NOTEBOOK.md has what was measured
+    plain_rows, plain_k, across_k = 384, 1024, 256  # benchmarks/NOTEBOOK.md has what was measured
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
@@ -356,8 +372,20 @@ class GroupedGemmSm90(GroupedGemm):
             tile = self.thin if few and simple else self.slim
         return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated)
 
-    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool) -> bytes:
-        return super().pack_tail(p, config, aligned).ljust(self.maps_at - self.pointer_bytes, b"\0")
+    def shares_rows(self, p: Product, config: GemmConfig) -> bool:
+        """With few steps along k: no tile of rows is left over then, and that is a larger part of the work."""
+        plain = config.name == GemmSm90Config(p.dtype.cuda, *self.plain, False, False).name
+        return plain and p.k <= self.across_k and n_blocks(p, config) % config.cluster == 0
+
+    def announces(self, p: Product, config: GemmConfig) -> int:
+        return n_blocks(p, config)
+
+    def awaits(self, p: Product, config: GemmConfig) -> bool:
+        """With few rows: many, and blocks that begin at different times would no longer meet in L2."""
+        return p.early and p.few is None and config.block_m < 128 and config.cluster == 1
+
+    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0) -> bytes:
+        return super().pack_tail(p, config, aligned, announced).ljust(self.maps_at - self.pointer_bytes, b"\0")
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
         size = p.dtype.itemsize
@@ -370,8 +398,9 @@ class GroupedGemmSm90(GroupedGemm):
         w = (stride(halves, p.w_stride_half), stride(p.n, w_n), stride(p.groups, w_e))
         out = (16, stride(p.rows, p.out_stride), 16)
         promotion = 128 if config.block_n > 128 else 256  # few rows: weights come from memory, in longer pieces
+        box = config.block_m // (config.cluster if self.shares_rows(p, config) else 1)
         return (
-            TensorMap(p.dtype, (p.k, p.rows_x), (stride(p.rows_x, p.x_stride),), (64, config.block_m)),
+            TensorMap(p.dtype, (p.k, p.rows_x), (stride(p.rows_x, p.x_stride),), (64, box)),
             TensorMap(p.dtype, (p.k, halves, p.n, p.groups), w, (64, 1, config.block_n // 2, 1), promotion),
             TensorMap(p.dtype, (p.n, 1, p.rows, 1), out, (64, 1, 16, 1)),
         )

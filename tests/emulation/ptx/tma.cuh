@@ -55,5 +55,6 @@ inline void bulk_wait_group() {
   emu::store_wait(kPending, false);
 }
 inline void fence_proxy_async() { emu::fence_proxy_async(); }
+inline void fence_proxy_async_global() {}
 
 }  // namespace fm
