@@ -95,11 +95,11 @@ class Machine:
                 self.used.append(f"{kernel.name} {config.name}")
                 run(tu, bytes(params), grid, config.threads, config.smem_bytes, self.seed, cluster)
             else:
-                announced = self._multiply(step.product, pointers, announced if "done" in step.arguments else 0)
+                announced = self._multiply(step.product, pointers, announced, "counters" in step.arguments)
         self.left = {name: arrays[name] for name in work.offsets}
         return made
 
-    def _multiply(self, product: Product, pointers: list[int], announced: int) -> int:
+    def _multiply(self, product: Product, pointers: list[int], announced: int, counters: bool) -> int:
         """How often the kernel says that a row is written; announced: how often the one before did."""
         kernel = PRODUCTS[self.product]
         arch = "sm_90a" if "sm90" in self.product else "sm_80"
@@ -113,7 +113,9 @@ class Machine:
             config = self.config._replace(**wanted)
         params = bytearray(kernel.params_size)
         kernel.pack_pointers(params, 0, *pointers)
-        tail = kernel.pack_tail(product, config, aligned, announced)
+        if counters and not product.early:
+            announced = kernel.announces(product, config)  # always, whether it would be chosen or not
+        tail = kernel.pack_tail(product, config, aligned, announced if counters else 0, counters)
         params[kernel.pointer_bytes : kernel.pointer_bytes + len(tail)] = tail
         for i, one in enumerate(kernel.map_arguments(product, config)):
             at = kernel.pointer_bytes + len(tail) + 128 * i

@@ -17,7 +17,7 @@
 //
 // The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for it before anything else,
 // or, where that grid only makes x (p.early), between its first weights and its first rows. If that grid is a product of this kind, it
-// counts the rows that it has written in p.done, and this one begins with the groups that are complete, while the last blocks of the other
+// counts the rows that it has written, and (p.awaited) this one begins with the groups that are complete, while the last blocks of the other
 // still multiply. Where it makes the groups, too, it lets L2 fetch the first weights of a guess (p.guess): what each block needs if every
 // group has one tile of rows.
 #pragma once
@@ -27,6 +27,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/global_memory.cuh"
+#include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
@@ -63,7 +64,8 @@ struct GroupedGemmSm90 {
     static constexpr int kWork = kOut + kConsumers * 4 * 4096, kSorted = kWork + kWorks * static_cast<int>(sizeof(Work));
     static constexpr int kBarriers = kSorted + GroupCursor<kBlockM>::kSortedBytes;
     static constexpr int kBarriersWork = kBarriers + RingBarriers<kStages>::kBytes;
-    static constexpr int kBytes = kBarriersWork + RingBarriers<kWorks>::kBytes;
+    static constexpr int kDealt = kBarriersWork + RingBarriers<kWorks>::kBytes, kAsked = kDealt + 8, kNumber = kAsked + 8;
+    static constexpr int kBytes = kNumber + 16;
     static_assert(kBytes <= 227 * 1024);
   };
   using TileBias = Bias<kBlockN / 8, kGated>;
@@ -85,6 +87,7 @@ struct GroupedGemmSm90 {
       if constexpr (!kGather) prefetch_tensormap(p.x_map);
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
       rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster), rings.works.init(32, 1 + 32 * kGatherWarps + 128 * kConsumers);  // all who write or read a tile's record
+      mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);
       fence_mbarrier_init();
       if (p.guess) prefetch_w(p);
     }
@@ -97,7 +100,7 @@ struct GroupedGemmSm90 {
     if (warp < 4) {
       if constexpr (kConsumers == 2) setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) load(p, s_works, rings, s_base);
-      if (warp == 1) schedule(p, s_works, s_sorted, rings.works);
+      if (warp == 1) schedule(p, s_works, s_sorted, rings.works, s_base);
       if (kGather && warp >= 2) gather(p, s_works, s_sorted, rings, s_base, warp - 2);
     } else {
       if constexpr (kConsumers == 2) setmaxnreg_inc<kConsumerRegisters>();
@@ -114,20 +117,20 @@ struct GroupedGemmSm90 {
   // ---- scheduler ----
 
   // One warp. It also says which rows are written: of a tile when all consumers are done with its record.
-  FM_DEVICE static void schedule(const Params& p, Work* s_works, int* s_sorted, const RingBarriers<kWorks>& ring) {
+  FM_DEVICE static void schedule(const Params& p, Work* s_works, int* s_sorted, const RingBarriers<kWorks>& ring, u32 s_base) {
     GroupCursor<kBlockM, kCluster> cursor(s_sorted);
     const int rank = kCluster > 1 ? cluster_ctarank() : 0;
     RingWork at;
-    u32 index = blockIdx.x / kCluster;
+    Dealer dealer(p, rank);
     int records = 0, group = -1;
-    for (bool found = true; found; index += gridDim.x / kCluster, at.advance(), ++records) {
+    for (bool found = true; found; at.advance(), ++records) {
       ring.wait_empty(at);
       Work& w = s_works[at.stage];
       if (records >= kWorks) announce(p, w.tile);
       GroupTile tile;
-      found = cursor.find(p, index, tile, rank);
+      found = cursor.find(p, dealer.next(p, rank, s_base), tile, rank);
       // Later tiles are known when their rows are there; for the first one the loader waits, behind its weights.
-      if (found && p.awaited != 0 && records > 0 && tile.group != group) wait_for_rows(p, tile);
+      if (found && p.awaited > 0 && records > 0 && tile.group != group) wait_for_rows(p, tile);
       group = tile.group;
       if (found) w.tile = tile;
       w.more = found;
@@ -138,16 +141,46 @@ struct GroupedGemmSm90 {
       if (records + i >= kWorks) ring.wait_empty(at), announce(p, s_works[at.stage].tile);
   }
 
-  FM_DEVICE static bool announces(const Params& p) { return p.done != nullptr && p.awaited == 0; }
+  // The numbers of a cluster's tiles: every so many-th, or (p.dealt) the next one that nobody has taken. Block 0 asks for the number after the
+  // next while there is time, and tells block 1, when that one asks.
+  struct Dealer {
+    u32 number, clusters = gridDim.x / kCluster, taken = 0, parity = 0;
+    bool first = true;
+    FM_DEVICE Dealer(const Params& p, int rank) : number(blockIdx.x / kCluster) {
+      if (p.dealt != 0 && rank == 0 && lane_id() == 0) taken = atom_add_u32(p.counters + p.dealt - 1, 1);
+    }
+    FM_DEVICE u32 next(const Params& p, int rank, u32 s_base) {
+      const u32 s_dealt = s_base + Smem::kDealt, s_asked = s_base + Smem::kAsked, s_number = s_base + Smem::kNumber;
+      if (first) return first = false, number;
+      if (p.dealt == 0) return number += clusters;
+      if (rank == 0) {
+        number = clusters + __shfl_sync(0xffffffffu, taken, 0);
+        if (lane_id() == 0) {
+          if constexpr (kCluster > 1) mbarrier_wait_parity(s_asked, parity), st_async_b32(mapa(s_number, 1), number, mapa(s_dealt, 1));
+          taken = atom_add_u32(p.counters + p.dealt - 1, 1);
+        }
+      } else {
+        if (lane_id() == 0) mbarrier_arrive_expect_tx(s_dealt, 4), mbarrier_arrive_cluster(mapa(s_asked, 0));
+        __syncwarp();
+        mbarrier_wait_parity(s_dealt, parity);
+        number = ld_shared_b32(s_number);
+      }
+      parity ^= 1;
+      __syncwarp();
+      return number;
+    }
+  };
+
+  FM_DEVICE static bool announces(const Params& p) { return p.awaited < 0; }
   FM_DEVICE static void announce(const Params& p, const GroupTile& tile) {
     const int rows = min(tile.rows, kBlockM);
-    if (announces(p) && rows > 0 && lane_id() == 0) red_add_release_gpu_u32(p.done + tile.group, rows);
+    if (announces(p) && rows > 0 && lane_id() == 0) red_add_release_gpu_u32(p.counters + 2 + tile.group, rows);
     __syncwarp();
   }
   // Until the kernel in front of this one has written all rows of the tile's group.
   FM_DEVICE static void wait_for_rows(const Params& p, const GroupTile& tile) {
     const u32 wanted = static_cast<u32>(tile.group_rows) * p.awaited;
-    while (ld_acquire_gpu_u32(p.done + tile.group) != wanted) {}
+    while (ld_acquire_gpu_u32(p.counters + 2 + tile.group) != wanted) {}
     fence_proxy_async_global();  // they were written by copy engines and by threads, and come by the copy engine
   }
 
@@ -168,8 +201,8 @@ struct GroupedGemmSm90 {
         mbarrier_arrive_expect_tx(rings.steps.full(step), 2 * TileW::kBytes + TileX::kBytes);
         load_w(p, tile, rings, s_base, rank, step, step);
       }
-      if (!waited && p.awaited != 0) wait_for_rows(p, tile);
-      if (!waited && p.awaited == 0) griddepcontrol_wait();
+      if (!waited && p.awaited > 0) wait_for_rows(p, tile);
+      if (!waited && p.awaited <= 0) griddepcontrol_wait();
       waited = true;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
@@ -183,7 +216,7 @@ struct GroupedGemmSm90 {
       mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();
     }
-    if (!waited || p.awaited != 0) griddepcontrol_wait();  // a grid ends after the one in front of it
+    if (!waited || p.awaited > 0) griddepcontrol_wait();  // a grid ends after the one in front of it
   }
 
   // All rows, or this block's half to both blocks of a cluster that share them.
@@ -305,7 +338,7 @@ struct GroupedGemmSm90 {
         report();
         take_turn(consumer);
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), release(rings, at.stage);
+        for (int step = 0; step < steps; ++step, at.advance()) rings.steps.wait_full(at), __syncwarp(), release(rings, at.stage);
         pass_turn(consumer);
       }
       if (written != works.stage) mbarrier_arrive(rings.works.empty(works.stage));

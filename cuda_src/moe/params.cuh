@@ -51,7 +51,7 @@ struct MoePermuteParams {
   int* offsets;            // (experts + 1)
   int* sorted_indices;     // (assignments)
   int* inverse_indices;    // (assignments)
-  u32* done;               // (experts), becomes 0; null: none
+  u32* counters;           // (2 + experts), become 0; null: none
   i64 ids_stride;          // from token to token
   int assignments, top_k, experts, ids;
   int per_warp, ids_wide;  // assignments of a warp, a multiple of 32; ids are 64-bit
@@ -94,7 +94,7 @@ struct GroupedGemmParams {
   const void* topk_ids;       // (tokens, top_k), at most 32 in all: groups and gathered rows are found in them; null: in the arrays above
   const int* expert_map;      // as in MoePermuteParams
   int* inverse_indices;       // the same, written here; null: not wanted
-  u32* done;                  // (groups): rows written, times tiles along the columns; added to here or (awaited) waited for. Null: neither
+  u32* counters;              // 2 for tiles that blocks have taken, then (groups): rows written, times tiles along the columns
   i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride, bias_stride_e, bias_stride_n, bias_stride_half;
   i64 row_weights_stride_t, row_weights_stride_k, ids_stride;
   int groups, max_rows, rows_x, rows;      // rows: of out
@@ -107,8 +107,8 @@ struct GroupedGemmParams {
   int early;                               // the rows of a group are known before the kernel that runs before this one has ended
   int guess;                               // they are not, but probably every group has one tile of rows: so much of w along k goes to L2
   int across;                              // the blocks of a cluster have the same rows and different columns
-  int awaited;                             // tiles along the columns of the product that makes x, whose rows are waited for in `done`
-  int unused;
+  int awaited;                             // -1: rows are counted; more: they wait until each row of x was counted so often; 0: neither
+  int dealt;                               // 1, 2: blocks take the next tile when they are free, by that counter; 0: every so many-th
 };
 static_assert(sizeof(GroupedGemmParams) == 23 * 8 + 26 * 4, "the packer of plan/moe.py counts on this layout");
 

@@ -4,7 +4,7 @@
 //   sorted_indices[place]           flat index of the assignment, rising within an expert; -1 behind offsets[experts]
 //   inverse_indices[flat index]     its place, -1 for an assignment that no expert here takes
 //
-// With `done` the counters become 0 in which the first product will count its rows.
+// The counters of the products that follow become 0.
 //
 // An id is an expert, or with an expert_map the number of one; all other ids are skipped. Overwrites the three arrays. Any number of
 // experts. No host is asked and nothing depends on time: a counting sort, every warp counting a stretch of consecutive assignments and
@@ -96,8 +96,8 @@ struct MoePermutePlace : MoePermute {
       __syncthreads();
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) p.offsets[p.experts] = placed;
-    if (blockIdx.x == 0 && p.done != nullptr)
-      for (int e = static_cast<int>(threadIdx.x); e < p.experts; e += kThreads) p.done[e] = 0;
+    if (blockIdx.x == 0 && p.counters != nullptr)
+      for (int i = static_cast<int>(threadIdx.x); i < 2 + p.experts; i += kThreads) p.counters[i] = 0;
     skip_rest(p, mine, first, placed);
   }
 

@@ -27,6 +27,12 @@ FM_DEVICE void mbarrier_arrive_cluster(u32 cluster_address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
 }
 
+// A word into the shared memory of any block of the cluster, whose barrier is told of 4 bytes when it is there.
+FM_DEVICE void st_async_b32(u32 cluster_address, u32 x, u32 cluster_barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(cluster_address), "r"(x), "r"(cluster_barrier)
+               : "memory");
+}
+
 // Until the grids that this one depends on have ended and their writes are seen. At once where there is none, and before sm_90.
 FM_DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900

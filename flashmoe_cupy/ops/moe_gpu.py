@@ -160,16 +160,14 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         place[name] = len(place)
     arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     launches = []
-    pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "done" in step.arguments]
+    pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "counters" in step.arguments]
     announced = kernels.announced(pair, arch, aligned, sms)
-    if not announced:
-        place["done"] = 0
     for step in steps:
         if isinstance(step, moe.Step):
             tail = step.tail or moe.combine_tail(problem, aligned)  # type: ignore[arg-type]
             ready = _small(step, tail, arch, device, stream)
         else:
-            ready = _product(step, arch, device, stream, aligned, sms, announced if "done" in step.arguments else 0)
+            ready = _product(step, arch, device, stream, aligned, sms, announced)
         launches.append((ready, tuple(place[name] for name in step.arguments)))
     return Ready(Series(launches), work.bytes, tuple(work.offsets.values()), aligned)
 
@@ -208,7 +206,8 @@ def _product(
         _warned.add(slow[0])
         _env.log.warning("%s runs on the slower %s: %s", product.describe(), kernel.name, "; ".join(slow))
     loaded = gpu.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
-    tail = kernel.pack_tail(product, config, aligned, announced)
+    counters = "counters" in step.arguments
+    tail = kernel.pack_tail(product, config, aligned, announced if counters else 0, counters)
     ready = Launch(
         device, loaded.function, kernel.grid(product, config, sms), config.threads, config.smem_bytes,
         kernel.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),

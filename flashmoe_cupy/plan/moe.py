@@ -166,8 +166,8 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
     return steps, work
 
 
-def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, done: str = "") -> list[Step]:
-    """The launches of `moe_permute`. own: the three results lie in the workspace. done: an array that becomes 0."""
+def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters: str = "") -> list[Step]:
+    """The launches of `moe_permute`. own: the three results lie in the workspace. counters: an array that becomes 0."""
     assignments = p.tokens * p.top_k
     if own:
         work.add("offsets", 4 * (p.num_experts + 1))
@@ -182,7 +182,7 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, done: st
     tail = _PERMUTE.pack(p.ids_stride, assignments, p.top_k, p.num_experts, p.ids, per_warp, wide)
     results = ("offsets", "sorted_indices", "inverse_indices")
     mapped = "expert_map" if p.num_global >= 0 else ""
-    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results, done)
+    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results, counters)
     steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, tail)]
     if blocks > 1:
         steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, tail))
@@ -265,8 +265,8 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     if few:
         work.add("inverse_indices", 4 * assignments)
     else:
-        work.add("done", 4 * p.num_experts)
-        steps += permute_steps(chosen, work, done="done")
+        work.add("counters", 4 * (2 + p.num_experts))
+        steps += permute_steps(chosen, work, counters="counters")
     mapped = "expert_map" if p.num_global >= 0 else ""
     ids, found = ("topk_ids", mapped) if few else (), ("", "") if few else ("offsets", "sorted_indices")
     work.add("activation", assignments * n * size)
@@ -286,7 +286,7 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     )  # fmt: skip
     gathered = "topk_weights" if p.weight_on_input else ""
     arguments = ("x", "w_gate_up", "activation", "b_gate_up", found[0], "", found[1], gathered, *ids)
-    counters = ("", "", "", "done")
+    counters = ("", "", "", "counters")
     steps.append(ProductStep(first, _arguments(*arguments, *(("inverse_indices",) if few else counters))))
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,

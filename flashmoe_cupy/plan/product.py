@@ -26,7 +26,7 @@ _ACTIVATIONS = (
 
 POINTERS = (
     "x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", "row_weights", "topk_ids", "expert_map",
-    "inverse_indices", "done",
+    "inverse_indices", "counters",
 )  # fmt: skip
 _HEAD = struct.Struct(f"{len(POINTERS)}Q")
 _TAIL = struct.Struct("11q12i2f12i")
@@ -149,10 +149,10 @@ class GemmSm90Config(NamedTuple):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
-        works, work_bytes, barriers = 4, 32, 16  # tiles ahead, their records, the two barriers of each buffer
+        works, work_bytes, barriers, dealt = 4, 32, 16, 32  # tiles ahead, their records, two barriers of each buffer
         ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
         ring += self.consumers * 4 * 4096 + works * work_bytes + _SORTED_BYTES
-        return ring + barriers * (self.stages + works)
+        return ring + barriers * (self.stages + works) + dealt
 
     @property
     def struct(self) -> str:
@@ -214,7 +214,7 @@ class GroupedGemm(ABC):
         return False
 
     def announces(self, p: Product, config: GemmConfig) -> int:  # noqa: ARG002
-        """How often the kernel counts a row of a group in `done`, which the next one may wait for; 0: it cannot."""
+        """How often the kernel counts a row of a group, for the next one to wait for; 0: it cannot."""
         return 0
 
     def awaits(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
@@ -225,8 +225,18 @@ class GroupedGemm(ABC):
         """Blocks of a launch on a device of `sms` multiprocessors; each takes tile after tile."""
         return config.cluster * max(1, min(sms * config.min_blocks // config.cluster, self.tiles(p, config)))
 
-    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0) -> bytes:
-        """The bytes of Params behind the pointers, up to the tensor maps. announced: by the one before."""
+    def deals(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
+        """Whether blocks take the next tile when they are free, instead of every so many-th."""
+        return False
+
+    def pack_tail(
+        self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0, counters: bool = False
+    ) -> bytes:
+        """The bytes of Params behind the pointers, up to the tensor maps.
+
+        announced: how often the first of two products counts a row, if the second waits for that. counters: there are
+        some, that are 0 before the first one runs.
+        """
         across = self.shares_rows(p, config)
         code = [0 if dtype is None else dtype.code for dtype in (p.bias_dtype, p.row_weights_dtype)]
         return _TAIL.pack(
@@ -238,7 +248,8 @@ class GroupedGemm(ABC):
             p.alpha, p.limit,
             max(1, 16 * 128 // (config.block_m * (1 if across else config.cluster))), p.group_stride, p.x_skip,
             *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), _guess(p, config), int(across),
-            announced if p.early else 0, 0,
+            announced if p.early else -1 if announced else 0,
+            (2 if p.early else 1) if counters and self.deals(p, config) else 0,
         )  # fmt: skip
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
@@ -319,7 +330,7 @@ class GroupedGemmSm90(GroupedGemm):
     # And where rows lie in order and w has one row for a column: so few tiles that slim ones leave half of the SMs
     # without work; many rows and few steps along k, where consumers in turn hide the output.
     thin, plain = (64, 64, 128, 6, 1, False), (128, 192, 64, 4, 2, True)
-    plain_rows, plain_k, across_k = 384, 1024, 256  # benchmarks/NOTEBOOK.md has what was measured
+    plain_rows, plain_k, across_k, awaited_groups = 384, 1024, 256, 32  # benchmarks/NOTEBOOK.md has what was measured
 
     def configs(self, arch: str) -> list[GemmSm90Config]:
         if arch != "sm_90a":
@@ -380,12 +391,19 @@ class GroupedGemmSm90(GroupedGemm):
     def announces(self, p: Product, config: GemmConfig) -> int:
         return n_blocks(p, config)
 
-    def awaits(self, p: Product, config: GemmConfig) -> bool:
-        """With few rows: many, and blocks that begin at different times would no longer meet in L2."""
-        return p.early and p.few is None and config.block_m < 128 and config.cluster == 1
+    def awaits(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
+        """Where there are enough groups that most are complete when the first blocks become free."""
+        return p.early and p.few is None and p.groups >= self.awaited_groups
 
-    def pack_tail(self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0) -> bytes:
-        return super().pack_tail(p, config, aligned, announced).ljust(self.maps_at - self.pointer_bytes, b"\0")
+    def deals(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
+        """Where a block has so many tiles that the last ones would not end together."""
+        return config.cluster > 1
+
+    def pack_tail(
+        self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0, counters: bool = False
+    ) -> bytes:
+        tail = super().pack_tail(p, config, aligned, announced, counters)
+        return tail.ljust(self.maps_at - self.pointer_bytes, b"\0")
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
         size = p.dtype.itemsize

@@ -180,6 +180,14 @@ void mbarrier_arrive(u32 address, bool from_cluster) {
   may_pause();
 }
 
+void store_in_cluster(u32 address, u32 value, u32 barrier) {
+  Block &block = block_of(address, true), &other = block_of(barrier, true);
+  if (&block != &other) fail("st.async to one block that reports to another");
+  std::memcpy(shared(block, address & ((1u << kRankShift) - 1), 4, 4, "st.async"), &value, 4);
+  complete_bytes(mbarrier_at(block, barrier, "st.async", true), block, 4);
+  may_pause();
+}
+
 void mbarrier_expect_tx(u32 address, u32 bytes) {
   if (bytes >= 1u << 20) fail("mbarrier.expect_tx of %u bytes", bytes);
   mbarrier_at(*current->block, address, "mbarrier.expect_tx", false).bytes += bytes;
