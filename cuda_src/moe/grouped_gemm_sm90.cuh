@@ -87,7 +87,7 @@ struct GroupedGemmSm90 {
       if constexpr (!kGather) prefetch_tensormap(p.x_map);
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
       rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster), rings.works.init(32, 1 + 32 * kGatherWarps + 128 * kConsumers);  // all who write or read a tile's record
-      mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);
+      if constexpr (kCluster > 1) mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);
       fence_mbarrier_init();
       if (p.guess) prefetch_w(p);
     }
