@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
     import torch
 
+SHORT_US = 100.0  # calls for which the host side matters
 SCHEMA = 2  # 1: when there was no kernel beside the portable one
 
 
 class Effort(NamedTuple):
     """How much is measured: rounds per case, microseconds of device work per sample and before one, host calls.
+
+    host_seconds is for short calls, whose host calls go on at least so long.
 
     lead_us is for cases with references: a share of what the machine can do means something when the clock is what it
     is under load for both, the library and the reference, and not the higher one of a device that was idle before.
@@ -38,6 +41,7 @@ class Effort(NamedTuple):
     rounds: int = 15
     sample_us: float = 5000.0
     host_calls: int = 400
+    host_seconds: float = 0.6
     lead_us: float = 20000.0
 
     def launches(self, microseconds: float) -> int:
@@ -49,7 +53,7 @@ class Effort(NamedTuple):
         return max(1, min(400, round(self.lead_us / microseconds)))
 
 
-QUICK = Effort(rounds=5, sample_us=2000.0, host_calls=100, lead_us=2000.0)
+QUICK = Effort(rounds=5, sample_us=2000.0, host_calls=100, host_seconds=0.0, lead_us=2000.0)
 
 
 class Run:
@@ -172,7 +176,8 @@ class Bench(Generic[C, I]):
                 self.timer.sample(run, 1)
                 rough = self.timer.sample(run, 2)
                 calls = max(5, min(self.effort.host_calls, int(4 * self.effort.sample_us / rough)))
-                lowest, host = host_microseconds(self.timer, run, calls)
+                seconds = self.effort.host_seconds if rough < SHORT_US else 0.0
+                lowest, host = host_microseconds(self.timer, run, calls, seconds=seconds)
                 timed = self.timed(case, ready[name], rough, len(sets))
                 hold = host if isinstance(self.timer, GpuTimer) and timed.calls == 1 and rough < 2.5 * host else 0.0
                 if timed.calls > 1:

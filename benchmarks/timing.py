@@ -214,21 +214,24 @@ Timer = GpuTimer | CpuTimer
 
 
 def host_microseconds(
-    timer: Timer, run: Callable[[int], Any], calls: int, batch: int = 40
+    timer: Timer, run: Callable[[int], Any], calls: int, batch: int = 40, seconds: float = 0.0
 ) -> tuple[float, float]:  # fmt: skip
     """Processor microseconds of one call, from the medians of batches: the lowest of these, and the one in the middle.
 
     The device is drained after a batch, so that no queue fills up. What else the machine does adds to some batches and
-    never takes away, which is why the lowest is the code's own.
+    never takes away, which is why the lowest is the code's own. seconds: go on for so long, since a processor shared
+    with others changes its pace only every few tenths of a second.
     """
-    medians = []
-    for first in range(0, calls, batch):
+    medians: list[float] = []
+    end, done = time.perf_counter() + seconds, 0
+    while done < calls or time.perf_counter() < end:
         timer.synchronize()
         times = []
-        for i in range(first, min(first + batch, calls)):
+        for i in range(done, done + (min(batch, calls - done) if done < calls else batch)):
             start = time.perf_counter_ns()
             run(i)
             times.append(time.perf_counter_ns() - start)
+        done += len(times)
         medians.append(statistics.median(times))
     timer.synchronize()
     return min(medians) / 1000.0, statistics.median(medians) / 1000.0

@@ -324,6 +324,10 @@ def test_host_time_is_of_one_call_and_drains_the_queue() -> None:
     lowest, median = host_microseconds(Spy(), call, calls=9, batch=4)
     assert 2000 <= lowest <= median < 20000
     assert calls == list(range(9)) and drained == [0, 4, 8, 9]
+    calls.clear()
+    begin = time.perf_counter()
+    host_microseconds(Spy(), call, calls=9, batch=4, seconds=0.1)
+    assert time.perf_counter() - begin >= 0.1 and calls == list(range(len(calls))) and len(calls) > 9
 
 
 @pytest.mark.torch
