@@ -22,22 +22,19 @@ _CONFIG = struct.Struct("7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memo
 _ATTRIBUTE = struct.Struct("i4xi60x")  # CUlaunchAttribute
 _STREAM = struct.Struct("Q")
 _STREAM_AT = 32
+_ALIGNMENT = 128  # of Params
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _call: Any = None  # cuLaunchKernelEx
 
 
 class _Own(NamedTuple):
-    """One launch in one thread."""
+    """The launches in one thread."""
 
-    pack: Callable[..., None]  # stores the pointers, at the start of Params
-    view: memoryview  # Params
-    pick: Callable[[Sequence[int]], tuple[int, ...]]  # the pointers out of the table of addresses
-    words: memoryview  # Params in words of 8 bytes
-    maps: tuple[tuple[int, int], ...]  # (word in a tensor map, place in the table of addresses)
-    config: Any
-    config_address: int
-    function: int
-    parameters: int  # address of the pointer to Params
+    words: Any  # the Params of all, in words of 8 bytes; storing into memory of ctypes is the fastest
+    pick: Callable[[Sequence[int]], tuple[int, ...]]  # the addresses that are used, out of the table
+    uses: tuple[tuple[int, ...], ...]  # the words where each of them is stored
+    configs: tuple[Any, ...]  # CUlaunchConfig of each
+    calls: tuple[tuple[int, int, int, None], ...]  # arguments of cuLaunchKernelEx
     keep: tuple[Any, ...]
 
 
@@ -70,46 +67,55 @@ class Series:
     def _queue(self, table: Sequence[int], stream: int) -> None:
         local = self._local
         if not hasattr(local, "own"):
-            local.own = [self._make(*one) for one in self.launches]
-            local.calls = [(one.config_address, one.function, one.parameters, None) for one in local.own]
-            local.stream = local.table = None
+            local.own = self._make()
+            local.stream, local.addresses = 0, (-1,) * len(local.own.uses)  # what is stored
+        own = local.own
         if local.stream != stream:
-            for one in local.own:
-                _STREAM.pack_into(one.config, _STREAM_AT, stream)
+            for config in own.configs:
+                _STREAM.pack_into(config, _STREAM_AT, stream)
             local.stream = stream
-        if local.table != table:
-            local.table = None  # until all of it is stored
-            for pack, view, pick, words, maps, *_ in local.own:
-                pack(view, 0, *pick(table))
-                for word, place in maps:
-                    words[word] = table[place]
-            local.table = list(table)
+        addresses, stored = own.pick(table), local.addresses
+        if stored != addresses:
+            words, local.addresses = own.words, (-1,) * len(addresses)  # nothing, until all of it is stored
+            for address, before, uses in zip(addresses, stored, own.uses, strict=True):
+                if address != before:
+                    for word in uses:
+                        words[word] = address
+            local.addresses = addresses
         call = _call
-        for one in local.calls:
+        for one in own.calls:
             code = call(*one)
             if code:
                 raise FlashMoEError(f"the driver refuses a launch (error {code})")
 
-    def _make(self, one: Launch, places: tuple[int, ...]) -> _Own:
+    def _make(self) -> _Own:
         global _call
         if _call is None:
             _call = tensormap.driver().cuLaunchKernelEx
             _call.argtypes = [ctypes.c_void_p] * 4
-        pointers = 8 * len(places)
-        storage = ctypes.create_string_buffer(pointers + len(one.tail) + 256)
-        start = -ctypes.addressof(storage) % 128
-        view = memoryview(storage).cast("B")[start : start + -(-(pointers + len(one.tail)) // 8) * 8]
-        view[pointers : pointers + len(one.tail)] = one.tail
-        array = (ctypes.c_void_p * 1)(ctypes.addressof(storage) + start)
+        sizes = [-(-(8 * len(places) + len(one.tail)) // _ALIGNMENT) * _ALIGNMENT for one, places in self.launches]
+        storage = ctypes.create_string_buffer(sum(sizes) + _ALIGNMENT)
+        start = -ctypes.addressof(storage) % _ALIGNMENT
+        view = memoryview(storage).cast("B")[start : start + sum(sizes)]
+        words = (ctypes.c_uint64 * (sum(sizes) // 8)).from_buffer(storage, start)
         attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_STREAM_SERIALIZATION, 1), _ATTRIBUTE.size)
-        config = ctypes.create_string_buffer(_CONFIG.size)
-        _CONFIG.pack_into(
-            config, 0, one.grid, 1, 1, one.threads, 1, 1, one.smem, 0, ctypes.addressof(attribute), int(one.early)
-        )
-        maps = tuple([(word, places[index]) for word, index in one.maps])
-        # One place alone would come without a tuple around it: a slice of one stands for it.
-        pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
-        return _Own(
-            struct.Struct(f"{len(places)}Q").pack_into, view, pick, view.cast("Q"), maps,
-            config, ctypes.addressof(config), one.function, ctypes.addressof(array), (storage, array, attribute),
-        )  # fmt: skip
+        # At least two places, or one alone would come without a tuple around it.
+        uses: dict[int, list[int]] = {place: [] for place in (0, 1)}
+        keep: list[Any] = [storage, attribute]
+        configs, calls, at = [], [], 0
+        for (one, places), size in zip(self.launches, sizes, strict=True):
+            pointers = 8 * len(places)
+            view[at + pointers : at + pointers + len(one.tail)] = one.tail
+            for word, place in (*enumerate(places), *[(word, places[index]) for word, index in one.maps]):
+                uses.setdefault(place, []).append(at // 8 + word)
+            array = (ctypes.c_void_p * 1)(ctypes.addressof(storage) + start + at)
+            config = ctypes.create_string_buffer(_CONFIG.size)
+            _CONFIG.pack_into(
+                config, 0, one.grid, 1, 1, one.threads, 1, 1, one.smem, 0, ctypes.addressof(attribute), int(one.early)
+            )
+            configs.append(config)
+            calls.append((ctypes.addressof(config), one.function, ctypes.addressof(array), None))
+            keep.append(array)
+            at += size
+        stored = tuple(map(tuple, uses.values()))
+        return _Own(words, itemgetter(*uses), stored, tuple(configs), tuple(calls), tuple(keep))
