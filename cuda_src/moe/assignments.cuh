@@ -22,16 +22,21 @@ struct FewAssignments {
 
   FM_DEVICE explicit FewAssignments(const GroupedGemmParams& p) {
     const int lane = lane_id();
-    if (lane < p.assignments) expert = expert_of(p, p.groups, lane / p.top_k, lane % p.top_k);
-    bool first = true;
-#pragma unroll 4
-    for (int other = 0; other < p.assignments; ++other) {
-      const int e = __shfl_sync(0xffffffffu, expert, other);
-      place += e >= 0 && (e < expert || (e == expert && other < lane));
-      count += e == expert;
-      first &= e != expert || other >= lane;
+    if (lane < p.assignments) {
+      const u32 token = static_cast<u32>(lane) / static_cast<u32>(p.top_k);
+      expert = expert_of(p, p.groups, token, lane - token * p.top_k);
     }
-    if (!first || expert < 0) count = 0;
+    const u32 mine = expert;  // -1 is larger than all
+    bool first = expert >= 0;
+    for (int others = 0; others < p.assignments; others += 4)
+#pragma unroll
+      for (int other = others; other < others + 4; ++other) {
+        const u32 e = __shfl_sync(0xffffffffu, mine, other);
+        place += e < mine + (other < lane);
+        count += e == mine;
+        first = first && (e != mine || other >= lane);
+      }
+    if (!first) count = 0;
   }
 };
 

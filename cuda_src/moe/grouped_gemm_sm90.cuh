@@ -144,19 +144,20 @@ struct GroupedGemmSm90 {
   // The numbers of a cluster's tiles: every so many-th, or (p.dealt) the next one that nobody has taken. Block 0 asks for the number after the
   // next while there is time, and tells block 1, when that one asks.
   struct Dealer {
+    FM_DEVICE static bool deals(const Params& p) { return kCluster > 1 && p.dealt != 0; }
     u32 number, clusters = gridDim.x / kCluster, taken = 0, parity = 0;
     bool first = true;
     FM_DEVICE Dealer(const Params& p, int rank) : number(blockIdx.x / kCluster) {
-      if (p.dealt != 0 && rank == 0 && lane_id() == 0) taken = atom_add_u32(p.counters + p.dealt - 1, 1);
+      if (deals(p) && rank == 0 && lane_id() == 0) taken = atom_add_u32(p.counters + p.dealt - 1, 1);
     }
     FM_DEVICE u32 next(const Params& p, int rank, u32 s_base) {
       const u32 s_dealt = s_base + Smem::kDealt, s_asked = s_base + Smem::kAsked, s_number = s_base + Smem::kNumber;
       if (first) return first = false, number;
-      if (p.dealt == 0) return number += clusters;
+      if (!deals(p)) return number += clusters;
       if (rank == 0) {
         number = clusters + __shfl_sync(0xffffffffu, taken, 0);
         if (lane_id() == 0) {
-          if constexpr (kCluster > 1) mbarrier_wait_parity(s_asked, parity), st_async_b32(mapa(s_number, 1), number, mapa(s_dealt, 1));
+          mbarrier_wait_parity(s_asked, parity), st_async_b32(mapa(s_number, 1), number, mapa(s_dealt, 1));
           taken = atom_add_u32(p.counters + p.dealt - 1, 1);
         }
       } else {

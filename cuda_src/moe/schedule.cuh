@@ -49,8 +49,9 @@ struct GroupCursor {
   FM_DEVICE explicit GroupCursor(int* s_sorted_) : s_sorted(s_sorted_) {}
 
   // Tiles of rows that a cluster has at once, and blocks of columns, or pairs of them.
-  FM_DEVICE static int together(const GroupedGemmParams& p) { return p.across != 0 ? 1 : kCluster; }
-  FM_DEVICE static int columns(const GroupedGemmParams& p) { return p.across != 0 ? div_up(p.n_blocks, kCluster) : p.n_blocks; }
+  FM_DEVICE static bool across(const GroupedGemmParams& p) { return kCluster > 1 && p.across != 0; }
+  FM_DEVICE static int together(const GroupedGemmParams& p) { return across(p) ? 1 : kCluster; }
+  FM_DEVICE static int columns(const GroupedGemmParams& p) { return across(p) ? div_up(p.n_blocks, kCluster) : p.n_blocks; }
 
   FM_DEVICE void next_groups(const GroupedGemmParams& p) {
     if (p.topk_ids == nullptr) {
@@ -83,15 +84,18 @@ struct GroupCursor {
     const u32 n_units = columns(p), m_units = div_up(rows, kRows) / together(p), whole = m_units * n_units;
     int m_block = m_units * together(p);
     tile.sole = rows <= kRows * together(p);
-    tile.apart = kCluster > 1 && (p.across != 0 || index >= whole);
-    if (index >= whole) {
+    tile.apart = kCluster > 1 && (across(p) || index >= whole);
+    if (kCluster > 1 && index >= whole) {
       tile.n_block = (index - whole) * kCluster + rank;
     } else {
-      const u32 per_section = p.section * n_units, section = index / per_section, width = min(static_cast<u32>(p.section), m_units - section * p.section);
-      index -= section * per_section;
-      const int n_unit = static_cast<int>(index / width), m_unit = static_cast<int>(section * p.section + index % width);
-      tile.n_block = p.across != 0 ? n_unit * kCluster + rank : n_unit;
-      m_block = p.across != 0 ? m_unit : m_unit * kCluster + rank;
+      u32 n_unit = index, m_unit = 0;
+      if (m_units > 1) {  // or the first of few tiles would wait for two divisions
+        const u32 per_section = p.section * n_units, section = index / per_section, width = min(static_cast<u32>(p.section), m_units - section * p.section);
+        index -= section * per_section;
+        n_unit = index / width, m_unit = section * p.section + index % width;
+      }
+      tile.n_block = static_cast<int>(across(p) ? n_unit * kCluster + rank : n_unit);
+      m_block = static_cast<int>(across(p) ? m_unit : m_unit * kCluster + rank);
     }
     tile.group = __shfl_sync(0xffffffffu, mine.group, lane);
     tile.group_rows = rows;
