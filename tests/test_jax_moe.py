@@ -329,6 +329,7 @@ def machine(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.Mon
     moe_gpu._ready.clear()
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_emulated_fused_moe(machine: Any) -> None:
     case = MoECase(20, 64, 40, 4, 2, shared=24, shared_gate="same", global_experts=7, biases="float32")
     arrays = case.random()
@@ -337,6 +338,7 @@ def test_emulated_fused_moe(machine: Any) -> None:
     assert verdict, verdict.text
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_emulated_route_permute_and_product(machine: Any, rng: np.random.Generator) -> None:
     case = RouteCase(40, 24, 3, "float16", "sigmoid", True, 2.0, "float32", 4, 2, 0.9)
     arrays, options = case.random(), case.options()

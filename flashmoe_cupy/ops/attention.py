@@ -80,9 +80,10 @@ def flash_attention(
         quick = find(type(q))
         if quick is not None:
             wanted = (causal, window_size, softmax_scale, softcap, layout, return_lse)
-            plan = _recent.find((q, k, v), wanted)
-            if plan is not None:
-                return plan.run_quick(quick, q, k, v)
+            if quick.guards:
+                plan = _recent.find((q, k, v), wanted)
+                if plan is not None:
+                    return plan.run_quick(quick, q, k, v)
             short = quick.key(q, k, v)
             if short is not None:
                 options = (short, wanted)
@@ -160,7 +161,7 @@ def flash_attention_varlen(
             one = cu_seqlens_q is cu_seqlens_k
             given = (q, k, v, cu_seqlens_q) if one else (q, k, v, cu_seqlens_q, cu_seqlens_k)
             wanted = one, max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale, softcap, return_lse
-            plan = _recent.find(given, wanted)
+            plan = _recent.find(given, wanted) if quick.guards else None
             if plan is None:
                 short = quick.keys(given)
                 if short is not None:

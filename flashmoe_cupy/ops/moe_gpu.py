@@ -25,6 +25,7 @@ Views = tuple[View | None, ...]
 Pointers = tuple[int, ...]
 Problem = RouteProblem | PermuteProblem | GroupedGemmProblem | MoEProblem
 
+
 class _Arrays(NamedTuple):
     """What an operation is given, by name: arguments and outputs in the order of the table of addresses."""
 

@@ -63,9 +63,10 @@ def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) 
     if quick is None:
         return None, None
     wanted = len(given), options, *map(type, options)
-    plan = memory.recent.find(given, wanted)
-    if plan is not None:
-        return None, plan.run_again(quick, given)
+    if quick.guards:
+        plan = memory.recent.find(given, wanted)
+        if plan is not None:
+            return None, plan.run_again(quick, given)
     known = quick.keys(given)
     if known is None:
         return None, None

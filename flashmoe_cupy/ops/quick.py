@@ -34,6 +34,7 @@ class Quick(NamedTuple):
     graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
     # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
     guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
+    guards: bool = False  # whether it may ever give one
 
 
 class Recent:
@@ -174,7 +175,7 @@ def _torch(torch: Any) -> Quick:
     stream = torch._C._cuda_getCurrentRawStream
     return Quick(
         key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, capturing,
-        guard=guard,
+        guard=guard, guards=True,
     )  # fmt: skip
 
 
