@@ -91,7 +91,7 @@ class Machine:
     def run(self) -> Any:
         """For Series.run."""
 
-        def run(series: Series, table: Sequence[int], stream: int) -> None:
+        def run(series: Series, table: Sequence[int], stream: int, brief: bool = False) -> None:
             for one, places in series.launches:
                 self.launch(one, tuple([table[i] for i in places]), stream)
 

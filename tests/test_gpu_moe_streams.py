@@ -31,6 +31,7 @@ from test_gpu_repeats import Disturbance
 import flashmoe_cupy
 from flashmoe_cupy import _env, fused_moe, grouped_gemm, moe_permute, moe_route
 from flashmoe_cupy.errors import FlashMoEError
+from flashmoe_cupy.ops import moe_gpu
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -158,9 +159,10 @@ def work(request: pytest.FixtureRequest) -> Work:
 
 
 def warm(work: Work, seed: int = 0) -> tuple[Arrays, list[Tensor]]:
-    """Arguments and results, which are right; from here on all kernels are loaded."""
+    """Arguments and results, which are right; from here on all kernels are loaded, and short work is a graph."""
     t = work.arrays("cuda", seed)
-    out = work.call(**t)
+    for _ in range(4):
+        out = work.call(**t)
     assert work.wrong(t, out) == []
     torch.cuda.synchronize()
     return t, out
@@ -182,6 +184,8 @@ def test_torch_stream(work: Work) -> None:
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
+        for _ in range(3):
+            work.call(**late)
         torch.cuda._sleep(NAP)
         for name, x in t.items():
             late[name].copy_(x)
@@ -265,6 +269,25 @@ def test_calls_right_behind_each_other(work: Work, disturbance: Disturbance) -> 
         disturbance(turn)
         outs = [work.call(**sets[i % 2]) for i in range(40)]
         assert all(equal(out, wants[i % 2]) for i, out in enumerate(outs))
+
+
+@pytest.mark.parametrize("name", ["few tokens", "many tokens"])
+def test_short_calls_become_graphs(name: str) -> None:
+    """On any arrays of these shapes, on one stream; what is recorded or comes on another stream does not."""
+    work = WORKS[name]
+    kernels._forget()
+    sets = [work.arrays("cuda", seed) for seed in range(4)]
+    for turn in range(12):
+        t = sets[turn % 4]
+        assert work.wrong(t, work.call(**t)) == [], turn
+    (ready,) = moe_gpu._ready.values()
+    made = ready.series._local.graph
+    assert made is not None
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        outs = [work.call(**t) for t in sets]
+    assert [work.wrong(t, out) for t, out in zip(sets, outs, strict=True)] == [[]] * 4
+    assert ready.series._local.graph is made
 
 
 def test_device_memory_does_not_leak(work: Work) -> None:

@@ -120,27 +120,28 @@ def test_small_workspaces_stay_with_their_stream() -> None:
         made.append(bytearray(shape[0]))
         return made[-1]
 
-    def capturing(device: int, stream: int) -> bool:
-        return stream in recorded
-
-    quick: Any = SimpleNamespace(empty=empty, pointer=id, capturing=capturing, uint8=None, graph_pool=True)
+    quick: Any = SimpleNamespace(empty=empty, pointer=id, uint8=None, graph_pool=True)
     scratch = plans.Scratch()
-    first = scratch.find(quick, 0, 5, 100)
-    assert scratch.find(quick, 0, 5, 60) is first and first[0] == 100 and first[1] == id(made[0])
-    assert scratch.find(quick, 0, 6, 100) is not first and scratch.find(quick, 1, 5, 100) is not first
-    larger = scratch.find(quick, 0, 5, 200)
-    assert larger[0] == 200 and scratch.find(quick, 0, 5, 100) is larger
+
+    def find(device: int, stream: int, size: int) -> plans.Kept:
+        return scratch.find(quick, device, stream, size, stream in recorded)
+
+    first = find(0, 5, 100)
+    assert find(0, 5, 60) is first and first[0] == 100 and first[1] == id(made[0])
+    assert find(0, 6, 100) is not first and find(1, 5, 100) is not first
+    larger = find(0, 5, 200)
+    assert larger[0] == 200 and find(0, 5, 100) is larger
     big = plans.Scratch._MOST_BYTES + 1
-    assert scratch.find(quick, 0, 5, big)[0] == big and scratch.find(quick, 0, 5, 100) is larger
+    assert find(0, 5, big)[0] == big and find(0, 5, 100) is larger
     recorded.add(5)
-    alone = [scratch.find(quick, 0, 5, 100) for _ in range(2)]
+    alone = [find(0, 5, 100) for _ in range(2)]
     assert alone[0] is not alone[1] and larger not in alone
     recorded.clear()
     elsewhere: list[Any] = []
-    thread = threading.Thread(target=lambda: elsewhere.append(scratch.find(quick, 0, 5, 100)))
+    thread = threading.Thread(target=lambda: elsewhere.append(find(0, 5, 100)))
     thread.start()
     thread.join()
-    assert elsewhere[0] is not larger and scratch.find(quick, 0, 5, 100) is larger
+    assert elsewhere[0] is not larger and find(0, 5, 100) is larger
     for stream in range(100):
-        scratch.find(quick, 0, stream, 8)
+        find(0, stream, 8)
     assert len(scratch._kept) <= plans.Scratch._MOST_STREAMS

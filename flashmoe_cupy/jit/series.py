@@ -15,7 +15,7 @@ from types import BuiltinMethodType
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import launch, tensormap
+from flashmoe_cupy.jit import graph, launch, tensormap
 from flashmoe_cupy.jit.launch import Launch
 
 _CONFIG = struct.Struct("7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memory, stream, attributes, their number
@@ -23,6 +23,7 @@ _ATTRIBUTE = struct.Struct("i4xi60x")  # CUlaunchAttribute
 _STREAM = struct.Struct("Q")
 _STREAM_AT = 32
 _ALIGNMENT = 128  # of Params
+_CALLS = 3  # on a stream, until a graph is worth making
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _call: Any = None  # cuLaunchKernelEx
 
@@ -52,28 +53,32 @@ class Series:
         )
         self._local = threading.local()
 
-    def run(self, table: Sequence[int], stream: int) -> None:
-        """Queue all of them; nothing is waited for."""
+    def run(self, table: Sequence[int], stream: int, brief: bool = False) -> None:
+        """Queue all of them; nothing is waited for.
+
+        brief: they take less time than launching them, and are not being recorded: a CUDA graph may do it.
+        """
         if not self.plain:
             for one, places in self.launches:
                 launch.launch(one, tuple([table[i] for i in places]), stream)
             return
         if launch.bound() == self.device:
-            self._queue(table, stream)
+            self._queue(table, stream, brief)
         else:
             with launch.bind(self.device):
-                self._queue(table, stream)
+                self._queue(table, stream, brief)
 
-    def _queue(self, table: Sequence[int], stream: int) -> None:
+    def _queue(self, table: Sequence[int], stream: int, brief: bool) -> None:
         local = self._local
         if not hasattr(local, "own"):
             local.own = self._make()
             local.stream, local.addresses = 0, (-1,) * len(local.own.uses)  # what is stored
+            local.calls, local.graph = 0, None  # calls for a graph, one behind the other on the same stream
         own = local.own
         if local.stream != stream:
             for config in own.configs:
                 _STREAM.pack_into(config, _STREAM_AT, stream)
-            local.stream = stream
+            local.stream, local.calls = stream, 0
         addresses, stored = own.pick(table), local.addresses
         if stored != addresses:
             words, local.addresses = own.words, (-1,) * len(addresses)  # nothing, until all of it is stored
@@ -82,6 +87,14 @@ class Series:
                     for word in uses:
                         words[word] = address
             local.addresses = addresses
+        if brief:
+            local.calls += 1
+            if local.calls == _CALLS and local.graph is None:
+                parameters = [address for *_, address, _ in own.calls]
+                local.graph = graph.make([one for one, _ in self.launches], parameters)
+            if local.calls >= _CALLS and local.graph is not None:
+                local.graph.run(local.addresses, stream)
+                return
         call = _call
         for one in own.calls:
             code = call(*one)

@@ -97,11 +97,13 @@ def run_again(
     made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
     table += map(pointer, made)
     stream = quick.stream(device)
+    recorded = True
     if ready.workspace:
-        workspace = _scratch.find(quick, device, stream, ready.workspace)  # is not another's until all is queued
+        recorded = quick.capturing(device, stream)
+        workspace = _scratch.find(quick, device, stream, ready.workspace, recorded)  # nobody else's until all is queued
         base = workspace[1]
         table += [base + offset for offset in ready.offsets]
-    ready.series.run(table, stream)
+    ready.series.run(table, stream, ready.brief and not recorded)
     return made
 
 
@@ -116,9 +118,9 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], Kept] = {}  # (device, stream)
 
-    def find(self, quick: Quick, device: int, stream: int, size: int) -> Kept:
-        """At least `size` bytes for the next launches on the stream. A graph gets memory of its own."""
-        if size > self._MOST_BYTES or quick.capturing(device, stream):
+    def find(self, quick: Quick, device: int, stream: int, size: int, recorded: bool) -> Kept:
+        """At least `size` bytes for the next launches on the stream. What is recorded gets memory of its own."""
+        if recorded or size > self._MOST_BYTES:
             return self._new(quick, device, stream, size)
         kept = self._kept.get((device, stream))
         if kept is None or kept[0] < size:
