@@ -271,10 +271,9 @@ def test_calls_right_behind_each_other(work: Work, disturbance: Disturbance) -> 
         assert all(equal(out, wants[i % 2]) for i, out in enumerate(outs))
 
 
-@pytest.mark.parametrize("name", ["few tokens", "many tokens"])
-def test_short_calls_become_graphs(name: str) -> None:
-    """On any arrays of these shapes, on one stream; what is recorded or comes on another stream does not."""
-    work = WORKS[name]
+def test_short_calls_become_graphs() -> None:
+    """On any arrays of these shapes; what comes on another stream has to come there some times first."""
+    work = WORKS["few tokens"]
     kernels._forget()
     sets = [work.arrays("cuda", seed) for seed in range(4)]
     for turn in range(12):

@@ -253,3 +253,12 @@ def test_a_graph_goes_with_its_launches(graphs: Graphs) -> None:
     del both
     gc.collect()
     assert graph._alive == alive and graphs.gone == [4, 1]
+
+
+def test_a_graph_may_outlive_its_module(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one, _), _ = two().launches
+    made = graph.Graph([one], [0])
+    monkeypatch.setattr(graph, "_alive", None)
+    made.__del__()  # as at the end of the process
+    monkeypatch.undo()
+    del made

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from flashmoe_cupy import _env
@@ -73,12 +72,14 @@ class Graph:
 
     def __del__(self) -> None:
         global _alive
-        _alive -= 1
-        with suppress(Exception):  # the driver may be gone at the end of the process
+        try:
+            _alive -= 1
             if self._exec.value:
                 self._destroy[0](self._exec.value)
             if self._graph.value:
                 self._destroy[1](self._graph.value)
+        except Exception:  # at the end of the process this module or the driver may be gone
+            pass
 
 
 def make(launches: Sequence[Launch], parameters: Sequence[int]) -> Graph | None:
