@@ -1,4 +1,4 @@
-"""The bars that the mixture of experts is held to, judged from rows, and its tables. Never measures."""
+"""The bars that the mixture of experts is held to, judged from rows, its tables and its plot. Never measures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.cases import OURS
 from benchmarks.moe_cases import MOE_SUITES
-from benchmarks.rows import LABELS, Row, Table, facts, newest, of_device, state, timed
+from benchmarks.rows import LABELS, ReportError, Row, Table, facts, newest, of_device, state, timed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 DENSE = "share of the dense product"  # our TFLOP/s over those of an 8192³ bf16 matrix product of the same rounds
 READ = "share of the read rate"  # GB/s of the weights that are needed over those of a big read of the same rounds
@@ -150,3 +151,41 @@ def _cell(row: Row | None, host: bool) -> str:
     if row["shape"]["graph"]:
         return f"{row['device_us']:.1f} ({row['weight_gbps']:.0f}, {100 * row['read_share']:.0f} %)"
     return f"{row['tflops']:.3g} ({row['device_us']:.0f}, {100 * row['share']:.0f} %)"
+
+
+def plot_curve(rows: Sequence[Row], folder: Path, device: str = "") -> list[Path]:
+    """Time of a layer against tokens, beside what reading the weights of the experts in use and the products take."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "moe_curve"  # the same rows give the same file
+    from matplotlib import pyplot
+
+    found = [here[OURS] for here in newest(rows, "moe_curve", device).values() if timed(here.get(OURS), "device_us")]
+    if not found:
+        raise ReportError("moe_curve has no measured row to plot")
+    found.sort(key=lambda row: int(row["shape"]["tokens"]))
+    tokens = [row["shape"]["tokens"] for row in found]
+    figure, axis = pyplot.subplots(figsize=(7.2, 4.2))
+    read = [row["weight_bytes"] / row["read_gbps"] / 1e3 for row in found]
+    product = [row["flops"] / row["ceiling_tflops"] / 1e6 for row in found]
+    axis.plot(tokens, read, "--", color="#555555", linewidth=1, label="weights at the rate of a big read")
+    axis.plot(tokens, product, ":", color="#555555", linewidth=1.4, label="products at the rate of 8192³")
+    ours = [row["device_us"] for row in found]
+    axis.plot(tokens, ours, "o-", color="#0072b2", linewidth=2.4, ms=4, label=LABELS[OURS])
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(tokens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens])
+    axis.set_ylim(0.5 * min(read), None)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("µs of a layer")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    axis.set_title(f"{found[0]['shape']['source']}, router included, {found[0]['device']}", fontsize=11)
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "moe_curve.png", folder / "moe_curve.svg"]
+    figure.savefig(paths[0], dpi=150, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None})
+    pyplot.close(figure)
+    return paths

@@ -343,9 +343,11 @@ def _main(options: argparse.Namespace) -> int:
     names = options.suite or names
     if options.plot or options.readme:
         dense = [name for name in names if name in ("attention_forward", "attention_forward_portable")]
-        if not dense:
+        curve = ["moe_curve"] if "moe_curve" in names else []
+        if not dense and (options.readme or not curve):
             raise ReportError("plots are made of attention_forward or attention_forward_portable: no rows of either")
         images = {name: plot(rows, name, options.results, options.device)[1] for name in dense}
+        images |= {name: moe_report.plot_curve(rows, options.results, options.device)[1] for name in curve}
         for image in images.values():
             print(f"wrote {image.with_suffix('.png')} and {image.name}")
         if options.readme:

@@ -258,3 +258,21 @@ def test_tables_show_the_references_of_the_same_rounds(tmp_path: Path, capsys: p
 def test_attention_has_no_such_bars() -> None:
     assert moe_report.judge([], "attention_forward") == []
     assert not moe_report.Verdict(BARS[0], math.nan).passed and moe_report.Verdict(BARS[0], 0.71).passed
+
+
+def test_the_curve_over_tokens_is_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [made_up(case, OURS, 30.0 + case.tokens / 8) for case in MOE_SUITES["moe_curve"].cases]
+    arguments = ["--results", str(tmp_path), "--plot"]
+    write(tmp_path / "a.jsonl", rows)
+    assert report.main(arguments) == 0
+    assert "moe_curve.png and moe_curve.svg" in capsys.readouterr().out
+    before = (tmp_path / "moe_curve.svg").read_bytes()
+    assert b"<svg" in before and (tmp_path / "moe_curve.png").read_bytes()[:4] == b"\x89PNG"
+    write(tmp_path / "a.jsonl", rows[::-1])
+    assert report.main(arguments) == 0 and (tmp_path / "moe_curve.svg").read_bytes() == before  # the same rows
+    write(tmp_path / "a.jsonl", rows[1:])
+    assert report.main(arguments) == 0 and (tmp_path / "moe_curve.svg").read_bytes() != before
+    write(tmp_path / "a.jsonl", [row | {"device_us": None, "status": "wrong"} for row in rows])
+    assert report.main(arguments) == 1 and "no measured row" in capsys.readouterr().err
+    assert report.main([*arguments[:2], "--readme", str(tmp_path / "README.md")]) == 1
