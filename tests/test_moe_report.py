@@ -32,6 +32,7 @@ def made_up(case: MoECase, library: str, us: float | None, **fields: Any) -> dic
         "versions": {"torch": "2.11"},
         "shape": case.shape(),
         "experts_touched": case.experts,
+        "flops": case.flops(),
         "weight_bytes": case.experts * case.expert_bytes(),
         "ceiling_tflops": 700.0,
         "read_gbps": 2900.0,
