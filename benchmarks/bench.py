@@ -32,7 +32,7 @@ SCHEMA = 2  # 1: when there was no kernel beside the portable one
 class Effort(NamedTuple):
     """How much is measured: rounds per case, microseconds of device work per sample and before one, host calls.
 
-    host_seconds is for short calls, whose host calls go on at least so long.
+    host_seconds is for short calls, and for cases that are there for their host side: they go on at least so long.
 
     lead_us is for cases with references: a share of what the machine can do means something when the clock is what it
     is under load for both, the library and the reference, and not the higher one of a device that was idle before.
@@ -137,6 +137,10 @@ class Bench(Generic[C, I]):
         """How a case is timed whose call takes `rough` microseconds."""
         return Timed(prepared.run, 1, lambda: prepared.run(0))
 
+    def measures_host(self, case: C) -> bool:  # noqa: ARG002
+        """Whether the case is there for its host side, however long the device takes."""
+        return False
+
     def references(self) -> dict[str, Reference]:
         """What is timed beside the libraries in every round; the rates are fields of the rows."""
         return {}
@@ -176,7 +180,8 @@ class Bench(Generic[C, I]):
                 self.timer.sample(run, 1)
                 rough = self.timer.sample(run, 2)
                 calls = max(5, min(self.effort.host_calls, int(4 * self.effort.sample_us / rough)))
-                seconds = self.effort.host_seconds if rough < SHORT_US else 0.0
+                wanted = rough < SHORT_US or self.measures_host(case)
+                seconds = self.effort.host_seconds if wanted else 0.0
                 lowest, host = host_microseconds(self.timer, run, calls, seconds=seconds)
                 timed = self.timed(case, ready[name], rough, len(sets))
                 hold = host if isinstance(self.timer, GpuTimer) and timed.calls == 1 and rough < 2.5 * host else 0.0

@@ -164,6 +164,11 @@ def _host() -> Iterator[MoECase]:
         yield case(f"{arrays}_t1_e128_k8", 1, (256, 128, 128, 8), arrays=arrays, routing=False)
         name = f"{arrays}_t128_e32_k4_biases_fp16"
         yield case(name, 128, (256, 128, 32, 4), arrays=arrays, dtype="float16", routing=False, **_GPT_OSS)
+    model = MODELS["qwen3_30b_a3b"]
+    for arrays, sizes in (("torch", (1, 16, 256, 4096)), ("cupy", (16, 4096))):
+        for tokens in sizes:
+            name = f"{arrays}_{model.name}_t{tokens}"
+            yield model.case("moe_host", tokens, arrays=arrays, routing=False)._replace(name=name)
 
 
 def _smoke() -> Iterator[MoECase]:
@@ -212,7 +217,7 @@ MOE_SUITES: dict[str, Suite[MoECase]] = {
         ),
         Suite(
             "moe_host",
-            "host microseconds of one fused_moe on tiny arrays",
+            "host microseconds of one fused_moe, on tiny arrays and on a published layer",
             tuple(_host()),
             (OURS, "torch_grouped_mm"),
             ("torch_grouped_mm",),

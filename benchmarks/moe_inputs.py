@@ -94,11 +94,11 @@ def touched(inputs: MoEInputs) -> int:
 def input_sets(case: MoECase, timer: Timer, device: str, seed: int) -> list[MoEInputs]:
     """One set of inputs, or several with weights of their own whose experts together are far larger than the cache.
 
-    A case that is measured as a graph has at least two.
+    A case that is measured as a graph, or for its host side, has at least two.
     """
     first = make_inputs(case, device, seed)
     used = touched(first) * case.expert_bytes()
-    count = 2 if case.graph else 1
+    count = 2 if case.graph or case.suite == "moe_host" else 1
     if used <= 4 * timer.cache_bytes:
         count = max(count, min(32, 1 + -(-4 * timer.cache_bytes // used)))
     count = max(1, min(count, SETS_BYTES // (case.experts * case.expert_bytes())))

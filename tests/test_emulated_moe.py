@@ -16,7 +16,7 @@ from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.kernels import PRODUCTS, announced
-from flashmoe_cupy.plan.moe_problem import PermuteProblem, moe_problem
+from flashmoe_cupy.plan.moe_problem import PermuteProblem
 from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
@@ -361,16 +361,3 @@ def test_groups_are_awaited_where_there_are_many(case: MoECase, arch: str, align
     steps, _ = moe_plans.steps(case)
     pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "counters" in step.arguments]
     assert announced(pair, arch, aligned, 132) == counts
-
-
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        (MoECase(16, 256, 128, 8, 2), True), (MoECase(1, 2048, 512, 512, 4), True),
-        (MoECase(128, 512, 256, 32, 4), True), (MoECase(16, 256, 128, 8, 2, shared=512), True),
-        (MoECase(1, 2048, 768, 128, 8), False), (MoECase(4096, 512, 256, 8, 2), False),  # weights, products
-        (MoECase(16, 256, 128, 8, 2, shared=30000), False), (MoECase(1, 4096, 1032, 2, 2, activation="relu"), False),
-    ],
-)  # fmt: skip
-def test_what_takes_less_time_than_launching_it(case: MoECase, expected: bool) -> None:
-    assert moe.brief(moe_problem(**moe_plans.views(case), **case.options())) is expected

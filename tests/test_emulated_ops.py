@@ -91,7 +91,7 @@ class Machine:
     def run(self) -> Any:
         """For Series.run."""
 
-        def run(series: Series, table: Sequence[int], stream: int, brief: bool = False) -> None:
+        def run(series: Series, table: Sequence[int], stream: int, recorded: bool = True) -> None:
             for one, places in series.launches:
                 self.launch(one, tuple([table[i] for i in places]), stream)
 

@@ -5,6 +5,7 @@ The checks take the device, so that test_moe_checks.py runs them on the CPU as w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -308,6 +309,40 @@ def test_cupy_out() -> None:
     assert fused_moe(**{n: to_cupy(x) for n, x in t.items()}, **BASE.options(), out=mine) is mine
     torch.cuda.synchronize()  # CuPy's current stream need not be torch's
     assert same_bits(memory[:, 8:80], want) and int(memory.isnan().sum()) == memory.numel() - want.numel()
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_short_way(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls on arrays like earlier ones are found without a look at each: the same bits, and the same errors."""
+    from flashmoe_cupy.ops import moe, plans
+
+    convert: Callable[[Tensor], Any] = to_cupy if library == "cupy" else lambda x: x
+    options = BASE.options()
+    sets = [{n: convert(x) for n, x in tensors(BASE, "cuda", seed).items()} for seed in (1, 2)]
+    biases, shared = ("b_gate_up", "b_down"), ("shared_w_gate_up", "shared_w_down")
+    for leave, out in itertools.product(
+        itertools.product(((), biases), ((), ("expert_map",)), ((), ("shared_gate",), (*shared, "shared_gate"))),
+        (None, convert(torch.empty((90, 72), device="cuda", dtype=torch.bfloat16))),
+    ):
+        some = [{n: x for n, x in t.items() if n not in sum(leave, ())} for t in sets]
+        with monkeypatch.context() as long:
+            long.setattr(plans, "find", lambda kind: None)
+            wants = [as_torch(fused_moe(**t, **options)) for t in some]
+        for i in range(8):
+            fused_moe(**some[i % 2], **options, out=out)
+        with monkeypatch.context() as short:
+            short.setattr(moe, "view", None)
+            for t, want in zip(some, wants, strict=True):
+                found = fused_moe(**t, **options, out=out)
+                torch.cuda.synchronize()
+                assert same_bits(as_torch(found), want) and (out is None or found is out), leave
+        if out is not None:
+            moved = whole_array((90 * 72 + 1,), wants[0])
+            fused_moe(**some[0], **options, out=convert(moved)[1:].reshape(90, 72))
+            torch.cuda.synchronize()
+            assert agree(moved[1:].view(90, 72), wants[0]), leave
+            with pytest.raises(UnsupportedProblem, match="out shares memory with x"):
+                fused_moe(**some[0], **options, out=some[0]["x"])
 
 
 def test_second_device() -> None:

@@ -31,7 +31,8 @@ from test_gpu_repeats import Disturbance
 import flashmoe_cupy
 from flashmoe_cupy import _env, fused_moe, grouped_gemm, moe_permute, moe_route
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.ops import moe_gpu
+from flashmoe_cupy.jit import graph
+from flashmoe_cupy.ops import moe_gpu, plans
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -159,7 +160,7 @@ def work(request: pytest.FixtureRequest) -> Work:
 
 
 def warm(work: Work, seed: int = 0) -> tuple[Arrays, list[Tensor]]:
-    """Arguments and results, which are right; from here on all kernels are loaded, and short work is a graph."""
+    """Arguments and results, which are right; from here on all kernels are loaded, and calls are graphs."""
     t = work.arrays("cuda", seed)
     for _ in range(4):
         out = work.call(**t)
@@ -255,6 +256,8 @@ def test_same_bits_beside_other_work(work: Work, disturbance: Disturbance) -> No
     for i in range(REPEATS):
         disturbance(i)
         poison(size, "cuda")
+        for *_, kept in plans._scratch._kept.values():
+            kept.fill_(255)
         for out, ref in zip(work.call(**t), want, strict=True):
             wrong += (out.view(-1).view(torch.uint8) != ref.view(-1).view(torch.uint8)).any()
     assert int(wrong) == 0, f"{int(wrong)} of {REPEATS} runs differ"
@@ -271,22 +274,33 @@ def test_calls_right_behind_each_other(work: Work, disturbance: Disturbance) -> 
         assert all(equal(out, wants[i % 2]) for i, out in enumerate(outs))
 
 
-def test_short_calls_become_graphs() -> None:
-    """On any arrays of these shapes; what comes on another stream has to come there some times first."""
-    work = WORKS["few tokens"]
+@pytest.mark.parametrize("name", ["few tokens", "more tokens", "many tokens", "many experts", "awaited groups"])
+def test_calls_become_graphs(name: str) -> None:
+    """From the third on: with any arrays, on any stream, and at once where another shape has used the kernels."""
+    work = WORKS[name]
     kernels._forget()
+    graph._local.known.clear()
     sets = [work.arrays("cuda", seed) for seed in range(4)]
     for turn in range(12):
         t = sets[turn % 4]
         assert work.wrong(t, work.call(**t)) == [], turn
     (ready,) = moe_gpu._ready.values()
-    made = ready.series._local.graph
-    assert made is not None
+    made, _ = ready.series._local.graph
     side = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        outs = [work.call(**t) for t in sets]
-    assert [work.wrong(t, out) for t, out in zip(sets, outs, strict=True)] == [[]] * 4
-    assert ready.series._local.graph is made
+        for turn in range(12):
+            t = sets[turn % 4]
+            assert work.wrong(t, work.call(**t)) == [], turn
+        assert ready.series._local.graph[0] is not made
+    torch.cuda.synchronize()
+    assert isinstance(work.case, MoECase)
+    fewer = experts_of(work.case._replace(tokens=work.case.tokens - 1))
+    t = fewer.arrays("cuda", 0)
+    outs = [out for _ in range(3) for some in (fewer.call(**t), work.call(**sets[0])) for out in some]
+    pairs = zip(outs[::2], outs[1::2], strict=True)
+    assert [(fewer.wrong(t, [a]), work.wrong(sets[0], [b])) for a, b in pairs] == [([], [])] * 3
+    assert [ready.series._local.graph[0] for ready in moe_gpu._ready.values()] == [made, made]
 
 
 def test_device_memory_does_not_leak(work: Work) -> None:
@@ -306,8 +320,8 @@ def test_device_memory_does_not_leak(work: Work) -> None:
 def test_torch_graph(work: Work, disturbance: Disturbance) -> None:
     """Recorded once; each replay gives what a call gives on the numbers, experts and sizes of groups that are there."""
     t, _ = warm(work)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
         out = work.call(**t)
     for seed in (1, 2, 3):
         for name, x in work.arrays("cuda", seed).items():
@@ -316,7 +330,7 @@ def test_torch_graph(work: Work, disturbance: Disturbance) -> None:
             x.view(torch.uint8 if x.ndim else x.dtype).fill_(255)
         torch.cuda.synchronize()
         disturbance(seed)
-        graph.replay()
+        recorded.replay()
         torch.cuda.synchronize()
         replayed = [x.clone() for x in out]
         assert work.wrong(t, replayed) == [] and equal(replayed, work.call(**t)), seed

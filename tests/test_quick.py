@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from flashmoe_cupy.arrays import View
+from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.ops import plans, quick
 from flashmoe_cupy.ops.quick import Quick, Recent
 from flashmoe_cupy.plan import kernels
@@ -145,3 +147,31 @@ def test_small_workspaces_stay_with_their_stream() -> None:
     for stream in range(100):
         find(0, stream, 8)
     assert len(scratch._kept) <= plans.Scratch._MOST_STREAMS
+
+
+@pytest.mark.parametrize(
+    ("places", "out", "expected", "rows"),
+    [
+        ((1, 2, 3), 0, (0, 10, 20, 30, 0, 0), [10, 30]),
+        ((1, 3, 5), 0, (0, 10, 0, 20, 0, 30), [10, 20]),
+        ((1, 3, 6), 6, (0, 10, 0, 20, 0, 0, 30), [10, 20, 30]),
+    ],
+)
+def test_a_table_has_what_is_absent_as_0(
+    places: tuple[int, ...], out: int, expected: tuple[int, ...], rows: list[int]
+) -> None:
+    how = plans.again(places, 6, (1, 3, 6), 6)
+    assert how.order([0, 10, 20, 30]) == expected
+    assert [(0, 10, 20, 30)[i] for i in how.rows] == rows and how.out == (3 if out else 0)
+
+
+def test_memory_that_may_be_shared_is_found_by_addresses() -> None:
+    """Of the arguments that are there, with steps that go back, too."""
+
+    def line(address: int, step: int = 1) -> View:
+        return View(address, (100,), (step,), INT32, 0, "torch", False, None)
+
+    overlap = plans.Overlap(("x", "y", "z"), (line(1), None, line(1, -2)), line(1))
+    assert not overlap.possible(1000, (600, 2196))  # ends where out begins, begins where it ends
+    assert overlap.possible(1000, (601, 2196)) and overlap.possible(1000, (600, 2191))
+    assert overlap.possible(1000, (1399, 9000)) and not overlap.possible(1000, (1400, 9000))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import struct
 import threading
 from collections.abc import Iterator
@@ -143,6 +142,7 @@ class Graphs:
         self.nodes: list[tuple[Any, ...]] = []
         self.edges: list[tuple[int, ...]] = []
         self.sets: list[tuple[int, bytes]] = []
+        self.grids: list[int] = []
         self.launches: list[tuple[int, int]] = []
         self.gone: list[int] = []
         self.refuses = ""
@@ -160,7 +160,9 @@ class Graphs:
         elif name == "cuGraphAddDependencies_v2":
             self.edges.append((given[1]._obj.value, given[2]._obj.value, *given[3].raw))
         elif name == "cuGraphExecKernelNodeSetParams_v2":
-            at, extra, kernel, context = struct.unpack("4Q", ctypes.string_at(given[2], 72)[40:])
+            params = ctypes.string_at(given[2], 72)
+            at, extra, kernel, context = struct.unpack("4Q", params[40:])
+            self.grids.append(struct.unpack_from("I", params, 8)[0])
             assert extra == kernel == context == 0
             (address,) = (ctypes.c_void_p * 1).from_address(at)
             self.sets.append((given[1], ctypes.string_at(address or 0, 24)))
@@ -175,40 +177,96 @@ class Graphs:
 def graphs(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     fake = Graphs()
     monkeypatch.setattr(tensormap, "driver", lambda: fake)
+    monkeypatch.setattr(graph, "_local", graph._Local())
     return fake
 
 
-def test_brief_work_becomes_a_graph(driver: Driver, graphs: Graphs) -> None:
-    both = two(early=False)
-    both.launches = (both.launches[0], (both.launches[1][0]._replace(early=True), both.launches[1][1]))
+def three(tail: int = 7, grid: int = 5, early: bool = True) -> Series:
+    """The two launches and one more of a pointer."""
+    (first, a), (second, b) = two(grid=grid).launches
+    third = Launch(0, 79, 2, 32, 0, struct.Struct("Q").pack_into, bytes([tail] * 8), False, early=early)
+    return Series([(first, a), (second, b), (third, (3,))])
+
+
+def run(some: Series, *table: int, stream: int = 9, calls: int = 1, recorded: bool = False) -> None:
+    for _ in range(calls):
+        some.run((0, *table), stream, recorded)
+
+
+def test_the_third_call_is_a_graph(driver: Driver, graphs: Graphs) -> None:
+    some = three()
     for i in range(6):
-        both.run((0, 0x10, 0x20, 0x30 + i // 4), 9, brief=True)
-    assert len(driver.early) == 2 * 2 and graphs.launches == [(4, 9)] * 4
-    assert graphs.nodes == [(77, 5, 1, 1, 384, 1, 1, 1000), (78, 1, 1, 1, 64, 1, 1, 0)]
-    assert graphs.edges == [(2, 3, 1, 0, 1, 0, 0, 0, 0, 0)]  # the second may start early
-    first, second = struct.pack("2Q", 0x30, 0x10), struct.pack("3Q", 0, 0x20, 0x20)
-    changed = struct.pack("2Q", 0x31, 0x10)
-    want = [(2, first), (3, second), (2, changed), (3, second)]
+        run(some, 0x10, 0x20, 0x30 + i // 4)
+    assert len(driver.early) == 2 * 3 and graphs.launches == [(5, 9)] * 4
+    assert graphs.nodes == [
+        (77, 5, 1, 1, 384, 1, 1, 1000), (78, 1, 1, 1, 64, 1, 1, 0), (79, 2, 1, 1, 32, 1, 1, 0)
+    ]  # fmt: skip
+    assert graphs.edges == [(2, 3, *[0] * 8), (3, 4, 1, 0, 1, *[0] * 5)]  # the third may start early
+    second = struct.pack("3Q", 0, 0x20, 0x20)
+    want = [
+        (node, params)
+        for last in (0x30, 0x31)
+        for node, params in ((2, struct.pack("2Q", last, 0x10)), (3, second), (4, struct.pack("Q", last)))
+    ]
     assert [(node, params[: len(x)]) for (node, params), (_, x) in zip(graphs.sets, want, strict=True)] == want
 
 
-def test_a_graph_learns_what_single_launches_changed(driver: Driver, graphs: Graphs) -> None:
-    both = two()
-    for _ in range(3):
-        both.run((0, 1, 2, 3), 9, brief=True)
-    both.run((0, 4, 5, 6), 9)  # is being recorded, say
-    assert len(graphs.launches) == 1 and len(driver.early) == 6
-    both.run((0, 4, 5, 6), 9, brief=True)
-    assert len(graphs.launches) == 2 and graphs.sets[-2][1][:16] == struct.pack("2Q", 6, 4)
-    assert graphs.edges[0][2:] == (0,) * 8  # the second is not early
+def test_two_launches_stay_single(driver: Driver, graphs: Graphs) -> None:
+    run(two(), 1, 2, 3, calls=5)
+    assert len(driver.early) == 10 and not graphs.made
 
 
-def test_another_stream_starts_with_single_launches(driver: Driver, graphs: Graphs) -> None:
-    both = two()
-    for stream in (9, 9, 9, 8, 9, 8, 8, 8):
-        both.run((0, 1, 2, 3), stream, brief=True)
-    assert graphs.launches == [(4, 9), (4, 8)] and len(driver.early) == 2 * 6
-    assert graphs.made.count("cuGraphCreate") == 1
+def test_what_is_recorded_stays_single(driver: Driver, graphs: Graphs) -> None:
+    """And the graph learns what such launches changed."""
+    some = three()
+    run(some, 1, 2, 3, calls=3)
+    run(some, 4, 5, 6, recorded=True)
+    assert len(graphs.launches) == 1 and len(driver.early) == 9
+    run(some, 4, 5, 6)
+    assert len(graphs.launches) == 2 and graphs.sets[-3][1][:16] == struct.pack("2Q", 6, 4)
+
+
+def test_shapes_share_a_graph(driver: Driver, graphs: Graphs) -> None:
+    """The same kernels with other grids and numbers: no call of a new shape is single, and each has its own."""
+    some, other = three(tail=1), three(tail=2, grid=8)
+    run(some, 1, 2, 3, calls=3)
+    for turn in range(4):
+        run((other, some)[turn % 2], 1, 2, 3)
+        assert graphs.sets[-1][1][8:16] == bytes([2 - turn % 2] * 8)
+    assert graphs.made.count("cuGraphCreate") == 1 and len(driver.early) == 2 * 3
+    assert graphs.grids[-3:] == [5, 1, 2] and graphs.grids[-6:-3] == [8, 1, 2]
+    before = len(graphs.sets)
+    run(some, 1, 2, 3)
+    assert len(graphs.sets) == before  # nothing has changed
+
+
+def test_streams_have_graphs_of_their_own(driver: Driver, graphs: Graphs) -> None:
+    """Launches of one graph come one after the other, whatever their streams are."""
+    some = three()
+    for stream in (9, 9, 8, 9, 8, 8, 9):
+        run(some, 1, 2, 3, stream=stream)
+    assert graphs.launches == [(5, 9), (10, 8), (5, 9)] and len(driver.early) == 3 * 4
+
+
+def test_threads_have_graphs_of_their_own(driver: Driver, graphs: Graphs) -> None:
+    some = three()
+    run(some, 1, 2, 3, calls=3)
+    thread = threading.Thread(target=run, args=(some, 4, 5, 6), kwargs={"calls": 3})
+    thread.start()
+    thread.join()
+    assert graphs.launches == [(5, 9), (10, 9)]
+    assert graphs.sets[0][1][:8] == struct.pack("Q", 3) and graphs.sets[3][1][:8] == struct.pack("Q", 6)
+
+
+def test_graphs_are_few(driver: Driver, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes for a new one, as soon as no launches use it any more."""
+    monkeypatch.setattr(graph, "_MOST_OF_A_THREAD", 2)
+    some, alive = three(), graph._alive
+    for stream in (1, 2, 3):
+        run(some, 1, 2, 3, stream=stream, calls=3)
+    assert graphs.gone == [5, 1] and graph._alive == alive + 2
+    run(some, 1, 2, 3, stream=1, calls=3)
+    assert graphs.gone == [5, 1, 10, 6] and graph._alive == alive + 2
 
 
 @pytest.mark.parametrize("refuses", ["cuGraphCreate", "cuGraphAddDependencies_v2", "all"])
@@ -218,46 +276,34 @@ def test_without_graphs_launches_stay_single(
     graphs.refuses = refuses
     if refuses == "all":
         monkeypatch.setattr(graph, "_MOST", graph._alive)
-    alive, both = graph._alive, two()
-    for _ in range(5):
-        both.run((0, 1, 2, 3), 9, brief=True)
-    assert len(driver.early) == 10 and not graphs.launches
-    assert graph._alive == alive
+    alive = graph._alive
+    run(three(), 1, 2, 3, calls=5)
+    assert len(driver.early) == 15 and not graphs.launches
+    assert graph._alive == alive and graphs.made.count("cuGraphCreate") <= 1  # it is tried once
 
 
 def test_an_old_driver_has_no_graphs(driver: Driver, graphs: Graphs) -> None:
     del graphs.cuGraphAddDependencies_v2  # type: ignore[attr-defined]
-    alive, both = graph._alive, two()
-    for _ in range(4):
-        both.run((0, 1, 2, 3), 9, brief=True)
-    assert len(driver.early) == 8 and graph._alive == alive
+    alive = graph._alive
+    run(three(), 1, 2, 3, calls=4)
+    assert len(driver.early) == 12 and graph._alive == alive
 
 
 def test_a_refused_launch_of_a_graph_is_an_error(graphs: Graphs) -> None:
-    both = two()
-    for _ in range(3):
-        both.run((0, 1, 2, 3), 9, brief=True)
+    some = three()
+    run(some, 1, 2, 3, calls=3)
     graphs.refuses = "cuGraphExecKernelNodeSetParams_v2"
     with pytest.raises(FlashMoEError, match="error 801"):
-        both.run((0, 1, 2, 4), 9, brief=True)
+        run(some, 1, 2, 4)
     graphs.refuses = ""
-    both.run((0, 1, 2, 4), 9, brief=True)
-    assert graphs.sets[-2][1][:8] == struct.pack("Q", 4) and len(graphs.launches) == 2
-
-
-def test_a_graph_goes_with_its_launches(graphs: Graphs) -> None:
-    alive, both = graph._alive, two()
-    for _ in range(3):
-        both.run((0, 1, 2, 3), 9, brief=True)
-    assert graph._alive == alive + 1
-    del both
-    gc.collect()
-    assert graph._alive == alive and graphs.gone == [4, 1]
+    run(some, 1, 2, 4)
+    assert graphs.sets[-3][1][:8] == struct.pack("Q", 4) and len(graphs.launches) == 2
 
 
 def test_a_graph_may_outlive_its_module(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    (one, _), _ = two().launches
-    made = graph.Graph([one], [0])
+    ((one, _),) = two().launches[:1]
+    pointer = ctypes.c_void_p()
+    made = graph.Graph([graph.node(one, ctypes.addressof(pointer))], [False])
     monkeypatch.setattr(graph, "_alive", None)
     made.__del__()  # as at the end of the process
     monkeypatch.undo()

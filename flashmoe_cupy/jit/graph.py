@@ -1,14 +1,18 @@
 """Launches that follow each other as one CUDA graph: queued in less than half of the time that the single ones take.
 
-For work so short that launching is what takes time. Before a launch, nodes get the parameters that have changed; what
-is already queued or running keeps its own. A graph cannot overlap with what lies in front of it on the stream, as
-single launches do (programmatic dependent launch): work that keeps the device busy is better off without.
+A graph belongs to a thread, a stream and the kernels in it. Grids and parameters are set anew before it is launched
+where they are others than the last time, so every shape that needs the same kernels shares it; what is already queued
+or running keeps its own.
+
+A graph does not overlap with what lies in front of it on the stream, as the first of single launches does (programmatic
+dependent launch): 1 us of the device. Where that counts a caller records a graph, and gets single launches in it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,21 +25,31 @@ from flashmoe_cupy.jit.launch import Launch
 _NODE = struct.Struct("Q7I4xQQQQ")
 _EDGE = struct.Struct("3B5x")  # CUgraphEdgeData: port of the first, port of the second, type
 _WHOLE, _EARLY = _EDGE.pack(0, 0, 0), _EDGE.pack(1, 0, 1)  # the second may start when the first one lets it
-_MOST = 256  # graphs that are alive: each has memory of the driver's
+_MOST = 1024  # graphs that are alive: each has memory of the driver's
+_MOST_OF_A_THREAD = 64
+_CALLS = 3  # of the same kernels on a stream, until a graph is worth making
 _FUNCTIONS = {
     "cuGraphCreate": 2, "cuGraphAddKernelNode_v2": 5, "cuGraphAddDependencies_v2": 5, "cuGraphInstantiateWithFlags": 3,
     "cuGraphExecKernelNodeSetParams_v2": 3, "cuGraphLaunch": 2, "cuGraphExecDestroy": 1, "cuGraphDestroy": 1,
 }  # fmt: skip
 _alive = 0
 
+Settings = list[tuple[Any, ...]]  # arguments of the driver that give the nodes of a graph their parameters
+
+
+def node(one: Launch, parameters: int) -> Any:
+    """What a launch's node is: memory that `Graph` reads. parameters: the address of the pointer to its Params."""
+    sizes = one.grid, 1, 1, one.threads, 1, 1, one.smem
+    return ctypes.create_string_buffer(_NODE.pack(one.function, *sizes, parameters, 0, 0, 0), _NODE.size)
+
 
 class Graph:
     """One node for each launch, one behind the other. Belongs to one thread."""
 
-    __slots__ = ("_addresses", "_destroy", "_exec", "_graph", "_launch", "_nodes", "_params", "_set")
+    __slots__ = ("_addresses", "_destroy", "_exec", "_graph", "_launch", "_nodes", "_set")
 
-    def __init__(self, launches: Sequence[Launch], parameters: Sequence[int]) -> None:
-        """parameters: for each launch the address of the pointer to its Params. Raises FlashMoEError."""
+    def __init__(self, nodes: Sequence[Any], early: Sequence[bool]) -> None:
+        """early: whether a node may start within the one in front of it. Raises FlashMoEError."""
         global _alive
         _alive += 1  # __del__ runs for what could not be made, too
         self._addresses: object = None
@@ -44,29 +58,28 @@ class Graph:
         self._set, self._launch = call["cuGraphExecKernelNodeSetParams_v2"], call["cuGraphLaunch"]
         self._destroy = call["cuGraphExecDestroy"], call["cuGraphDestroy"]
         _must(call["cuGraphCreate"](ctypes.byref(self._graph), 0))
-        self._params, nodes = [], [ctypes.c_void_p() for _ in launches]
-        for i, (one, address) in enumerate(zip(launches, parameters, strict=True)):
-            sizes = one.grid, 1, 1, one.threads, 1, 1, one.smem
-            self._params.append(
-                ctypes.create_string_buffer(_NODE.pack(one.function, *sizes, address, 0, 0, 0), _NODE.size)
-            )
-            _must(call["cuGraphAddKernelNode_v2"](ctypes.byref(nodes[i]), self._graph, None, 0, self._params[i]))
+        self._nodes = [ctypes.c_void_p() for _ in nodes]
+        for i, made in enumerate(self._nodes):
+            _must(call["cuGraphAddKernelNode_v2"](ctypes.byref(made), self._graph, None, 0, nodes[i]))
             if i > 0:
-                edge = ctypes.create_string_buffer(_EARLY if one.early else _WHOLE, _EDGE.size)
-                ends = ctypes.byref(nodes[i - 1]), ctypes.byref(nodes[i])
+                edge = ctypes.create_string_buffer(_EARLY if early[i] else _WHOLE, _EDGE.size)
+                ends = ctypes.byref(self._nodes[i - 1]), ctypes.byref(made)
                 _must(call["cuGraphAddDependencies_v2"](self._graph, *ends, edge, 1))
         _must(call["cuGraphInstantiateWithFlags"](ctypes.byref(self._exec), self._graph, 0))
-        self._nodes = [
-            (self._exec.value, node.value, ctypes.addressof(params))
-            for node, params in zip(nodes, self._params, strict=True)
+
+    def settings(self, nodes: Sequence[Any]) -> Settings:
+        """What `run` takes to give the graph these nodes, whose kernels are those that it was made of."""
+        return [
+            (self._exec.value, mine.value, ctypes.addressof(other))
+            for mine, other in zip(self._nodes, nodes, strict=True)
         ]
 
-    def run(self, addresses: object, stream: int) -> None:
-        """Queue all. addresses: the same object as long as no Params has changed."""
+    def run(self, settings: Settings, addresses: object, stream: int) -> None:
+        """Queue all. addresses: the same object as the last time only if settings and all Params are the same."""
         if addresses is not self._addresses:
             self._addresses, set_params = None, self._set
-            for node in self._nodes:
-                _must(set_params(*node))
+            for one in settings:
+                _must(set_params(*one))
             self._addresses = addresses
         _must(self._launch(self._exec.value, stream))
 
@@ -82,12 +95,32 @@ class Graph:
             pass
 
 
-def make(launches: Sequence[Launch], parameters: Sequence[int]) -> Graph | None:
-    """The graph; None when there are many, or the driver does not make it: then the launches go one by one."""
+class _Local(threading.local):
+    def __init__(self) -> None:
+        # By stream and kernels, the latest last: the graph, or how many calls there were; None where none can be made.
+        self.known: dict[tuple[int, tuple[int, ...]], Graph | int | None] = {}
+
+
+_local = _Local()
+
+
+def find(stream: int, kernels: tuple[int, ...], nodes: Sequence[Any], early: Sequence[bool]) -> Graph | None:
+    """The thread's graph of these kernels on a stream. None: launch them one by one, at least this time."""
+    known, key = _local.known, (stream, kernels)
+    found = known.get(key, 0)
+    if isinstance(found, int):
+        found = found + 1 if found + 1 < _CALLS else _make(nodes, early)
+        if key not in known and len(known) >= _MOST_OF_A_THREAD:
+            del known[next(iter(known))]
+        known[key] = found
+    return found if isinstance(found, Graph) else None
+
+
+def _make(nodes: Sequence[Any], early: Sequence[bool]) -> Graph | None:
     if _alive >= _MOST:
         return None
     try:
-        return Graph(launches, parameters)
+        return Graph(nodes, early)
     except (FlashMoEError, AttributeError) as error:  # an older driver has no such function
         _env.log.debug("launches stay single: %s", error)
         return None

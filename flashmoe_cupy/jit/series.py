@@ -23,7 +23,7 @@ _ATTRIBUTE = struct.Struct("i4xi60x")  # CUlaunchAttribute
 _STREAM = struct.Struct("Q")
 _STREAM_AT = 32
 _ALIGNMENT = 128  # of Params
-_CALLS = 3  # on a stream, until a graph is worth making
+_FEWEST = 3  # launches that a graph queues sooner than one by one
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _call: Any = None  # cuLaunchKernelEx
 
@@ -36,13 +36,14 @@ class _Own(NamedTuple):
     uses: tuple[tuple[int, ...], ...]  # the words where each of them is stored
     configs: tuple[Any, ...]  # CUlaunchConfig of each
     calls: tuple[tuple[int, int, int, None], ...]  # arguments of cuLaunchKernelEx
+    nodes: tuple[Any, ...]  # of a graph
     keep: tuple[Any, ...]
 
 
 class Series:
     """Launches on one device; the i-th one takes its pointers from the given places of a table of addresses."""
 
-    __slots__ = ("_local", "device", "launches", "plain")
+    __slots__ = ("_early", "_kernels", "_local", "device", "launches", "plain")
 
     def __init__(self, launches: Sequence[tuple[Launch, tuple[int, ...]]]) -> None:
         self.launches = tuple(launches)
@@ -51,34 +52,36 @@ class Series:
         self.plain = all(
             not (one.check or one.counter) and isinstance(one.head, BuiltinMethodType) for one, _ in launches
         )
+        self._kernels = tuple([one.function for one, _ in launches])
+        self._early = tuple([one.early for one, _ in launches])
         self._local = threading.local()
 
-    def run(self, table: Sequence[int], stream: int, brief: bool = False) -> None:
+    def run(self, table: Sequence[int], stream: int, recorded: bool = True) -> None:
         """Queue all of them; nothing is waited for.
 
-        brief: they take less time than launching them, and are not being recorded: a CUDA graph may do it.
+        recorded: the stream is being recorded, or may be. Otherwise several launches go as one CUDA graph.
         """
         if not self.plain:
             for one, places in self.launches:
                 launch.launch(one, tuple([table[i] for i in places]), stream)
             return
         if launch.bound() == self.device:
-            self._queue(table, stream, brief)
+            self._queue(table, stream, recorded)
         else:
             with launch.bind(self.device):
-                self._queue(table, stream, brief)
+                self._queue(table, stream, recorded)
 
-    def _queue(self, table: Sequence[int], stream: int, brief: bool) -> None:
+    def _queue(self, table: Sequence[int], stream: int, recorded: bool) -> None:
         local = self._local
         if not hasattr(local, "own"):
             local.own = self._make()
             local.stream, local.addresses = 0, (-1,) * len(local.own.uses)  # what is stored
-            local.calls, local.graph = 0, None  # calls for a graph, one behind the other on the same stream
+            local.graph = None  # of the same stream, and what it needs to become these launches
         own = local.own
         if local.stream != stream:
             for config in own.configs:
                 _STREAM.pack_into(config, _STREAM_AT, stream)
-            local.stream, local.calls = stream, 0
+            local.stream, local.graph = stream, None
         addresses, stored = own.pick(table), local.addresses
         if stored != addresses:
             words, local.addresses = own.words, (-1,) * len(addresses)  # nothing, until all of it is stored
@@ -87,13 +90,13 @@ class Series:
                     for word in uses:
                         words[word] = address
             local.addresses = addresses
-        if brief:
-            local.calls += 1
-            if local.calls == _CALLS and local.graph is None:
-                parameters = [address for *_, address, _ in own.calls]
-                local.graph = graph.make([one for one, _ in self.launches], parameters)
-            if local.calls >= _CALLS and local.graph is not None:
-                local.graph.run(local.addresses, stream)
+        if not recorded and len(own.calls) >= _FEWEST:
+            if local.graph is None:
+                found = graph.find(stream, self._kernels, own.nodes, self._early)
+                local.graph = found and (found, found.settings(own.nodes))
+            if local.graph is not None:
+                found, settings = local.graph
+                found.run(settings, local.addresses, stream)
                 return
         call = _call
         for one in own.calls:
@@ -115,7 +118,7 @@ class Series:
         # At least two places, or one alone would come without a tuple around it.
         uses: dict[int, list[int]] = {place: [] for place in (0, 1)}
         keep: list[Any] = [storage, attribute]
-        configs, calls, at = [], [], 0
+        configs, calls, nodes, at = [], [], [], 0
         for (one, places), size in zip(self.launches, sizes, strict=True):
             pointers = 8 * len(places)
             view[at + pointers : at + pointers + len(one.tail)] = one.tail
@@ -128,7 +131,8 @@ class Series:
             )
             configs.append(config)
             calls.append((ctypes.addressof(config), one.function, ctypes.addressof(array), None))
+            nodes.append(graph.node(one, ctypes.addressof(array)))
             keep.append(array)
             at += size
         stored = tuple(map(tuple, uses.values()))
-        return _Own(words, itemgetter(*uses), stored, tuple(configs), tuple(calls), tuple(keep))
+        return _Own(words, itemgetter(*uses), stored, tuple(configs), tuple(calls), tuple(nodes), tuple(keep))

@@ -24,6 +24,8 @@ _NAMES = (
     "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
     "shared_w_down", "shared_gate",
 )  # fmt: skip
+_OUT = len(_NAMES) + 1  # its place in the table of addresses: 0, arguments, output
+_ROWS = (1, 2, 3, 9, 10, _OUT)  # what is read or written by 16 bytes
 Views = tuple[View | None, ...]  # in the order of _NAMES
 
 
@@ -86,17 +88,19 @@ def fused_moe(
     gpt-oss; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
     """
     options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
-    short = None
+    given: tuple[Any, ...] = x, w_gate_up, w_down, topk_weights, topk_ids
     if (
-        (b_gate_up is None) is (b_down is None) and expert_map is None and shared_w_gate_up is None
+        b_gate_up is None and b_down is None and expert_map is None and shared_w_gate_up is None
         and shared_w_down is None and shared_gate is None and out is None
     ):  # fmt: skip
-        given: tuple[Any, ...] = x, w_gate_up, w_down, topk_weights, topk_ids
-        if b_gate_up is not None:
-            given += (b_gate_up, b_down)
         short, found = plans.seen(_plans, given, options)
-        if found is not None:
-            return found
+    else:
+        optional = b_gate_up, b_down, expert_map, shared_w_gate_up, shared_w_down, shared_gate, out
+        there = tuple([one is not None for one in optional])
+        given += tuple([one for one in optional if one is not None])
+        short, found = plans.seen(_plans, given, (*options, there))
+    if found is not None:
+        return found
     if plans.is_jax(x):
         return plans.for_jax().fused_moe(
             x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
@@ -135,13 +139,15 @@ def fused_moe(
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("overlap", "problem", "ready", "shape", "specs", "strides")
+    __slots__ = ("again", "overlap", "problem", "ready", "shape", "specs", "strides")
 
     def __init__(self, problem: MoEProblem, views: Views, out: View | None) -> None:
         self.problem = problem
         self.ready: Ready | None = None  # of the last call
         self.strides = (problem.hidden, 1)
         self.overlap = plans.Overlap(_NAMES, views, out)
+        places = [i for i, v in enumerate((*views, out), 1) if v is not None]
+        self.again = plans.again(places, _OUT, _ROWS, _OUT)
         self.shape = (problem.tokens, problem.hidden)
         self.specs: list[plans.Spec] = [(self.shape, problem.dtype)]
 
@@ -161,12 +167,16 @@ class _Plan:
         return out
 
     def run_again(self, quick: Quick, given: tuple[Any, ...]) -> Any:
-        """`run` for plain arrays on a GPU and no optional ones but biases; None: the long way, this time."""
+        """`run` for plain arrays on a GPU; None: the long way, this time."""
         ready = self.ready
         if ready is None:
             return None
+        if self.again.out:
+            pointer = quick.pointer
+            if self.overlap.possible(pointer(given[-1]), [pointer(one) for one in given[:-1]]):
+                return None
         specs = ((self.shape, self.strides, given[0].dtype),)
-        made = plans.run_again(ready, quick, given, len(_NAMES) - len(given), 3, specs)
+        made = plans.run_again(ready, quick, given, self.again, specs)
         return None if made is None else made[0]
 
     def _run_on_host(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:

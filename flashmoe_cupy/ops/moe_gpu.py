@@ -57,7 +57,6 @@ class Ready(NamedTuple):
     workspace: int  # bytes
     offsets: tuple[int, ...]  # of the arrays in it
     aligned: bool  # it needs rows that start at multiples of 16 bytes
-    brief: bool  # launching takes longer than the kernels
 
 
 _ready: dict[Any, Ready] = {}
@@ -171,8 +170,7 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         else:
             ready = _product(step, arch, device, stream, aligned, sms, announced)
         launches.append((ready, tuple(place[name] for name in step.arguments)))
-    brief = isinstance(problem, MoEProblem) and moe.brief(problem)
-    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()), aligned, brief)
+    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()), aligned)
 
 
 def _may_be_early(arch: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -78,32 +79,53 @@ def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) 
     return short, plan.run_again(quick, given)
 
 
+class Again(NamedTuple):
+    """How a call like an earlier one, on plain arrays of torch or CuPy, fills the table of addresses."""
+
+    order: Callable[[Sequence[int]], tuple[int, ...]]  # makes the table, up to a given output, of [0, *addresses]
+    rows: tuple[int, ...]  # places in [0, *addresses] of what has to start at a multiple of 16 bytes
+    out: int  # and of the output; 0: new ones
+
+
+def again(places: Sequence[int], length: int, rows: Sequence[int], out: int = 0) -> Again:
+    """places: those of the given arrays in the table, of which `length` come before the outputs; 0 is the first one.
+
+    rows: places that are read or written by 16 bytes. out: the place of the output, if one may be given.
+    """
+    found = {place: i for i, place in enumerate(places, 1)}
+    length += out in found
+    order = itemgetter(*[found.get(place, 0) for place in range(length)])
+    return Again(order, tuple([found[place] for place in rows if place in found]), found.get(out, 0))
+
+
 def run_again(
-    ready: Ready, quick: Quick, given: Sequence[Any], absent: int, rows: int,
-    specs: Sequence[tuple[Shape, Shape, Any]],
-) -> list[Any] | None:  # fmt: skip
+    ready: Ready, quick: Quick, given: Sequence[Any], how: Again, specs: Sequence[tuple[Shape, Shape, Any]]
+) -> Sequence[Any] | None:
     """A call like an earlier one, on plain arrays of torch or CuPy: the outputs. None: it has to go the long way.
 
-    given: the arguments that are there, followed by `absent` ones that are not; the first `rows` of them have to start
-    at multiples of 16 bytes. specs: shape, row-major strides and dtype of each output.
+    specs: shape, row-major strides and dtype of each output.
     """
     pointer, empty, device = quick.pointer, quick.empty, quick.device(given[0])
-    table = [0, *map(pointer, given), *(0,) * absent]
+    addresses = [0, *map(pointer, given)]
     bits = 0
-    for address in table[1 : rows + 1]:
-        bits |= address
+    for i in how.rows:
+        bits |= addresses[i]
     if bits & 15 or ready.series.device != device:
         return None
-    made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
-    table += map(pointer, made)
+    made: Sequence[Any]
+    if how.out:
+        made, table = given[how.out - 1 : how.out], how.order(addresses)
+    else:
+        made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
+        table = (*how.order(addresses), *map(pointer, made))
     stream = quick.stream(device)
     recorded = True
     if ready.workspace:
         recorded = quick.capturing(device, stream)
         workspace = _scratch.find(quick, device, stream, ready.workspace, recorded)  # nobody else's until all is queued
         base = workspace[1]
-        table += [base + offset for offset in ready.offsets]
-    ready.series.run(table, stream, ready.brief and not recorded)
+        table = (*table, *[base + offset for offset in ready.offsets])
+    ready.series.run(table, stream, recorded)
     return made
 
 
@@ -111,9 +133,12 @@ Kept = tuple[int, int, Any]  # bytes, address, array
 
 
 class Scratch(threading.local):
-    """Small workspaces that stay: the calls of a thread on one stream use the same one, one after the other."""
+    """Workspaces that stay: the calls of a thread on one stream use the same one, one after the other.
 
-    _MOST_BYTES, _MOST_STREAMS = 4 << 20, 16
+    Larger ones are allocated in each call: their kernels take longer than that.
+    """
+
+    _MOST_BYTES, _MOST_STREAMS = 32 << 20, 16
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], Kept] = {}  # (device, stream)
@@ -121,17 +146,17 @@ class Scratch(threading.local):
     def find(self, quick: Quick, device: int, stream: int, size: int, recorded: bool) -> Kept:
         """At least `size` bytes for the next launches on the stream. What is recorded gets memory of its own."""
         if recorded or size > self._MOST_BYTES:
-            return self._new(quick, device, stream, size)
+            return self._new(quick, device, stream, size, recorded)
         kept = self._kept.get((device, stream))
         if kept is None or kept[0] < size:
             if len(self._kept) >= self._MOST_STREAMS:
                 self._kept.clear()
-            kept = self._kept[device, stream] = self._new(quick, device, stream, size)
+            kept = self._kept[device, stream] = self._new(quick, device, stream, size, recorded)
         return kept
 
-    def _new(self, quick: Quick, device: int, stream: int, size: int) -> Kept:
+    def _new(self, quick: Quick, device: int, stream: int, size: int, recorded: bool) -> Kept:
         made = quick.empty(device, (size,), (1,), quick.uint8)
-        if not quick.graph_pool:
+        if recorded and not quick.graph_pool:
             gpu().keep_if_recorded(made, stream)
         return size, quick.pointer(made), made
 
@@ -198,12 +223,13 @@ def check_ids(ids: Any, num_experts: int, num_global: int) -> None:
 class Overlap:
     """Whether a given `out` shares memory with an argument. How far each one reaches is computed once per plan."""
 
-    __slots__ = ("_names", "_out", "_reach")
+    __slots__ = ("_names", "_out", "_reach", "_there")
 
     def __init__(self, names: Sequence[str], views: Sequence[View | None], out: View | None) -> None:
         self._names = names
         self._out = (0, 0) if out is None else _reach(out)
         self._reach = [(0, 0) if v is None else _reach(v) for v in views]
+        self._there = [reach for v, reach in zip(views, self._reach, strict=True) if v is not None]
 
     def check(self, out: View, views: Sequence[View | None]) -> None:
         """Raises UnsupportedProblem: blocks of a kernel would read what others have overwritten."""
@@ -215,6 +241,15 @@ class Overlap:
         ]
         if why:
             raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
+
+
+    def possible(self, out: int, addresses: Sequence[int]) -> bool:
+        """Whether an argument may share memory with out, by the addresses of those arguments that are given."""
+        low, high = out + self._out[0], out + self._out[1]
+        for address, (first, last) in zip(addresses, self._there, strict=True):
+            if address + first < high and low < address + last:
+                return True
+        return False
 
 
 def _reach(v: View) -> tuple[int, int]:

@@ -254,14 +254,6 @@ def rows_apart(p: GroupedGemmProblem) -> list[str]:
     ]
 
 
-def brief(p: MoEProblem) -> bool:
-    """Whether the kernels of `fused_moe` take less time than launching them: 15 us or so on an H100."""
-    matrices = 3 if p.gated else 2
-    read = matrices * p.hidden * (min(p.num_experts, p.tokens * p.top_k) * p.intermediate + p.shared) * p.dtype.itemsize
-    flops = 2 * matrices * p.hidden * p.tokens * (p.top_k * p.intermediate + p.shared)
-    return read <= 32 << 20 and flops <= 5e9
-
-
 def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
     """The launches of `fused_moe`: dispatch, two products, the shared expert's two, and the sum."""
     work = Workspace()
