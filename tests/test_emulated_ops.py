@@ -93,7 +93,7 @@ class Machine:
 
         def run(series: Series, table: Sequence[int], stream: int, recorded: bool = True) -> None:
             for one, places in series.launches:
-                self.launch(one, tuple([table[i] for i in places]), stream)
+                self.launch(one, tuple([table[i] + offset for i, offset in places]), stream)
 
         return run
 

@@ -257,7 +257,7 @@ def test_same_bits_beside_other_work(work: Work, disturbance: Disturbance) -> No
         disturbance(i)
         poison(size, "cuda")
         for *_, kept in plans._scratch._kept.values():
-            kept.fill_(255)
+            as_torch(kept).fill_(255)
         for out, ref in zip(work.call(**t), want, strict=True):
             wrong += (out.view(-1).view(torch.uint8) != ref.view(-1).view(torch.uint8)).any()
     assert int(wrong) == 0, f"{int(wrong)} of {REPEATS} runs differ"
@@ -285,14 +285,15 @@ def test_calls_become_graphs(name: str) -> None:
         t = sets[turn % 4]
         assert work.wrong(t, work.call(**t)) == [], turn
     (ready,) = moe_gpu._ready.values()
-    made, _ = ready.series._local.graph
+    made = ready.series._local.own.graph
+    assert made is not None
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         for turn in range(12):
             t = sets[turn % 4]
             assert work.wrong(t, work.call(**t)) == [], turn
-        assert ready.series._local.graph[0] is not made
+        assert ready.series._local.own.graph is not made
     torch.cuda.synchronize()
     assert isinstance(work.case, MoECase)
     fewer = experts_of(work.case._replace(tokens=work.case.tokens - 1))
@@ -300,7 +301,7 @@ def test_calls_become_graphs(name: str) -> None:
     outs = [out for _ in range(3) for some in (fewer.call(**t), work.call(**sets[0])) for out in some]
     pairs = zip(outs[::2], outs[1::2], strict=True)
     assert [(fewer.wrong(t, [a]), work.wrong(sets[0], [b])) for a, b in pairs] == [([], [])] * 3
-    assert [ready.series._local.graph[0] for ready in moe_gpu._ready.values()] == [made, made]
+    assert [ready.series._local.own.graph for ready in moe_gpu._ready.values()] == [made, made]
 
 
 def test_device_memory_does_not_leak(work: Work) -> None:

@@ -149,20 +149,63 @@ def test_small_workspaces_stay_with_their_stream() -> None:
     assert len(scratch._kept) <= plans.Scratch._MOST_STREAMS
 
 
+class Calls:
+    """Launches that are only noted, and arrays that are their addresses."""
+
+    device = 0
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        self.run_with: list[tuple[tuple[int, ...], int, bool]] = []
+        self.recording = False
+
+    def run(self, *given: Any) -> None:
+        self.run_with.append(given)
+
+    def empty(self, *given: Any) -> int:
+        self.made.append(given)
+        return 1000 * 16 + len(self.made)
+
+    def quick(self) -> Any:
+        return SimpleNamespace(
+            pointer=lambda x: x, empty=self.empty, stream=lambda device: 7 + device, uint8=None, graph_pool=True,
+            capturing=lambda *_: self.recording,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("places", "out", "expected", "rows"),
+    ("places", "out", "outputs", "table"),
     [
-        ((1, 2, 3), 0, (0, 10, 20, 30, 0, 0), [10, 30]),
-        ((1, 3, 5), 0, (0, 10, 0, 20, 0, 30), [10, 20]),
-        ((1, 3, 6), 6, (0, 10, 0, 20, 0, 0, 30), [10, 20, 30]),
+        ((1, 2, 3), 0, 1, (0, 16, 32, 48, 0, 0, 16001)),
+        ((1, 3, 5), 0, 2, (0, 16, 0, 32, 0, 48, 16001, 16002)),
+        ((1, 3, 6), 6, 1, (0, 16, 0, 32, 0, 0, 48)),
     ],
 )
-def test_a_table_has_what_is_absent_as_0(
-    places: tuple[int, ...], out: int, expected: tuple[int, ...], rows: list[int]
+@pytest.mark.parametrize("workspace", [0, 100])
+def test_the_short_way_fills_the_table(
+    places: tuple[int, ...], out: int, outputs: int, table: tuple[int, ...], workspace: int
 ) -> None:
-    how = plans.again(places, 6, (1, 3, 6), 6)
-    assert how.order([0, 10, 20, 30]) == expected
-    assert [(0, 10, 20, 30)[i] for i in how.rows] == rows and how.out == (3 if out else 0)
+    """What is absent is 0, new outputs come behind the arguments, and the workspace last."""
+    calls = Calls()
+    specs = [((3, 4), (4, 1), "a"), ((3,), (1,), "b")][:outputs]
+    ready: Any = SimpleNamespace(series=calls, workspace=workspace)
+    again = plans.short_way(calls.quick(), ready, places, 6, (1, 3, 6), specs, out)
+    found = again((16, 32, 48))
+    new = () if out else table[6:]
+    assert found == (48 if out else new[0] if outputs == 1 else new)
+    assert calls.made[: len(new)] == [(0, *spec) for spec in specs][: len(new)]
+    ((used, stream, recorded),) = calls.run_with
+    assert used[: len(table)] == table and len(used) == len(table) + (workspace > 0) and stream == 7
+    assert recorded == (workspace == 0)  # what has no workspace does not ask
+    calls.recording = True
+    again((16, 32, 48))
+    assert calls.run_with[-1][2]
+    for i in range(3):  # what does not start at a multiple of 16 bytes is refused, if it is one of the rows
+        moved = [16, 32, 48]
+        moved[i] += 8
+        before = len(calls.run_with)
+        refused = places[i] in (1, 3, 6)
+        assert (again(tuple(moved)) is None) == refused and len(calls.run_with) == before + (not refused)
 
 
 def test_memory_that_may_be_shared_is_found_by_addresses() -> None:

@@ -46,7 +46,7 @@ def node(one: Launch, parameters: int) -> Any:
 class Graph:
     """One node for each launch, one behind the other. Belongs to one thread."""
 
-    __slots__ = ("_addresses", "_destroy", "_exec", "_graph", "_launch", "_nodes", "_set")
+    __slots__ = ("_addresses", "_destroy", "_exec", "_graph", "_handle", "_launch", "_nodes", "_set")
 
     def __init__(self, nodes: Sequence[Any], early: Sequence[bool]) -> None:
         """early: whether a node may start within the one in front of it. Raises FlashMoEError."""
@@ -66,6 +66,7 @@ class Graph:
                 ends = ctypes.byref(self._nodes[i - 1]), ctypes.byref(made)
                 _must(call["cuGraphAddDependencies_v2"](self._graph, *ends, edge, 1))
         _must(call["cuGraphInstantiateWithFlags"](ctypes.byref(self._exec), self._graph, 0))
+        self._handle = self._exec.value  # quicker to read
 
     def settings(self, nodes: Sequence[Any]) -> Settings:
         """What `run` takes to give the graph these nodes, whose kernels are those that it was made of."""
@@ -79,9 +80,11 @@ class Graph:
         if addresses is not self._addresses:
             self._addresses, set_params = None, self._set
             for one in settings:
-                _must(set_params(*one))
+                if code := set_params(*one):
+                    _must(code)
             self._addresses = addresses
-        _must(self._launch(self._exec.value, stream))
+        if code := self._launch(self._handle, stream):
+            _must(code)
 
     def __del__(self) -> None:
         global _alive

@@ -139,15 +139,14 @@ def fused_moe(
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("again", "overlap", "problem", "ready", "shape", "specs", "strides")
+    __slots__ = ("overlap", "places", "problem", "ready", "shape", "short", "specs")
 
     def __init__(self, problem: MoEProblem, views: Views, out: View | None) -> None:
         self.problem = problem
         self.ready: Ready | None = None  # of the last call
-        self.strides = (problem.hidden, 1)
+        self.short: plans.ShortWay | None = None  # made of it
         self.overlap = plans.Overlap(_NAMES, views, out)
-        places = [i for i, v in enumerate((*views, out), 1) if v is not None]
-        self.again = plans.again(places, _OUT, _ROWS, _OUT)
+        self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]  # in the table of addresses
         self.shape = (problem.tokens, problem.hidden)
         self.specs: list[plans.Spec] = [(self.shape, problem.dtype)]
 
@@ -168,16 +167,17 @@ class _Plan:
 
     def run_again(self, quick: Quick, given: tuple[Any, ...]) -> Any:
         """`run` for plain arrays on a GPU; None: the long way, this time."""
-        ready = self.ready
-        if ready is None:
-            return None
-        if self.again.out:
-            pointer = quick.pointer
-            if self.overlap.possible(pointer(given[-1]), [pointer(one) for one in given[:-1]]):
+        if self.short is None:
+            if self.ready is None:
                 return None
-        specs = ((self.shape, self.strides, given[0].dtype),)
-        made = plans.run_again(ready, quick, given, self.again, specs)
-        return None if made is None else made[0]
+            spec = self.shape, (self.problem.hidden, 1), given[0].dtype
+            out = _OUT if _OUT in self.places else 0
+            self.short = plans.short_way(quick, self.ready, self.places, _OUT, _ROWS, [spec], out)
+        if self.places[-1] == _OUT:
+            addresses = [quick.pointer(one) for one in given]
+            if self.overlap.possible(addresses[-1], addresses[:-1]):
+                return None
+        return self.short(given)
 
     def _run_on_host(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
         from flashmoe_cupy.cpu.moe import fused_moe as run

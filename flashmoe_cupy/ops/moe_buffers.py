@@ -35,5 +35,4 @@ def launch(
     """Queue the operation on `stream` of `device`. workspace: the address of `workspace_bytes` bytes, or 0 for none."""
     table = [0, *inputs, *outputs]
     ready = moe_gpu.ready_for(problem, device, stream, table)
-    table += [workspace + offset for offset in ready.offsets]
-    ready.series.run(table, stream)
+    ready.series.run((*table, workspace), stream)

@@ -17,7 +17,7 @@ from flashmoe_cupy.dtypes import FP32, UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.jit.launch import Launch
-from flashmoe_cupy.jit.series import Series
+from flashmoe_cupy.jit.series import Place, Series
 from flashmoe_cupy.plan import kernels, moe
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
 
@@ -51,11 +51,13 @@ _ARRAYS: dict[type, _Arrays] = {
 
 
 class Ready(NamedTuple):
-    """The launches of a problem on a device; the table of addresses of a call is 0, arguments, outputs, workspace."""
+    """The launches of a problem on a device; the table of addresses of a call is 0, arguments, outputs, workspace.
+
+    What is absent is 0; a problem without a workspace has none in the table.
+    """
 
     series: Series
     workspace: int  # bytes
-    offsets: tuple[int, ...]  # of the arrays in it
     aligned: bool  # it needs rows that start at multiples of 16 bytes
 
 
@@ -105,11 +107,10 @@ def _run(problem: Problem, views: Views, outputs: Pointers) -> Ready | None:
     ready = ready_for(problem, like.device, stream, table)
     if ready.workspace:
         workspace = arrays.empty(like, (ready.workspace,), UINT8)
-        base = workspace.data_ptr() if like.library == "torch" else workspace.data.ptr
-        table += [base + offset for offset in ready.offsets]
+        table.append(workspace.data_ptr() if like.library == "torch" else workspace.data.ptr)
         if like.library != "torch":  # torch has a pool of its own for graphs
             keep_if_recorded(workspace, stream)
-    ready.series.run(table, stream)
+    ready.series.run(tuple(table), stream)
     return ready if ready.aligned and ready.series.plain else None
 
 
@@ -154,11 +155,12 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         steps = moe.grouped_gemm_steps(problem)
     else:
         steps, work = moe.moe_steps(problem)
-    place = {"": 0}
+    place: dict[str, Place] = {"": (0, 0)}
     of = _ARRAYS[type(problem)]
     outputs = of.outputs[:2] if isinstance(problem, RouteProblem) and not problem.return_stats else of.outputs
-    for name in (*of.arguments, *outputs, *work.offsets):
-        place[name] = len(place)
+    for name in (*of.arguments, *outputs):
+        place[name] = len(place), 0
+    place |= {name: (len(place), offset) for name, offset in work.offsets.items()}
     arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     launches = []
     pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "counters" in step.arguments]
@@ -170,7 +172,7 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         else:
             ready = _product(step, arch, device, stream, aligned, sms, announced)
         launches.append((ready, tuple(place[name] for name in step.arguments)))
-    return Ready(Series(launches), work.bytes, tuple(work.offsets.values()), aligned)
+    return Ready(Series(launches), work.bytes, aligned)
 
 
 def _may_be_early(arch: str) -> bool:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -79,56 +79,6 @@ def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) 
     return short, plan.run_again(quick, given)
 
 
-class Again(NamedTuple):
-    """How a call like an earlier one, on plain arrays of torch or CuPy, fills the table of addresses."""
-
-    order: Callable[[Sequence[int]], tuple[int, ...]]  # makes the table, up to a given output, of [0, *addresses]
-    rows: tuple[int, ...]  # places in [0, *addresses] of what has to start at a multiple of 16 bytes
-    out: int  # and of the output; 0: new ones
-
-
-def again(places: Sequence[int], length: int, rows: Sequence[int], out: int = 0) -> Again:
-    """places: those of the given arrays in the table, of which `length` come before the outputs; 0 is the first one.
-
-    rows: places that are read or written by 16 bytes. out: the place of the output, if one may be given.
-    """
-    found = {place: i for i, place in enumerate(places, 1)}
-    length += out in found
-    order = itemgetter(*[found.get(place, 0) for place in range(length)])
-    return Again(order, tuple([found[place] for place in rows if place in found]), found.get(out, 0))
-
-
-def run_again(
-    ready: Ready, quick: Quick, given: Sequence[Any], how: Again, specs: Sequence[tuple[Shape, Shape, Any]]
-) -> Sequence[Any] | None:
-    """A call like an earlier one, on plain arrays of torch or CuPy: the outputs. None: it has to go the long way.
-
-    specs: shape, row-major strides and dtype of each output.
-    """
-    pointer, empty, device = quick.pointer, quick.empty, quick.device(given[0])
-    addresses = [0, *map(pointer, given)]
-    bits = 0
-    for i in how.rows:
-        bits |= addresses[i]
-    if bits & 15 or ready.series.device != device:
-        return None
-    made: Sequence[Any]
-    if how.out:
-        made, table = given[how.out - 1 : how.out], how.order(addresses)
-    else:
-        made = [empty(device, shape, strides, dtype) for shape, strides, dtype in specs]
-        table = (*how.order(addresses), *map(pointer, made))
-    stream = quick.stream(device)
-    recorded = True
-    if ready.workspace:
-        recorded = quick.capturing(device, stream)
-        workspace = _scratch.find(quick, device, stream, ready.workspace, recorded)  # nobody else's until all is queued
-        base = workspace[1]
-        table = (*table, *[base + offset for offset in ready.offsets])
-    ready.series.run(table, stream, recorded)
-    return made
-
-
 Kept = tuple[int, int, Any]  # bytes, address, array
 
 
@@ -162,6 +112,57 @@ class Scratch(threading.local):
 
 
 _scratch = Scratch()
+
+
+ShortWay = Callable[[tuple[Any, ...]], Any]  # given arrays -> the output or outputs; None: the long way, this time
+
+
+def short_way(
+    quick: Quick, ready: Ready, places: Sequence[int], outputs: int, rows: Sequence[int],
+    specs: Sequence[tuple[Shape, Shape, Any]], out: int = 0,
+) -> ShortWay:  # fmt: skip
+    """Makes calls on plain arrays of torch or CuPy that are like those of a call before, which has made `ready`.
+
+    places: of the given arrays in the table of addresses, whose place `outputs` is that of the first output. rows:
+    places of what has to start at a multiple of 16 bytes. specs: shape, row-major strides and dtype of new outputs.
+    out: the place of an output that is given; there are no new ones then.
+    """
+    pointer, empty, current_stream, capturing = quick.pointer, quick.empty, quick.stream, quick.capturing
+    run, device, size, find_scratch = ready.series.run, ready.series.device, ready.workspace, _scratch.find
+    found = {place: i for i, place in enumerate(places, 1)}
+    order = itemgetter(*[found.get(place, 0) for place in range(outputs + (1 if out else 0))])
+    aligned = [found[place] for place in rows if place in found]
+    given_out = found[out] - 1 if out else 0
+    one, (spec, *more) = len(specs) == 1, specs
+
+    def again(given: tuple[Any, ...]) -> Any:
+        addresses = [0, *map(pointer, given)]
+        bits = 0
+        for i in aligned:
+            bits |= addresses[i]
+        if bits & 15:
+            return None
+        stream = current_stream(device)
+        recorded = True
+        if out:
+            result = given[given_out]
+            table = order(addresses)
+        elif one:
+            result = empty(device, *spec)
+            table = (*order(addresses), pointer(result))
+        else:
+            result = (empty(device, *spec), *[empty(device, *other) for other in more])
+            table = (*order(addresses), *map(pointer, result))
+        if size:
+            recorded = capturing(device, stream)
+            workspace = find_scratch(quick, device, stream, size, recorded)  # nobody else's until all is queued
+            table = (*table, workspace[1])
+        run(table, stream, recorded)
+        return result
+
+    return again
+
+
 _jax_types: dict[type, bool] = {np.ndarray: False}
 
 

@@ -200,9 +200,10 @@ def _cupy(cupy: Any) -> Quick:
         )  # fmt: skip
 
     def keys(arrays: tuple[Any, ...]) -> Key | None:
-        found: list[Any] = []
+        device = 0 if single else runtime.getDevice()
+        found: list[Any] = [device]
         for x in arrays:
-            if type(x) is not kind or not (single or x.data.device_id == runtime.getDevice()):
+            if type(x) is not kind or not (single or x.data.device_id == device):
                 return None
             found += (x.shape, contiguous(x) or x.strides, x.dtype.num)
         return tuple(found)

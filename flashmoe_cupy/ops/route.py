@@ -107,12 +107,13 @@ def moe_route(
 class _Plan:
     """What one combination of shapes and options needs; made once, then found by its key."""
 
-    __slots__ = ("problem", "ready", "specs")
+    __slots__ = ("problem", "ready", "short", "specs")
 
     def __init__(self, problem: RouteProblem) -> None:
         p = problem
         self.problem = p
         self.ready: Ready | None = None  # of the last call
+        self.short: plans.ShortWay | None = None  # made of it
         self.specs: list[plans.Spec] = [((p.tokens, p.top_k), FP32), ((p.tokens, p.top_k), INT32)]
         if p.return_stats:
             self.specs += [((p.num_experts,), INT32), ((p.num_experts,), INT32), ((), FP32), ((), FP32)]
@@ -133,13 +134,13 @@ class _Plan:
 
     def run_again(self, quick: Quick, given: tuple[Any, ...]) -> Any:
         """`run` for plain arrays on a GPU, without statistics; None: the long way, this time."""
-        ready = self.ready
-        if ready is None:
-            return None
-        shape = self.specs[0][0]
-        specs = [(shape, (shape[1], 1), dtype) for dtype in (quick.float32, quick.int32)]
-        made = plans.run_again(ready, quick, given, _AGAIN[len(given)], specs)
-        return None if made is None else tuple(made)
+        if self.short is None:
+            if self.ready is None:
+                return None
+            shape = self.specs[0][0]
+            specs = [(shape, (shape[1], 1), dtype) for dtype in (quick.float32, quick.int32)]
+            self.short = plans.short_way(quick, self.ready, range(1, len(given) + 1), 3, (), specs)
+        return self.short(given)
 
     def _run_on_host(self, views: tuple[View, View | None]) -> Any:
         from flashmoe_cupy.cpu.moe import route
@@ -155,5 +156,4 @@ def _results(made: list[Any]) -> Any:
     return (made[0], made[1], RouterStats(*made[2:])) if len(made) > 2 else (made[0], made[1])
 
 
-_AGAIN = {n: plans.again(range(1, n + 1), 3, ()) for n in (1, 2)}  # without the bias, and with it
 _plans: plans.Memory[_Plan] = plans.Memory()
