@@ -281,27 +281,24 @@ def test_calls_become_graphs(name: str) -> None:
     kernels._forget()
     graph._local.known.clear()
     sets = [work.arrays("cuda", seed) for seed in range(4)]
-    for turn in range(12):
-        t = sets[turn % 4]
-        assert work.wrong(t, work.call(**t)) == [], turn
+    wants = [work.call(**t) for t in sets]
+    assert [work.wrong(t, want) for t, want in zip(sets, wants, strict=True)] == [[]] * 4
     (ready,) = moe_gpu._ready.values()
-    made = ready.series._local.own.graph
-    assert made is not None
-    side = torch.cuda.Stream()
+    graphs = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            assert all(equal(work.call(**sets[turn % 4]), wants[turn % 4]) for turn in range(12))
+        graphs.append(ready.series._local.own.graph)
     torch.cuda.synchronize()
-    with torch.cuda.stream(side):
-        for turn in range(12):
-            t = sets[turn % 4]
-            assert work.wrong(t, work.call(**t)) == [], turn
-        assert ready.series._local.own.graph is not made
-    torch.cuda.synchronize()
+    assert None not in graphs and graphs[0] is not graphs[1]
     assert isinstance(work.case, MoECase)
     fewer = experts_of(work.case._replace(tokens=work.case.tokens - 1))
     t = fewer.arrays("cuda", 0)
-    outs = [out for _ in range(3) for some in (fewer.call(**t), work.call(**sets[0])) for out in some]
-    pairs = zip(outs[::2], outs[1::2], strict=True)
-    assert [(fewer.wrong(t, [a]), work.wrong(sets[0], [b])) for a, b in pairs] == [([], [])] * 3
-    assert [ready.series._local.own.graph for ready in moe_gpu._ready.values()] == [made, made]
+    want = fewer.call(**t)
+    assert fewer.wrong(t, want) == []
+    assert all(equal(fewer.call(**t), want) and equal(work.call(**sets[0]), wants[0]) for _ in range(3))
+    assert [ready.series._local.own.graph for ready in moe_gpu._ready.values()] == [graphs[0]] * 2
 
 
 def test_device_memory_does_not_leak(work: Work) -> None:
