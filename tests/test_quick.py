@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.jit import launch
 from flashmoe_cupy.ops import plans, quick
 from flashmoe_cupy.ops.quick import Quick, Recent
 from flashmoe_cupy.plan import kernels
@@ -114,31 +116,61 @@ def test_without_torchs_guards_keys_decide(access: Quick, monkeypatch: pytest.Mo
     assert quick._torch(torch).guard((x,)) is None
 
 
-def test_small_workspaces_stay_with_their_stream() -> None:
-    recorded: set[int] = set()
+class CupyArray:
+    """What is read of one of CuPy's arrays."""
+
+    _c_contiguous = True
+
+    def __init__(self, shape: tuple[int, ...], dtype: str = "float32", dense: bool = True) -> None:
+        self.shape, self.dtype, self._c_contiguous, self.strides = shape, np.dtype(dtype), dense, (7,)
+        self.data = SimpleNamespace(ptr=1600, device_id=0)
+
+
+def test_cupys_guard_knows_shapes_dtypes_kinds_and_whether_rows_lie_dense() -> None:
+    class Special(CupyArray):
+        pass
+
+    count = [1]
+    runtime = SimpleNamespace(getDeviceCount=lambda: count[0], getDevice=lambda: 0, streamIsCapturing=bool)
+    cuda = SimpleNamespace(get_current_stream=lambda device: SimpleNamespace(ptr=5), runtime=runtime)
+    fake = SimpleNamespace(ndarray=CupyArray, cuda=cuda, dtype=np.dtype)
+    access = quick._cupy(fake)
+    x, y = CupyArray((3, 8)), CupyArray((3,), "int32")
+    guard = access.guard((x, y))
+    assert access.guards and access.pointer(x) == 1600
+    assert guard is not None and guard(x, y) and guard(CupyArray((3, 8)), CupyArray((3,), "int32"))
+    others: tuple[Any, ...] = (
+        CupyArray((4, 8)), CupyArray((3, 8), "float16"), CupyArray((3, 8), dense=False), Special((3, 8)), None,
+        torch.rand(3, 8), np.ones((3, 8), np.float32),
+    )  # fmt: skip
+    assert not any(guard(other, y) for other in others)
+    assert access.guard((x, CupyArray((3,), "int32", dense=False))) is None  # its key has the strides
+    count[0] = 2
+    several = quick._cupy(fake)
+    assert not several.guards and several.guard((x, y)) is None and several.keys((x, y)) is not None
+
+
+def test_workspaces_stay_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
     def empty(device: int, shape: Any, strides: Any, dtype: Any) -> Any:
-        made.append(bytearray(shape[0]))
+        made.append(bytearray(min(shape[0], 1000)))
         return made[-1]
 
+    monkeypatch.setattr(launch, "memory_bytes", lambda device: 80 << 30)
     quick: Any = SimpleNamespace(empty=empty, pointer=id, uint8=None, graph_pool=True)
     scratch = plans.Scratch()
 
-    def find(device: int, stream: int, size: int) -> plans.Kept:
-        return scratch.find(quick, device, stream, size, stream in recorded)
+    def find(device: int, stream: int, size: int, alone: bool = False) -> plans.Kept:
+        return scratch.find(quick, device, stream, size, alone)
 
     first = find(0, 5, 100)
     assert find(0, 5, 60) is first and first[0] == 100 and first[1] == id(made[0])
     assert find(0, 6, 100) is not first and find(1, 5, 100) is not first
     larger = find(0, 5, 200)
     assert larger[0] == 200 and find(0, 5, 100) is larger
-    big = plans.Scratch._MOST_BYTES + 1
-    assert find(0, 5, big)[0] == big and find(0, 5, 100) is larger
-    recorded.add(5)
-    alone = [find(0, 5, 100) for _ in range(2)]
-    assert alone[0] is not alone[1] and larger not in alone
-    recorded.clear()
+    alone = [find(0, 5, 100, True) for _ in range(2)]
+    assert alone[0] is not alone[1] and larger not in alone and find(0, 5, 100) is larger
     elsewhere: list[Any] = []
     thread = threading.Thread(target=lambda: elsewhere.append(find(0, 5, 100)))
     thread.start()
@@ -147,6 +179,19 @@ def test_small_workspaces_stay_with_their_stream() -> None:
     for stream in range(100):
         find(0, stream, 8)
     assert len(scratch._kept) <= plans.Scratch._MOST_STREAMS
+
+
+def test_workspaces_that_stay_are_a_small_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "memory_bytes", lambda device: (80, 4)[device] << 30)
+    quick: Any = SimpleNamespace(empty=lambda *_: object(), pointer=id, uint8=None, graph_pool=True)
+    scratch = plans.Scratch()
+    assert scratch.stays(0, 320 << 20) and not scratch.stays(0, (320 << 20) + 1)
+    assert scratch.stays(1, 32 << 20) and not scratch.stays(1, (32 << 20) + 1)
+    for stream in range(9):
+        scratch.find(quick, 0, stream, 100 << 20, False)
+        assert sum(size for size, *_ in scratch._kept.values()) <= 320 << 20
+    scratch.find(quick, 0, 8, 120 << 20, False)  # what takes the place of a smaller one needs no more than itself
+    assert len(scratch._kept) == 3
 
 
 class Calls:

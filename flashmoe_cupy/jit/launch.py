@@ -8,6 +8,7 @@ free again at once.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,13 @@ def multiprocessors(device: int) -> int:
     """SMs of a CUDA device."""
     devices()
     return int(_runtime.deviceGetAttribute(16, device))
+
+
+@functools.cache
+def memory_bytes(device: int) -> int:
+    """How much memory a CUDA device has."""
+    devices()
+    return int(_runtime.getDeviceProperties(device)["totalGlobalMem"])
 
 
 def driver_version() -> int:

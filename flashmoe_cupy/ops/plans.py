@@ -85,28 +85,37 @@ Kept = tuple[int, int, Any]  # bytes, address, array
 class Scratch(threading.local):
     """Workspaces that stay: the calls of a thread on one stream use the same one, one after the other.
 
-    Larger ones are allocated in each call: their kernels take longer than that.
+    Together they have at most 1/256 of the device's memory, or 32 MiB where that is more.
     """
 
-    _MOST_BYTES, _MOST_STREAMS = 32 << 20, 16
+    _MOST_STREAMS, _SMALL = 16, 32 << 20
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], Kept] = {}  # (device, stream)
 
-    def find(self, quick: Quick, device: int, stream: int, size: int, recorded: bool) -> Kept:
-        """At least `size` bytes for the next launches on the stream. What is recorded gets memory of its own."""
-        if recorded or size > self._MOST_BYTES:
-            return self._new(quick, device, stream, size, recorded)
+    def find(self, quick: Quick, device: int, stream: int, size: int, alone: bool) -> Kept:
+        """At least `size` bytes for the next launches on the stream. alone: memory that no later call gets."""
+        if alone:
+            return self._new(quick, device, stream, size, alone)
         kept = self._kept.get((device, stream))
         if kept is None or kept[0] < size:
-            if len(self._kept) >= self._MOST_STREAMS:
+            others = sum(other[0] for at, other in self._kept.items() if at != (device, stream))
+            if len(self._kept) >= self._MOST_STREAMS or not self.stays(device, others + size):
                 self._kept.clear()
-            kept = self._kept[device, stream] = self._new(quick, device, stream, size, recorded)
+            kept = self._kept[device, stream] = self._new(quick, device, stream, size, alone)
         return kept
 
-    def _new(self, quick: Quick, device: int, stream: int, size: int, recorded: bool) -> Kept:
+    def stays(self, device: int, size: int) -> bool:
+        """Whether so many bytes may stay."""
+        if size <= self._SMALL:
+            return True
+        from flashmoe_cupy.jit.launch import memory_bytes
+
+        return size <= memory_bytes(device) >> 8
+
+    def _new(self, quick: Quick, device: int, stream: int, size: int, alone: bool) -> Kept:
         made = quick.empty(device, (size,), (1,), quick.uint8)
-        if recorded and not quick.graph_pool:
+        if alone and not quick.graph_pool:
             gpu().keep_if_recorded(made, stream)
         return size, quick.pointer(made), made
 
@@ -134,6 +143,7 @@ def short_way(
     aligned = [found[place] for place in rows if place in found]
     given_out = found[out] - 1 if out else 0
     one, (spec, *more) = len(specs) == 1, specs
+    large = not _scratch.stays(device, size)
 
     def again(given: tuple[Any, ...]) -> Any:
         addresses = [0, *map(pointer, given)]
@@ -155,7 +165,8 @@ def short_way(
             table = (*order(addresses), *map(pointer, result))
         if size:
             recorded = capturing(device, stream)
-            workspace = find_scratch(quick, device, stream, size, recorded)  # nobody else's until all is queued
+            # Nobody else's until all is queued.
+            workspace = find_scratch(quick, device, stream, size, recorded or large)
             table = (*table, workspace[1])
         run(table, stream, recorded)
         return result

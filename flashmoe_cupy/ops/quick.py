@@ -184,7 +184,8 @@ def _cupy(cupy: Any) -> Quick:
     runtime = cupy.cuda.runtime
     single = runtime.getDeviceCount() == 1
     # An attribute of C; strides that need not be told are a tuple less to make, hash and compare.
-    contiguous = operator.attrgetter("_c_contiguous" if hasattr(kind, "_c_contiguous") else "flags.c_contiguous")
+    is_dense = "_c_contiguous" if hasattr(kind, "_c_contiguous") else "flags.c_contiguous"
+    contiguous, describe = operator.attrgetter(is_dense), operator.attrgetter("shape", is_dense, "dtype")
 
     def key(q: Any, k: Any, v: Any) -> Key | None:
         if type(k) is not kind or type(v) is not kind:
@@ -208,8 +209,15 @@ def _cupy(cupy: Any) -> Quick:
             found += (x.shape, contiguous(x) or x.strides, x.dtype.num)
         return tuple(found)
 
-    def pointer(x: Any) -> int:
-        return x.data.ptr  # type: ignore[no-any-return]
+    def guard(arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
+        if not (single and all(map(contiguous, arrays))):
+            return None
+        kinds, wanted = [kind] * len(arrays), [*map(describe, arrays)]
+
+        def check(*others: Any) -> bool:
+            return [*map(type, others)] == kinds and [*map(describe, others)] == wanted
+
+        return check
 
     def empty(device: int, shape: Shape, strides: Shape, dtype: Any) -> Any:  # noqa: ARG001
         return kind(shape, dtype)
@@ -224,4 +232,7 @@ def _cupy(cupy: Any) -> Quick:
         return runtime.streamIsCapturing(stream)  # type: ignore[no-any-return]
 
     float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
-    return Quick(key, keys, pointer, empty, float32, int32, uint8, device, stream, capturing, graph_pool=False)
+    return Quick(
+        key, keys, operator.attrgetter("data.ptr"), empty, float32, int32, uint8, device, stream, capturing,
+        graph_pool=False, guard=guard, guards=single,
+    )  # fmt: skip
