@@ -40,7 +40,7 @@ torch: Any = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 NAP = 100_000_000  # clock cycles: about 0.05 s, far longer than any call's host side
-REPEATS = 200
+REPEATS = 120
 
 
 # ---------------------------------------------------------------------------------------------------------------------
