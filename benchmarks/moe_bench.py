@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import moe_inputs
 from benchmarks.bench import Bench, Timed, rounded
 from benchmarks.cases import OURS, Check
-from benchmarks.moe_cases import MOE_SUITES, MoECase
+from benchmarks.moe_cases import MoECase
 from benchmarks.moe_inputs import MoEInputs
 from benchmarks.moe_rivals import GroupedMM, Liger, MoELibrary, OursMoE, SonicMoE, TorchLoop
 from benchmarks.moe_triton import VllmTriton
@@ -88,7 +88,7 @@ class MoEBench(Bench[MoECase, MoEInputs]):
         return Timed(replay.run, replay.calls, again)
 
     def measures_host(self, case: MoECase) -> bool:
-        return MOE_SUITES[case.suite].measure == "host_us"
+        return case.for_host
 
     def references(self) -> dict[str, Reference]:
         return self.timer.references()

@@ -57,6 +57,11 @@ class MoECase(NamedTuple):
         """Rows of an expert's first matrix."""
         return self.intermediate * (2 if self.gated else 1)
 
+    @property
+    def for_host(self) -> bool:
+        """Whether it is there for its host side, however long the device takes."""
+        return MOE_SUITES[self.suite].measure == "host_us"
+
     def flops(self) -> int:
         """Floating-point operations of the forward pass by this module's conventions."""
         return 2 * self.tokens * self.top_k * self.hidden * (self.up_rows + self.intermediate)

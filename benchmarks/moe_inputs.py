@@ -98,7 +98,7 @@ def input_sets(case: MoECase, timer: Timer, device: str, seed: int) -> list[MoEI
     """
     first = make_inputs(case, device, seed)
     used = touched(first) * case.expert_bytes()
-    count = 2 if case.graph or case.suite == "moe_host" else 1
+    count = 2 if case.graph or case.for_host else 1
     if used <= 4 * timer.cache_bytes:
         count = max(count, min(32, 1 + -(-4 * timer.cache_bytes // used)))
     count = max(1, min(count, SETS_BYTES // (case.experts * case.expert_bytes())))

@@ -233,8 +233,8 @@ def test_the_short_way_fills_the_table(
     """What is absent is 0, new outputs come behind the arguments, and the workspace last."""
     calls = Calls()
     specs = [((3, 4), (4, 1), "a"), ((3,), (1,), "b")][:outputs]
-    ready: Any = SimpleNamespace(series=calls, workspace=workspace)
-    again = plans.short_way(calls.quick(), ready, places, 6, (1, 3, 6), specs, out)
+    ready: Any = SimpleNamespace(series=calls, workspace=workspace, rows=(1, 3, 6), outputs=6)
+    again = plans.short_way(calls.quick(), ready, places, specs)
     found = again((16, 32, 48))
     new = () if out else table[6:]
     assert found == (48 if out else new[0] if outputs == 1 else new)

@@ -24,8 +24,6 @@ _NAMES = (
     "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
     "shared_w_down", "shared_gate",
 )  # fmt: skip
-_OUT = len(_NAMES) + 1  # its place in the table of addresses: 0, arguments, output
-_ROWS = (1, 2, 3, 9, 10, _OUT)  # what is read or written by 16 bytes
 Views = tuple[View | None, ...]  # in the order of _NAMES
 
 
@@ -171,9 +169,8 @@ class _Plan:
             if self.ready is None:
                 return None
             spec = self.shape, (self.problem.hidden, 1), given[0].dtype
-            out = _OUT if _OUT in self.places else 0
-            self.short = plans.short_way(quick, self.ready, self.places, _OUT, _ROWS, [spec], out)
-        if self.places[-1] == _OUT:
+            self.short = plans.short_way(quick, self.ready, self.places, [spec])
+        if self.places[-1] > len(_NAMES):  # out is given
             addresses = [quick.pointer(one) for one in given]
             if self.overlap.possible(addresses[-1], addresses[:-1]):
                 return None

@@ -59,6 +59,8 @@ class Ready(NamedTuple):
     series: Series
     workspace: int  # bytes
     aligned: bool  # it needs rows that start at multiples of 16 bytes
+    rows: tuple[int, ...]  # the places of these in the table
+    outputs: int  # the place of the first output
 
 
 _ready: dict[Any, Ready] = {}
@@ -172,7 +174,7 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         else:
             ready = _product(step, arch, device, stream, aligned, sms, announced)
         launches.append((ready, tuple(place[name] for name in step.arguments)))
-    return Ready(Series(launches), work.bytes, aligned)
+    return Ready(Series(launches), work.bytes, aligned, of.rows, 1 + len(of.arguments))
 
 
 def _may_be_early(arch: str) -> bool:

@@ -127,21 +127,19 @@ ShortWay = Callable[[tuple[Any, ...]], Any]  # given arrays -> the output or out
 
 
 def short_way(
-    quick: Quick, ready: Ready, places: Sequence[int], outputs: int, rows: Sequence[int],
-    specs: Sequence[tuple[Shape, Shape, Any]], out: int = 0,
-) -> ShortWay:  # fmt: skip
+    quick: Quick, ready: Ready, places: Sequence[int], specs: Sequence[tuple[Shape, Shape, Any]]
+) -> ShortWay:
     """Makes calls on plain arrays of torch or CuPy that are like those of a call before, which has made `ready`.
 
-    places: of the given arrays in the table of addresses, whose place `outputs` is that of the first output. rows:
-    places of what has to start at a multiple of 16 bytes. specs: shape, row-major strides and dtype of new outputs.
-    out: the place of an output that is given; there are no new ones then.
+    places: of the given arrays in the table of addresses; the output may be the last of them, and is not new then.
+    specs: shape, row-major strides and dtype of new outputs.
     """
     pointer, empty, current_stream, capturing = quick.pointer, quick.empty, quick.stream, quick.capturing
     run, device, size, find_scratch = ready.series.run, ready.series.device, ready.workspace, _scratch.find
     found = {place: i for i, place in enumerate(places, 1)}
-    order = itemgetter(*[found.get(place, 0) for place in range(outputs + (1 if out else 0))])
-    aligned = [found[place] for place in rows if place in found]
-    given_out = found[out] - 1 if out else 0
+    out = places[-1] >= ready.outputs
+    order = itemgetter(*[found.get(place, 0) for place in range(ready.outputs + out)])
+    aligned = [found[place] for place in ready.rows if place in found]
     one, (spec, *more) = len(specs) == 1, specs
     large = not _scratch.stays(device, size)
 
@@ -155,7 +153,7 @@ def short_way(
         stream = current_stream(device)
         recorded = True
         if out:
-            result = given[given_out]
+            result = given[-1]
             table = order(addresses)
         elif one:
             result = empty(device, *spec)
@@ -253,7 +251,6 @@ class Overlap:
         ]
         if why:
             raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
-
 
     def possible(self, out: int, addresses: Sequence[int]) -> bool:
         """Whether an argument may share memory with out, by the addresses of those arguments that are given."""

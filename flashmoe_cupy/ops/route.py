@@ -139,7 +139,7 @@ class _Plan:
                 return None
             shape = self.specs[0][0]
             specs = [(shape, (shape[1], 1), dtype) for dtype in (quick.float32, quick.int32)]
-            self.short = plans.short_way(quick, self.ready, range(1, len(given) + 1), 3, (), specs)
+            self.short = plans.short_way(quick, self.ready, range(1, len(given) + 1), specs)
         return self.short(given)
 
     def _run_on_host(self, views: tuple[View, View | None]) -> Any:
