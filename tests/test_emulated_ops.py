@@ -23,7 +23,7 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 from flashmoe_cupy.jit.launch import Launch, Loaded
-from flashmoe_cupy.jit.series import Series
+from flashmoe_cupy.jit.series import Series, pointers
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.ops import moe_gpu, quick
 from flashmoe_cupy.plan import kernels
@@ -93,7 +93,7 @@ class Machine:
 
         def run(series: Series, table: Sequence[int], stream: int, recorded: bool = True) -> None:
             for one, places in series.launches:
-                self.launch(one, tuple([table[i] + offset for i, offset in places]), stream)
+                self.launch(one, pointers(places, table), stream)
 
         return run
 

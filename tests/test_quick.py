@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_workspaces_stay_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> N
     assert elsewhere[0] is not larger and find(0, 5, 100) is larger
     for stream in range(100):
         find(0, stream, 8)
-    assert len(scratch._kept) <= plans.Scratch._MOST_STREAMS
+    assert len(scratch.kept) <= plans.Scratch._MOST_STREAMS
 
 
 def test_workspaces_that_stay_are_a_small_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +190,9 @@ def test_workspaces_that_stay_are_a_small_share_of_the_memory(monkeypatch: pytes
     assert scratch.stays(1, 32 << 20) and not scratch.stays(1, (32 << 20) + 1)
     for stream in range(9):
         scratch.find(quick, 0, stream, 100 << 20, False)
-        assert sum(size for size, *_ in scratch._kept.values()) <= 320 << 20
+        assert sum(size for size, *_ in scratch.kept.values()) <= 320 << 20
     scratch.find(quick, 0, 8, 120 << 20, False)  # what takes the place of a smaller one needs no more than itself
-    assert len(scratch._kept) == 3
+    assert len(scratch.kept) == 3
 
 
 class Calls:
@@ -203,6 +204,11 @@ class Calls:
         self.made: list[tuple[Any, ...]] = []
         self.run_with: list[tuple[tuple[int, ...], int, bool]] = []
         self.recording = False
+        self.order: Sequence[int] = ()
+
+    def arranged(self, order: Sequence[int]) -> Calls:
+        self.order = order
+        return self
 
     def run(self, *given: Any) -> None:
         self.run_with.append(given)
@@ -211,36 +217,47 @@ class Calls:
         self.made.append(given)
         return 1000 * 16 + len(self.made)
 
-    def quick(self) -> Any:
+    def quick(self, alone: bool) -> Any:
+        """alone: the process has no other device."""
         return SimpleNamespace(
             pointer=lambda x: x, empty=self.empty, stream=lambda device: 7 + device, uint8=None, graph_pool=True,
-            capturing=lambda *_: self.recording,
+            capturing=lambda device, stream: self.recording,
+            maker=lambda *spec: partial(self.empty, 0, *spec) if alone else None,
+            recorder=lambda: (lambda stream: self.recording) if alone else None,
         )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("places", "out", "outputs", "table"),
+    ("places", "out", "outputs", "want"),
     [
-        ((1, 2, 3), 0, 1, (0, 16, 32, 48, 0, 0, 16001)),
-        ((1, 3, 5), 0, 2, (0, 16, 0, 32, 0, 48, 16001, 16002)),
-        ((1, 3, 6), 6, 1, (0, 16, 0, 32, 0, 0, 48)),
+        ((1, 2, 3), False, 1, {1: 16, 2: 32, 3: 48, 6: 16001}),
+        ((1, 3, 5), False, 2, {1: 16, 3: 32, 5: 48, 6: 16001, 7: 16002}),
+        ((1, 3, 6), True, 1, {1: 16, 3: 32, 6: 48}),
     ],
 )
 @pytest.mark.parametrize("workspace", [0, 100])
+@pytest.mark.parametrize("alone", [True, False])
 def test_the_short_way_fills_the_table(
-    places: tuple[int, ...], out: int, outputs: int, table: tuple[int, ...], workspace: int
-) -> None:
-    """What is absent is 0, new outputs come behind the arguments, and the workspace last."""
+    monkeypatch: pytest.MonkeyPatch, places: tuple[int, ...], out: bool, outputs: int, want: dict[int, int],
+    workspace: int, alone: bool,
+) -> None:  # fmt: skip
+    """New outputs come behind the arguments, and the workspace last."""
+    monkeypatch.setattr(plans, "_scratch", plans.Scratch())
     calls = Calls()
     specs = [((3, 4), (4, 1), "a"), ((3,), (1,), "b")][:outputs]
     ready: Any = SimpleNamespace(series=calls, workspace=workspace, rows=(1, 3, 6), outputs=6)
-    again = plans.short_way(calls.quick(), ready, places, specs)
+    shared: Any = SimpleNamespace(possible=lambda out, others: out in others) if out else None
+    again = plans.short_way(calls.quick(alone), ready, places, specs, shared)
     found = again((16, 32, 48))
-    new = () if out else table[6:]
+    new = () if out else tuple(want.values())[3:]
     assert found == (48 if out else new[0] if outputs == 1 else new)
     assert calls.made[: len(new)] == [(0, *spec) for spec in specs][: len(new)]
     ((used, stream, recorded),) = calls.run_with
-    assert used[: len(table)] == table and len(used) == len(table) + (workspace > 0) and stream == 7
+    table = dict(zip(calls.order, used, strict=False))
+    assert len(used) == len(want) + (workspace > 0) and stream == 7
+    if workspace:
+        assert table.pop(6 + outputs) == 16000 + len(calls.made)
+    assert table == want
     assert recorded == (workspace == 0)  # what has no workspace does not ask
     calls.recording = True
     again((16, 32, 48))
@@ -251,6 +268,24 @@ def test_the_short_way_fills_the_table(
         before = len(calls.run_with)
         refused = places[i] in (1, 3, 6)
         assert (again(tuple(moved)) is None) == refused and len(calls.run_with) == before + (not refused)
+    before = len(calls.run_with)
+    assert (again((16, 48, 48)) is None) == out and len(calls.run_with) == before + (not out)
+
+
+def test_only_with_several_devices_the_current_one_is_asked(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec: tuple[Any, ...] = (2, 3), (3, 1), torch.float16
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cuda", torch.empty_strided, raising=False)
+    here = quick._torch(torch)
+    for count in (1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        recorder, maker = here.recorder(), here.maker(*spec)
+        assert (recorder is None) == (maker is None) == (count == 2)
+        if count == 1:
+            assert recorder is not None and recorder(5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cuda")
+    assert quick._torch(torch).maker(*spec) is None  # another version's
 
 
 def test_memory_that_may_be_shared_is_found_by_addresses() -> None:

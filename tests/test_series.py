@@ -14,7 +14,7 @@ import pytest
 from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import graph, launch, series, tensormap
 from flashmoe_cupy.jit.launch import Launch
-from flashmoe_cupy.jit.series import Series
+from flashmoe_cupy.jit.series import NULL, Series
 
 
 class Driver:
@@ -61,7 +61,7 @@ def two(**change: Any) -> Series:
     """A launch of two pointers, one of them also in a map behind 48 bytes, and one of three, of which one is moved."""
     first = Launch(0, 77, 5, 384, 1000, struct.Struct("2Q").pack_into, bytes(range(160)), False, ((6, 1),), early=True)
     second = Launch(0, 78, 1, 64, 0, struct.Struct("3Q").pack_into, bytes([7] * 20), False)
-    return Series([(first._replace(**change), ((3, 0), (1, 0))), (second, ((0, 0), (2, 0), (2, 256)))])
+    return Series([(first._replace(**change), ((2, 0), (1, 0))), (second, (NULL, (3, 0), (3, 256)))])
 
 
 def test_a_call_stores_addresses(driver: Driver) -> None:
@@ -71,21 +71,42 @@ def test_a_call_stores_addresses(driver: Driver) -> None:
         (f, sizes, at, attribute, params), (g, sizes_g, at_g, attribute_g, params_g) = driver.early[-2:]
         assert (f, sizes, at, attribute) == (77, (5, 1, 1, 384, 1, 1, 1000), stream, (6, 1))
         assert (g, sizes_g, at_g, attribute_g) == (78, (1, 1, 1, 64, 1, 1, 0), stream, ())
-        want = bytearray(struct.pack("2Q", table[3], table[1]) + bytes(range(160)))
+        want = bytearray(struct.pack("2Q", table[2], table[1]) + bytes(range(160)))
         want[48:56] = struct.pack("Q", table[1])
         assert params[:176] == want
-        assert params_g[:44] == struct.pack("3Q", 0, table[2], table[2] + 256) + bytes([7] * 20)
+        assert params_g[:44] == struct.pack("3Q", 0, table[3], table[3] + 256) + bytes([7] * 20)
     assert driver.devices == [0, 0] and not driver.plain  # the context is bound once
 
 
 def test_addresses_are_stored_when_they_change(driver: Driver) -> None:
+    """That of the workspace only when it is another one."""
     both = two()
     both.run((0, 1, 2, 3), 9)
-    both._local.own.words[0] = 99  # what nobody stores again
+    words = both._local.own.words
+    words[0] = words[33] = 99  # of address 2 and of the last one
     both.run((0, 1, 2, 3), 9)
-    assert driver.early[-2][4][:8] == struct.pack("Q", 99)
+    assert driver.early[-2][4][:16] == struct.pack("2Q", 99, 1) and driver.early[-1][4][8:16] == struct.pack("Q", 99)
     both.run((0, 4, 2, 3), 9)
-    assert driver.early[-2][4][:16] == struct.pack("2Q", 99, 4)
+    assert driver.early[-2][4][:16] == struct.pack("2Q", 2, 4) and driver.early[-1][4][8:16] == struct.pack("Q", 99)
+    both.run((0, 4, 2, 5), 9)
+    assert driver.early[-1][4][:24] == struct.pack("3Q", 0, 5, 261)
+
+
+def test_a_table_may_have_another_order(driver: Driver) -> None:
+    """What it has not is null, also in a map; what nobody asks for may be in it."""
+    two().arranged((9, 1, 3)).run((0x90, 0x10, 0x30), 9)
+    first = driver.early[0][4]
+    assert first[:16] == struct.pack("2Q", 0, 0x10) and first[48:56] == struct.pack("Q", 0x10)
+    assert driver.early[1][4][:24] == struct.pack("3Q", 0, 0x30, 0x130)
+    two().arranged((2, 3)).run((0x20, 0x30), 9)
+    first = driver.early[2][4]
+    assert first[:16] == struct.pack("2Q", 0x20, 0) and first[48:56] == bytes(8)
+
+
+def test_only_the_last_address_has_offsets() -> None:
+    ((one, _), _) = two().launches
+    with pytest.raises(ValueError, match="an offset to another address"):
+        Series([(one, ((1, 8), (2, 0)))])
 
 
 def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
@@ -102,7 +123,7 @@ def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
     thread.start()
     thread.join()
     assert found[0] is not mine and driver.early[-2][2] == 8
-    assert mine.words[0] == 3 and found[0].words[0] == 6
+    assert mine.words[0] == 2 and found[0].words[0] == 5
 
 
 def test_the_driver_may_refuse(driver: Driver) -> None:
@@ -113,7 +134,7 @@ def test_the_driver_may_refuse(driver: Driver) -> None:
 
 @pytest.mark.parametrize("change", [{"check": True}, {"counter": 3}, {"head": lambda view, at, *pointers: None}])
 def test_what_needs_more_goes_the_long_way(driver: Driver, change: dict[str, Any]) -> None:
-    two(**change).run((0, 1, 2, 3), 9)
+    two(**change).run((5, 1, 2, 3), 9)
     assert [given[0] for given in driver.plain] == [77, 78] and not driver.early
 
 
@@ -201,11 +222,10 @@ def test_the_third_call_is_a_graph(driver: Driver, graphs: Graphs) -> None:
         (77, 5, 1, 1, 384, 1, 1, 1000), (78, 1, 1, 1, 64, 1, 1, 0), (79, 2, 1, 1, 32, 1, 1, 0)
     ]  # fmt: skip
     assert graphs.edges == [(2, 3, *[0] * 8), (3, 4, 1, 0, 1, *[0] * 5)]  # the third may start early
-    second = struct.pack("3Q", 0, 0x20, 0x120)
     want = [
-        (node, params)
+        (node, struct.pack(f"{len(params)}Q", *params))
         for last in (0x30, 0x31)
-        for node, params in ((2, struct.pack("2Q", last, 0x10)), (3, second), (4, struct.pack("Q", last)))
+        for node, *params in ((2, 0x20, 0x10), (3, 0, last, last + 0x100), (4, last))
     ]
     assert [(node, params[: len(x)]) for (node, params), (_, x) in zip(graphs.sets, want, strict=True)] == want
 
@@ -222,7 +242,7 @@ def test_what_is_recorded_stays_single(driver: Driver, graphs: Graphs) -> None:
     run(some, 4, 5, 6, recorded=True)
     assert len(graphs.launches) == 1 and len(driver.early) == 9
     run(some, 4, 5, 6)
-    assert len(graphs.launches) == 2 and graphs.sets[-3][1][:16] == struct.pack("2Q", 6, 4)
+    assert len(graphs.launches) == 2 and graphs.sets[-3][1][:16] == struct.pack("2Q", 5, 4)
 
 
 def test_shapes_share_a_graph(driver: Driver, graphs: Graphs) -> None:
@@ -254,7 +274,7 @@ def test_threads_have_graphs_of_their_own(driver: Driver, graphs: Graphs) -> Non
     thread.start()
     thread.join()
     assert graphs.launches == [(5, 9), (10, 9)]
-    assert graphs.sets[0][1][:8] == struct.pack("Q", 3) and graphs.sets[3][1][:8] == struct.pack("Q", 6)
+    assert graphs.sets[0][1][:8] == struct.pack("Q", 2) and graphs.sets[3][1][:8] == struct.pack("Q", 5)
 
 
 def test_graphs_are_few(driver: Driver, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +316,7 @@ def test_a_refused_launch_of_a_graph_is_an_error(graphs: Graphs) -> None:
         run(some, 1, 2, 4)
     graphs.refuses = ""
     run(some, 1, 2, 4)
-    assert graphs.sets[-3][1][:8] == struct.pack("Q", 4) and len(graphs.launches) == 2
+    assert graphs.sets[-1][1][:8] == struct.pack("Q", 4) and len(graphs.launches) == 2
 
 
 def test_a_graph_may_outlive_its_module(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,16 +27,25 @@ _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATI
 _call: Any = None  # cuLaunchKernelEx
 
 Place = tuple[int, int]  # (which address of a call's table, bytes from there on)
+NULL: Place = (-1, 0)
+
+
+def pointers(places: Sequence[Place], table: Sequence[int]) -> tuple[int, ...]:
+    """What a launch is given."""
+    return tuple([0 if i < 0 else table[i] + offset for i, offset in places])
 
 
 class _Own:
     """The launches in one thread."""
 
-    __slots__ = ("bound", "calls", "configs", "graph", "keep", "nodes", "settings", "stream", "table", "uses", "words")
+    __slots__ = (
+        "bound", "calls", "configs", "graph", "keep", "last", "nodes", "others", "settings", "stream", "table", "words",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.words: Any = None  # the Params of all, in words of 8 bytes; storing into memory of ctypes is the fastest
-        self.uses: dict[int, list[Place]] = {}  # by address of the table: (word, bytes to be added)
+        self.others: list[tuple[int, int]] = []  # word, and which address is stored there
+        self.last: list[tuple[int, int]] = []  # word, and how many bytes behind the table's last address
         self.configs: list[Any] = []  # CUlaunchConfig of each
         self.calls: list[tuple[int, int, int, None]] = []  # arguments of cuLaunchKernelEx
         self.nodes: list[Any] = []  # of a graph
@@ -49,13 +58,19 @@ class _Own:
 
 
 class Series:
-    """Launches on one device; the i-th one takes its pointers from the given places."""
+    """Launches on one device; the i-th one takes its pointers from the given places.
 
-    __slots__ = ("_early", "_kernels", "_local", "device", "launches", "plain")
+    Only the last address, that of a workspace, may be used with an offset.
+    """
+
+    __slots__ = ("_early", "_kernels", "_last", "_local", "device", "launches", "plain")
 
     def __init__(self, launches: Sequence[tuple[Launch, tuple[Place, ...]]]) -> None:
         self.launches = tuple(launches)
         self.device = launches[0][0].device
+        self._last = max(i for _, places in launches for i, _ in places)
+        if any(offset and i != self._last for _, places in launches for i, offset in places):
+            raise ValueError("an offset to another address than the last one")
         # What is more than stored addresses, `launch.launch` does: checks, counters, maps that must be encoded.
         self.plain = all(
             not (one.check or one.counter) and isinstance(one.head, BuiltinMethodType) for one, _ in launches
@@ -64,6 +79,13 @@ class Series:
         self._early = [one.early for one, _ in launches]
         self._local = threading.local()
 
+    def arranged(self, order: Sequence[int]) -> Series:
+        """The same launches for tables that have the addresses of these places, in this order; all others are 0."""
+        at = {place: i for i, place in enumerate(order)}
+        return Series(
+            [(one, tuple([(at[i], offset) if i in at else NULL for i, offset in of])) for one, of in self.launches]
+        )
+
     def run(self, table: tuple[int, ...], stream: int, recorded: bool = True) -> None:
         """Queue all of them; nothing is waited for. table: addresses, always as many.
 
@@ -71,7 +93,7 @@ class Series:
         """
         if not self.plain:
             for one, places in self.launches:
-                launch.launch(one, tuple([table[i] + offset for i, offset in places]), stream)
+                launch.launch(one, pointers(places, table), stream)
             return
         try:
             own = self._local.own
@@ -91,7 +113,14 @@ class Series:
                 _STREAM.pack_into(config, _STREAM_AT, stream)
             own.stream, own.graph = stream, None
         if own.table != table:
-            self._store(own, table)
+            words, before, own.table = own.words, own.table, ()
+            address = table[self._last]
+            if not before or before[self._last] != address:
+                for word, offset in own.last:
+                    words[word] = address + offset
+            for word, i in own.others:  # looking which ones have changed takes longer
+                words[word] = table[i]
+            own.table = table
         if not recorded and len(own.calls) >= _FEWEST:
             if own.graph is None:
                 own.graph = graph.find(stream, self._kernels, own.nodes, self._early)
@@ -104,15 +133,6 @@ class Series:
             code = call(*one)
             if code:
                 raise FlashMoEError(f"the driver refuses a launch (error {code})")
-
-    def _store(self, own: _Own, table: tuple[int, ...]) -> None:
-        words, before, own.table = own.words, own.table, ()
-        for i, uses in own.uses.items():
-            address = table[i]
-            if not before or before[i] != address:
-                for word, offset in uses:
-                    words[word] = address + offset
-        own.table = table
 
     def _make(self) -> _Own:
         global _call
@@ -129,10 +149,15 @@ class Series:
         own.keep += [storage, attribute]
         at = 0
         for (one, places), size in zip(self.launches, sizes, strict=True):
-            pointers = 8 * len(places)
-            view[at + pointers : at + pointers + len(one.tail)] = one.tail
+            behind = at + 8 * len(places)
+            view[behind : behind + len(one.tail)] = one.tail
             for word, (i, offset) in (*enumerate(places), *[(word, places[index]) for word, index in one.maps]):
-                own.uses.setdefault(i, []).append((at // 8 + word, offset))
+                if i == self._last:
+                    own.last.append((at // 8 + word, offset))
+                elif i >= 0:
+                    own.others.append((at // 8 + word, i))
+                else:
+                    own.words[at // 8 + word] = 0
             array = (ctypes.c_void_p * 1)(ctypes.addressof(storage) + start + at)
             config = ctypes.create_string_buffer(_CONFIG.size)
             _CONFIG.pack_into(

@@ -163,18 +163,13 @@ class _Plan:
             plans.queued(views)
         return out
 
-    def run_again(self, quick: Quick, given: tuple[Any, ...]) -> Any:
-        """`run` for plain arrays on a GPU; None: the long way, this time."""
-        if self.short is None:
-            if self.ready is None:
-                return None
+    def short_way(self, quick: Quick, given: tuple[Any, ...]) -> plans.ShortWay | None:
+        """`run` for plain arrays on a GPU like these; None: there is none, as far as is known."""
+        if self.short is None and self.ready is not None:
             spec = self.shape, (self.problem.hidden, 1), given[0].dtype
-            self.short = plans.short_way(quick, self.ready, self.places, [spec])
-        if self.places[-1] > len(_NAMES):  # out is given
-            addresses = [quick.pointer(one) for one in given]
-            if self.overlap.possible(addresses[-1], addresses[:-1]):
-                return None
-        return self.short(given)
+            overlap = self.overlap if self.places[-1] > len(_NAMES) else None  # the last one is out
+            self.short = plans.short_way(quick, self.ready, self.places, [spec], overlap)
+        return self.short
 
     def _run_on_host(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
         from flashmoe_cupy.cpu.moe import fused_moe as run

@@ -17,7 +17,7 @@ from flashmoe_cupy.dtypes import FP32, UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.jit.launch import Launch
-from flashmoe_cupy.jit.series import Place, Series
+from flashmoe_cupy.jit.series import NULL, Place, Series
 from flashmoe_cupy.plan import kernels, moe
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
 
@@ -157,7 +157,7 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
         steps = moe.grouped_gemm_steps(problem)
     else:
         steps, work = moe.moe_steps(problem)
-    place: dict[str, Place] = {"": (0, 0)}
+    place: dict[str, Place] = {"": NULL}
     of = _ARRAYS[type(problem)]
     outputs = of.outputs[:2] if isinstance(problem, RouteProblem) and not problem.return_stats else of.outputs
     for name in (*of.arguments, *outputs):

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from operator import itemgetter
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -65,9 +65,9 @@ def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) 
         return None, None
     wanted = len(given), options, *map(type, options)
     if quick.guards:
-        plan = memory.recent.find(given, wanted)
-        if plan is not None:
-            return None, plan.run_again(quick, given)
+        again = memory.recent.find(given, wanted)
+        if again is not None:
+            return None, again(given)
     known = quick.keys(given)
     if known is None:
         return None, None
@@ -75,8 +75,11 @@ def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) 
     plan = memory.find(short)
     if plan is None:
         return short, None
-    memory.recent.note(quick, given, wanted, plan)
-    return short, plan.run_again(quick, given)
+    again = plan.short_way(quick, given)
+    if again is None:
+        return short, None
+    memory.recent.note(quick, given, wanted, again)
+    return short, again(given)
 
 
 Kept = tuple[int, int, Any]  # bytes, address, array
@@ -91,18 +94,18 @@ class Scratch(threading.local):
     _MOST_STREAMS, _SMALL = 16, 32 << 20
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], Kept] = {}  # (device, stream)
+        self.kept: dict[tuple[int, int], Kept] = {}  # by device and stream
 
     def find(self, quick: Quick, device: int, stream: int, size: int, alone: bool) -> Kept:
         """At least `size` bytes for the next launches on the stream. alone: memory that no later call gets."""
         if alone:
             return self._new(quick, device, stream, size, alone)
-        kept = self._kept.get((device, stream))
+        kept = self.kept.get((device, stream))
         if kept is None or kept[0] < size:
-            others = sum(other[0] for at, other in self._kept.items() if at != (device, stream))
-            if len(self._kept) >= self._MOST_STREAMS or not self.stays(device, others + size):
-                self._kept.clear()
-            kept = self._kept[device, stream] = self._new(quick, device, stream, size, alone)
+            others = sum(other[0] for at, other in self.kept.items() if at != (device, stream))
+            if len(self.kept) >= self._MOST_STREAMS or not self.stays(device, others + size):
+                self.kept.clear()
+            kept = self.kept[device, stream] = self._new(quick, device, stream, size, alone)
         return kept
 
     def stays(self, device: int, size: int) -> bool:
@@ -127,46 +130,51 @@ ShortWay = Callable[[tuple[Any, ...]], Any]  # given arrays -> the output or out
 
 
 def short_way(
-    quick: Quick, ready: Ready, places: Sequence[int], specs: Sequence[tuple[Shape, Shape, Any]]
+    quick: Quick,
+    ready: Ready,
+    places: Sequence[int],
+    specs: Sequence[tuple[Shape, Shape, Any]],
+    overlap: Overlap | None = None,
 ) -> ShortWay:
     """Makes calls on plain arrays of torch or CuPy that are like those of a call before, which has made `ready`.
 
-    places: of the given arrays in the table of addresses; the output may be the last of them, and is not new then.
-    specs: shape, row-major strides and dtype of new outputs.
+    places: of the given arrays in the table of addresses.
+    specs: shape, row-major strides and dtype of the outputs, which are new ones.
+    overlap: the last of the given arrays is the output, and this tells where it may be.
     """
-    pointer, empty, current_stream, capturing = quick.pointer, quick.empty, quick.stream, quick.capturing
-    run, device, size, find_scratch = ready.series.run, ready.series.device, ready.workspace, _scratch.find
-    found = {place: i for i, place in enumerate(places, 1)}
-    out = places[-1] >= ready.outputs
-    order = itemgetter(*[found.get(place, 0) for place in range(ready.outputs + out)])
-    aligned = [found[place] for place in ready.rows if place in found]
-    one, (spec, *more) = len(specs) == 1, specs
+    pointer, current_stream = quick.pointer, quick.stream
+    device, size = ready.series.device, ready.workspace
+    first, *others = [quick.maker(*spec) or partial(quick.empty, device, *spec) for spec in specs]
+    capturing = quick.recorder() or partial(quick.capturing, device)
+    behind = range(ready.outputs, ready.outputs + len(specs) + 1)  # outputs and workspace
+    run = ready.series.arranged((*places[: len(places) - (overlap is not None)], *behind)).run
+    aligned = [i for i, place in enumerate(places) if place in ready.rows]
     large = not _scratch.stays(device, size)
 
     def again(given: tuple[Any, ...]) -> Any:
-        addresses = [0, *map(pointer, given)]
+        addresses = [*map(pointer, given)]
         bits = 0
         for i in aligned:
             bits |= addresses[i]
-        if bits & 15:
+        if bits & 15 or (overlap is not None and overlap.possible(addresses[-1], addresses[:-1])):
             return None
         stream = current_stream(device)
-        recorded = True
-        if out:
+        if overlap is not None:
             result = given[-1]
-            table = order(addresses)
-        elif one:
-            result = empty(device, *spec)
-            table = (*order(addresses), pointer(result))
         else:
-            result = (empty(device, *spec), *[empty(device, *other) for other in more])
-            table = (*order(addresses), *map(pointer, result))
+            result = first()
+            addresses.append(pointer(result))
+            if others:
+                result = (result, *[other() for other in others])
+                addresses += map(pointer, result[1:])
+        recorded = True
         if size:
-            recorded = capturing(device, stream)
-            # Nobody else's until all is queued.
-            workspace = find_scratch(quick, device, stream, size, recorded or large)
-            table = (*table, workspace[1])
-        run(table, stream, recorded)
+            recorded = capturing(stream)
+            kept = None if recorded or large else _scratch.kept.get((device, stream))
+            if kept is None or kept[0] < size:
+                kept = _scratch.find(quick, device, stream, size, recorded or large)
+            addresses.append(kept[1])  # and nobody else gets it until all is queued
+        run(tuple(addresses), stream, recorded)
         return result
 
     return again

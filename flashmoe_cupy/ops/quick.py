@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.plan import kernels
@@ -35,6 +36,9 @@ class Quick(NamedTuple):
     # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
     guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
     guards: bool = False  # whether it may ever give one
+    # The same as `empty` and `capturing` without asking which device is the current one; None where it must be asked.
+    maker: Callable[[Shape, Shape, Any], Callable[[], Any] | None] = lambda *_: None
+    recorder: Callable[[], Callable[[int], bool] | None] = lambda: None
 
 
 class Recent:
@@ -172,10 +176,16 @@ def _torch(torch: Any) -> Quick:
 
         return is_capturing(stream)
 
+    def maker(shape: Shape, strides: Shape, dtype: Any) -> Callable[[], Any] | None:
+        return None if fast is None or torch.cuda.device_count() > 1 else partial(fast, shape, strides, dtype)
+
+    def recorder() -> Callable[[int], bool] | None:
+        return None if torch.cuda.device_count() > 1 else lambda _: here()
+
     stream = torch._C._cuda_getCurrentRawStream
     return Quick(
         key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, capturing,
-        guard=guard, guards=True,
+        guard=guard, guards=True, maker=maker, recorder=recorder,
     )  # fmt: skip
 
 
@@ -185,7 +195,7 @@ def _cupy(cupy: Any) -> Quick:
     single = runtime.getDeviceCount() == 1
     # An attribute of C; strides that need not be told are a tuple less to make, hash and compare.
     is_dense = "_c_contiguous" if hasattr(kind, "_c_contiguous") else "flags.c_contiguous"
-    contiguous, describe = operator.attrgetter(is_dense), operator.attrgetter("shape", is_dense, "dtype")
+    contiguous = operator.attrgetter(is_dense)
 
     def key(q: Any, k: Any, v: Any) -> Key | None:
         if type(k) is not kind or type(v) is not kind:
@@ -212,15 +222,22 @@ def _cupy(cupy: Any) -> Quick:
     def guard(arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
         if not (single and all(map(contiguous, arrays))):
             return None
-        kinds, wanted = [kind] * len(arrays), [*map(describe, arrays)]
-
-        def check(*others: Any) -> bool:
-            return [*map(type, others)] == kinds and [*map(describe, others)] == wanted
-
-        return check
+        # Written out, which takes two thirds of a loop's time. Two equal dtypes are mostly one object.
+        wanted: dict[str, Any] = {"kind": kind}
+        for i, x in enumerate(arrays):
+            wanted |= {f"shape{i}": x.shape, f"dtype{i}": x.dtype}
+        names = [f"x{i}" for i in range(len(arrays))]
+        tests = [
+            f"type(x{i}) is kind and x{i}.dtype is dtype{i} and x{i}.{is_dense} and x{i}.shape == shape{i}"
+            for i in range(len(arrays))
+        ]
+        return eval(f"lambda {', '.join(names)}: {' and '.join(tests)}", wanted)  # type: ignore[no-any-return]
 
     def empty(device: int, shape: Shape, strides: Shape, dtype: Any) -> Any:  # noqa: ARG001
         return kind(shape, dtype)
+
+    def maker(shape: Shape, strides: Shape, dtype: Any) -> Callable[[], Any] | None:  # noqa: ARG001
+        return partial(kind, shape, dtype)
 
     def device(q: Any) -> int:
         return 0 if single else q.data.device_id
@@ -234,5 +251,5 @@ def _cupy(cupy: Any) -> Quick:
     float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
     return Quick(
         key, keys, operator.attrgetter("data.ptr"), empty, float32, int32, uint8, device, stream, capturing,
-        graph_pool=False, guard=guard, guards=single,
+        graph_pool=False, guard=guard, guards=single, maker=maker, recorder=lambda: runtime.streamIsCapturing,
     )  # fmt: skip

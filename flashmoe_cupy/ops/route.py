@@ -132,15 +132,13 @@ class _Plan:
                 arrays.fill(logits, array, 0)
         return _results(made)
 
-    def run_again(self, quick: Quick, given: tuple[Any, ...]) -> Any:
-        """`run` for plain arrays on a GPU, without statistics; None: the long way, this time."""
-        if self.short is None:
-            if self.ready is None:
-                return None
+    def short_way(self, quick: Quick, given: tuple[Any, ...]) -> plans.ShortWay | None:
+        """`run` for plain arrays on a GPU like these, without statistics; None: there is none, as far as is known."""
+        if self.short is None and self.ready is not None:
             shape = self.specs[0][0]
             specs = [(shape, (shape[1], 1), dtype) for dtype in (quick.float32, quick.int32)]
             self.short = plans.short_way(quick, self.ready, range(1, len(given) + 1), specs)
-        return self.short(given)
+        return self.short
 
     def _run_on_host(self, views: tuple[View, View | None]) -> Any:
         from flashmoe_cupy.cpu.moe import route
