@@ -15,11 +15,13 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from threading import Thread
 
 import numpy as np
 import pytest
 
 _CACHE_DIR = pytest.StashKey[str]()
+_COMPILING = pytest.StashKey[Thread]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,6 +93,31 @@ def _skip_reason(item: pytest.Item) -> str | None:
         if item.get_closest_marker(name) and not _framework_sees_gpu(name):
             return f"this {name} is built without CUDA or sees no device"
     return None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A run of all GPU tests compiles their kernels while it collects them."""
+    config = session.config
+    some = config.option.keyword or config.args_source is pytest.Config.ArgsSource.ARGS
+    capability = None if some or config.option.markexpr != "gpu" else compute_capability()[0]
+    if capability is not None:
+        compiling = config.stash[_COMPILING] = Thread(target=_compile_all, args=(capability,), daemon=True)
+        compiling.start()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    compiling = session.config.stash.get(_COMPILING, None)
+    if compiling is not None:
+        compiling.join()
+
+
+def _compile_all(capability: tuple[int, int]) -> None:
+    from compile_kit import compile_all
+
+    from flashmoe_cupy.plan.kernels import KERNELS, PRODUCTS, SMALL, arch_for
+
+    with contextlib.suppress(Exception):  # the tests show what does not compile
+        compile_all([*KERNELS.values(), *PRODUCTS.values(), *SMALL.values()], arch_for(capability))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+
+from compile_kit import compile_all
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View
@@ -174,11 +174,4 @@ def kernel_names(case: Case, aligned: bool = True) -> list[str]:
 @functools.cache
 def compile_everything() -> int:
     """Compile every kernel of mixtures of experts, on all cores, for the device here; how many there are."""
-    from flashmoe_cupy.jit import cache
-
-    arch, kernels = arch_here(), list[Any]([*PRODUCTS.values(), *SMALL.values()])
-    jobs: list[Any] = [(kernel, config) for kernel in kernels for config in kernel.configs(arch)]
-    jobs.sort(key=lambda job: -job[1].threads)  # the long ones first
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: cache.get(job[0].source(job[1]), f"{job[0].name} {job[1].name}", arch), jobs))
-    return len(jobs)
+    return compile_all([*PRODUCTS.values(), *SMALL.values()], arch_here())
