@@ -241,7 +241,8 @@ def test_the_short_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: n
         pointer=Resident.data_ptr,
         empty=lambda device, shape, strides, dtype: Resident(np.full(shape, 7, dtype), "a new array"),
         float32=np.float32, int32=np.int32, uint8=np.uint8, device=lambda x: 0, stream=lambda device: 5,
-        capturing=lambda device, stream: False,
+        maker=lambda device, shape, strides, dtype: lambda: Resident(np.full(shape, 7, dtype), "a new array"),
+        recorder=lambda device: lambda stream: False,
     )  # fmt: skip
     monkeypatch.setitem(quick._known, Resident, known)
     monkeypatch.setattr(Resident, "dtype", property(lambda x: x.array.dtype), raising=False)

@@ -217,13 +217,10 @@ class Calls:
         self.made.append(given)
         return 1000 * 16 + len(self.made)
 
-    def quick(self, alone: bool) -> Any:
-        """alone: the process has no other device."""
+    def quick(self) -> Any:
         return SimpleNamespace(
             pointer=lambda x: x, empty=self.empty, stream=lambda device: 7 + device, uint8=None, graph_pool=True,
-            capturing=lambda device, stream: self.recording,
-            maker=lambda *spec: partial(self.empty, 0, *spec) if alone else None,
-            recorder=lambda: (lambda stream: self.recording) if alone else None,
+            maker=lambda *spec: partial(self.empty, *spec), recorder=lambda device: lambda stream: self.recording,
         )  # fmt: skip
 
 
@@ -236,10 +233,9 @@ class Calls:
     ],
 )
 @pytest.mark.parametrize("workspace", [0, 100])
-@pytest.mark.parametrize("alone", [True, False])
 def test_the_short_way_fills_the_table(
     monkeypatch: pytest.MonkeyPatch, places: tuple[int, ...], out: bool, outputs: int, want: dict[int, int],
-    workspace: int, alone: bool,
+    workspace: int,
 ) -> None:  # fmt: skip
     """New outputs come behind the arguments, and the workspace last."""
     monkeypatch.setattr(plans, "_scratch", plans.Scratch())
@@ -247,7 +243,7 @@ def test_the_short_way_fills_the_table(
     specs = [((3, 4), (4, 1), "a"), ((3,), (1,), "b")][:outputs]
     ready: Any = SimpleNamespace(series=calls, workspace=workspace, rows=(1, 3, 6), outputs=6)
     shared: Any = SimpleNamespace(possible=lambda out, others: out in others) if out else None
-    again = plans.short_way(calls.quick(alone), ready, places, specs, shared)
+    again = plans.short_way(calls.quick(), ready, places, specs, shared)
     found = again((16, 32, 48))
     new = () if out else tuple(want.values())[3:]
     assert found == (48 if out else new[0] if outputs == 1 else new)
@@ -272,20 +268,31 @@ def test_the_short_way_fills_the_table(
     assert (again((16, 48, 48)) is None) == out and len(calls.run_with) == before + (not out)
 
 
-def test_only_with_several_devices_the_current_one_is_asked(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec: tuple[Any, ...] = (2, 3), (3, 1), torch.float16
-    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
-    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cuda", torch.empty_strided, raising=False)
-    here = quick._torch(torch)
-    for count in (1, 2):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        recorder, maker = here.recorder(), here.maker(*spec)
-        assert (recorder is None) == (maker is None) == (count == 2)
-        if count == 1:
-            assert recorder is not None and recorder(5)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cuda")
-    assert quick._torch(torch).maker(*spec) is None  # another version's
+@pytest.mark.parametrize(("count", "current", "asked"), [(1, 0, False), (2, 1, False), (2, 0, True)])
+def test_streams_of_other_devices_are_asked_for(
+    access: Quick, monkeypatch: pytest.MonkeyPatch, count: int, current: int, asked: bool
+) -> None:
+    """torch answers for the current device, which is the one if there is one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: "torch")
+    monkeypatch.setattr(launch, "is_capturing", lambda stream: f"the driver, of {stream}")
+    answer: Any = quick._torch(torch).recorder(count - 1)(5)
+    assert answer == ("the driver, of 5" if asked else "torch")
+
+
+@pytest.mark.parametrize(("count", "current", "quickly"), [(1, 0, True), (2, 1, True), (2, 0, False), (0, 1, False)])
+def test_new_arrays_lie_on_the_device(
+    access: Quick, monkeypatch: pytest.MonkeyPatch, count: int, current: int, quickly: bool
+) -> None:
+    """torch's quick function makes them on the current device. count 0: another version's, which has none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: max(count, 1))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current)
+    monkeypatch.setattr(torch, "empty_strided", lambda shape, strides, dtype, device: (shape, strides, dtype, device))
+    name, guards = "_empty_strided_cuda", torch._C._dynamo.guards
+    monkeypatch.setattr(guards, name, (lambda *given: given) if count else None, raising=False)
+    spec = (2, 3), (3, 1), torch.float16
+    assert quick._torch(torch).maker(1, *spec)() == (spec if quickly else (*spec, 1))
 
 
 def test_memory_that_may_be_shared_is_found_by_addresses() -> None:

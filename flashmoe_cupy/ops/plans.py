@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -144,8 +143,8 @@ def short_way(
     """
     pointer, current_stream = quick.pointer, quick.stream
     device, size = ready.series.device, ready.workspace
-    first, *others = [quick.maker(*spec) or partial(quick.empty, device, *spec) for spec in specs]
-    capturing = quick.recorder() or partial(quick.capturing, device)
+    first, *others = [quick.maker(device, *spec) for spec in specs]
+    capturing = quick.recorder(device)
     behind = range(ready.outputs, ready.outputs + len(specs) + 1)  # outputs and workspace
     run = ready.series.arranged((*places[: len(places) - (overlap is not None)], *behind)).run
     aligned = [i for i, place in enumerate(places) if place in ready.rows]
@@ -171,7 +170,7 @@ def short_way(
         if size:
             recorded = capturing(stream)
             kept = None if recorded or large else _scratch.kept.get((device, stream))
-            if kept is None or kept[0] < size:
+            if kept is None or kept[0] < size:  # a look of our own, because a call of find takes longer
                 kept = _scratch.find(quick, device, stream, size, recorded or large)
             addresses.append(kept[1])  # and nobody else gets it until all is queued
         run(tuple(addresses), stream, recorded)

@@ -31,14 +31,13 @@ class Quick(NamedTuple):
     uint8: Any
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
-    capturing: Callable[[int, int], bool]  # whether a graph is being recorded on a device's stream
+    # For many calls on one device, what need not be asked each time being asked now:
+    maker: Callable[[int, Shape, Shape, Any], Callable[[], Any]]  # `empty` with these arguments
+    recorder: Callable[[int], Callable[[int], bool]]  # whether a graph is recorded on a stream of a device
     graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
     # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
     guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
     guards: bool = False  # whether it may ever give one
-    # The same as `empty` and `capturing` without asking which device is the current one; None where it must be asked.
-    maker: Callable[[Shape, Shape, Any], Callable[[], Any] | None] = lambda *_: None
-    recorder: Callable[[], Callable[[int], bool] | None] = lambda: None
 
 
 class Recent:
@@ -169,23 +168,22 @@ def _torch(torch: Any) -> Quick:
 
     here = torch._C._cuda_isCurrentStreamCapturing
 
-    def capturing(device: int, stream: int) -> bool:
-        if current() == device:
-            return here()  # type: ignore[no-any-return]
+    def maker(device: int, shape: Shape, strides: Shape, dtype: Any) -> Callable[[], Any]:
+        if fast is not None and torch.cuda.device_count() == 1:  # which is the current one
+            return partial(fast, shape, strides, dtype)
+        return partial(empty, device, shape, strides, dtype)
+
+    def recorder(device: int) -> Callable[[int], bool]:
+        if torch.cuda.device_count() == 1:
+            return lambda _: here()
         from flashmoe_cupy.jit.launch import is_capturing
 
-        return is_capturing(stream)
-
-    def maker(shape: Shape, strides: Shape, dtype: Any) -> Callable[[], Any] | None:
-        return None if fast is None or torch.cuda.device_count() > 1 else partial(fast, shape, strides, dtype)
-
-    def recorder() -> Callable[[int], bool] | None:
-        return None if torch.cuda.device_count() > 1 else lambda _: here()
+        return lambda stream: here() if current() == device else is_capturing(stream)
 
     stream = torch._C._cuda_getCurrentRawStream
     return Quick(
-        key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, capturing,
-        guard=guard, guards=True, maker=maker, recorder=recorder,
+        key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, maker, recorder,
+        guard=guard, guards=True,
     )  # fmt: skip
 
 
@@ -236,7 +234,7 @@ def _cupy(cupy: Any) -> Quick:
     def empty(device: int, shape: Shape, strides: Shape, dtype: Any) -> Any:  # noqa: ARG001
         return kind(shape, dtype)
 
-    def maker(shape: Shape, strides: Shape, dtype: Any) -> Callable[[], Any] | None:  # noqa: ARG001
+    def maker(device: int, shape: Shape, strides: Shape, dtype: Any) -> Callable[[], Any]:  # noqa: ARG001
         return partial(kind, shape, dtype)
 
     def device(q: Any) -> int:
@@ -245,11 +243,11 @@ def _cupy(cupy: Any) -> Quick:
     def stream(device: int) -> int:
         return current(device).ptr  # type: ignore[no-any-return]
 
-    def capturing(device: int, stream: int) -> bool:  # noqa: ARG001
-        return runtime.streamIsCapturing(stream)  # type: ignore[no-any-return]
+    def recorder(device: int) -> Callable[[int], bool]:  # noqa: ARG001
+        return runtime.streamIsCapturing  # type: ignore[no-any-return]
 
     float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
     return Quick(
-        key, keys, operator.attrgetter("data.ptr"), empty, float32, int32, uint8, device, stream, capturing,
-        graph_pool=False, guard=guard, guards=single, maker=maker, recorder=lambda: runtime.streamIsCapturing,
+        key, keys, operator.attrgetter("data.ptr"), empty, float32, int32, uint8, device, stream, maker, recorder,
+        graph_pool=False, guard=guard, guards=single,
     )  # fmt: skip
