@@ -268,6 +268,27 @@ def test_the_short_way_fills_the_table(
     assert (again((16, 48, 48)) is None) == out and len(calls.run_with) == before + (not out)
 
 
+def test_calls_share_a_workspace_unless_it_is_large_or_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_scratch", plans.Scratch())
+    monkeypatch.setattr(launch, "memory_bytes", lambda device: 80 << 30)
+
+    def used(workspace: int, recording: bool = False) -> list[int]:
+        calls.recording = recording
+        ready: Any = SimpleNamespace(series=calls, workspace=workspace, rows=(), outputs=2)
+        again = plans.short_way(calls.quick(), ready, (1,), [((3,), (1,), "a")])
+        again((16,)), again((16,))
+        return [table[-1] for table, *_ in calls.run_with[-2:]]
+
+    calls = Calls()
+    first, second = used(100)
+    assert first == second and used(60) == [first] * 2
+    for alone in (used(60, recording=True), used((320 << 20) + 1)):
+        assert alone[0] != alone[1] and first not in alone
+    assert used(100) == [first] * 2
+    larger = used(200)
+    assert larger[0] == larger[1] != first and used(100) == larger
+
+
 @pytest.mark.parametrize(("count", "current", "asked"), [(1, 0, False), (2, 1, False), (2, 0, True)])
 def test_streams_of_other_devices_are_asked_for(
     access: Quick, monkeypatch: pytest.MonkeyPatch, count: int, current: int, asked: bool
