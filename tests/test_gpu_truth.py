@@ -13,13 +13,12 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from compile_kit import compile_sources
 
 import flashmoe_cupy
 from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
@@ -312,12 +311,7 @@ def kernel_names(case: Case) -> list[str]:
 @functools.cache
 def compile_registered() -> int:
     """Compile the kernels of all registered problems, on all cores, for the device here; how many there are."""
-    from flashmoe_cupy.jit import cache
-
-    found, arch = specialisations(_registered, arch_here()), arch_here()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda item: cache.get(item[0], item[1], arch), found.items()))
-    return len(found)
+    return compile_sources(specialisations(_registered, arch_here()), arch_here())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

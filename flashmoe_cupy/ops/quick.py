@@ -31,7 +31,7 @@ class Quick(NamedTuple):
     uint8: Any
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
-    # For many calls on one device, what need not be asked each time being asked now:
+    # Asked once for many calls on a device, which then ask less:
     maker: Callable[[int, Shape, Shape, Any], Callable[[], Any]]  # `empty` with these arguments
     recorder: Callable[[int], Callable[[int], bool]]  # whether a graph is recorded on a stream of a device
     graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
