@@ -109,11 +109,23 @@ def test_extras_keep_one_cuda_major() -> None:
     extras = metadata()["project"]["optional-dependencies"]
     for major in (12, 13):
         names = {re.split(r"[<>=\[ ]", line)[0]: line for line in extras[f"cuda{major}"]}
-        assert f"cupy-cuda{major}x" in names
-        assert f"<{major + 1}" in names["cuda-bindings"], "unpinned bindings would come from the other CUDA major"
+        suffix = "-cu12" if major == 12 else ""
+        assert set(names) == {f"cupy-cuda{major}x", f"nvidia-cuda-nvrtc{suffix}", f"nvidia-cuda-runtime{suffix}"}
+        for part in ("nvrtc", "runtime"):
+            line = names[f"nvidia-cuda-{part}{suffix}"]
+            assert f">={major}" in line and f"<{major + 1}" in line, "CuPy loads the compiler of its own CUDA major"
     base = " ".join(metadata()["project"]["dependencies"]).lower()
     assert not any(name in base for name in ("cupy", "cuda", "torch", "jax"))
     assert [{"extra": "cuda12"}, {"extra": "cuda13"}] in metadata()["tool"]["uv"]["conflicts"]
+
+
+def test_extras_bound_nothing_that_torch_bounds() -> None:
+    """torch 2.14 wants cuda-bindings 13: an extra that wants others makes pip go back to an older torch."""
+    for name, lines in metadata()["project"]["optional-dependencies"].items():
+        assert not [line for line in lines if line.startswith("cuda-")], name
+    used = re.compile(r"^\s*(?:import|from) cuda\b", re.MULTILINE)
+    files = (ROOT / "flashmoe_cupy").rglob("*.py")
+    assert not [path for path in files if used.search(path.read_text(encoding="utf-8"))]
 
 
 def test_device_sources_are_found() -> None:
