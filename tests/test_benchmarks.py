@@ -305,6 +305,7 @@ def test_the_commit_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.alone
 def test_host_time_is_of_one_call_and_drains_the_queue() -> None:
     import time
 

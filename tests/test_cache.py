@@ -151,6 +151,7 @@ def test_nothing_is_made_before_the_first_write(fake: Fake, folder: Path) -> Non
 
 
 @pytest.mark.usefixtures("fake")
+@pytest.mark.alone
 def test_a_disk_hit_is_fast() -> None:
     kernels = [toy(n) for n in range(20)]
     for tu in kernels:
@@ -235,6 +236,7 @@ def test_eight_threads_compile_once(fake: Fake) -> None:
     assert counts() == (7, 0, 1)
 
 
+@pytest.mark.alone
 def test_different_kernels_do_not_wait_for_each_other(fake: Fake) -> None:
     fake.seconds = 0.3
     threads = [threading.Thread(target=get, args=(toy(n),)) for n in range(4)]
@@ -325,6 +327,7 @@ def lock_path(folder: Path) -> Path:
     return cache._stem(folder, key(options=cache.options())).with_suffix(".lock")
 
 
+@pytest.mark.alone
 def test_a_dead_process_does_not_keep_the_lock(fake: Fake, folder: Path) -> None:
     path = lock_path(folder)
     with lock_held_elsewhere(path) as child:

@@ -329,10 +329,9 @@ def test_cupy_strides_and_out() -> None:
     assert bool(memory[:, :, [0, 5]].isnan().all())
 
 
+@pytest.mark.multi_gpu
 def test_second_device() -> None:
     """Arrays on a device that is not the current one: the work and the result are there."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     t = tensors(BASE, "cuda:1")
     with torch.cuda.device(0):
         out, lse = attention(BASE, t)
@@ -384,6 +383,7 @@ def check_spots(t: Arrays, out: Tensor, lse: Tensor, window: int = -1) -> None:
         assert abs(float(lse[b, h, i]) - float(ref_lse)) <= 1e-3, (b, i, h)
 
 
+@pytest.mark.alone
 def test_every_array_is_larger_than_32_bits_can_count(room: None) -> None:
     """One sequence of 90,001 tokens, 192 heads: q, k, v, out of 2.2e9 elements each, with a window to make it short."""
     shape = (1, 90001, 192, 128)
@@ -392,6 +392,7 @@ def test_every_array_is_larger_than_32_bits_can_count(room: None) -> None:
     check_spots(t, out, lse, window=200)
 
 
+@pytest.mark.alone
 def test_many_queries_few_keys(room: None) -> None:
     """Batch, row and head offsets that pass 2**31 together: many queries in layout bhsd."""
     q = big((3, 64, 90001, 128), 3)
@@ -400,6 +401,7 @@ def test_many_queries_few_keys(room: None) -> None:
     check_spots({"q": q.transpose(1, 2), "k": k.transpose(1, 2), "v": v.transpose(1, 2)}, out.transpose(1, 2), lse)
 
 
+@pytest.mark.alone
 def test_few_queries_many_keys(room: None) -> None:
     """A cache of 200,001 tokens in 128 heads: the offsets of k and v pass 2**31 inside one sequence."""
     k, v = (big((1, 200001, 128, 128), i) for i in (4, 5))
@@ -408,6 +410,7 @@ def test_few_queries_many_keys(room: None) -> None:
     check_spots({"q": q, "k": k, "v": v}, out, lse)
 
 
+@pytest.mark.alone
 def test_packed_rows_beyond_32_bits(room: None) -> None:
     """Packed sequences whose last one starts behind element 2**31."""
     lengths = (120000, 12000, 500)
@@ -427,6 +430,7 @@ def test_packed_rows_beyond_32_bits(room: None) -> None:
 register([AttentionCase(300, 300, head_dim=32, bias="bhqk"), AttentionCase(5, 300, head_dim=128)])
 
 
+@pytest.mark.alone
 def test_bias_larger_than_32_bits(room: None) -> None:
     """A bias of 2.3e9 elements, one per head and pair."""
     n = 12000

@@ -345,10 +345,9 @@ def test_short_way(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 fused_moe(**some[0], **options, out=some[0]["x"])
 
 
+@pytest.mark.multi_gpu
 def test_second_device() -> None:
     """Arrays on a device that is not the current one: the work and the result are there."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     t = tensors(BASE, "cuda:1")
     with torch.cuda.device(0):
         out = fused_moe(**t, **BASE.options())
@@ -384,11 +383,13 @@ def check_some_rows(case: MoECase, t: Arrays) -> None:
     ],
     ids=str,
 )
+@pytest.mark.alone
 def test_tokens_beyond_32_bits(case: MoECase, room: None) -> None:
     check_some_rows(case, tensors(case, "cuda"))
 
 
 @pytest.mark.parametrize("tokens", [40, 700])
+@pytest.mark.alone
 def test_weights_beyond_32_bits(tokens: int, room: None) -> None:
     """Kimi K2: 384 experts whose first weights have 1.1e10 elements, the second ones 5.6e9."""
     case = MoECase(tokens, 7168, 2048, 384, 8)
@@ -399,6 +400,7 @@ def test_weights_beyond_32_bits(tokens: int, room: None) -> None:
     check_some_rows(case, t)
 
 
+@pytest.mark.alone
 def test_products_beyond_32_bits(room: None) -> None:
     """out of 2.3e9 elements; x of 2.6e9 elements in the masked layout, of which few count."""
     case = ProductCase((500_000, 1, 650_000), 2000, 64, tail=5)
@@ -416,6 +418,7 @@ def test_products_beyond_32_bits(room: None) -> None:
     assert judge(grouped_gemm(**t)[mine], known, torch.bfloat16) == []
 
 
+@pytest.mark.alone
 def test_router_beyond_32_bits(room: None) -> None:
     logits = torch.randn((2_100_001, 1024), device="cuda", dtype=torch.bfloat16)
     weights, ids, stats = moe_route(logits, top_k=8, return_stats=True)
@@ -427,6 +430,7 @@ def test_router_beyond_32_bits(room: None) -> None:
     assert all(map(same_bits, found, permutation(ids, num_experts=1024)))
 
 
+@pytest.mark.alone
 def test_ids_far_apart(room: None) -> None:
     """Rows of ids that lie 20,001 elements apart, the last ones behind element 2**31."""
     memory = torch.empty((110_000, 20_001), dtype=torch.int32, device="cuda")

@@ -192,6 +192,7 @@ def test_sharing_keys_allows_wider_sections() -> None:
     assert sections[0] * 2 << 20 <= 36 << 20 and sections[0] < sections[1]
 
 
+@pytest.mark.alone
 def test_huge_problems_are_planned_quickly() -> None:
     """Warm: the first call of NumPy functions is not what is measured."""
     order.section([1.0] * 8, 100, 132, 1.0)

@@ -38,6 +38,7 @@ def metadata() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+@pytest.mark.alone
 def test_import_is_light() -> None:
     """At most 50 ms beyond NumPy. The best of several processes: the first one may read files from a cold disk."""
     code = (
