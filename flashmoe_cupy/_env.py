@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false"
 
 
 class Env(NamedTuple):
-    """The parsed variables. Paths have `~` expanded; None means not set."""
+    """The parsed variables. Paths are absolute, with `~` expanded; None means not set."""
 
     cache_dir: Path | None = None
     log: str = "warning"
@@ -67,8 +68,14 @@ def parse(environ: Mapping[str, str]) -> Env:
 
     def path(name: str) -> Path | None:
         value = text(name)
-        # os.path.expanduser leaves `~` alone when there is no home; Path.expanduser raises.
-        return Path(os.path.expanduser(value)) if value else None
+        full = os.path.expanduser(value)  # leaves `~` alone when there is no home
+        if full.startswith("~"):
+            raise ValueError(f"{name}={value!r}: no home folder is known for {value.split('/')[0]}; use a full path")
+        if not value:
+            return None
+        with suppress(OSError):  # the working directory may be gone; then nothing can be written there
+            return Path(full).absolute()
+        return Path(full)
 
     level = text("FLASHMOE_LOG").lower() or "warning"
     if level not in _LEVELS:
@@ -102,6 +109,46 @@ def reload() -> Env:
     if os.environ.get("FLASHMOE_LOG", "").strip():  # unset: the application's own logging set-up stays in charge
         _show_lines(_env.log)
     return _env
+
+
+def cache_dir() -> Path | None:
+    """The folder of the kernels, made at the first write; None when no place is known (no home).
+
+    Order: FLASHMOE_CACHE_DIR; XDG_CACHE_HOME/flashmoe_cupy; the platform's user cache, ~/.cache/flashmoe_cupy on Linux.
+    """
+    chosen = get().cache_dir
+    if chosen is not None:
+        return chosen
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg):  # the XDG rules: a relative path is to be ignored
+        return Path(xdg) / "flashmoe_cupy"
+    import platformdirs  # 20 ms, and most servers set one of the two variables
+
+    try:
+        folder = Path(platformdirs.user_cache_dir("flashmoe_cupy", appauthor=False))
+    except (OSError, RuntimeError, KeyError):
+        return None
+    return folder if folder.is_absolute() else None  # without a home the path keeps its "~"
+
+
+def why_not_writable(folder: Path, keep: bool = False) -> str:
+    """"" when `folder` is there or can be made, and can be written; else why not. Tried, not asked: rights, read-only
+    file systems, quotas and root's powers all have their say. keep: leave the folder that was made for the trial.
+    """
+    import tempfile
+
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".flashmoe-", dir=folder))
+        made = [] if keep else made
+    except OSError as error:
+        return str(error)
+    finally:
+        for path in made:  # the innermost first
+            with suppress(OSError):
+                path.rmdir()
+    return ""
 
 
 def _show_lines(level: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashmoe_cupy._cupy import load as load_cupy
 from flashmoe_cupy.dtypes import ALL, DType, from_dlpack, to_numpy
 from flashmoe_cupy.dtypes import from_numpy as _dtype_of
 from flashmoe_cupy.errors import DependencyError, UnsupportedProblem
@@ -260,12 +261,9 @@ def _cupy() -> Any:
     """CuPy on a machine with a driver. Raises DependencyError where one of the two is missing."""
     global _gpu
     if _gpu is None:
+        cupy = load_cupy("an array on a GPU")
         try:
-            import cupy
-
             cupy.cuda.runtime.getDeviceCount()
-        except ImportError as error:
-            raise DependencyError("GPU arrays need CuPy: pip install 'flashmoe-cupy[cuda12]' (or cuda13)") from error
         except RuntimeError as error:  # the base of CuPy's own errors
             raise DependencyError(f"GPU arrays need a working NVIDIA driver ({error}); NumPy arrays do not") from error
         _gpu = cupy

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import CompileError, DependencyError
 from flashmoe_cupy.jit import compiler, source
 
@@ -172,13 +173,13 @@ def test_no_cupy_is_refused_with_the_repair(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(compiler, "import_module", missing)
+    monkeypatch.setattr(_cupy, "import_module", missing)
     monkeypatch.setattr(compiler, "_nvrtc_module", None)
     monkeypatch.setattr(compiler, "_version", None)
-    monkeypatch.setattr(compiler, "installed_cupy", list)
-    with pytest.raises(DependencyError, match=r"CuPy is not installed .* pip install"):
+    monkeypatch.setattr(_cupy, "installed", list)
+    with pytest.raises(DependencyError, match=r"needs CuPy, which is not installed; repair: pip install"):
         compiler.nvrtc_version()
-    monkeypatch.setattr(compiler, "installed_cupy", lambda: ["cupy-cuda13x"])
+    monkeypatch.setattr(_cupy, "installed", lambda: ["cupy-cuda13x"])
     with pytest.raises(DependencyError, match=r"cupy-cuda13x does not import .* pip install .*cuda13"):
         compiler.nvrtc_version()
 
@@ -186,18 +187,18 @@ def test_no_cupy_is_refused_with_the_repair(monkeypatch: pytest.MonkeyPatch) -> 
 def test_two_cupy_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_nvrtc_module", None)
     monkeypatch.setattr(compiler, "_version", None)
-    monkeypatch.setattr(compiler, "installed_cupy", lambda: ["cupy-cuda12x", "cupy-cuda13x"])
+    monkeypatch.setattr(_cupy, "installed", lambda: ["cupy-cuda12x", "cupy-cuda13x"])
     with pytest.raises(DependencyError, match="pip uninstall -y cupy-cuda12x cupy-cuda13x"):
         compiler.nvrtc_version()
 
 
 def test_installed_cupy_reads_the_package_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = compiler.installed_cupy()
+    before = _cupy.installed()
     folder = tmp_path / "cupy_cuda11x-13.0.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: cupy-cuda11x\nVersion: 13.0.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert set(compiler.installed_cupy()) == {*before, "cupy-cuda11x"}
+    assert set(_cupy.installed()) == {*before, "cupy-cuda11x"}
 
 
 def test_an_nvrtc_that_does_not_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,10 @@ SOURCES = (".py", ".cuh", ".cu", ".hpp", ".cpp")
 LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("errors.py", ()),
     ("_env.py", ()),
+    ("_cupy.py", ("_env", "errors")),
     ("_xla_ffi.py", ()),
     ("dtypes.py", ()),
-    ("arrays.py", ("dtypes", "errors")),
+    ("arrays.py", ("_cupy", "dtypes", "errors")),
     ("reference/", ("reference",)),
     ("testing", ("reference", "testing")),
     ("plan/checks.py", ("arrays", "dtypes")),
@@ -35,10 +36,10 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("plan/", ("plan", "jit", "arrays", "dtypes", "errors", "_env")),
     ("cpu/", ("cpu", "plan.problem", "plan.moe_problem", "dtypes", "errors")),
     ("jit/source.py", ("errors",)),
-    ("jit/compiler.py", ("jit.source", "errors", "_env")),
+    ("jit/compiler.py", ("jit.source", "errors", "_cupy", "_env")),
     ("jit/cache.py", ("jit.compiler", "jit.source", "errors", "_env")),
     ("jit/tensormap.py", ("dtypes", "errors")),
-    ("jit/", ("jit", "dtypes", "errors", "_env")),
+    ("jit/", ("jit", "dtypes", "errors", "_cupy", "_env")),
     ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env")),
     ("layers.py", ("ops", "arrays", "dtypes", "errors")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
@@ -57,7 +58,7 @@ LATE: dict[str, tuple[str, ...]] = {"ops/": ("jax",)}
 
 # Frameworks, and the only rooms that may name them in an import statement, at whatever depth.
 FRAMEWORKS: dict[str, tuple[str, ...]] = {
-    "cupy": ("arrays.py", "jit/compiler.py", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
+    "cupy": ("_cupy.py", "arrays.py", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "cuda": ("jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "torch": ("torch.py", "integrations/", "cli/"),
     "jax": ("jax.py", "jax_moe.py", "cli/"),

@@ -57,11 +57,11 @@ def info(args: argparse.Namespace) -> int:
         out.line(f"  {name}  {kernel['summary']}; {here}")
     out.facts("Packages", {name: number or "not installed" for name, number in data["packages"].items()})
     cache = data["cache"]
-    state = "writable" if cache["writable"] else "not writable, kernels stay in memory"
+    state = "writable" if cache["writable"] else f"not writable, kernels stay in memory: {cache['error']}"
     out.facts(
         "Cache",
         {
-            "path": f"{cache['path'] or 'no home and no FLASHMOE_CACHE_DIR'} ({state})",
+            "path": f"{cache['path'] or '-'} ({state})",
             "content": f"{cache['entries']} kernels, {show.size(cache['bytes'])}",
         },
     )

@@ -169,9 +169,9 @@ def gpu_ms(call: Callable[[], Any], rounds: int = 7, seconds: float = 0.02) -> f
 
 
 def to_gpu(array: Any) -> Any:
-    import cupy
+    from flashmoe_cupy import _cupy
 
-    return cupy.asarray(array)
+    return _cupy.load().asarray(array)
 
 
 def synchronize() -> None:
@@ -225,6 +225,7 @@ def sweep(gpu: bool, dtype: str, head_dim: int, heads: int, causal: bool, longes
 
 def self_test(gpu: bool) -> list[dict[str, Any]]:
     """Small proofs that each installed part works: name, passed, what was seen."""
+    from flashmoe_cupy import _cupy
     from flashmoe_cupy.jit import compiler
 
     rows = []
@@ -247,7 +248,7 @@ def self_test(gpu: bool) -> list[dict[str, Any]]:
         return f"{len(made.cubin)} bytes for sm_80 in {made.milliseconds:.0f} ms"
 
     check("NumPy back end", lambda: attention(False))
-    if compiler.installed_cupy():
+    if _cupy.installed():
         check("NVRTC compiles", nvrtc)
     if gpu:
         check("CUDA back end", lambda: attention(True))

@@ -134,23 +134,20 @@ def stats() -> Stats:
 
 
 def cache_dir() -> Path | None:
-    """The folder of the kernels, made at the first write; None when no place is known (no home).
+    """The folder of the kernels, made at the first write; None when no place is known (see _env.cache_dir)."""
+    return _env.cache_dir()
 
-    Order: FLASHMOE_CACHE_DIR; XDG_CACHE_HOME/flashmoe_cupy; the platform's user cache, ~/.cache/flashmoe_cupy on Linux.
-    """
-    chosen = _env.get().cache_dir
-    if chosen is not None:
-        return chosen.absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(xdg):  # the XDG rules: a relative path is to be ignored
-        return Path(xdg) / "flashmoe_cupy"
-    import platformdirs  # 20 ms, and most servers set one of the two variables
 
-    try:
-        folder = Path(platformdirs.user_cache_dir("flashmoe_cupy", appauthor=False))
-    except (OSError, RuntimeError, KeyError):
-        return None
-    return folder if folder.is_absolute() else None  # without a home the path keeps its "~"
+def why_not_writable() -> str:
+    """"" when kernels can be kept in the folder, else why not; tried, and what was made for it is removed again."""
+    folder = cache_dir()
+    if folder is None:
+        return "no home and no FLASHMOE_CACHE_DIR"
+    error = _env.why_not_writable(folder)
+    for path in (folder / f"v{SCHEMA}", *(folder / f"v{SCHEMA}" / f"{n:02x}" for n in range(256))):
+        if not error and os.path.lexists(path):  # made by someone else, perhaps
+            error = _env.why_not_writable(path)
+    return error
 
 
 def entries() -> list[Stored]:
@@ -168,13 +165,13 @@ def entries() -> list[Stored]:
 
 
 def clear() -> int:
-    """Forget every kernel, in memory and on disk; returns how many were on disk. Loaded kernels keep running."""
+    """Forget every kernel, in memory and on disk; returns how many went from the disk. Loaded kernels keep running."""
     _forget()
     count = len(_files("*.cubin"))
     for path in _files("*"):
         if path.suffix in _OURS:
             _unlink(path)
-    return count
+    return count - len(_files("*.cubin"))
 
 
 def prune(max_bytes: int) -> int:
@@ -197,6 +194,8 @@ def prune(max_bytes: int) -> int:
             break
         for suffix in (".cubin", ".json", ".cu", ".lock"):
             _unlink(stored.path.with_suffix(suffix))
+        if os.path.lexists(stored.path):  # someone else's
+            continue
         with _guard:
             _memory.pop(stored.key, None)
         total -= stored.size
@@ -256,7 +255,7 @@ def _store(key: str, tu: str, cubin: bytes, info: dict[str, Any]) -> Path | None
     """Write the three files, the cubin last; returns its path, or None after one warning when that is not possible."""
     folder = cache_dir()
     if folder is None:
-        _warn("no home and no FLASHMOE_CACHE_DIR")
+        _warn(why_not_writable())
         return None
     stem = _stem(folder, key)
     try:

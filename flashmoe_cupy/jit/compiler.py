@@ -9,10 +9,10 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple, cast
 
+from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import CompileError, DependencyError
 
 # All that NVRTC would otherwise choose by itself is stated, so that a new version cannot change it in silence.
@@ -31,7 +31,6 @@ OPTIONS: tuple[str, ...] = (
 MINIMUM = (12, 4)  # older versions do not assemble fp8 mma.sync
 _FILE = "fm_entry.cu"  # constant: the program's name must not reach the cubin's bytes
 
-_CUPY_WHEELS = ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-cuda14x", "cupy", "cupy-rocm-7-0")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SMEM = re.compile(r"(\d+) bytes smem")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -70,7 +69,7 @@ def nvrtc_version() -> tuple[int, int]:
         try:
             major, minor = nvrtc.getVersion()
         except Exception as error:  # CuPy raises RuntimeError, OSError or its own type, by version
-            raise DependencyError(f"CuPy cannot load the NVRTC library ({error}); repair: {_pip()}") from error
+            raise DependencyError(f"CuPy cannot load the NVRTC library ({error}); repair: {_cupy.repair()}") from error
         _version = (int(major), int(minor))
     return _version
 
@@ -89,7 +88,7 @@ def compile_cubin(
     if version < MINIMUM:
         raise DependencyError(
             f"NVRTC {version[0]}.{version[1]} is too old, {MINIMUM[0]}.{MINIMUM[1]} or newer is needed; "
-            f"repair: {_pip()}"
+            f"repair: {_cupy.repair()}"
         )
     start = time.perf_counter()
     try:
@@ -176,36 +175,5 @@ def _nvrtc() -> ModuleType:
 
 
 def _import_nvrtc() -> ModuleType:
-    wheels = installed_cupy()
-    if len(wheels) > 1:
-        raise DependencyError(
-            f"{len(wheels)} CuPy packages are installed and overwrite each other: {', '.join(wheels)}; "
-            f"repair: pip uninstall -y {' '.join(wheels)}, then {_pip()}"
-        )
-    try:
-        return cast(ModuleType, import_module("cupy.cuda").nvrtc)
-    except ImportError as error:
-        if wheels:
-            raise DependencyError(f"{wheels[0]} does not import ({error}); repair: {_pip()}") from error
-        raise DependencyError(f"CuPy is not installed and is needed to compile kernels; repair: {_pip()}") from error
-
-
-def installed_cupy() -> list[str]:
-    """Names of the installed CuPy packages; a sound environment has exactly one."""
-    from importlib.metadata import PackageNotFoundError, distribution
-
-    found = []
-    for wheel in _CUPY_WHEELS:
-        try:
-            distribution(wheel)
-        except PackageNotFoundError:
-            continue
-        found.append(wheel)
-    return found
-
-
-def _pip() -> str:
-    """The command that brings CuPy, NVRTC and the bindings of one CUDA major."""
-    if "cupy-cuda13x" in installed_cupy():
-        return 'pip install "flashmoe-cupy[cuda13]"'
-    return 'pip install "flashmoe-cupy[cuda12]" (CUDA 13: cuda13)'
+    cupy = _cupy.load("compiling kernels")
+    return cast(ModuleType, cupy.cuda.nvrtc)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 from flashmoe_cupy.jit import cache, counters, tensormap
 from flashmoe_cupy.jit.cache import Entry
@@ -43,14 +44,9 @@ def devices() -> int:
     """CUDA devices of this machine. Raises DependencyError when CuPy is missing or there is no working driver."""
     global _driver, _runtime, _devices
     if _devices == 0:
-        try:
-            import cupy
-            from cupy_backends.cuda.api import driver
-        except ImportError as error:
-            raise DependencyError(
-                f"running on a GPU needs CuPy, which cannot be imported ({error}); "
-                'repair: pip install "flashmoe-cupy[cuda12]" (or [cuda13])'
-            ) from error
+        cupy = _cupy.load("running on a GPU")
+        from cupy_backends.cuda.api import driver
+
         try:
             count = int(cupy.cuda.runtime.getDeviceCount())
         except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from flashmoe_cupy import _env
+from flashmoe_cupy import _cupy, _env
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "transformers", "cuda-bindings", "cuda-pathfinder")
@@ -90,15 +90,13 @@ def _ask_driver() -> Driver:
 
 def backend() -> tuple[str, str]:
     """("cuda", in words) when GPU arrays can run here, else ("numpy", why not). Does not import CuPy."""
-    from flashmoe_cupy.jit import compiler
-
     seen = driver()
     if not seen.devices:
         return "numpy", f"NumPy back end: {seen.error}"
-    wheels = compiler.installed_cupy()
+    wheels = _cupy.installed()
     major = "13" if seen.version.startswith("13") else "12"
     if not wheels:
-        return "numpy", f'NumPy back end: a GPU, but no CuPy; repair: pip install "flashmoe-cupy[cuda{major}]"'
+        return "numpy", f"NumPy back end: a GPU, but no CuPy; repair: {_cupy.repair(major)}"
     usable = [device for device in seen.devices if device.arch]
     if not usable:
         return "numpy", f"NumPy back end: {seen.devices[0].name} is older than sm_80 (Ampere)"
@@ -110,6 +108,8 @@ def show_config() -> dict[str, Any]:
     """Everything about this installation that a bug report needs, as plain data. Imports CuPy when it is installed."""
     import flashmoe_cupy
 
+    # As it was given: the import of CuPy may set a variable.
+    environment = {name: os.environ.get(name) for name in (*_env.VARIABLES, *_FOREIGN_VARIABLES)}
     seen = driver()
     return {
         "flashmoe_cupy": {"version": flashmoe_cupy.__version__, **_sources()},
@@ -121,7 +121,7 @@ def show_config() -> dict[str, Any]:
         "compiler": _compiler(),
         "cache": _cache(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "environment": {name: os.environ.get(name) for name in (*_env.VARIABLES, *_FOREIGN_VARIABLES)},
+        "environment": environment,
     }
 
 
@@ -161,7 +161,7 @@ def _kernels(seen: tuple[Device, ...]) -> dict[str, Any]:
 def _compiler() -> dict[str, Any]:
     from flashmoe_cupy.jit import compiler
 
-    wheels = compiler.installed_cupy()
+    wheels = _cupy.installed()
     found: dict[str, Any] = {"cupy": {name: _version(name) for name in wheels}, "nvrtc": None, "error": ""}
     try:
         found["nvrtc"] = ".".join(map(str, compiler.nvrtc_version()))
@@ -175,11 +175,11 @@ def _compiler() -> dict[str, Any]:
 def _cache() -> dict[str, Any]:
     from flashmoe_cupy.jit import cache
 
-    folder, stored = cache.cache_dir(), cache.entries()
-    known = next((p for p in (folder, *folder.parents) if p.exists()), None) if folder is not None else None
+    folder, stored, error = cache.cache_dir(), cache.entries(), cache.why_not_writable()
     return {
         "path": None if folder is None else str(folder),
-        "writable": known is not None and known.is_dir() and os.access(known, os.W_OK | os.X_OK),
+        "writable": not error,
+        "error": error,
         "entries": len(stored),
         "bytes": sum(entry.size for entry in stored),
         "process": cache.stats()._asdict(),
