@@ -50,8 +50,8 @@ class MoECase(NamedTuple):
     dtype: str = "bfloat16"
     activation: str = "swiglu"
     interleaved: bool = False
-    swiglu_alpha: float = 1.702
-    swiglu_limit: float = 7.0
+    swiglu_alpha: float | None = None
+    swiglu_limit: float | None = None
     biases: str = ""
     routing: str = "uniform"
     sentinels: float = 0.0

@@ -44,7 +44,7 @@ _GEMM = (
 _MOE = (
     ("Tensor", "x"), ("Tensor", "w_gate_up"), ("Tensor", "w_down"), ("Tensor", "topk_weights"), ("Tensor", "topk_ids"),
     ("str", "activation"), ("Tensor?", "b_gate_up"), ("Tensor?", "b_down"), ("bool", "interleaved"),
-    ("float", "swiglu_alpha"), ("float", "swiglu_limit"), ("Tensor?", "expert_map"),
+    ("float?", "swiglu_alpha"), ("float?", "swiglu_limit"), ("Tensor?", "expert_map"),
     ("bool", "apply_router_weight_on_input"), ("Tensor?", "shared_w_gate_up"), ("Tensor?", "shared_w_down"),
     ("Tensor?", "shared_gate"), ("bool", "batch_invariant"),
 )  # fmt: skip
@@ -202,8 +202,8 @@ def fused_moe(
     b_gate_up: torch.Tensor | None = None,
     b_down: torch.Tensor | None = None,
     interleaved: bool = False,
-    swiglu_alpha: float | None = None,  # 1.702; None and an int, because Dynamo would make inputs of default floats
-    swiglu_limit: float = 7,
+    swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None,
     expert_map: torch.Tensor | None = None,
     apply_router_weight_on_input: bool = False,
     shared_w_gate_up: torch.Tensor | None = None,
@@ -215,8 +215,6 @@ def fused_moe(
 
     Arguments, results and errors are the same; the number of tokens may be dynamic. Gradients as in `flash_attention`.
     """
-    if swiglu_alpha is None:
-        swiglu_alpha = 1.702
     if not _traced(x):
         from flashmoe_cupy.ops import moe as op
 

@@ -107,9 +107,9 @@ class Machine:
         why = kernel.why_not(product, arch, aligned)
         assert not why, why
         config = kernel.choose(product, arch, aligned, self.sms)
-        plain_only = self.config is not None and self.config[1:-2] in (GroupedGemmSm90.plain, GroupedGemmSm90.thin)
+        plain_only = self.config is not None and self.config[1:7] in (GroupedGemmSm90.plain, GroupedGemmSm90.thin)
         if self.config is not None and not (plain_only and (product.gather or product.gated)):
-            wanted = {n: getattr(config, n) for n in ("gather", "gated") if hasattr(config, n)}
+            wanted = {n: getattr(config, n) for n in ("gather", "gated", "clamped") if hasattr(config, n)}
             config = self.config._replace(**wanted)
         params = bytearray(kernel.params_size)
         kernel.pack_pointers(params, 0, *pointers)

@@ -41,7 +41,7 @@ def torch_dtype(name: str) -> Any:
 # the experts
 
 
-def activate(h: Tensor, name: str, interleaved: bool, alpha: float, limit: float) -> Tensor:
+def activate(h: Tensor, name: str, interleaved: bool, alpha: float | None, limit: float | None) -> Tensor:
     """a (rows, n) of h (rows, 2n), or of h (rows, n) without a gate, in h's dtype."""
     if name == "gelu":
         return F.gelu(h)
@@ -50,12 +50,13 @@ def activate(h: Tensor, name: str, interleaved: bool, alpha: float, limit: float
     if name in ("relu", "relu2"):
         return F.relu(h) if name == "relu" else F.relu(h).square()
     g, u = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, 1)
-    if name == "swiglu":
-        return F.silu(g) * u
     if name in ("geglu", "geglu_tanh"):
         return F.gelu(g, approximate="tanh" if name == "geglu_tanh" else "none") * u
-    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-    return (u + 1) * g * torch.sigmoid(alpha * g)
+    if name == "swigluoai":
+        limit = 7.0 if limit is None else limit
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return F.silu(g) * u if name == "swiglu" else (u + 1) * g * torch.sigmoid((1.702 if alpha is None else alpha) * g)
 
 
 def local_ids(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> Tensor:
@@ -70,7 +71,7 @@ def local_ids(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = No
 def experts(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, dtype: Any,
     rounded: bool = False, activation: str = "swiglu", b_gate_up: Tensor | None = None, b_down: Tensor | None = None,
-    interleaved: bool = False, swiglu_alpha: float = 1.702, swiglu_limit: float = 7.0,
+    interleaved: bool = False, swiglu_alpha: float | None = None, swiglu_limit: float | None = None,
     expert_map: Tensor | None = None, apply_router_weight_on_input: bool = False,
     shared_w_gate_up: Tensor | None = None, shared_w_down: Tensor | None = None, shared_gate: Tensor | None = None,
     batch_invariant: bool = False,

@@ -36,7 +36,7 @@ def problems(seed: int, count: int) -> list[Any]:
 
     for _ in range(count):
         array, kind = absent_arrays(), dtypes.from_name(one(*KINDS))
-        tokens, experts = one(1, 7, 130, 4096, 100_000), one(1, 8, 60, 256, 1000)
+        tokens, experts = one(1, 50, 120, 130, 4096, 100_000), one(1, 8, 60, 120, 500, 1000)
         k, d, n = min(experts, one(1, 2, 8)), one(8, 64, 2048), one(8, 40, 768)
         logits = array(one(kind, dtypes.FP32), tokens, experts)
         found.append(
@@ -56,9 +56,9 @@ def problems(seed: int, count: int) -> list[Any]:
             x = array(kind, one(rows, tokens) if lists["gather_indices"] else rows, d)
         if experts * rows < 2**31:
             found.append(moe_problem.grouped_gemm_problem(x, w, **lists))
-        activation = one("swiglu", "relu2", "swigluoai", "gelu")
+        activation, limit = one(("swiglu", None), ("swiglu", 7.0), ("relu2", None), ("swigluoai", None), ("gelu", None))
         halves = 2 if activation in moe_problem.GATED else 1
-        shared = one(0, 0, 24)
+        shared = one(0, 24)
         w1 = array(kind, experts, halves * n, d)
         more: dict[str, Any] = {}
         if shared:
@@ -70,7 +70,8 @@ def problems(seed: int, count: int) -> list[Any]:
         found.append(
             moe_problem.moe_problem(
                 array(kind, tokens, d), w1, array(kind, experts, d, n), weights, ids, activation=activation,
-                interleaved=halves == 2 and one(False, True), batch_invariant=one(False, True), **more,
+                swiglu_limit=limit, interleaved=halves == 2 and one(False, True),
+                batch_invariant=one(False, True), **more,
             )
         )  # fmt: skip
     return found
@@ -171,6 +172,7 @@ def test_explain_says_what_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = loads(monkeypatch, "sm_90a")
     cases: tuple[tuple[int, dict[str, Any]], ...] = (
         (1, {}), (512, {"shared": 64}), (9000, {"batch_invariant": True, "dtype": "float32"}),
+        (64, {"shared": 64, "swiglu_limit": 10.0}),
     )  # fmt: skip
     for tokens, more in cases:
         asked.clear()
@@ -181,7 +183,8 @@ def test_explain_says_what_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = moe_problem.moe_problem(
             array(kind, tokens, 2048), array(kind, 128, 2 * 768, 2048), array(kind, 128, 2048, 768),
             array(dtypes.FP32, tokens, 8), array(dtypes.INT32, tokens, 8),
-            batch_invariant=more.get("batch_invariant", False), **(optional if shared else {}),
+            batch_invariant=more.get("batch_invariant", False), swiglu_limit=more.get("swiglu_limit"),
+            **(optional if shared else {}),
         )  # fmt: skip
         prepare(moe_problem.route_problem(array(dtypes.FP32, tokens, 128), None, top_k=8))
         prepare(problem)
@@ -190,6 +193,15 @@ def test_explain_says_what_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
             for c in answer.choices
         ]
         assert said == [tu for tu, _ in asked]
+
+
+def test_explain_takes_the_clamp(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", "--op", "moe", "--arch", "sm_90a", "--swiglu-limit", "10")
+    assert code == 0 and "swiglu limit10" in out and "gather gated clamped" in out
+    code, _, err = run(capsys, "explain", "--op", "moe", "--activation", "geglu", "--swiglu-limit", "7")
+    assert code != 0 and "swiglu_limit is for activation='swiglu' and 'swigluoai'" in err
+    code, _, err = run(capsys, "explain", "--op", "moe", "--swiglu-alpha", "1.5")
+    assert code != 0 and "swiglu_alpha is for activation='swigluoai'" in err
 
 
 # ----------------------------------------------------------------------------------------------------- kernels, warm-up
@@ -214,7 +226,7 @@ def test_the_warm_up_set_is_complete(arch: str, monkeypatch: pytest.MonkeyPatch)
 
     parts = {dtypes.from_name(kind): made(dtype=kind) for kind in KINDS}
     everything, seen = made(), set()
-    for i, problem in enumerate(problems(0, 120)):
+    for i, problem in enumerate(problems(0, 180)):
         asked.clear()
         prepare(problem, aligned=i % 3 > 0)
         kind = getattr(problem, "dtype", dtypes.BF16)

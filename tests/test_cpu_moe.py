@@ -33,7 +33,9 @@ PLAIN = ("gelu", "gelu_tanh", "relu", "relu2")
 # the dense computation
 
 
-def activate(name: str, h: Any, interleaved: bool = False, alpha: float = 1.702, limit: float = 7.0) -> Any:
+def activate(
+    name: str, h: Any, interleaved: bool = False, alpha: float | None = None, limit: float | None = None
+) -> Any:  # fmt: skip
     if name in PLAIN:
         return {
             "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu,
@@ -41,16 +43,19 @@ def activate(name: str, h: Any, interleaved: bool = False, alpha: float = 1.702,
         }[name](h)  # fmt: skip
     gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
     if name == "swigluoai":
+        limit = 7.0 if limit is None else limit
+    if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return (up + 1) * gate * torch.sigmoid(alpha * gate)
+    if name == "swigluoai":
+        return (up + 1) * gate * torch.sigmoid((1.702 if alpha is None else alpha) * gate)
     form = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": lambda z: F.gelu(z, approximate="tanh")}
     return form[name](gate) * up
 
 
 def dense(
     x: Any, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_ids: Any, *, activation: str = "swiglu",
-    b_gate_up: Any = None, b_down: Any = None, interleaved: bool = False, swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0, expert_map: Any = None, apply_router_weight_on_input: bool = False,
+    b_gate_up: Any = None, b_down: Any = None, interleaved: bool = False, swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None, expert_map: Any = None, apply_router_weight_on_input: bool = False,
     shared_w_gate_up: Any = None, shared_w_down: Any = None, shared_gate: Any = None, batch_invariant: bool = False,
 ) -> Any:  # fmt: skip
     """float64, with the roundings to x's dtype that the operation promises."""
@@ -160,6 +165,16 @@ def test_the_clamp_of_swigluoai() -> None:
     assert min((p - q).norm() / p.norm() for p, q in itertools.combinations(ends, 2)) > 0.05
     for limit in (0.5, 7.0, 1e9, np.inf):
         check_call(a, activation="swigluoai", swiglu_limit=limit, swiglu_alpha=1.3)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_clamp_of_swiglu(interleaved: bool) -> None:
+    a = problem(33, 4, 2, d=64, n=72)
+    a["x"] *= 6
+    ends = [dense(**a, swiglu_limit=limit, interleaved=interleaved) for limit in (0.5, 7.0, None)]
+    assert min((p - q).norm() / p.norm() for p, q in itertools.combinations(ends, 2)) > 0.02
+    for limit in (0.5, 7.0, 1e9, 1e300, np.inf, None):
+        check_call(a, swiglu_limit=limit, interleaved=interleaved)
 
 
 def test_gelu_everywhere() -> None:

@@ -32,6 +32,7 @@ PLAIN, THIN = (  # of second products only
 )
 PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
 PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
+CLAMPING: list[GemmSm90Config | GemmSm80Config] = [HOPPER[-1], PORTABLE[2], PORTABLE[-1]]  # those that run clamps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +46,8 @@ def _compiled() -> None:
         for portable in PORTABLE:
             texts.append((PRODUCTS["grouped_gemm_sm80"].source(portable._replace(gated=gated)), {}))
     texts += [(PRODUCTS["grouped_gemm_sm90"].source(config), {}) for config in (PLAIN, THIN)]
+    for one in CLAMPING:
+        texts.append((PRODUCTS[machine(one).product].source(one._replace(clamped=True)), {}))
     build_all(texts)
 
 
@@ -119,6 +122,34 @@ def test_activations_of_odd_values(activation: str) -> None:
         want = reference.fused_moe(**arrays, activation=activation)[:, 0]
     np.testing.assert_allclose(got[:12], want[:12], rtol=2e-2, atol=1e-10)
     assert not np.isfinite(got[12:14]).all() and np.isnan(got[14]) and np.isclose(got[15], want[15], rtol=2e-2)
+
+
+@pytest.mark.parametrize("config", CLAMPING, ids=lambda c: c.name)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "swigluoai"])
+def test_both_sides_of_every_clamp(
+    activation: str, interleaved: bool, config: GemmSm90Config | GemmSm80Config
+) -> None:
+    """All pairs of gates and up values within the limit and beyond it; experts 1 and 2 make a gate or up value NaN."""
+    pairs = [(g, u) for g in (-9.0, -1.5, -0.5, 0.875, 1.5, 6.0) for u in (-5.0, -1.25, -0.75, 0.75, 1.25, 4.0)]
+    x = np.zeros((38, 16), np.float32)
+    x[:, :2] = [*pairs, (0.5, 0.5), (0.5, 0.5)]
+    gate, up = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(16), slice(16, None))
+    w1, w2, b1 = np.zeros((3, 32, 16)), np.zeros((3, 16, 16)), np.zeros((3, 32), np.float32)
+    w1[:, gate, 0] = w1[:, up, 1] = w2[:, 0, 0] = 1
+    b1[1, gate] = b1[2, up] = np.nan
+    kind = np.dtype(np.float32) if config.element == "fp32" else bf16(x).dtype
+    arrays: dict[str, Any] = {
+        "x": x.astype(kind), "w_gate_up": w1.astype(kind), "w_down": w2.astype(kind), "b_gate_up": b1,
+        "topk_weights": np.ones((38, 1), np.float32), "topk_ids": np.array([0] * 36 + [1, 2], np.int32)[:, None],
+    }  # fmt: skip
+    options: dict[str, Any] = {"activation": activation, "swiglu_limit": 1.0, "interleaved": interleaved}
+    if activation == "swigluoai":
+        options["swiglu_alpha"] = 1.25
+    got = machine(config).fused_moe(arrays, **options)[:, 0].astype(np.float64)
+    want = reference.fused_moe(**arrays, **options)[:, 0]
+    assert np.isnan(want).tolist() == [False] * 36 + [True] * 2
+    np.testing.assert_allclose(got, want, rtol=1e-2 if config.element == "bf16" else 2e-6, atol=1e-7)
 
 
 LAYERS = (

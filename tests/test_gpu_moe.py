@@ -354,7 +354,15 @@ def test_layers_of_gpt_oss(tokens: int, dtype: str) -> None:
         check_peer(MoECase(tokens, 2880, 2880, 32, 4, dtype, **OSS), "cuda", 0.3, 2e-2, 2e-2)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [1, 64, 600, 4096])
+def test_layers_with_a_clamped_swiglu(tokens: int, dtype: str) -> None:
+    check_clamp(MoECase(tokens, 2048, 1536, 32, 4, dtype, swiglu_limit=1.5), "cuda")
+
+
 def check_limits(device: str, dtype: str = "bfloat16") -> None:
+    for limit in (0.5, 7.0, math.inf):
+        assert check(MoECase(33, 72, 40, dtype=dtype, swiglu_limit=limit, shared=24), device) == []
     for limit, alpha in itertools.product((0.5, 7.0, math.inf), (1.702, 0.7, -1.0)):
         case = MoECase(33, 72, 40, dtype=dtype, swiglu_alpha=alpha, swiglu_limit=limit, **OSS)
         assert check(case, device) == []
@@ -368,7 +376,8 @@ def test_limits(dtype: str) -> None:
 def check_extremes(device: str, dtype: str = "bfloat16") -> None:
     """Gates far out on both sides: 0 and the gate itself, never NaN; a NaN in one token stays there."""
     for activation in (*GATED, *PLAIN):
-        case = MoECase(40, 64, 64, 3, 2, dtype, activation, swiglu_limit=math.inf)
+        limit = math.inf if activation == "swigluoai" else None
+        case = MoECase(40, 64, 64, 3, 2, dtype, activation, swiglu_limit=limit)
         t = tensors(case, device)
         t["x"] *= 8 if dtype == "float16" else 300
         known = known_experts(t, **case.options())

@@ -29,7 +29,7 @@ from flashmoe_cupy.jax import _view, flash_attention  # noqa: E402
 pytestmark = pytest.mark.jax
 GPU = pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.sm80])
 MOE = [
-    MoECase(19, 64, 32, 6, 3, "bfloat16", shared=24, shared_gate="float32", sentinels=0.2),
+    MoECase(19, 64, 32, 6, 3, "bfloat16", swiglu_limit=0.75, shared=24, shared_gate="float32", sentinels=0.2),
     MoECase(
         7, 32, 40, 5, 2, "float32", "swigluoai", True, 1.25, float("inf"), biases="same", global_experts=9,
         weight_on_input=True, batch_invariant=True,

@@ -187,6 +187,8 @@ MOE: list[Row] = [
     ("alpha", {"swiglu_alpha": math.nan}, ("swiglu_alpha", "finite", "nan")),
     ("limit", {"swiglu_limit": 0.0}, ("swiglu_limit", "positive")),
     ("limit NaN", {"swiglu_limit": math.nan}, ("swiglu_limit", "positive", "nan")),
+    ("alpha of swiglu", {"swiglu_alpha": 1.0}, ("swiglu_alpha is for activation='swigluoai'", "'swiglu' has no use")),
+    ("limit of geglu", {"activation": "geglu", "swiglu_limit": 7.0}, ("swiglu_limit is for", "'geglu' has no use")),
     ("weight on input", {"apply_router_weight_on_input": None}, ("apply_router_weight_on_input must be a bool",)),
     ("invariant", {"batch_invariant": "yes"}, ("batch_invariant must be a bool",)),
     ("half a shared expert", {"shared_w_gate_up": f16(32, 16)}, ("go together", "missing")),

@@ -109,7 +109,7 @@ def test_options_reach_the_operations() -> None:
     for a, b in zip(stats, expected, strict=True):
         np.testing.assert_array_equal(a, b)
     for name in (*route, *experts):  # each one matters
-        gone = (name, "topk_group") if name == "num_expert_group" else (name,)
+        gone = (name, {"num_expert_group": "topk_group", "activation": "swiglu_alpha"}.get(name))
         left = {n: v for n, v in (route | experts).items() if n not in gone}
         changed = layer(w, **left)(x)
         assert name == "batch_invariant" or not np.array_equal(changed, want), name

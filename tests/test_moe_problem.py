@@ -17,7 +17,8 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, FP64, INT32, INT64
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import moe, plans
-from flashmoe_cupy.plan.moe import combine_tail
+from flashmoe_cupy.plan.kernels import PRODUCTS
+from flashmoe_cupy.plan.moe import ProductStep, combine_tail, moe_steps
 from flashmoe_cupy.plan.moe_problem import (
     GroupedGemmProblem,
     MoEProblem,
@@ -135,8 +136,45 @@ def test_moe_options() -> None:
         "moe bf16 t5 d64 n48 e6 k2 swigluoai interleaved b_gate_up b_down map40 weight-on-input shared8 shared_gate "
         "batch-invariant"
     )
-    p = experts(w_gate_up=array(E, N, D), activation="relu2", swiglu_alpha=0.5)
-    assert (p.intermediate, p.gated, p.swiglu_alpha) == (N, False, 0.0)
+    p = experts(w_gate_up=array(E, N, D), activation="relu2")
+    assert (p.intermediate, p.gated, p.swiglu_alpha, p.swiglu_limit) == (N, False, 0.0, 0.0)
+
+
+def test_alpha_and_limit() -> None:
+    """None is each activation's own default. What float32 does not hold clamps nothing, like inf."""
+    for options, want in (
+        ({}, (0.0, 0.0)), ({"activation": "swigluoai"}, (1.702, 7.0)), ({"swiglu_limit": 10}, (0.0, 10.0)),
+        ({"swiglu_limit": math.inf}, (0.0, 0.0)), ({"swiglu_limit": 1e300}, (0.0, 0.0)),
+        ({"activation": "swigluoai", "swiglu_limit": 1e300, "swiglu_alpha": 1}, (1.0, math.inf)),
+    ):  # fmt: skip
+        p = experts(**options)
+        assert (p.swiglu_alpha, p.swiglu_limit) == want, options
+    assert experts(swiglu_limit=10).describe() == "moe bf16 t5 d64 n48 e6 k2 swiglu limit10"
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_options_that_an_activation_does_not_have(activation: str) -> None:
+    """Also at the values that swigluoai has by default."""
+    w = {} if activation.startswith(("swi", "geg")) else {"w_gate_up": array(E, N, D)}
+    e = refused(experts, activation=activation, swiglu_alpha=1.702, **w)
+    assert e.reasons == (f"swiglu_alpha is for activation='swigluoai'; {activation!r} has no use for it",)
+    if activation != "swiglu":
+        e = refused(experts, activation=activation, swiglu_limit=7.0, **w)
+        assert len(e.reasons) == 1 and f"'swiglu' and 'swigluoai'; {activation!r} has no use" in e.reasons[0]
+
+
+def test_products_of_a_clamped_swiglu() -> None:
+    """A configuration of its own for the experts and the shared one; limits do not enter it."""
+    shared = {"shared_w_gate_up": array(16, D), "shared_w_down": array(D, 8)}
+    for limit, clamped in ((None, False), (math.inf, False), (7.0, True), (0.25, True)):
+        steps, _ = moe_steps(experts(swiglu_limit=limit, **shared))
+        first, _, one, _ = [step.product for step in steps if isinstance(step, ProductStep)]
+        for kernel, arch in ((PRODUCTS["grouped_gemm_sm90"], "sm_90a"), (PRODUCTS["grouped_gemm_sm80"], "sm_80")):
+            for product in (first, one):
+                config = kernel.choose(product, arch)
+                assert config.clamped is clamped and config in kernel.configs(arch)
+                assert ("Clamped<fm::GroupedGemm" in kernel.source(config)) is clamped
+                assert str(limit) not in kernel.source(config)
 
 
 def test_rows_of_out_are_aligned_by_address_and_stride() -> None:

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[int, int, int, int, int, dict[str, Any]]] = {
     "bias in": (7, 16, 8, 5, 3, {"arrays": ("b_gate_up",), "activation": "relu2"}),
     "bias out": (7, 16, 8, 5, 3, {"arrays": ("b_down",), "interleaved": True}),
     "clamped": (7, 8, 16, 5, 2, {"activation": "swigluoai", "swiglu_alpha": 0.9, "swiglu_limit": 0.6}),
+    "clamped swiglu": (7, 8, 16, 5, 2, {"swiglu_limit": 0.6}),
     "weight on input": (7, 8, 16, 5, 3, {
         "apply_router_weight_on_input": True, "arrays": ("b_gate_up", "b_down"),
     }),
@@ -73,12 +74,12 @@ def torch_activation(torch: Any, h: Any, options: dict[str, Any]) -> Any:
             return f.gelu(h, approximate="tanh" if name == "gelu_tanh" else "none")
         return f.relu(h) ** (2 if name == "relu2" else 1)
     gate, up = (h[..., 0::2], h[..., 1::2]) if options.get("interleaved") else h.chunk(2, -1)
+    if name in ("geglu", "geglu_tanh"):
+        return f.gelu(gate, approximate="tanh" if name == "geglu_tanh" else "none") * up
+    if limit := options.get("swiglu_limit", 7.0 if name == "swigluoai" else None):
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if name == "swiglu":
         return f.silu(gate) * up
-    if name != "swigluoai":
-        return f.gelu(gate, approximate="tanh" if name == "geglu_tanh" else "none") * up
-    limit = options.get("swiglu_limit", 7.0)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(options.get("swiglu_alpha", 1.702) * gate)
 
 

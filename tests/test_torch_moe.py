@@ -24,7 +24,7 @@ pytestmark = [
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.sm80])]
 Case = MoECase | RouteCase
 MOE = [
-    MoECase(19, 64, 32, 6, 3, "bfloat16", shared=24, shared_gate="float32", sentinels=0.2),
+    MoECase(19, 64, 32, 6, 3, "bfloat16", swiglu_limit=0.75, shared=24, shared_gate="float32", sentinels=0.2),
     MoECase(
         7, 32, 40, 5, 2, "float32", "swigluoai", True, 1.25, 3.0, biases="same", global_experts=9, ids_dtype="int64",
         weight_on_input=True, batch_invariant=True,

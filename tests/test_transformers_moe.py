@@ -6,7 +6,9 @@ The dense models are an exact proof: an MLP that is split into eight experts, al
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,12 +254,21 @@ def test_without_a_gate(act: str) -> None:
     close(module(x, ids, weights), want)
 
 
+def half_clamped(m: Any) -> Any:
+    return lambda h: m.act_fn(gate(h).clamp(max=m.limit)) * up(h)
+
+
+def clamped_behind(m: Any) -> Any:
+    return lambda h: m.act_fn(gate(h)).clamp(max=m.limit) * up(h).clamp(-m.limit, m.limit)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda m: setattr(m, "act_fn", torch.nn.Mish()), "Mish"),
-        # the clamp of some newer models in front of silu
-        (lambda m: setattr(m, "_apply_gate", lambda h: m.act_fn(gate(h).clamp(max=50)) * up(h)), "is none of"),
+        # a clamp of the gate alone, and one behind silu as in Step-3.7
+        (lambda m: m.__dict__.update(limit=50.0, _apply_gate=half_clamped(m)), "limit 50.0.* is none of"),
+        (lambda m: m.__dict__.update(limit=3.0, _apply_gate=clamped_behind(m)), "limit 3.0.* is none of"),
         (lambda m: setattr(m, "_apply_gate", lambda h: m.act_fn(up(h)) * gate(h)), "is none of"),
     ],
 )
@@ -287,6 +298,36 @@ def test_limit_and_alpha_are_read(limit: float, alpha: float, interleaved: bool)
             return (up + 1) * gate * torch.sigmoid(gate * alpha)
 
     assert integration._kind(Experts()) == ("swigluoai", interleaved, alpha, limit)
+
+
+CLAMPED = {  # model -> its experts, which clamp in front of silu, and the limit's name in them
+    "deepseek_v4": ("DeepseekV4Experts", "limit"), "glm5_next": ("Glm5NextTextExperts", "swiglu_limit"),
+    "hy_v4": ("HYV4Experts", "swiglu_limit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [0.5, 10.0])
+@pytest.mark.parametrize("model", CLAMPED)
+def test_models_that_clamp_silu(model: str, limit: float) -> None:
+    """transformers' own classes, whose limits reach the kernel; half of the values are beyond the smaller one."""
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    name, attribute = CLAMPED[model]
+    config = SimpleNamespace(
+        num_local_experts=4, num_experts=4, n_routed_experts=4, hidden_size=32, moe_intermediate_size=24,
+        intermediate_size=24, swiglu_limit=limit, hidden_act="silu", _experts_implementation=integration.register(),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    experts = getattr(module, name)(config)
+    for weight in experts.parameters():
+        weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
+    x, ids, weights = 4 * torch.randn(30, 32), torch.rand(30, 4).argsort(-1)[:, :2], torch.rand(30, 2)
+    got = experts(x, ids, weights)
+    config._experts_implementation = "eager"
+    expected = experts(x, ids, weights)
+    close(got, expected)
+    assert integration._kind(experts) == ("swiglu", False, None, limit)
+    setattr(experts, attribute, math.inf)
+    assert float((experts(x, ids, weights) - expected).abs().max()) > (0.1 if limit < 1 else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

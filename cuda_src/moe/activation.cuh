@@ -66,6 +66,15 @@ FM_DEVICE void activate_gated(const GroupedGemmParams& p, float (&x)[kN][4]) {
   }
 }
 
+// swiglu of gates that are at most the limit and up values within +-limit.
+template <class Params, int kN>
+FM_DEVICE void activate_gated(const Clamped<Params>& p, float (&x)[kN][4]) {
+  const float limit = p.limit;
+  for_each_sigmoid<kN / 2, kN / 2>(x, [=](float g) { return at_most(g, limit); }, [=](float g, float u, float s) {
+    return at_most(g, limit) * s * at_least(at_most(u, limit), -limit);
+  });
+}
+
 template <int kN>
 FM_DEVICE void activate(const GroupedGemmParams& p, float (&x)[kN][4]) {
   if (p.activation == kIdentity) return;

@@ -41,7 +41,8 @@ struct GroupedGemmSm80 {
   };
   using Accumulator = float[kM][2 * kN][4];  // the first half of the weight rows, then the second
 
-  FM_DEVICE static void run(const GroupedGemmParams& p) {
+  template <class Params>  // GroupedGemmParams, or Clamped
+  FM_DEVICE static void run(const Params& p) {
     start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     const u32 s_base = smem_address(smem);
@@ -116,7 +117,8 @@ struct GroupedGemmSm80 {
     cp_async_commit_group();
   }
 
-  FM_DEVICE static void write(const GroupedGemmParams& p, const GroupTile& tile, u32 s_base, const TileBias& bias, Accumulator& r_out) {
+  template <class Params>
+  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_base, const TileBias& bias, Accumulator& r_out) {
     const int warp_m = warp_id() % kWarpsM * 16 * kM, warp_n = warp_id() / kWarpsM * 8 * kN;
     const int col = tile.n_block * kColumns, rows = min(tile.rows, kBlockM);
 #pragma unroll

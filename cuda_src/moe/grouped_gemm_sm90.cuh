@@ -79,7 +79,8 @@ struct GroupedGemmSm90 {
     FM_DEVICE explicit Rings(u32 s_base) : steps{s_base + Smem::kBarriers}, works{s_base + Smem::kBarriersWork} {}
   };
 
-  FM_DEVICE static void run(const Params& p) {
+  template <class Given>  // Params, or Clamped
+  FM_DEVICE static void run(const Given& p) {
     extern __shared__ __align__(1024) u8 smem[];
     const u32 s_base = smem_address(smem);
     const Rings rings(s_base);
@@ -308,7 +309,8 @@ struct GroupedGemmSm90 {
 
   // ---- consumer ----
 
-  FM_DEVICE static void consume(const Params& p, const Work* s_works, const Rings& rings, u32 s_base, int consumer) {
+  template <class Given>
+  FM_DEVICE static void consume(const Given& p, const Work* s_works, const Rings& rings, u32 s_base, int consumer) {
     const int steps = div_up(p.k, kBlockK), first_row = kPingPong ? 0 : consumer * 64, warp_row = (warp_id() & 3) * 16;
     const u32 s_panels = s_base + Smem::kOut + (consumer * 4 + (warp_id() & 3)) * 4096;
     RingStep at;
@@ -414,7 +416,8 @@ struct GroupedGemmSm90 {
   }
 
   // 16 rows of a tile, from `warp_row` on.
-  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_panels, int warp_row, const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
+  template <class Given>
+  FM_DEVICE static void write(const Given& p, const GroupTile& tile, u32 s_panels, int warp_row, const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
     const int col = tile.n_block * kColumns, rows = tile.rows - warp_row;
     const float one[2] = {1.f, 1.f};
     scale_by_row_weights(p, tile.row + warp_row, rows, r_out);

@@ -119,4 +119,9 @@ struct GroupedGemmSm90Params : GroupedGemmParams {
 };
 static_assert(sizeof(GroupedGemmSm90Params) == 384 + 3 * 128, "the packer of plan/moe.py counts on this layout");
 
+// The same for products whose activation is swiglu within +-limit. Kernels know it by this type, so that it is compiled apart and the code
+// of all others stays as it is.
+template <class Params>
+struct Clamped : Params {};
+
 }  // namespace fm

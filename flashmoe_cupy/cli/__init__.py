@@ -151,6 +151,8 @@ def _problem_options(parser: argparse.ArgumentParser) -> None:
     count("--shared", "shared", "intermediate size of a shared expert (default 0: none)")
     add("--activation", "activation", "swiglu (default), geglu, geglu_tanh, swigluoai, gelu, gelu_tanh, relu, relu2")
     add("--interleaved", "interleaved", "gate and up rows in turns", action="store_true")
+    add("--swiglu-alpha", "swiglu_alpha", "of swigluoai (default 1.702)", type=float, metavar="X")
+    add("--swiglu-limit", "swiglu_limit", "clamp of swiglu (default: none) and swigluoai (7)", type=float, metavar="X")
     add("--batch-invariant", "batch_invariant", "one configuration for any number of tokens", action="store_true")
 
 

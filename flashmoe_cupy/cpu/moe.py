@@ -241,7 +241,7 @@ def _linear(x: F32, w: Array, bias: Array | None, row_by_row: bool = False) -> F
 
 
 def _activate(name: str, h: F32, interleaved: bool, alpha: float, limit: float) -> F32:
-    """The activation of rows of w_gate_up's products: (rows, 2n) gated, else (rows, n), to (rows, n)."""
+    """The activation of rows of w_gate_up's products: (rows, 2n) gated, else (rows, n), to (rows, n). limit 0: none."""
     if name in ("relu", "relu2"):
         positive: F32 = np.maximum(h, 0)
         return np.square(positive) if name == "relu2" else positive
@@ -254,10 +254,11 @@ def _activate(name: str, h: F32, interleaved: bool, alpha: float, limit: float) 
         result = _gelu(g) * u
     elif name == "geglu_tanh":
         result = _gelu_tanh(g) * u
-    elif name == "swiglu":
-        result = g / (np.exp(-g) + 1) * u
     else:
-        g, u = np.minimum(g, np.float32(limit)), np.clip(u, np.float32(-limit), np.float32(limit))
+        if limit:
+            g, u = np.minimum(g, np.float32(limit)), np.clip(u, np.float32(-limit), np.float32(limit))
+        if name == "swiglu":
+            return np.asarray(g / (np.exp(-g) + 1) * u)
         result = (u + 1) * (g / (np.exp(np.float32(-alpha) * g) + 1))
     return result
 

@@ -105,8 +105,8 @@ class _Kind(NamedTuple):
 
     activation: str
     interleaved: bool
-    swiglu_alpha: float
-    swiglu_limit: float
+    swiglu_alpha: float | None
+    swiglu_limit: float | None
 
 
 _kinds: WeakKeyDictionary[torch.nn.Module, _Kind] = WeakKeyDictionary()
@@ -122,11 +122,14 @@ def _kind(module: torch.nn.Module) -> _Kind:
     with torch.no_grad():
         theirs = module._apply_gate if module.has_gate else module.act_fn
         want = theirs(given.to(module.down_proj.device)).float().cpu()
-        alpha = float(getattr(module, "alpha", getattr(module, "swiglu_alpha", 1.702)))
-        limit = float(getattr(module, "limit", getattr(module, "swiglu_limit", None)) or 7.0)
-        for activation in _GATED if module.has_gate else _PLAIN:
+        alpha, limit = _number(module, "alpha"), _number(module, "limit")
+        names = _GATED if module.has_gate else _PLAIN
+        options: list[tuple[str, float | None, float | None]] = [(name, None, None) for name in names]
+        if module.has_gate:  # with the numbers it declares, as DeepSeek-V4 and GLM-5; or without
+            options = [("swiglu", None, limit), ("swigluoai", alpha, limit), *options]
+        for activation, *numbers in options:
             for interleaved in (False, True) if module.has_gate else (False,):
-                kind = _Kind(activation, interleaved, alpha, limit)
+                kind = _Kind(activation, interleaved, *numbers)
                 if torch.allclose(_ours(given, kind), want, rtol=_SAME, atol=_SAME):
                     return kind
     act = getattr(module, "act_fn", None)
@@ -134,6 +137,12 @@ def _kind(module: torch.nn.Module) -> _Kind:
     reason += f"of {', '.join(_GATED if module.has_gate else _PLAIN)}"
     asked = f"the experts of {type(module).__name__}"
     raise UnsupportedProblem(asked, [reason], 'experts_implementation="grouped_mm" or "eager"')
+
+
+def _number(module: torch.nn.Module, name: str) -> float | None:
+    """The module's own `alpha` or `limit`, by either of the names that transformers' classes give it."""
+    value = getattr(module, name, getattr(module, f"swiglu_{name}", None))
+    return float(value) if value else None
 
 
 def _ours(given: torch.Tensor, kind: _Kind) -> torch.Tensor:

@@ -38,8 +38,8 @@ def fused_moe(
     b_gate_up: Any = None,
     b_down: Any = None,
     interleaved: bool = False,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
+    swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None,
     expert_map: Any = None,
     apply_router_weight_on_input: bool = False,
     shared_w_gate_up: Any = None,
@@ -63,8 +63,11 @@ def fused_moe(
     topk_ids: (T, K), int32 or int64. Ids outside of [0, E), such as -1 and E, contribute nothing; an expert may come
         twice in a row. Last dimension contiguous, like that of topk_weights.
     activation: of gate g and up u "swiglu": silu(g) * u; "geglu": gelu(g) * u; "geglu_tanh", its tanh form;
-        "swigluoai": (u + 1) * g * sigmoid(swiglu_alpha * g) with g at most swiglu_limit and u within +-swiglu_limit.
-        Not gated: "gelu" (by erf), "gelu_tanh", "relu", "relu2" (its square).
+        "swigluoai": (u + 1) * g * sigmoid(swiglu_alpha * g). Not gated: "gelu" (by erf), "gelu_tanh", "relu", "relu2"
+        (its square).
+    swiglu_alpha: of "swigluoai"; None = 1.702. Refused with any other activation.
+    swiglu_limit: of "swiglu" and "swigluoai": g is at most swiglu_limit and u within +-swiglu_limit before all else;
+        a NaN stays NaN. None = 7 for "swigluoai", no clamp (inf) for "swiglu". Refused with any other activation.
     b_gate_up: (E, 2n) in the order of w_gate_up's rows, or (E, n); b_down: (E, d). float32 or x's dtype.
     interleaved: the rows of w_gate_up (shared_w_gate_up too) and b_gate_up are g0, u0, g1, u1, ...
     expert_map: (num_global,) int32: topk_ids are global ids, and this is the local id of each, -1 = not here.
@@ -83,7 +86,7 @@ def fused_moe(
     on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
 
     Sources: Shazeer et al. (arXiv:1701.06538); gated activations as in Shazeer (arXiv:2002.05202); swigluoai as in
-    gpt-oss; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
+    gpt-oss; swiglu with a limit as in DeepSeek-V4 and GLM-5; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
     """
     options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
     given: tuple[Any, ...] = x, w_gate_up, w_down, topk_weights, topk_ids

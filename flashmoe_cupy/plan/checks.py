@@ -145,6 +145,32 @@ def flag(why: list[str], name: str, value: object) -> bool:
     return bool(value)
 
 
+def clamp_alpha(why: list[str], activation: object, known: bool, value: object) -> float:
+    """swiglu_alpha as the kernels take it; 0 where there is none. known: the activation is one of ours."""
+    if value is None:
+        return 1.702 if activation == "swigluoai" else 0.0
+    alpha = real(value)
+    if alpha is None or not -FLOAT_MAX <= alpha <= FLOAT_MAX:
+        why.append(f"swiglu_alpha must be a number finite in float32, but is {show(value)}")
+    if known and activation != "swigluoai":
+        why.append(f"swiglu_alpha is for activation='swigluoai'; {show(activation)} has no use for it")
+    return alpha or 0.0
+
+
+def clamp_limit(why: list[str], activation: object, known: bool, value: object) -> float:
+    """swiglu_limit as the kernels take it; 0 where nothing is clamped."""
+    if value is None:
+        return 7.0 if activation == "swigluoai" else 0.0
+    limit = real(value)
+    if limit is None or not limit > 0.0:
+        why.append(f"swiglu_limit must be a positive number (inf: no clamp), but is {show(value)}")
+    if known and activation not in ("swiglu", "swigluoai"):
+        why.append(f"swiglu_limit is for activation='swiglu' and 'swigluoai'; {show(activation)} has no use for it")
+    if limit is not None and limit > FLOAT_MAX:
+        return math.inf if activation == "swigluoai" else 0.0
+    return limit or 0.0
+
+
 # ---- words ----
 
 

@@ -28,6 +28,8 @@ from flashmoe_cupy.plan.checks import (
     check_places,
     check_ranks,
     check_small,
+    clamp_alpha,
+    clamp_limit,
     count,
     flag,
     or_else,
@@ -154,8 +156,8 @@ class MoEProblem(NamedTuple):
     topk_ids_stride: int
     activation: str
     interleaved: bool
-    swiglu_alpha: float  # this and the limit are 0 unless the activation is swigluoai
-    swiglu_limit: float
+    swiglu_alpha: float  # of swigluoai; else 0
+    swiglu_limit: float  # of swigluoai, and of swiglu where it clamps; else 0
     b_gate_up_dtype: DType | None
     b_gate_up_stride: int  # from expert to expert
     b_down_dtype: DType | None
@@ -178,8 +180,10 @@ class MoEProblem(NamedTuple):
         """One line, for example "moe bf16 t128 d2048 n768 e128 k8 swiglu shared768"."""
         words = ["moe", SHORT[self.dtype], f"t{self.tokens}", f"d{self.hidden}", f"n{self.intermediate}"]
         words += [f"e{self.num_experts}", f"k{self.top_k}", self.activation]
+        clamped = self.activation == "swiglu" and self.swiglu_limit
         optional = (
-            ("interleaved", self.interleaved), ("b_gate_up", self.b_gate_up_dtype), ("b_down", self.b_down_dtype),
+            (f"limit{clamped:g}", clamped), ("interleaved", self.interleaved), ("b_gate_up", self.b_gate_up_dtype),
+            ("b_down", self.b_down_dtype),
             (f"map{self.num_global}", self.num_global >= 0), ("weight-on-input", self.weight_on_input),
             (f"shared{self.shared}", self.shared), ("shared_gate", self.shared_gate_dtype),
             ("batch-invariant", self.batch_invariant),
@@ -347,8 +351,8 @@ def moe_problem(
     b_gate_up: View | None = None,
     b_down: View | None = None,
     interleaved: object = False,
-    swiglu_alpha: object = 1.702,
-    swiglu_limit: object = 7.0,
+    swiglu_alpha: object = None,
+    swiglu_limit: object = None,
     expert_map: View | None = None,
     apply_router_weight_on_input: object = False,
     shared_w_gate_up: View | None = None,
@@ -403,11 +407,8 @@ def moe_problem(
         check_small(why, "b_down", b_down, x.dtype, "x", (experts, hidden or 0) if known else None)
     num_global = _check_map(why, expert_map)
     s = check_shared(why, x, shared_w_gate_up, shared_w_down, shared_gate, hidden, factor)
-    alpha, limit = real(swiglu_alpha), real(swiglu_limit)
-    if alpha is None or not -FLOAT_MAX <= alpha <= FLOAT_MAX:
-        why.append(f"swiglu_alpha must be a number finite in float32, but is {show(swiglu_alpha)}")
-    if limit is None or not limit > 0.0:
-        why.append(f"swiglu_limit must be a positive number (inf: no clamp), but is {show(swiglu_limit)}")
+    ours = activation in ACTIVATIONS
+    alpha, limit = clamp_alpha(why, activation, ours, swiglu_alpha), clamp_limit(why, activation, ours, swiglu_limit)
     on_input = flag(why, "apply_router_weight_on_input", apply_router_weight_on_input)
     invariant = flag(why, "batch_invariant", batch_invariant)
     if out is not None:
@@ -415,19 +416,18 @@ def moe_problem(
     if why:
         options: list[Option] = [
             ("activation", activation, "swiglu"), ("interleaved", interleaved, False),
-            ("swiglu_alpha", swiglu_alpha, 1.702), ("swiglu_limit", swiglu_limit, 7.0),
+            ("swiglu_alpha", swiglu_alpha, None), ("swiglu_limit", swiglu_limit, None),
             ("apply_router_weight_on_input", apply_router_weight_on_input, False),
             ("batch_invariant", batch_invariant, False),
         ]  # fmt: skip
         hint = f"x is (tokens, d), w_gate_up (experts, {'2n' if factor == 2 else 'n'}, d) and w_down (experts, d, n), "
         hint += f"of one library, device and dtype ({FLOATS}), with stride 1 in the last dimension; d and n are "
         _refuse("fused_moe", named, options, why, hint + "multiples of 8; topk_weights and topk_ids are (tokens, K)")
-    oai = activation == "swigluoai"
     return MoEProblem(
         x.dtype, tokens, hidden or 0, n, experts, k, x.strides[0], (w_gate_up.strides[0], w_gate_up.strides[1]),
         (w_down.strides[0], w_down.strides[1]), (hidden or 0) if out is None else out.strides[0],
         topk_weights.dtype, topk_weights.strides[0], topk_ids.dtype, topk_ids.strides[0], str(activation),
-        is_interleaved, (alpha or 0.0) if oai else 0.0, (limit or 0.0) if oai else 0.0, *_bias(b_gate_up),
+        is_interleaved, alpha, limit, *_bias(b_gate_up),
         *_bias(b_down), num_global, on_input, s, shared_w_gate_up.strides[0] if shared_w_gate_up else 0,
         shared_w_down.strides[0] if shared_w_down else 0, *_bias(shared_gate), invariant,
     )  # fmt: skip

@@ -63,6 +63,11 @@ class Product(NamedTuple):
     early: bool = False  # the groups are known before the launch that makes x has ended
     few: PermuteProblem | None = None  # the ids in which the product finds groups and gathered rows by itself
 
+    @property
+    def clamped(self) -> bool:
+        """Whether it has a kernel of its own, for swiglu within the limit."""
+        return self.activation == "swiglu" and self.limit > 0.0
+
     def describe(self) -> str:
         """One line, for example "product bf16 e128 rows131072 n1536 k2048 swiglu gather"."""
         words = ["product", self.dtype.cuda, f"e{self.groups}", f"rows{self.rows}", f"n{self.n}", f"k{self.k}"]
@@ -77,11 +82,12 @@ class GemmSm80Config(NamedTuple):
     block_n: int  # rows of w; half as many columns of out when gated
     stages: int
     gated: bool
+    clamped: bool = False  # the activation is swiglu with a limit, and no other
 
     @property
     def name(self) -> str:
         """For people: "bf16 64x128x3 gated"."""
-        return f"{self.element} {self.block_m}x{self.block_n}x{self.stages}{' gated' if self.gated else ''}"
+        return f"{self.element} {self.block_m}x{self.block_n}x{self.stages}{_words(self.gated, self.clamped)}"
 
     @property
     def threads(self) -> int:
@@ -123,13 +129,14 @@ class GemmSm90Config(NamedTuple):
     ping_pong: bool  # the consumer warpgroups take tiles in turn; else they share one, 64 rows each
     gather: bool
     gated: bool
+    clamped: bool = False  # the activation is swiglu with a limit, and no other
 
     @property
     def name(self) -> str:
         """For people: "bf16 128x256x64x4 cluster2 gather gated"."""
         words = [self.element, f"{self.block_m}x{self.block_n}x{self.block_k}x{self.stages}"]
         words += [f"cluster{self.cluster}"] * (self.cluster > 1) + ["pingpong"] * self.ping_pong
-        return " ".join(words + ["gather"] * self.gather + ["gated"] * self.gated)
+        return " ".join(words + ["gather"] * self.gather) + _words(self.gated, self.clamped)
 
     @property
     def consumers(self) -> int:
@@ -163,6 +170,11 @@ class GemmSm90Config(NamedTuple):
 
 
 GemmConfig = GemmSm80Config | GemmSm90Config
+_KINDS = ((False, False), (True, False), (True, True))  # (gated, clamped)
+
+
+def _words(gated: bool, clamped: bool) -> str:
+    return " gated" * gated + " clamped" * clamped
 
 
 def _cpp(flag: bool) -> str:
@@ -195,8 +207,9 @@ class GroupedGemm(ABC):
 
     def source(self, config: GemmConfig) -> str:
         """The translation unit of one configuration."""
+        params = f"Clamped<fm::{self.params}>" if config.clamped else self.params
         return source.render(
-            self.header, config.struct, self.params, self.params_size, config.threads, config.min_blocks,
+            self.header, config.struct, params, self.params_size, config.threads, config.min_blocks,
             params_align=self.params_align, cluster=config.cluster,
         )  # fmt: skip
 
@@ -289,10 +302,10 @@ class GroupedGemmSm80(GroupedGemm):
 
     def configs(self, arch: str) -> list[GemmSm80Config]:  # noqa: ARG002
         return [
-            GemmSm80Config(element, *tile, gated)
+            GemmSm80Config(element, *tile, *kind)
             for element in ("bf16", "fp16", "fp32")
             for tile in (self.tiles_fp32 if element == "fp32" else self.tiles_16)
-            for gated in (False, True)
+            for kind in _KINDS
         ]
 
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
@@ -308,7 +321,7 @@ class GroupedGemmSm80(GroupedGemm):
         tiles = self.tiles_fp32 if element == "fp32" else self.tiles_16
         rows = 64 if product.fixed else product.expected
         fitting = [tile for tile in tiles if tile[0] <= max(rows * 1.5, 16)]
-        return GemmSm80Config(element, *fitting[0], product.gated)
+        return GemmSm80Config(element, *fitting[0], product.gated, product.clamped)
 
 
 class GroupedGemmSm90(GroupedGemm):
@@ -336,11 +349,11 @@ class GroupedGemmSm90(GroupedGemm):
         if arch != "sm_90a":
             return []
         return [
-            GemmSm90Config(element, *tile, gather, gated)
+            GemmSm90Config(element, *tile, gather, *kind)
             for element in ("bf16", "fp16")
             for tile in (self.slim, self.pair, self.turns, self.wide)
             for gather in (False, True)
-            for gated in (False, True)
+            for kind in _KINDS
         ] + [GemmSm90Config(e, *tile, False, False) for e in ("bf16", "fp16") for tile in (self.thin, self.plain)]
 
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
@@ -381,7 +394,7 @@ class GroupedGemmSm90(GroupedGemm):
         else:
             few = 2 * self.tiles(p, GemmSm90Config(p.dtype.cuda, *self.slim, p.gather, p.gated)) <= sms
             tile = self.thin if few and simple else self.slim
-        return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated)
+        return GemmSm90Config(p.dtype.cuda, *tile, p.gather, p.gated, p.clamped)
 
     def shares_rows(self, p: Product, config: GemmConfig) -> bool:
         """With few steps along k: no tile of rows is left over then, and that is a larger part of the work."""

@@ -54,8 +54,8 @@ class _Rules(NamedTuple):
 
     activation: str
     interleaved: bool
-    alpha: float
-    limit: float
+    alpha: float | None
+    limit: float | None
 
 
 class _Expert(NamedTuple):
@@ -86,14 +86,15 @@ def _activate(h: Array, rules: _Rules) -> Array:
     if rules.activation == "relu2":
         return np.maximum(h, 0.0) ** 2
     gate, up = _gate_and_up(h, rules)
-    if rules.activation == "swiglu":
-        return gate * sigmoid(gate) * up
     if rules.activation == "geglu":
         return _gelu(gate) * up
     if rules.activation == "geglu_tanh":
         return _gelu_tanh(gate) * up
-    gate = np.minimum(gate, rules.limit)  # swigluoai; the gate has no lower limit
-    up = np.clip(up, -rules.limit, rules.limit)
+    if rules.limit is not None:
+        gate = np.minimum(gate, rules.limit)  # it has no lower limit
+        up = np.clip(up, -rules.limit, rules.limit)
+    if rules.alpha is None:
+        return gate * sigmoid(gate) * up
     return (up + 1.0) * gate * sigmoid(rules.alpha * gate)
 
 
@@ -208,8 +209,8 @@ def fused_moe(
     b_gate_up: AnyArray | None = None,
     b_down: AnyArray | None = None,
     interleaved: bool = False,
-    swiglu_alpha: float = 1.702,
-    swiglu_limit: float = 7.0,
+    swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None,
     expert_map: AnyArray | None = None,
     apply_router_weight_on_input: bool = False,
     shared_w_gate_up: AnyArray | None = None,
@@ -221,16 +222,23 @@ def fused_moe(
     """The experts' part of a layer on x (T, d), with no rounding between the steps; out (T, d) float64.
 
     w_gate_up (E, 2n, d), rows gate then up, or g0, u0, g1, u1, ... if interleaved; (E, n, d) for an activation that is
-    not gated. w_down (E, d, n), b_gate_up (E, 2n) or (E, n), b_down (E, d). topk_weights and topk_ids (T, K); an id
-    outside of [0, E), after expert_map where given, contributes 0; one expert twice counts twice. The router's weight
-    multiplies the expert's result, or its input with apply_router_weight_on_input. The shared expert, shared_w_gate_up
-    (2s, d) and shared_w_down (d, s), sees every token with weight 1 or shared_gate (T,) or (T, 1). batch_invariant is
-    a matter of rounding and changes nothing here. A given out is overwritten and returned in its dtype. Raises
-    ValueError for what does not fit.
+    not gated. With swiglu_limit, gates of "swiglu" and "swigluoai" are at most the limit and up values within +-limit;
+    swiglu_alpha is of "swigluoai" only. w_down (E, d, n), b_gate_up (E, 2n) or (E, n), b_down (E, d). topk_weights and
+    topk_ids (T, K); an id outside of [0, E), after expert_map where given, contributes 0; one expert twice counts
+    twice. The router's weight multiplies the expert's result, or its input with apply_router_weight_on_input. The
+    shared expert, shared_w_gate_up (2s, d) and shared_w_down (d, s), sees every token with weight 1 or shared_gate (T,)
+    or (T, 1). batch_invariant is a matter of rounding and changes nothing here. A given out is overwritten and returned
+    in its dtype. Raises ValueError for what does not fit.
     """
     need(activation in (*GATED, *PLAIN), f"activation must be one of {(*GATED, *PLAIN)}, got {activation!r}")
     need(activation in GATED or not interleaved, f"interleaved needs a gate, which {activation} has not")
-    rules = _Rules(activation, interleaved, float(swiglu_alpha), float(swiglu_limit))
+    oai = activation == "swigluoai"
+    need(oai or swiglu_alpha is None, f"swiglu_alpha is of swigluoai, not of {activation}")
+    need(oai or activation == "swiglu" or swiglu_limit is None, f"swiglu_limit clamps nothing in {activation}")
+    if oai:
+        swiglu_alpha = 1.702 if swiglu_alpha is None else swiglu_alpha
+        swiglu_limit = 7.0 if swiglu_limit is None else swiglu_limit
+    rules = _Rules(activation, interleaved, swiglu_alpha, swiglu_limit)
     x = f64(x)
     need(x.ndim == 2, f"x must be (T, d), got {x.shape}")
     experts, (tokens, d) = len(w_gate_up), x.shape

@@ -29,6 +29,8 @@ def explain_moe(
     dtype: str = "bfloat16",
     activation: str = "swiglu",
     interleaved: bool = False,
+    swiglu_alpha: float | None = None,
+    swiglu_limit: float | None = None,
     shared: int = 0,
     batch_invariant: bool = False,
 ) -> Explanation:
@@ -51,7 +53,7 @@ def explain_moe(
         array(kind, tokens, hidden), array(kind, experts, rows * intermediate, hidden),
         array(kind, experts, hidden, intermediate), array(dtypes.FP32, tokens, top_k),
         array(dtypes.INT32, tokens, top_k), activation=activation, interleaved=interleaved,
-        batch_invariant=batch_invariant, **optional,
+        swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, batch_invariant=batch_invariant, **optional,
     )  # fmt: skip
     routed = route_problem(array(dtypes.FP32, tokens, experts), None, top_k=top_k, renormalize=True)
     steps = [*moe.route_steps(routed)[0], *moe.moe_steps(problem)[0]] if tokens else []

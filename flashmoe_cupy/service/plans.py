@@ -65,7 +65,8 @@ def explain(op: str = "attention", *, arch: str | Sequence[str] | None = None, *
     sizes: of the problem, by name; those not given have the defaults that `explain_attention` and `explain_moe` say.
     "attention": batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
         softmax_scale, softcap, alibi, bias, sinks, varlen.
-    "moe": tokens, hidden, intermediate, experts, top_k, dtype, activation, interleaved, shared, batch_invariant.
+    "moe": tokens, hidden, intermediate, experts, top_k, dtype, activation, interleaved, swiglu_alpha, swiglu_limit,
+        shared, batch_invariant.
     Raises UnsupportedProblem, with the same reasons as the call itself, ValueError for an unknown op or arch, and
     TypeError for a size that the op does not have.
     """
