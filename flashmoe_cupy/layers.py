@@ -7,7 +7,7 @@ from typing import Any
 from flashmoe_cupy.arrays import view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.moe import fused_moe
-from flashmoe_cupy.ops.plans import is_jax
+from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.route import moe_route
 
 _GATED = ("swiglu", "geglu", "geglu_tanh", "swigluoai")
@@ -136,4 +136,4 @@ def _float32(array: Any) -> Any:
 
 
 def _shape(array: Any, name: str) -> tuple[int, ...]:
-    return array.shape if is_jax(array) else view(array, name).shape
+    return tuple(array.shape) if adapter(array) is not None else view(array, name).shape

@@ -1,18 +1,22 @@
 """The operations for torch tensors, eager and under `torch.compile`, as the operators of `torch.ops.flashmoe_cupy`.
 
 Eager calls go straight to `flashmoe_cupy.ops`, on torch's current stream. Compiled and traced code sees one
-operator with a schema and a shape rule, which the compiler neither looks into nor splits. The operators have no
-in-place form: `out` cannot be given here; the functions of `flashmoe_cupy` itself take it in eager code.
+operator with a schema and a shape rule, which the compiler neither looks into nor splits. The functions of
+`flashmoe_cupy` itself come here while torch compiles or traces, so either may be called. The operators have no in-place
+form: while torch compiles, `out` is refused. What is no tensor runs uncompiled: torch.compile's translation of NumPy
+code loses what is written to `out=`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
 
@@ -68,6 +72,7 @@ def flash_attention(
     bias: torch.Tensor | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
+    out: torch.Tensor | None = None,
 ) -> Any:
     """`flashmoe_cupy.flash_attention` for torch tensors, in eager, compiled and exported code (`fullgraph=True`).
 
@@ -77,10 +82,11 @@ def flash_attention(
     if not _traced(q):
         from flashmoe_cupy.ops import attention as op
 
-        return op.flash_attention(
+        return _eager(op.flash_attention)(
             q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks,
-            alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse,
+            alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse, out=out,
         )  # fmt: skip
+    _check_given("flash_attention", out, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes, bias=bias)
     result = torch.ops.flashmoe_cupy.flash_attention(
         q, k, v, causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias, layout, return_lse
     )
@@ -105,6 +111,7 @@ def flash_attention_varlen(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
+    out: torch.Tensor | None = None,
 ) -> Any:
     """`flashmoe_cupy.flash_attention_varlen` for torch tensors, also inside `torch.compile` and `torch.export`.
 
@@ -113,11 +120,16 @@ def flash_attention_varlen(
     if not _traced(q):
         from flashmoe_cupy.ops import attention as op
 
-        return op.flash_attention_varlen(
+        return _eager(op.flash_attention_varlen)(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal, window_size=window_size,
             softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
+            out=out,
         )  # fmt: skip
+    _check_given(
+        "flash_attention_varlen", out, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q, seqused_k=seqused_k, sinks=sinks, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     result = torch.ops.flashmoe_cupy.flash_attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, causal, window_size,
         softmax_scale, softcap, sinks, alibi_slopes, return_lse,
@@ -145,12 +157,13 @@ def moe_route(
     if not _traced(logits):
         from flashmoe_cupy.ops import route as op
 
-        return op.moe_route(
+        return _eager(op.moe_route)(
             logits, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,
             routed_scaling_factor=routed_scaling_factor, e_score_correction_bias=e_score_correction_bias,
             num_expert_group=num_expert_group, topk_group=topk_group, capacity_factor=capacity_factor,
             return_stats=return_stats,
         )  # fmt: skip
+    _check_given("moe_route", e_score_correction_bias=e_score_correction_bias)
     weights, ids, *stats = torch.ops.flashmoe_cupy.moe_route(
         logits, top_k, scoring_func, renormalize, routed_scaling_factor, e_score_correction_bias, num_expert_group,
         topk_group, capacity_factor, return_stats,
@@ -165,7 +178,9 @@ def moe_permute(
     if not _traced(topk_ids):
         from flashmoe_cupy.ops import permute as op
 
-        return op.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
+        found: MoEPermutation = _eager(op.moe_permute)(topk_ids, num_experts=num_experts, expert_map=expert_map)
+        return found
+    _check_given("moe_permute", expert_map=expert_map)
     return MoEPermutation(*torch.ops.flashmoe_cupy.moe_permute(topk_ids, num_experts, expert_map))
 
 
@@ -177,6 +192,7 @@ def grouped_gemm(
     group_sizes: torch.Tensor | None = None,
     gather_indices: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> Any:
     """`flashmoe_cupy.grouped_gemm` for torch tensors, also inside `torch.compile` and `torch.export`.
 
@@ -185,9 +201,12 @@ def grouped_gemm(
     if not _traced(x):
         from flashmoe_cupy.ops import grouped_gemm as op
 
-        return op.grouped_gemm(
-            x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias
+        return _eager(op.grouped_gemm)(
+            x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
         )  # fmt: skip
+    _check_given(
+        "grouped_gemm", out, w=w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias
+    )  # fmt: skip
     return torch.ops.flashmoe_cupy.grouped_gemm(x, w, offsets, group_sizes, gather_indices, bias)
 
 
@@ -210,6 +229,7 @@ def fused_moe(
     shared_w_down: torch.Tensor | None = None,
     shared_gate: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    out: torch.Tensor | None = None,
 ) -> Any:
     """`flashmoe_cupy.fused_moe` for torch tensors, also inside `torch.compile` and `torch.export`.
 
@@ -218,12 +238,17 @@ def fused_moe(
     if not _traced(x):
         from flashmoe_cupy.ops import moe as op
 
-        return op.fused_moe(
+        return _eager(op.fused_moe)(
             x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
             interleaved=interleaved, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,
-            shared_w_down=shared_w_down, shared_gate=shared_gate, batch_invariant=batch_invariant,
+            shared_w_down=shared_w_down, shared_gate=shared_gate, batch_invariant=batch_invariant, out=out,
         )  # fmt: skip
+    _check_given(
+        "fused_moe", out, w_gate_up=w_gate_up, w_down=w_down, topk_weights=topk_weights, topk_ids=topk_ids,
+        b_gate_up=b_gate_up, b_down=b_down, expert_map=expert_map, shared_w_gate_up=shared_w_gate_up,
+        shared_w_down=shared_w_down, shared_gate=shared_gate,
+    )  # fmt: skip
     return torch.ops.flashmoe_cupy.fused_moe(
         x, w_gate_up, w_down, topk_weights, topk_ids, activation, b_gate_up, b_down, interleaved, swiglu_alpha,
         swiglu_limit, expert_map, apply_router_weight_on_input, shared_w_gate_up, shared_w_down, shared_gate,
@@ -231,12 +256,39 @@ def fused_moe(
     )  # fmt: skip
 
 
-def _traced(q: torch.Tensor) -> bool:
-    """True where the operator must be called: while compiling, for tensor subclasses and under dispatch modes."""
+def _traced(q: Any) -> bool:
+    """True where the operator must be called: while torch compiles or traces, and for what is not plain memory."""
     if torch.compiler.is_compiling():
-        return True
-    plain = type(q) is torch.Tensor or type(q) is torch.nn.Parameter or not isinstance(q, torch.Tensor)
-    return not plain or torch._C._len_torch_dispatch_stack() > 0
+        return isinstance(q, torch.Tensor)
+    return isinstance(q, torch.Tensor) and plans.adapter(q) is not None
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself; while torch compiles, in a form that it does not look into."""
+    return partial(_uncompiled, function) if torch.compiler.is_compiling() else function
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    return function(*arrays, **options)
+
+
+def _check_given(op: str, out: Any = None, **arrays: Any) -> None:
+    """Refuse what the operators do not take. All else is checked when the operator runs."""
+    why = []
+    for name, array in arrays.items():
+        if array is not None and not isinstance(array, torch.Tensor):
+            why.append(f"{name} is no tensor; all arrays of a call must be of one library")
+    hint = "tensors for all arrays of a call"
+    if out is not None:
+        why.append("out is given, but the operators that torch compiles and traces have no in-place form")
+        hint = "out=None: torch plans the memory of compiled code itself"
+    if not why:
+        return
+    asked = f"{op} while torch compiles or traces"
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace the making of our own type
+        raise ValueError(f"cannot run {asked}: {'; '.join(why)}; hint: {hint}")
+    raise UnsupportedProblem(asked, why, hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,6 +420,16 @@ def _backward(ctx: Any, *gradients: Any) -> None:
     raise NotImplementedError("flashmoe_cupy has no backward for torch tensors yet")  # the forward has refused before
 
 
+def _no_vmap(name: str) -> Callable[..., Any]:
+    """The batching rule. Without one torch calls the operator in a loop."""
+
+    def refuse(*_: Any) -> Any:
+        reason = "torch.func.vmap is not supported"
+        raise UnsupportedProblem(f"{name} under vmap", [reason], "give the mapped axis as part of batch or tokens")
+
+    return refuse
+
+
 def _define(name: str, options: _Options, results: int, body: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     arguments = ", ".join(f"{kind} {option}" for kind, option in options)
     returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
@@ -375,6 +437,7 @@ def _define(name: str, options: _Options, results: int, body: Callable[..., Any]
     _library.impl(name, body, "CompositeExplicitAutograd")
     qualified = f"flashmoe_cupy::{name}"
     torch.library.register_fake(qualified, shapes, lib=_library)
+    torch.library.register_vmap(qualified, _no_vmap(name), lib=_library)
     torch.library.register_autograd(qualified, _backward, setup_context=_no_gradient(name, options), lib=_library)
 
 

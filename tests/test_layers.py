@@ -54,7 +54,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 # Imports against the order that are right inside a function: the call hands its arrays to the adapter that knows them.
-LATE: dict[str, tuple[str, ...]] = {"ops/": ("jax",)}
+LATE: dict[str, tuple[str, ...]] = {"ops/": ("jax", "torch")}
 
 # Frameworks, and the only rooms that may name them in an import statement, at whatever depth.
 FRAMEWORKS: dict[str, tuple[str, ...]] = {

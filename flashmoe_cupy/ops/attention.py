@@ -16,7 +16,7 @@ import numpy as np
 from flashmoe_cupy import _env, arrays, dtypes
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops.plans import for_jax, is_jax
+from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
@@ -91,8 +91,9 @@ def flash_attention(
                 if plan is not None:
                     _recent.note(quick, (q, k, v), wanted, plan)
                     return plan.run_quick(quick, q, k, v)
-    if is_jax(q):
-        return for_jax().flash_attention(
+    other = adapter(q)
+    if other is not None:
+        return other.flash_attention(
             q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks,
             alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse, out=out,
         )  # fmt: skip
@@ -173,8 +174,9 @@ def flash_attention_varlen(
                 found = plan.run_quick(quick, q, k, v, quick.pointer(cu_seqlens_q), quick.pointer(cu_seqlens_k))
                 if found is not None:
                     return found
-    if is_jax(q):
-        return for_jax().flash_attention_varlen(
+    other = adapter(q)
+    if other is not None:
+        return other.flash_attention_varlen(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, causal=causal, window_size=window_size,
             softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,

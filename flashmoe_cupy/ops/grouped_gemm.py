@@ -50,8 +50,9 @@ def grouped_gemm(
     Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and
     so is `jax.grad`.
     """
-    if plans.is_jax(x):
-        return plans.for_jax().grouped_gemm(
+    other = plans.adapter(x)
+    if other is not None:
+        return other.grouped_gemm(
             x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
         )  # fmt: skip
     vx, vw = view(x, "x"), view(w, "w")

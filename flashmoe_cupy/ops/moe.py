@@ -102,8 +102,9 @@ def fused_moe(
         short, found = plans.seen(_plans, given, (*options, there))
     if found is not None:
         return found
-    if plans.is_jax(x):
-        return plans.for_jax().fused_moe(
+    other = plans.adapter(x)
+    if other is not None:
+        return other.fused_moe(
             x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
             interleaved=interleaved, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,

@@ -37,8 +37,9 @@ def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> M
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing; with
     FLASHMOE_CHECK=1 FlashMoEError for the first id below -1 or above the number of (global) experts.
     """
-    if plans.is_jax(topk_ids):
-        found: MoEPermutation = plans.for_jax().moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
+    other = plans.adapter(topk_ids)
+    if other is not None:
+        found: MoEPermutation = other.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
         return found
     vi = view(topk_ids, "topk_ids")
     vm = None if expert_map is None else view(expert_map, "expert_map")

@@ -14,7 +14,7 @@ from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops.quick import Recent, find
+from flashmoe_cupy.ops.quick import Recent, compiled, find
 from flashmoe_cupy.plan import kernels
 
 if TYPE_CHECKING:
@@ -179,25 +179,57 @@ def short_way(
     return again
 
 
-_jax_types: dict[type, bool] = {np.ndarray: False}
+_libraries: dict[type, str] = {np.ndarray: ""}  # "jax", "torch", "torch subclass" or "", by array type
 
 
-def is_jax(x: Any) -> bool:
-    """Whether x is an array or a tracer of JAX; does not import it."""
+def _compiled_adapter(_: Any) -> Any:
+    from flashmoe_cupy import torch
+
+    return torch
+
+
+@compiled(_compiled_adapter)
+def adapter(x: Any) -> Any:
+    """The module whose function of the same name takes a call on x, or None: its memory may be read here and now.
+
+    It is `flashmoe_cupy.jax` for arrays and tracers of JAX, and `flashmoe_cupy.torch`, which has operators, for tensors
+    while torch compiles or traces and for those that are not plain memory, such as fake ones. Imports neither library.
+    """
     kind = type(x)
-    known = _jax_types.get(kind)
+    known = _libraries.get(kind)
     if known is None:
-        jax = sys.modules.get("jax")
-        known = hasattr(jax, "Array") and isinstance(x, jax.Array)  # type: ignore[union-attr]
-        _jax_types[kind] = known
-    return known
+        known = _libraries[kind] = _library(x)
+    if known == "jax":
+        from flashmoe_cupy import jax
+
+        return jax
+    if known == "torch subclass" or (known and _is_traced()):
+        return _compiled_adapter(x)
+    return None
 
 
-def for_jax() -> Any:
-    """The adapter for JAX, which also runs while XLA does."""
-    from flashmoe_cupy import jax
+def _library(x: Any) -> str:
+    jax: Any = sys.modules.get("jax")
+    torch: Any = sys.modules.get("torch")
+    if hasattr(jax, "Array") and isinstance(x, jax.Array):
+        return "jax"
+    if hasattr(torch, "Tensor") and isinstance(x, torch.Tensor):
+        return "torch" if type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ else "torch subclass"
+    return ""
 
-    return jax
+
+def _is_traced() -> bool:
+    """Whether something records what happens to plain tensors: a dispatch mode, make_fx, torch.jit.trace.
+
+    Where torch runs an operator for it, that is off, so the operator itself may read them.
+    """
+    torch: Any = sys.modules["torch"]
+    if not _recorders:
+        _recorders.extend(map(torch._C._dispatch_key_parse, ("Python", "Tracer", "PreDispatch")))
+    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _recorders))
+
+
+_recorders: list[Any] = []  # dispatch keys of torch
 
 
 def gpu() -> Any:

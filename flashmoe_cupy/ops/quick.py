@@ -98,9 +98,28 @@ def find(kind: type) -> Quick | None:
     return quick
 
 
+def compiled(instead: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: torch.compile traces `instead` where the function is called, as it does for its own wrappers.
+
+    Nothing of it is seen in eager code, neither time nor an import of torch.
+    """
+
+    def mark(function: Any) -> Any:
+        function._torchdynamo_inline = instead
+        return function
+
+    return mark
+
+
+find = compiled(lambda _: None)(find)  # what is traced has no memory, and so no short way
+
+
 def _torch(torch: Any) -> Quick:
     kind, bfloat16 = torch.Tensor, torch.bfloat16
     device_of, forward_ad = kind.get_device, torch.autograd.forward_ad
+    # Under dispatch modes (make_fx, fake tensors), jit.trace and torch.func a result has to come from an operator.
+    modes, tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+    transforms = torch._C._functorch.peek_interpreter_stack
 
     def key(q: Any, k: Any, v: Any) -> Key | None:
         if (
@@ -110,6 +129,9 @@ def _torch(torch: Any) -> Quick:
             or k.requires_grad
             or v.requires_grad
             or forward_ad._current_level >= 0
+            or modes()
+            or tracing() is not None
+            or transforms() is not None
         ):
             return None
         dtype = q.dtype
@@ -124,7 +146,7 @@ def _torch(torch: Any) -> Quick:
     grad_enabled, parameter, plain = torch.is_grad_enabled, torch.nn.Parameter, (bfloat16, torch.int32, torch.int64)
 
     def keys(arrays: tuple[Any, ...]) -> Key | None:
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or modes() or tracing() is not None or transforms() is not None:
             return None
         refuse = grad_enabled()
         found: list[Any] = []
@@ -160,8 +182,8 @@ def _torch(torch: Any) -> Quick:
         want_gradients = any(x.requires_grad for x in arrays)  # which the guard compares, but not whether it counts
 
         def check(*others: Any) -> bool:
-            if forward_ad._current_level >= 0 or (want_gradients and grad_enabled()):
-                return False
+            if forward_ad._current_level >= 0 or modes() or (want_gradients and grad_enabled()):
+                return False  # what else traces changes the dispatch keys, which the guard compares
             return bool(same(*others))
 
         return check

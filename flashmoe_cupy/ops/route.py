@@ -81,8 +81,9 @@ def moe_route(
         short, found = plans.seen(_plans, given, options)
         if found is not None:
             return found
-    if plans.is_jax(logits):
-        return plans.for_jax().moe_route(
+    other = plans.adapter(logits)
+    if other is not None:
+        return other.moe_route(
             logits, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,
             routed_scaling_factor=routed_scaling_factor, e_score_correction_bias=e_score_correction_bias,
             num_expert_group=num_expert_group, topk_group=topk_group, capacity_factor=capacity_factor,
