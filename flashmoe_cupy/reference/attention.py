@@ -9,7 +9,7 @@ One head has Q (seqlen_q, head_dim), K (seqlen_k, head_dim), V (seqlen_k, head_d
     S = S - slope * |i + offset - j|           if ALiBi          (arXiv 2108.12409)
     S = S + bias                               if a float bias
     S = -inf                                   where key j is hidden from query i
-    L = log(sum_j exp(S_ij) [+ exp(sink)])     P = exp(S - L)     O = P V
+    L = log(sum_j exp(S_ij) [+ exp(sink)])     P = exp(S - L) = exp(S) / (sum_j exp(S_ij) [+ exp(sink)])     O = P V
 
 offset = seqlen_k - seqlen_q, so the last query stands at the last key. Query head h uses key head
 h // (heads_q // heads_k). A query that sees no key has O = 0 and L = -inf (L = sink with sinks). A hidden pair (i, j)
@@ -98,19 +98,31 @@ def _scores(head: _Head, rules: _Rules) -> tuple[Array, Array]:
     return np.where(seen, s, -np.inf), ds_dx
 
 
-def _log_sum_exp(s: Array, sink: float | None) -> Array:
-    """L_i = log(sum_j exp(S_ij) + exp(sink)) by the largest term, (seqlen_q,). Algorithm 1, line 13."""
+class _Softmax(NamedTuple):
+    p: Array  # (seqlen_q, seqlen_k), 0 for hidden pairs
+    sink: Array  # (seqlen_q,), the part of the sink; 0 without one
+    lse: Array  # (seqlen_q,)
+
+
+def _softmax(s: Array, sink: float | None) -> _Softmax:
+    """P, the sink's part and L_i = log(sum_j exp(S_ij) + exp(sink)), by the largest term. Algorithm 1, line 13.
+
+    P is divided by the sum of its row and not taken from L: beyond 1e15 float64 has no room for log(sum) beside a score.
+    """
     terms = s if sink is None else np.concatenate([s, np.full((len(s), 1), sink)], axis=1)
     m = np.max(terms, axis=1, initial=-np.inf)
     m = np.where(m == -np.inf, 0.0, m)  # no term at all: log(0) = -inf below, not -inf - (-inf)
-    total: Array = m + np.log(np.sum(np.exp(terms - m[:, None]), axis=1))
-    return total
+    e = np.exp(terms - m[:, None])
+    total = np.sum(e, axis=1)
+    p = e / np.where(total == 0.0, 1.0, total)[:, None]
+    return _Softmax(p[:, : s.shape[1]], p[:, s.shape[1] :].sum(axis=1), m + np.log(total))
 
 
-def _probabilities(s: Array, lse: Array) -> Array:
-    """P = exp(S - L); 0 for hidden pairs, also in rows with no visible key. Algorithm 2, line 11."""
+def _softmax_of(s: Array, sink: float | None, lse: Array) -> _Softmax:
+    """The same for a log-sum-exp that is given: P = exp(S - L), 0 in rows with no visible key. Algorithm 2, line 11."""
     safe = np.where(lse == -np.inf, 0.0, lse)
-    return np.exp(s - safe[:, None])
+    p_sink = np.zeros_like(lse) if sink is None else np.exp(sink - lse)
+    return _Softmax(np.exp(s - safe[:, None]), p_sink, lse)
 
 
 def _weighted_sum(weights: Array, values: Array, counts: NDArray[np.bool_]) -> Array:
@@ -126,9 +138,8 @@ def _weighted_sum(weights: Array, values: Array, counts: NDArray[np.bool_]) -> A
 def _head_forward(head: _Head, rules: _Rules) -> tuple[Array, Array]:
     """O (seqlen_q, head_dim_v) and L (seqlen_q,) of one head. Section 2.2, and Algorithm 1 for L."""
     s, _ = _scores(head, rules)
-    lse = _log_sum_exp(s, head.sink)
-    p = _probabilities(s, lse)
-    return _weighted_sum(p, head.v, s != -np.inf), lse
+    softmax = _softmax(s, head.sink)
+    return _weighted_sum(softmax.p, head.v, s != -np.inf), softmax.lse
 
 
 # -------------------------------------------------------------------------------------------------- one head, backward
@@ -142,15 +153,17 @@ class _HeadGradients(NamedTuple):
     ds: Array
 
 
-def _head_backward(head: _Head, rules: _Rules, dout: Array, dlse: Array, out: Array, lse: Array) -> _HeadGradients:
-    """Algorithm 2 without its tiles. dS = P o (dP - D) is the gradient of S, hence of the bias.
+def _head_backward(
+    head: _Head, rules: _Rules, dout: Array, dlse: Array, out: Array, lse: Array | None
+) -> _HeadGradients:
+    """Algorithm 2 without its tiles. dS = P o (dP - D) is the gradient of S, hence of the bias. lse None: the true one.
 
     A gradient that arrives at L adds P o dL to dS, since dL/dS = P: it is subtracted from D. The sink is a score
     without a value, so its dP is 0 and its gradient is -P_sink * D summed over the queries.
     """
     s, ds_dx = _scores(head, rules)
     counts = s != -np.inf
-    p = _probabilities(s, lse)
+    p, p_sink, _ = _softmax(s, head.sink) if lse is None else _softmax_of(s, head.sink, lse)
     dv = _weighted_sum(p.T, dout, counts.T)  # dV = P^T dO, line 12
     dp = dout @ head.v.T  # dP = dO V^T, line 13
     d = np.sum(dout * out, axis=1) - dlse  # D = rowsum(dO o O), line 4
@@ -160,7 +173,7 @@ def _head_backward(head: _Head, rules: _Rules, dout: Array, dlse: Array, out: Ar
     dk = rules.softmax_scale * _weighted_sum(dx.T, head.q, counts.T)  # dK = dS^T Q, line 16
     dsink = 0.0
     if head.sink is not None and head.sink != -np.inf:
-        dsink = float(-np.sum(np.exp(head.sink - lse) * d))
+        dsink = float(-np.sum(p_sink * d))
     return _HeadGradients(dq, dk, dv, dsink, ds)
 
 
@@ -237,12 +250,11 @@ class _Call:
         self, dout: AnyArray, dlse: AnyArray | None, out: AnyArray | None, lse: AnyArray | None
     ) -> tuple[Array, Array, Array, Array | None, Array | None]:
         """dq, dk, dv, dsinks and the gradient of the whole (batch, heads_q, seqlen_q, seqlen_k) float bias."""
-        if out is None or lse is None:
-            true_out, true_lse = self.forward()
-            out, lse = (true_out if out is None else out), (true_lse if lse is None else lse)
+        if out is None:
+            out = self.forward()[0]
         dlse = np.zeros(self.lse_shape) if dlse is None else dlse
         douts, outs = self.cuts.q(_f64(dout)), self.cuts.q(_f64(out))
-        dlses, lses = self.cuts.lse(_f64(dlse)), self.cuts.lse(_f64(lse))
+        dlses, lses = self.cuts.lse(_f64(dlse)), None if lse is None else self.cuts.lse(_f64(lse))
         dq, dk, dv = np.zeros_like(self.q), np.zeros_like(self.k), np.zeros_like(self.v)
         dqs, dks, dvs = self.cuts.q(dq), self.cuts.k(dk), self.cuts.k(dv)
         dsinks = None if self.sinks is None else np.zeros_like(self.sinks)
@@ -251,8 +263,9 @@ class _Call:
             for h in range(self.heads):
                 with np.errstate(all="ignore"):
                     grad = _head_backward(
-                        self.head(b, h), self.rules, douts[b][:, h], dlses[b][h], outs[b][:, h], lses[b][h]
-                    )
+                        self.head(b, h), self.rules, douts[b][:, h], dlses[b][h], outs[b][:, h],
+                        None if lses is None else lses[b][h],
+                    )  # fmt: skip
                 dqs[b][:, h] = grad.dq
                 dks[b][:, h // self.group] += grad.dk  # all query heads of a group share the key head
                 dvs[b][:, h // self.group] += grad.dv
