@@ -296,6 +296,10 @@ MISTAKES = (
     ("if (lane < 16) __syncwarp(0xffff0000u);", "to which this lane does not belong"),
     ("if (thread < 64) __syncthreads(); else barrier_sync(1, 128);", "__syncthreads, where 64 of 128 threads"),
     ("barrier_sync(1, thread < 64 ? 64 : 96);", "barrier 1 is waited for with 64 threads and with 96"),
+    (
+        "if (thread < 64) barrier_sync(1, 64); __syncthreads(); if (thread >= 64) barrier_sync(1, 64);",
+        r"barrier 1 has two owners: warps 3 have waited at it, now warp [23] does",
+    ),
     ("mbarrier_arrive(s_base + 64);", r"no mbarrier was initialised at shared \+0x40"),
     (
         "init(s_base, 1); smem[2] = 1; __syncthreads(); mbarrier_arrive(s_base);",

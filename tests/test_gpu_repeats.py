@@ -44,6 +44,9 @@ CASES: dict[str, Case] = {
     "changed scores": AttentionCase(500, 600, 2, 8, 2, 128, softcap=15.0, alibi="bh", causal=True),
     "bias": AttentionCase(500, 600, 2, 8, 2, 64, bias="1hqk"),
     "packed": VarlenCase((700, 0, 77, 1, 1000), (710, 5, 70, 300, 1000), heads_q=8, head_dim=128, causal=True),
+    "packed, four consumers, bounded softcap": VarlenCase(
+        (256, 60, 250, 256), (201, 70, 250, 230), heads_q=8, causal=True, softcap=30.0
+    ),
     "packed, used": VarlenCase((300, 90, 400), (310, 99, 500), (300, 0, 333), (250, 99, 400), 7, 9, heads_q=8),
 }
 

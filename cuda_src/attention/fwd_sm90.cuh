@@ -44,6 +44,11 @@ struct AttentionFwdSm90 {
   static constexpr bool kBounded = Variant::kBounded;  // masked after exp2, not before
   static constexpr bool kInTurn = kConsumers == 2 || kConsumers == 3;  // four fill the gaps of each other by themselves
 
+  // Named barriers of the block; 0 is __syncthreads. Of each kind, consumer i waits at number i.
+  enum Barrier { kTurn = 1, kQueriesScaled = 4, kTailCleared = 8, kNumbers = 16 };
+  static_assert(kTurn + (kInTurn ? kConsumers : 0) <= kQueriesScaled);
+  static_assert(kQueriesScaled + kConsumers <= kTailCleared && kTailCleared + kConsumers <= kNumbers);
+
   using TileQ = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;  // of one consumer
   using TileK = SmemTile<Element, kBlockN, div_up(kHeadDim, 64) * 64>;
   using TileV = SmemTile<Element, kBlockN, div_up(kHeadDimV, 64) * 64>;
@@ -181,7 +186,7 @@ struct AttentionFwdSm90 {
     RingWork works, done;
     int now = 0;  // work of the last step
 
-    if (kInTurn && consumer == 0) barrier_arrive(1, 256);  // the first turn is consumer 0's
+    if (kInTurn && consumer == 0) barrier_arrive(kTurn, 256);  // the first turn is consumer 0's
     rings.work.wait_full(works);
     if (s_works[0].n_end == 0) return;
     Steps steps = steps_of(s_works[0], consumer);
@@ -234,11 +239,11 @@ struct AttentionFwdSm90 {
       --n;
       if (!k_here) rings.k.wait_full(k);
       const bool v_here = rings.v.is_full(v);
-      if constexpr (kInTurn) barrier_sync(1 + consumer, 256);
+      if constexpr (kInTurn) barrier_sync(kTurn + consumer, 256);
       wgmma_fence();
       multiply_qk(r_s[0], s_base, consumer, q, k);
       if (!kPlain && pending) {
-        if constexpr (kInTurn) barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
+        if constexpr (kInTurn) barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
         write_output(output_of(p, s_works[done.stage], tile_row), s_base, tile_row, r_out[0], out_scale, lse);
         mbarrier_arrive(rings.work.empty(done.stage));
         done.advance();
@@ -247,7 +252,7 @@ struct AttentionFwdSm90 {
       if (!kPlain && tail) clear_tail(s_base, consumer, v, tail);
       wgmma_fence();
       multiply_pv(r_out[0], r_p, s_base, v, !kPlain && fresh, [&] {
-        if (kInTurn && (kPlain || !pending)) barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
+        if (kInTurn && (kPlain || !pending)) barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
       });
       if (last) {
         softmax.finish(Variant::exponent(p), sinks_of(p, s_works[now]).of, out_scale, lse);
@@ -309,8 +314,8 @@ struct AttentionFwdSm90 {
       release(rings.k.empty(k.stage));
       k.advance();
       if constexpr (kInTurn) {
-        barrier_sync(1 + consumer, 256);
-        barrier_arrive(1 + (consumer + 1) % kConsumers, 256);
+        barrier_sync(kTurn + consumer, 256);
+        barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
       }
     }
   }
@@ -364,7 +369,7 @@ struct AttentionFwdSm90 {
       for (int panel = 0; panel < TileV::kPanels; ++panel)
         st_shared_v4_b32(s_end + panel * TileV::kPanelBytes - 16 * (i + 1), 0, 0, 0, 0);
     fence_proxy_async();
-    barrier_sync(8 + consumer, 128);
+    barrier_sync(kTailCleared + consumer, 128);
   }
 
   // Two neighbouring 16 x 8 accumulator tiles are, value for value, one 16 x 16 A operand.
@@ -405,7 +410,7 @@ struct AttentionFwdSm90 {
       st_shared_v4_b32(s_thread + i, mul_rn_bf16x2(r[0], scale), mul_rn_bf16x2(r[1], scale), mul_rn_bf16x2(r[2], scale), mul_rn_bf16x2(r[3], scale));
     }
     fence_proxy_async();
-    barrier_sync(1 + kConsumers + consumer, 128);
+    barrier_sync(kQueriesScaled + consumer, 128);
   }
 
   // Heads that are packed differ from row to row.

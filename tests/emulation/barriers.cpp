@@ -42,25 +42,35 @@ void syncwarp(u32 lanes) {
 // ---- barriers of the block ----
 
 static void complete(NamedBarrier& barrier) {
-  barrier.arrived = barrier.expected = 0;
+  barrier.owners = barrier.waiting;
+  barrier.arrived = barrier.expected = barrier.waiting = 0;
   ++barrier.generation;
   wake(barrier.waiters);
 }
 
+// A barrier belongs to the warps that wait at it: were two groups of threads to share a number, one group's arrivals could complete
+// the other's generation.
+static void wait_as_owner(NamedBarrier& at, u32 id, u32 warp) {
+  const u32 bit = 1u << warp;
+  if (at.owners != 0 && !(at.owners & bit)) fail("barrier %u has two owners: warps %x have waited at it, now warp %u does", id, at.owners, warp);
+  at.waiting |= bit;
+}
 
 void barrier(u32 id, u32 threads, bool wait) {
   if (id > 15 || threads == 0 || threads % 32 != 0 || threads > run->threads) fail("barrier %u of %u threads", id, threads);
   NamedBarrier& at = current->block->named[id];
   struct Item {
-    u32 id, threads;
+    u32 id, threads, warp;
+    bool wait;
     u64 generation;
-  } item{id, threads, 0};
+  } item{id, threads, current->warp->index, wait, 0};
   together(wait ? "barrier.sync" : "barrier.arrive", kAllLanes, &item, [](void* const* items, u32) {
     const Item& first = *static_cast<Item*>(items[0]);
     NamedBarrier& at = current->block->named[first.id];
     if (at.arrived != 0 && at.expected != first.threads)
       fail("barrier %u is waited for with %u threads and with %u", first.id, at.expected, first.threads);
     at.expected = first.threads, at.arrived += 32;
+    if (first.wait) wait_as_owner(at, first.id, first.warp);
     for (int i = 0; i < 32; ++i) static_cast<Item*>(items[i])->generation = at.generation;
     if (at.arrived == at.expected) complete(at);
   }, static_cast<u64>(id) << 32 | threads);

@@ -83,6 +83,7 @@ struct Mbarrier {
 
 struct NamedBarrier {
   u32 arrived = 0, expected = 0;
+  u32 waiting = 0, owners = 0;  // warps that wait in this generation; those of every earlier one, 0 before the first
   u64 generation = 0;
   Waiters waiters;
 };
