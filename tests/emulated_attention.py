@@ -45,10 +45,14 @@ def attention(
     headers: Mapping[str, str] | None = None,
     sms: int = 3,
     resident: int = 1,
+    given: Arrays | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(out, lse) as the kernel left them, NaN where it wrote nothing. Every array lies beside memory without access."""
+    """(out, lse) as the kernel left them, NaN where it wrote nothing. Every array lies beside memory without access.
+
+    given: arrays instead of the case's random ones.
+    """
     spec, config = KERNELS[kernel], config or choose(case, kernel)
-    arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in case.random().items()}
+    arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in (given or case.random()).items()}
     p = problem_of(case, arrays)
     shape = (p.total_q, p.heads_q, p.head_dim_v) if p.varlen else (p.batch, p.seqlen_q, p.heads_q, p.head_dim_v)
     rows = (p.heads_q, p.total_q) if p.varlen else (p.batch, p.heads_q, p.seqlen_q)
@@ -73,12 +77,13 @@ def attention(
     return arrays["out"], arrays["lse"]
 
 
-def faults(case: Case, kernel: str, out: NDArray[Any], lse: NDArray[Any]) -> list[str]:
+def faults(case: Case, kernel: str, out: NDArray[Any], lse: NDArray[Any], arrays: Arrays | None = None) -> list[str]:
     """What is wrong with a result; rows of no sequence must be zeros, or untouched by a kernel that does not clear."""
-    arrays, p = case.random(), problem_of(case, case.random())
+    arrays = arrays or case.random()
+    p = problem_of(case, arrays)
     options: dict[str, Any] = dict(case.options())
     exact = (np.bool_, np.int32)
-    given = {name: array if array.dtype in exact else array.astype(np.float64) for name, array in arrays.items()}
+    given: dict[str, Any] = {n: a if a.dtype in exact else a.astype(np.float64) for n, a in arrays.items()}
     dense = not isinstance(case, VarlenCase)
     truth = reference.flash_attention if dense else reference.flash_attention_varlen
     want, want_lse = truth(given.pop("q"), given.pop("k"), given.pop("v"), **given, **options, return_lse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emulate
+import numpy as np
 import pytest
 from emulated_attention import SM80, SM90, attention, choose, faults, outcome
 
@@ -46,6 +47,19 @@ CASES: tuple[tuple[str, Case], ...] = (
     (SM90, RAGGED._replace(heads_q=8, heads_k=1, head_dim=64, causal=True, sinks="float32")),
     (SM90, RAGGED._replace(heads_q=32, heads_k=1, used_q=(70, 0, 1, 99), used_k=(30, 5, 0, 190), head_dim=72)),
     (SM90, RAGGED._replace(used_q=(70, 0, 1, 99), used_k=(30, 5, 0, 190), head_dim=72, dtype="float16")),
+    # Four consumers that scale queries and clear the ends of sequences: a named barrier for each.
+    (SM90, VarlenCase((60, 256, 256, 250), (70, 201, 9, 250), (), (), 0, 2, 1, 1, 64, causal=True, softcap=30.0)),
+)
+
+# Rows that see one to eight keys, which a rounded weight would show in. A window's keys may lie in two tiles.
+FEW_KEYS: tuple[Case, ...] = (
+    VarlenCase((511,), (1,), heads_q=1, heads_k=1, head_dim_v=256, softcap=15.0),
+    AttentionCase(150, 150, 1, 2, 2, 64, softcap=15.0, window_size=(0, 0)),
+    AttentionCase(150, 150, 1, 2, 2, 64, softcap=50.0, window_size=(4, 3), softmax_scale=2.0),
+    AttentionCase(8, 8, 2, 2, 2, 64, softcap=50.0, causal=True, softmax_scale=1.0),
+    AttentionCase(3, 5, 2, 16, 2, 64, softcap=30.0, causal=True),
+    AttentionCase(150, 150, 1, 2, 2, 64, dtype="float16", softcap=30.0, window_size=(0, 0)),
+    AttentionCase(150, 150, 1, 2, 2, 64, window_size=(1, 0)),
 )
 
 # A problem whose tiles are small, so that every buffer is used several times.
@@ -112,7 +126,7 @@ FAULTS = {
         _90, "s_tile + panel * TileQ::kPanelBytes", "s_tile + 64 + panel * TileQ::kPanelBytes", "no multiple of 128"
     ),
     "no turn to begin with": Fault(
-        _90, "if (kInTurn && consumer == 0) barrier_arrive(1, 256);", "",
+        _90, "if (kInTurn && consumer == 0) barrier_arrive(kTurn, 256);", "",
         r"deadlock(.|\n)*barrier 1, where 128 of 256",
     ),
     "barriers not fenced": Fault(_90, "fence_mbarrier_init();", "", "without fence.mbarrier_init"),
@@ -135,7 +149,8 @@ FAULTS = {
 def _compiled() -> None:
     """All kernels of this file, two at a time."""
     todo: list[tuple[str, Mapping[str, str]]] = []
-    todo += [(tu, {}) for tu in {KERNELS[kernel].source(choose(case, kernel)) for kernel, case in CASES}]
+    cases = [*CASES, *((SM90, case) for case in FEW_KEYS)]
+    todo += [(tu, {}) for tu in {KERNELS[kernel].source(choose(case, kernel)) for kernel, case in cases}]
     todo += [(KERNELS[fault.kernel].source(TILES[fault.kernel]), fault.headers()) for fault in FAULTS.values()]
     emulate.build_all(todo)
 
@@ -144,6 +159,29 @@ def _compiled() -> None:
 def test_right_in_every_order(kernel: str, case: Case) -> None:
     found = {seed: faults(case, kernel, *attention(case, kernel, seed, resident=1 + seed % 2)) for seed in SEEDS}
     assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("case", FEW_KEYS, ids=str)
+def test_few_keys_keep_the_rule(case: Case) -> None:
+    """A row that sees one key has that key's value, to the bit; with more, FlashAttention's rule holds."""
+    torch_truth = pytest.importorskip("test_gpu_truth")
+    out, lse = attention(case, SM90, 1)
+    arrays = {name: torch_truth.from_numpy(x) for name, x in case.random().items()}
+    known = torch_truth.truth(case, arrays)
+    out, lse = torch_truth.from_numpy(out), torch_truth.from_numpy(lse)
+    if torch_truth.one_key(case):
+        assert torch_truth.same_bits(out, known.out.to(out.dtype))
+    assert [v.text for v in torch_truth.verdicts(case, out, known.out, known.low, lse, known.lse) if not v] == []
+
+
+@pytest.mark.parametrize("sink", [-70.0, -200.0, 3.0, 30.0])
+@pytest.mark.parametrize("softcap", [15.0, 50.0])
+def test_a_sink_alone_is_the_lse_of_a_row_without_keys(softcap: float, sink: float) -> None:
+    case = AttentionCase(40, 9, 1, 2, 2, 64, softcap=softcap, causal=True, sinks="float32")
+    arrays = case.random() | {"sinks": np.array([sink, -np.inf], np.float32)}
+    out, lse = attention(case, SM90, 1, given=arrays)
+    assert faults(case, SM90, out, lse, arrays) == []
+    assert (lse[0, 0, :31] == np.float32(sink)).all() and np.isneginf(lse[0, 1, :31]).all()
 
 
 @pytest.mark.parametrize("kernel", TILES)

@@ -149,6 +149,19 @@ def tensors(case: Case, device: str, seed: int = 0) -> Arrays:
     return out
 
 
+def one_key(case: Case) -> bool:
+    """Whether every row that counts sees one key, and no sink: its output is then that key's value, to the bit."""
+    keys = case.lengths_k if isinstance(case, VarlenCase) else (case.seqlen_k,)
+    return not case.sinks and (case.window_size == (0, 0) or set(keys) == {1})
+
+
+def from_numpy(a: np.ndarray[Any, Any]) -> Tensor:
+    """A CPU tensor of the same bits; NumPy's bfloat16 is not torch's."""
+    if a.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(a).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(a))
+
+
 class Guarded(NamedTuple):
     """A buffer full of NaN whose middle is handed out as `out`; the rest must stay as it is."""
 

@@ -7,10 +7,24 @@ import math
 from typing import Any
 
 import pytest
-from test_gpu_truth import Arrays, attend, attention, check_all, compile_registered, judge, register, same_bits, tensors
+from test_gpu_truth import (
+    Arrays,
+    attend,
+    attention,
+    check_all,
+    compile_registered,
+    judge,
+    kernel_names,
+    one_key,
+    register,
+    same_bits,
+    tensors,
+    truth,
+)
 
 from flashmoe_cupy import flash_attention
-from flashmoe_cupy.testing import TOLERANCES, AttentionCase, relative_error, row_error
+from flashmoe_cupy.plan.kernels import only
+from flashmoe_cupy.testing import TOLERANCES, AttentionCase, Case, VarlenCase, relative_error, row_error
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
@@ -79,7 +93,39 @@ def singles() -> list[AttentionCase]:
     return [base._replace(causal=c, **m) for m in more for c in (False, True)]
 
 
+def few_keys(dtype: str) -> list[Case]:
+    """Rows that see one to eight keys, where every rounded weight shows: all keys, or a window over many.
+
+    A tile of keys may end inside of a window. Softcaps on both sides of what the Hopper kernel bounds in bf16.
+    """
+    features: tuple[dict[str, Any], ...] = (
+        {}, {"softcap": 15.0}, {"softcap": 50.0, "softmax_scale": 1.5}, {"softcap": 90.0}, {"softmax_scale": 3.0},
+        {"sinks": "float32"}, {"softcap": 30.0, "sinks": "same"}, {"alibi": "bh"}, {"softcap": 15.0, "alibi": "h"},
+    )  # fmt: skip
+    dims = ((64, 64), (128, 128), (64, 256))
+    found: list[Case] = []
+    for i, (more, (d, dv)) in enumerate(itertools.product(features, dims)):
+        base = AttentionCase(130, 0, 2, 4, 2, d, dv, dtype, **more)
+        found += [base._replace(seqlen_k=n) for n in (1, 2, 3, 5, 8)]
+        windows = ((0, 0), (1, 0), (4, 3))
+        found += [base._replace(seqlen_k=200, window_size=window) for window in windows]
+        found += [base._replace(seqlen_q=q, seqlen_k=k, causal=True) for q, k in ((8, 8), (3, 5), (20, 8))]
+        found.append(VarlenCase((511, 60), (1, 1), head_dim=d, head_dim_v=dv, dtype=dtype, **more))
+        found.append(VarlenCase((511, 3, 8), (1, 2, 8), (), (), 3, 2, 4, 2, d, dv, dtype, causal=bool(i % 2), **more))
+    for shape, kind, n in itertools.product(("bhqk", "1h1k"), ("same", "float32", "bool"), (1, 2, 8)):
+        found.append(AttentionCase(130, n, 2, 4, 2, 64, dtype=dtype, bias=shape, bias_dtype=kind))
+    return found
+
+
+SINK_ALONE = [
+    AttentionCase(40, 9, 1, 4, 4, 64, dtype=dtype, softcap=softcap, causal=True, sinks="float32")
+    for dtype in HALVES
+    for softcap in (0.0, 15.0, 50.0, 56.0, 90.0)
+]
+
+register(SINK_ALONE)
 for _dtype in HALVES:
+    register(few_keys(_dtype))
     register([*sinks(_dtype), *alibis(_dtype), *biases(_dtype), *mixtures(_dtype), *wide(_dtype)])
 register(singles())
 
@@ -107,6 +153,37 @@ def test_bias_of_any_broadcast_and_dtype(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_mixtures(dtype: str) -> None:
     check_all([*mixtures(dtype), *wide(dtype)], "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_keys(dtype: str) -> None:
+    check_all(few_keys(dtype), "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_row_with_one_key_has_its_value(dtype: str) -> None:
+    wrong = []
+    for case in filter(one_key, few_keys(dtype)):
+        t = tensors(case, "cuda")
+        known = truth(case, t)
+        for name in kernel_names(case):
+            with only(name):
+                out, _ = attention(case, t)
+            if not same_bits(out, known.out.to(out.dtype)):
+                wrong.append(f"{case} {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("case", SINK_ALONE, ids=str)
+def test_a_sink_alone_is_the_lse_of_a_row_without_keys(case: AttentionCase) -> None:
+    sinks = torch.tensor([-70.0, -200.0, 30.0, -math.inf], device="cuda")
+    t = tensors(case, "cuda") | {"sinks": sinks}
+    known = truth(case, t)
+    for name in kernel_names(case):
+        with only(name):
+            out, lse = attention(case, t)
+        assert judge(case, t, out, lse, known) == []
+        assert bool((lse[0, :, :31] == sinks[:, None]).all())
 
 
 def test_variants_in_float32() -> None:

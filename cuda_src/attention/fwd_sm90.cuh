@@ -206,7 +206,7 @@ struct AttentionFwdSm90 {
     k.advance();
     if (n == steps.begin) release(rings.q(consumer).empty(q.stage));
     change_scores(p, s_works[0], steps, r_s, tile_row, n);
-    softmax.raise_max(r_s, Variant::exponent(p), correction);
+    if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
     exponentiate(p, softmax, s_works[0], steps, r_s, tile_row, n);
     pack_scores(r_p, r_s[0]);
 
@@ -264,7 +264,7 @@ struct AttentionFwdSm90 {
       if (n == steps.begin) release(rings.q(consumer).empty(q.stage));
 
       if (!kPlain || Variant::kScore) change_scores(p, s_works[here], steps, r_s, tile_row, n);
-      softmax.raise_max(r_s, Variant::exponent(p), correction);
+      if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
       // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not over this branch.
       k_here = n > steps.begin;
       if (k_here) rings.k.wait_full(k);
@@ -391,9 +391,12 @@ struct AttentionFwdSm90 {
                                      int n) {
     if constexpr (kBounded) {
       const bool masked = !kPlain && !steps.whole(n);
-      softmax.exponentiate_bounded(r_s, Variant::exponent(p), [&] {
-        if (masked) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN, 0.f);
-      });
+      const int row = w.m0 + tile_row, col = n * kBlockN;
+      softmax.template exponentiate_bounded<kPlain>(
+          r_s, Variant::exponent(p), masked, [&](float(&highest)[2]) { highest_seen(highest, r_s[0], w.band, row, col); },
+          [&] {
+            if (masked) mask_scores(r_s[0], w.band, row, col, 0.f);
+          });
     } else {
       softmax.exponentiate(r_s, Variant::exponent(p));
     }

@@ -67,9 +67,11 @@ struct SoftcapExponent {
 };
 
 // The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
-// products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for. Scores
-// are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that whether all scores are below
-// takes one OR for two of them, half of what a maximum costs.
+// products nor sums leave the range of fp32, which bf16 shares. So no maximum is looked for: a row subtracts the same number from its
+// first key to its last. That number lies a whole number of powers of two below or above the highest score of the first tile in which
+// the row sees a key, so that this score's weight is a power of two, which bf16 holds exactly: with few keys that is what counts.
+// Scores are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that whether all scores are
+// below takes one OR for two of them, half of what a maximum costs.
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
@@ -77,13 +79,18 @@ struct BoundedSoftcapExponent {
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
 
-  FM_DEVICE float natural(float) const { return 0.5f * softcap; }  // of what serves as the maximum
-  FM_DEVICE float difference(float, float) const { return 0.f; }   // of two maxima
-  FM_DEVICE float below(float s) const { return softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
-  FM_DEVICE float below_short(float s) const { return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -0.5f * kLog2e * softcap); }
-  FM_DEVICE float below_long(float s) const {
+  // What is subtracted, in powers of two, where nothing is known of a row, and where its highest score is.
+  FM_DEVICE float middle() const { return 0.5f * kLog2e * softcap; }
+  FM_DEVICE float shift(float highest) const {
+    const float exponent = below(highest, 0.f);
+    return exponent - rintf(exponent - middle());
+  }
+  FM_DEVICE float natural(float shift) const { return shift * kLn2; }
+  FM_DEVICE float below(float s, float shift) const { return fmaf(softcap * kLog2e, tanh_exp2(s * to_tanh), -shift); }
+  FM_DEVICE float below_short(float s, float shift) const { return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -shift); }
+  FM_DEVICE float below_long(float s, float shift) const {
     const float x = s * s;
-    return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
+    return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -shift);
   }
 
   // Whether two coefficients are enough for the scores of the warp. Four chains, or they would wait for themselves.
@@ -115,7 +122,7 @@ struct BoundedSoftcapExponent {
 // State of the 2 * kM rows that one thread holds: kM accumulator tiles of 16 rows, rows g and g + 8 of each.
 template <int kM>
 struct OnlineSoftmax {
-  float r_max[2 * kM];  // shared by the quad, in units of the scores
+  float r_max[2 * kM];  // shared by the quad, in units of the scores; of BoundedSoftcapExponent, what is subtracted. -inf: no key yet
   float r_sum[2 * kM];  // this thread's columns only, until finish()
 
   FM_DEVICE OnlineSoftmax() {
@@ -158,11 +165,6 @@ struct OnlineSoftmax {
   // for what the maximum lags behind. `correction` is exactly 1 where the maximum stays.
   template <class Exponent, int kN>
   FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], const Exponent& exponent, float (&correction)[2 * kM]) {
-    if constexpr (Exponent::kBounded) {  // 0 stands for what nobody asks for
-#pragma unroll
-      for (int i = 0; i < 2 * kM; ++i) r_max[i] = 0.f, correction[i] = 1.f;
-      return;
-    }
     bool positive = true;
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) positive &= r_max[i] >= 0.f;
@@ -220,24 +222,41 @@ struct OnlineSoftmax {
       }
   }
 
-  // The same where no maximum is subtracted. Scores that do not count are not -inf here, which would be out of every polynomial's range,
-  // but what q k is; mask() makes their exponentials 0.
-  template <int kN, class Mask>
-  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, Mask&& mask) {
+  // The same where each row subtracts one number throughout. Scores that do not count are not -inf here, which would be out of every
+  // polynomial's range, but what q k is; mask() makes their exponentials 0. highest_seen(highest) tells the highest score that each row
+  // sees in this tile, -inf for none; it is asked in a row's first tiles only. kWhole: every score counts.
+  // masked: some do not. Where a row may see few keys, in all these tiles, two coefficients would show in its lse.
+  template <bool kWhole, int kN, class HighestSeen, class Mask>
+  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, bool masked, HighestSeen&& highest_seen,
+                                      Mask&& mask) {
+    bool unseen = false, few = masked;
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) {
+      if (kWhole) r_max[i] = r_max[i] == -infinity() ? exponent.middle() : r_max[i];
+      else unseen |= r_max[i] == -infinity();
+    }
+    if (!kWhole && __any_sync(0xffffffffu, unseen)) {
+      few = true;
+      float highest[2 * kM];
+      highest_seen(highest);
+#pragma unroll
+      for (int i = 0; i < 2 * kM; ++i)
+        if (r_max[i] == -infinity() && highest[i] != -infinity()) r_max[i] = exponent.shift(highest[i]);
+    }
     auto all = [&](auto&& below) {
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 4 * kM; ++e) r_s[e / 4][n][e % 4] = exp2_approx(below(r_s[e / 4][n][e % 4]));
+        for (int e = 0; e < 4 * kM; ++e) r_s[e / 4][n][e % 4] = exp2_approx(below(r_s[e / 4][n][e % 4], kWhole ? r_max[e / 2] : top(e / 2)));
       mask();
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
     };
-    if (exponent.all_short(r_s)) all([&](float s) { return exponent.below_short(s); });
-    else if (exponent.all_long(r_s)) all([&](float s) { return exponent.below_long(s); });
-    else all([&](float s) { return exponent.below(s); });
+    if ((kWhole || !few) && exponent.all_short(r_s)) all([&](float s, float shift) { return exponent.below_short(s, shift); });
+    else if (exponent.all_long(r_s)) all([&](float s, float shift) { return exponent.below_long(s, shift); });
+    else all([&](float s, float shift) { return exponent.below(s, shift); });
   }
 
   // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.
