@@ -13,7 +13,8 @@ One head has Q (seqlen_q, head_dim), K (seqlen_k, head_dim), V (seqlen_k, head_d
 
 offset = seqlen_k - seqlen_q, so the last query stands at the last key. Query head h uses key head
 h // (heads_q // heads_k). A query that sees no key has O = 0 and L = -inf (L = sink with sinks). A hidden pair (i, j)
-takes part in no sum, so a NaN in a key or value that a query does not see never reaches that query.
+takes part in no sum, so a NaN in a key or value that a query does not see never reaches that query. (The GPU kernels
+promise this only of keys in other sequences and beyond the end: hidden keys among visible ones must be finite there.)
 """
 
 from __future__ import annotations
