@@ -70,8 +70,8 @@ def flash_attention(
     out 0 and lse -inf (with sinks: the sink). The same inputs give the same bits in every run.
 
     Hidden keys: k and v of a key that causal, window_size or bias hides from a query must be finite. On GPUs such a key
-    may lie in a tile with others that the query sees; it then has weight 0, and 0 * NaN is NaN. NumPy leaves it out. What
-    lies beyond the arrays or in another sequence, head or batch never counts, whatever it holds.
+    may lie in a tile with others that the query sees; it then has weight 0, and 0 * NaN is NaN. NumPy leaves it out.
+    What lies beyond the arrays or in another sequence, head or batch never counts, whatever it holds.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
     Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode.
@@ -155,8 +155,8 @@ def flash_attention_varlen(
     All others: as in `flash_attention`.
 
     Returns out (total_q, heads_q, head_dim_v), with return_lse also lse (heads_q, total_q) float32. Rows that belong to
-    no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse. What
-    rows of no sequence hold in q, k and v never counts, NaN included.
+    no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
+    What rows of no sequence hold in q, k and v never counts, NaN included.
     Raises as `flash_attention` does.
     """
     options = short = None

@@ -9,7 +9,7 @@ One head has Q (seqlen_q, head_dim), K (seqlen_k, head_dim), V (seqlen_k, head_d
     S = S - slope * |i + offset - j|           if ALiBi          (arXiv 2108.12409)
     S = S + bias                               if a float bias
     S = -inf                                   where key j is hidden from query i
-    L = log(sum_j exp(S_ij) [+ exp(sink)])     P = exp(S - L) = exp(S) / (sum_j exp(S_ij) [+ exp(sink)])     O = P V
+    L = log(sum_j exp(S_ij) [+ exp(sink)])     P = exp(S - L)     O = P V
 
 offset = seqlen_k - seqlen_q, so the last query stands at the last key. Query head h uses key head
 h // (heads_q // heads_k). A query that sees no key has O = 0 and L = -inf (L = sink with sinks). A hidden pair (i, j)
@@ -108,7 +108,7 @@ class _Softmax(NamedTuple):
 def _softmax(s: Array, sink: float | None) -> _Softmax:
     """P, the sink's part and L_i = log(sum_j exp(S_ij) + exp(sink)), by the largest term. Algorithm 1, line 13.
 
-    P is divided by the sum of its row and not taken from L: beyond 1e15 float64 has no room for log(sum) beside a score.
+    P is divided by the sum of its row and not taken from L: beside a score of 1e15 float64 has no room for log(sum).
     """
     terms = s if sink is None else np.concatenate([s, np.full((len(s), 1), sink)], axis=1)
     m = np.max(terms, axis=1, initial=-np.inf)
