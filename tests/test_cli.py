@@ -87,6 +87,10 @@ def test_wrong_use_is_exit_code_2(capsys: pytest.CaptureFixture[str], argv: list
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, "")
     assert message in err and "Traceback" not in err
+    code, out, err = run(capsys, *argv, "--json")
+    document = json.loads(out)
+    assert code == 2 and document["error"] == "usage" and message in document["message"]
+    assert message in err
 
 
 def test_a_bad_variable_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,178 +1,41 @@
 """The command line: `python -m flashmoe_cupy` and `flashmoe-cupy`.
 
-Exit codes: 0 done, 1 the problem or the machine does not allow it, 2 wrong use.
+Exit codes: 0 done, 1 the problem or the machine does not allow it, 2 wrong use. With --json every outcome is one JSON
+document on standard output; an error has the fields `error` (its kind) and `message`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from flashmoe_cupy.errors import FlashMoEError
 
-DTYPES = ("bfloat16", "float16", "float32")
-OPS = ("attention", "moe")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Wrong use raises SystemExit(2), as argparse does."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help()
-        return 2
+    """Run one command; returns the exit code. --help and --version raise SystemExit(0), as argparse does."""
     from flashmoe_cupy import _env
-    from flashmoe_cupy.cli import commands, show
+    from flashmoe_cupy.cli import commands, options, show
 
+    words = options.joined(sys.argv[1:] if argv is None else argv)
+    mine = words[: words.index("--")] if "--" in words else words
+    as_json = any(len(word) > 2 and "--json".startswith(word) for word in mine)  # argparse takes short forms too
     try:
-        _env.get()
-    except ValueError as error:  # a variable that nobody can understand
-        show.fail(str(error))
-        return 2
-    try:
+        parser = options.make_parser()
+        args = parser.parse_args(words)
+        if args.command is None:
+            parser.print_help()
+            return 2
+        try:
+            _env.get()
+        except ValueError as error:  # a variable that nobody can understand
+            raise options.Misuse(str(error)) from None
         return commands.COMMANDS[args.command](args)
-    except FlashMoEError as error:
-        show.fail(str(error))
-        return 1
-    except commands.Misuse as error:
-        show.fail(f"{error}\nsee: flashmoe-cupy {args.command} --help")
-        return 2
+    except (FlashMoEError, options.Misuse) as error:
+        show.fail(error, as_json)
+        return 2 if isinstance(error, options.Misuse) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    from flashmoe_cupy import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="flashmoe-cupy",
-        description="Exact attention and mixtures of experts on NVIDIA GPUs for NumPy, CuPy, PyTorch and JAX arrays.",
-    )
-    parser.add_argument("--version", action="version", version=f"flashmoe-cupy {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-
-    def command(name: str, text: str, description: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=description or f"{text[0].upper()}{text[1:]}.")
-        sub.add_argument("--json", action="store_true", help="print JSON for programs")
-        return sub
-
-    info = command("info", "report on this installation, to paste into a bug report")
-    info.add_argument("--no-test", action="store_true", help="leave the self-test out")
-
-    demo = command("demo", "compute, check and time a few attentions on this machine")
-    demo.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
-
-    explain = command("explain", "say what would run for a problem, and why; needs no GPU")
-    _problem_options(explain)
-
-    kernels = command("kernels", "list the kernels and their configurations")
-    kernels.add_argument("--op", choices=OPS, help="only those of this operation")
-    kernels.add_argument("--arch", help="only this one, for example sm_90a")
-    kernels.add_argument("--dtype", choices=DTYPES, help="only configurations for this dtype")
-    kernels.add_argument("--head-dim", type=_positive, help="only configurations for this head dimension")
-
-    warmup = command(
-        "warmup",
-        "compile, and load on the devices here, everything a call can ask for",
-        "Compile, and load on the devices here, every specialisation that the operation can ask for, or those "
-        "for the given dtype and head dimension. With --arch, only compile where no device has that arch.",
-    )
-    warmup.add_argument("--op", choices=OPS, default="attention", help="default: attention; moe: mixture of experts")
-    warmup.add_argument("--arch", action="append", help="compile for this arch, for example sm_90a; may be repeated")
-    warmup.add_argument("--all", action="store_true", help="everything; the default when no filter is given")
-    warmup.add_argument("--dtype", choices=DTYPES, help="only what calls with this dtype need")
-    warmup.add_argument("--head-dim", type=_positive, help="only what calls with this head dimension need")
-    warmup.add_argument("--head-dim-v", type=_positive, help="head dimension of v; default: as --head-dim")
-    warmup.add_argument("--workers", type=_positive, help="threads; default: one per core")
-
-    cache = command("cache", "look at or clean the folder of compiled kernels")
-    cache.add_argument(
-        "action", nargs="?", choices=("list", "path", "clear", "prune"), default="list", help="default: list"
-    )
-    cache.add_argument("--max-size", default="500M", help="for prune: keep the newest kernels up to this size")
-
-    bench = command(
-        "bench",
-        "time attention over sequence lengths",
-        "Time attention over sequence lengths. In a clone of the repository, arguments after -- go to its own "
-        "benchmark runner: flashmoe-cupy bench -- --help",
-    )
-    bench.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
-    bench.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 without")
-    bench.add_argument("--d", type=_positive, default=128, metavar="N", help="head dimension (default 128)")
-    bench.add_argument("--heads", type=_positive, default=16, metavar="N", help="query and key heads (default 16)")
-    bench.add_argument("--causal", action="store_true", help="causal mask")
-    bench.add_argument("--longest", type=_positive, metavar="N", help="default: 16384 on a GPU, 1024 without")
-    bench.add_argument("runner", nargs="*", metavar="-- ARGUMENTS", help="for the repository's benchmarks/run.py")
-    return parser
-
-
-def _problem_options(parser: argparse.ArgumentParser) -> None:
-    """The sizes of a problem under the names that `service.explain` has for them; only those given are set."""
-    parser.add_argument("--op", default="attention", choices=OPS, help="operation (default attention)")
-    parser.add_argument("--arch", action="append", help="for this arch, for example sm_90a; may be repeated")
-
-    def add(flag: str, name: str, text: str, **options: Any) -> None:
-        group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **options)
-
-    def count(flag: str, name: str, text: str) -> None:
-        add(flag, name, text, type=_count, metavar="N")
-
-    group = parser.add_argument_group("sizes of both")
-    add("--dtype", "dtype", f"{', '.join(DTYPES)} (default bfloat16)")
-    group = parser.add_argument_group("attention")
-    count("--batch", "batch", "batch size (default 1)")
-    count("--q", "seqlen_q", "query length (default 4096)")
-    count("--k", "seqlen_k", "key length (default: as --q)")
-    count("--heads", "heads_q", "query heads (default 32)")
-    count("--kv-heads", "heads_k", "key and value heads (default: as --heads)")
-    count("--d", "head_dim", "head dimension of q and k (default 128)")
-    count("--dv", "head_dim_v", "head dimension of v (default: as --d)")
-    add("--causal", "causal", "causal mask, aligned bottom-right", action="store_true")
-    add("--window", "window_size", "sliding window; -1 = unlimited", type=_window, metavar="LEFT[,RIGHT]")
-    add("--scale", "softmax_scale", "softmax scale (default d ** -0.5)", type=float, metavar="X")
-    add("--softcap", "softcap", "softcap; 0 = off", type=float, metavar="X")
-    add("--alibi", "alibi", "ALiBi slopes", action="store_true")
-    add("--bias", "bias", "additive bias of this dtype", nargs="?", const="same", choices=("same", "float32", "bool"))
-    add("--sinks", "sinks", "attention sinks", action="store_true")
-    add("--varlen", "varlen", "packed sequences (cu_seqlens)", action="store_true")
-    group = parser.add_argument_group("mixture of experts (--op moe)")
-    count("--tokens", "tokens", "tokens (default 4096)")
-    count("--hidden", "hidden", "hidden size (default 2048)")
-    count("--intermediate", "intermediate", "intermediate size of an expert (default 768)")
-    count("--experts", "experts", "experts (default 128)")
-    count("--top-k", "top_k", "experts of a token (default 8)")
-    count("--shared", "shared", "intermediate size of a shared expert (default 0: none)")
-    add("--activation", "activation", "swiglu (default), geglu, geglu_tanh, swigluoai, gelu, gelu_tanh, relu, relu2")
-    add("--interleaved", "interleaved", "gate and up rows in turns", action="store_true")
-    add("--swiglu-alpha", "swiglu_alpha", "of swigluoai (default 1.702)", type=float, metavar="X")
-    add("--swiglu-limit", "swiglu_limit", "clamp of swiglu (default: none) and swigluoai (7)", type=float, metavar="X")
-    add("--batch-invariant", "batch_invariant", "one configuration for any number of tokens", action="store_true")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _window(text: str) -> tuple[int, int]:
-    left, _, right = text.partition(",")
-    try:
-        return int(left), int(right or -1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT or LEFT,RIGHT, for example 1024 or 512,0") from None

@@ -13,11 +13,8 @@ from typing import Any
 
 from flashmoe_cupy import service
 from flashmoe_cupy.cli import measure, show
+from flashmoe_cupy.cli.options import Misuse
 from flashmoe_cupy.errors import UnsupportedProblem
-
-
-class Misuse(Exception):
-    """Wrong use that argparse cannot see."""
 
 
 def info(args: argparse.Namespace) -> int:
@@ -125,9 +122,7 @@ def explain(args: argparse.Namespace) -> int:
         raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     try:
         answer = service.explain(args.op, arch=args.arch, **sizes)
-    except UnsupportedProblem as error:
-        if args.json:
-            show.emit_json({"asked": error.asked, "reasons": error.reasons, "hint": error.hint})
+    except UnsupportedProblem:
         raise
     except ValueError as error:
         raise Misuse(str(error)) from None
@@ -142,19 +137,15 @@ def explain(args: argparse.Namespace) -> int:
     work = f"{answer.flops / 1e9:.3g} GFLOP over {show.size(answer.bytes)} of arrays, {intensity:.3g} FLOP per byte"
     out.line(f"work: {work}")
     out.line(f"here: {answer.here}")
-    groups: dict[Any, list[str]] = {}
-    for choice in answer.choices:  # archs that decide alike are shown once
-        key = (choice.step, choice.kernel, choice.config, tuple(choice.fields.items()), choice.because, choice.rejected)
-        groups.setdefault(key, []).append(choice.arch)
-    for (step, kernel, config, fields, because, rejected), archs in groups.items():
+    for choice, archs in answer.blocks():
         out.line()
-        title = f"{' '.join(archs)}{f', {step}' if step else ''}"
-        out.title(f"{title}: {f'{kernel}, {config}' if config else 'no kernel runs this'}")
-        if fields:
-            out.line("  " + ", ".join(f"{name} {value}" for name, value in fields))
-        for reason in because:
+        title = f"{' '.join(archs)}{f', {choice.step}' if choice.step else ''}"
+        out.title(f"{title}: {f'{choice.kernel}, {choice.config}' if choice.config else 'no kernel runs this'}")
+        if choice.fields:
+            out.line("  " + ", ".join(f"{name} {value}" for name, value in choice.fields.items()))
+        for reason in choice.because:
             out.line(f"  because {reason}")
-        for name, reason in rejected:
+        for name, reason in choice.rejected:
             out.line(f"  not {name}: {reason}")
     return int(not runs)
 
@@ -174,7 +165,12 @@ def kernels(args: argparse.Namespace) -> int:
         out.line(f"{name}: {group['summary']}", "bold")
         out.line(f"cuda_src/{group['header']}")
         columns = ("config", "threads", "shared memory", "archs")
-        out.table(columns, [(c["name"], c["threads"], c["smem_bytes"], " ".join(c["archs"])) for c in group["configs"]])
+        listed = [(c["name"], c["threads"], c["smem_bytes"], " ".join(c["archs"])) for c in group["configs"]]
+        if listed:
+            out.table(columns, listed)
+        else:
+            filters = (args.arch, args.dtype, f"head dimension {args.head_dim}" if args.head_dim else None)
+            out.line(f"no configuration for {', '.join(filter(None, filters))}")
         out.line()
     return 0
 
@@ -246,7 +242,7 @@ def cache(args: argparse.Namespace) -> int:
             compiled = round(float(info.get("milliseconds", 0)))
             rows.append((entry.name, entry.arch, info.get("registers"), spilled, compiled, show.size(entry.size), made))
         if rows:
-            out.table(("kernel", "arch", "registers", "spilled", "compile ms", "size", "made"), rows)
+            out.table(("config", "arch", "registers", "spilled", "compile ms", "size", "made"), rows)
         total = show.size(sum(entry.size for entry in stored))
         out.line(f"{len(stored)} kernels, {total}, in {folder or '(memory only)'}")
         return 0

@@ -93,9 +93,14 @@ def emit_json(data: Any) -> None:
     print(json.dumps(data, indent=2, default=_plain))
 
 
-def fail(text: str) -> None:
-    """An error, on standard error."""
-    print(f"flashmoe-cupy: {text}", file=sys.stderr)
+def fail(error: Exception, as_json: bool) -> None:
+    """An error: in words on standard error, and as a document on standard output where JSON is asked for."""
+    usage = getattr(error, "usage", None)  # wrong use has it, with or without text
+    print(f"{usage or ''}flashmoe-cupy: {error}", file=sys.stderr)
+    if as_json:
+        kind = "usage" if usage is not None else type(error).__name__
+        parts = {name: getattr(error, name) for name in ("asked", "reasons", "hint", "log") if hasattr(error, name)}
+        emit_json({"error": kind, "message": str(error), **parts})
 
 
 def _plain(value: Any) -> Any:

@@ -283,7 +283,7 @@ class AttentionFwdSm90(AttentionFwd):
     def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
         p = problem
         if arch != "sm_90a":
-            return [f"{arch} has no Hopper tensor cores: this kernel is for sm_90a"]
+            return ["no Hopper tensor cores: this kernel is for sm_90a"]
         why = []
         if p.dtype.cuda not in ("bf16", "fp16"):
             why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")

@@ -359,7 +359,7 @@ class GroupedGemmSm90(GroupedGemm):
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
         p = product
         if arch != "sm_90a":
-            return [f"{arch} has no Hopper tensor cores: this kernel is for sm_90a"]
+            return ["no Hopper tensor cores: this kernel is for sm_90a"]
         why = []
         if p.dtype.cuda not in ("bf16", "fp16"):
             why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")

@@ -8,11 +8,15 @@ from __future__ import annotations
 from flashmoe_cupy.service.machine import Device, Driver, backend, devices, driver, show_config
 from flashmoe_cupy.service.moe import explain_moe
 from flashmoe_cupy.service.plans import (
+    DTYPES,
+    OPS,
     Choice,
     Explanation,
     explain,
     explain_attention,
     kernels,
+    named_arch,
+    named_dtype,
     registry,
     specialisations,
     visible_pairs,
@@ -20,6 +24,8 @@ from flashmoe_cupy.service.plans import (
 from flashmoe_cupy.service.warm import Stats, Warmed, clear_cache, stats, warmup
 
 __all__ = [
+    "DTYPES",
+    "OPS",
     "Choice",
     "Device",
     "Driver",
@@ -34,6 +40,8 @@ __all__ = [
     "explain_attention",
     "explain_moe",
     "kernels",
+    "named_arch",
+    "named_dtype",
     "registry",
     "show_config",
     "specialisations",

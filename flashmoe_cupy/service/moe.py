@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.machine import backend, devices
-from flashmoe_cupy.service.plans import Choice, Explanation, absent_arrays, target_archs
+from flashmoe_cupy.service.plans import Choice, Explanation, absent_arrays, named_dtype, target_archs
 
 if TYPE_CHECKING:
     from flashmoe_cupy.plan.moe import ProductStep, Step
@@ -41,10 +41,10 @@ def explain_moe(
     """
     from flashmoe_cupy import dtypes
     from flashmoe_cupy.plan import moe
-    from flashmoe_cupy.plan.moe_problem import GATED, moe_problem, route_problem
+    from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
 
-    array, kind = absent_arrays(), dtypes.from_name(dtype)
-    rows = 2 if activation in GATED else 1
+    array, kind = absent_arrays(), named_dtype(dtype)
+    rows = 1 if activation in ACTIVATIONS and activation not in GATED else 2
     optional: dict[str, Any] = {}
     if shared:
         optional["shared_w_gate_up"] = array(kind, rows * shared, hidden)

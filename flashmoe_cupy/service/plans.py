@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from flashmoe_cupy.dtypes import DType
 
 OPS = ("attention", "moe")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as configurations and problems are printed: name
 
 
 class Choice(NamedTuple):
@@ -45,10 +47,22 @@ class Explanation(NamedTuple):
     bytes: int
     choices: tuple[Choice, ...]
 
+    def blocks(self) -> list[tuple[Choice, tuple[str, ...]]]:
+        """Each answer once, step by step: a choice, and the archs that share it."""
+        archs: dict[str, list[str]] = {}
+        first: dict[str, Choice] = {}
+        for choice in self.choices:
+            key = repr(choice._replace(arch=""))
+            archs.setdefault(key, []).append(choice.arch)
+            first.setdefault(key, choice)
+        steps = list(dict.fromkeys(choice.step for choice in self.choices))
+        keys = sorted(first, key=lambda key: steps.index(first[key].step))
+        return [(first[key], tuple(archs[key])) for key in keys]
+
     def __str__(self) -> str:
         lines = [self.problem, f"work: {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB", f"here: {self.here}"]
-        for choice in self.choices:
-            title = f"{choice.arch} {choice.step}".rstrip()
+        for choice, archs in self.blocks():
+            title = f"{' '.join(archs)} {choice.step}".rstrip()
             if choice.config:
                 lines.append(f"{title}: {choice.kernel}, {choice.config}")
                 lines += [f"  {reason}" for reason in choice.because]
@@ -134,12 +148,16 @@ def explain_attention(
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int = -1, right: int = -1) -> int:
     """How many (query, key) pairs the causal rule and the window leave; left, right as in `window_size`, -1 = open."""
-    import numpy as np
 
-    last = np.arange(seqlen_q, dtype=np.int64) + (seqlen_k - seqlen_q)
-    high = np.minimum(last + right, seqlen_k - 1) if right >= 0 else np.full(seqlen_q, seqlen_k - 1)
-    low = np.maximum(last - left, 0) if left >= 0 else np.zeros(seqlen_q, dtype=np.int64)
-    return int(np.maximum(high - low + 1, 0).sum())
+    def before(shift: int) -> int:
+        """The sum over all queries of the keys before position `query + shift`, query 0 at seqlen_k - seqlen_q."""
+        first = seqlen_k - seqlen_q + shift
+        low, high = max(first, 1), min(first + seqlen_q - 1, seqlen_k - 1)  # where the count is the position itself
+        inside = (low + high) * (high - low + 1) // 2 if high >= low else 0
+        return inside + seqlen_k * min(max(first + seqlen_q - max(seqlen_k, first), 0), seqlen_q)
+
+    seen = before(right + 1) if right >= 0 else seqlen_q * seqlen_k
+    return seen - (before(-left) if left >= 0 else 0)
 
 
 def _problem(
@@ -154,7 +172,7 @@ def _problem(
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     heads_k = heads_q if heads_k is None else heads_k
     dim_v = head_dim if head_dim_v is None else head_dim_v
-    kind = dtypes.from_name(dtype)
+    kind = named_dtype(dtype)
     array = absent_arrays()
     options: dict[str, Any] = {"causal": causal, "window_size": window_size, "softmax_scale": softmax_scale}
     options["softcap"] = softcap
@@ -174,7 +192,7 @@ def _problem(
             **options,
         )
     if bias is not None:
-        of = kind if bias == "same" else dtypes.from_name(bias)
+        of = kind if bias == "same" else named_dtype(bias)
         options["bias"] = array(of, batch, heads_q, seqlen_q, seqlen_k)
     return problem.attention_problem(
         array(kind, batch, seqlen_q, heads_q, head_dim),
@@ -199,6 +217,29 @@ def absent_arrays() -> Callable[..., View]:
     return array
 
 
+def named_dtype(name: str) -> DType:
+    """The dtype called `name`, in full or as it is printed in problems and configurations. Raises ValueError."""
+    from flashmoe_cupy import dtypes
+
+    try:
+        return dtypes.from_name(DTYPES.get(name, name))
+    except ValueError:
+        known = ", ".join(f"{full} or {short}" for short, full in DTYPES.items())
+        raise ValueError(f"unknown dtype {name!r}; known: {known}") from None
+
+
+def named_arch(name: str) -> str:
+    """The arch that is meant by sm_90a, sm_90, sm90 or 9.0. Raises ValueError for one that is not known."""
+    from flashmoe_cupy.plan.config import MAX_SMEM
+    from flashmoe_cupy.plan.kernels import ARCHS, arch_for
+
+    known = tuple(dict.fromkeys((*ARCHS, *MAX_SMEM)))
+    numbers = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", name.strip().lower())
+    meant = arch_for((int(numbers[1]), int(numbers[2]))) if numbers else name.strip().lower()
+    require_known("arch", meant if meant in known else name, known)
+    return meant
+
+
 def require_known(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
@@ -206,15 +247,12 @@ def require_known(what: str, name: str, known: Sequence[str]) -> None:
 
 def target_archs(arch: str | Sequence[str] | None) -> tuple[str, ...]:
     """The archs that are meant: given, from FLASHMOE_ARCH, of the devices here, else all. Raises ValueError."""
-    from flashmoe_cupy.plan.config import MAX_SMEM
     from flashmoe_cupy.plan.kernels import ARCHS
 
     chosen = arch if arch is not None else _env.get().arch
     if chosen is not None:
         names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
-        for name in names:
-            require_known("arch", name, tuple(dict.fromkeys((*ARCHS, *MAX_SMEM))))
-        return names
+        return tuple(dict.fromkeys(map(named_arch, names)))
     found = tuple(dict.fromkeys(device.arch for device in devices() if device.arch))
     return found or tuple(ARCHS)
 
@@ -271,14 +309,12 @@ def specialisations(
     Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for head_dim_v without head_dim and for
     head dimensions of "moe".
     """
-    from flashmoe_cupy import dtypes
-
     if op == "moe" and (head_dim, head_dim_v) != (None, None):
         raise ValueError("moe has no head_dim and no head_dim_v")
     if head_dim is None and head_dim_v is not None:
         raise ValueError("head_dim_v needs head_dim beside it")
     names = [dtype] if dtype is not None else ["bfloat16", "float16", "float32"]
-    elements = {dtypes.from_name(name).cuda for name in names}
+    elements = {named_dtype(name).cuda for name in names}
     if op == "moe":
         from flashmoe_cupy.service.moe import element
 
