@@ -6,7 +6,6 @@ and a feature that is left out shows in the logits, which `test_features_matter`
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -19,10 +18,10 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from transformers import DynamicCache, StaticCache  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers_kit import TOLERANCE, VOCAB, Tensor, both, build, close, left_padding, tokens, use  # noqa: E402
 
 from flashmoe_cupy.errors import UnsupportedProblem  # noqa: E402
 from flashmoe_cupy.integrations import transformers as integration  # noqa: E402
-from flashmoe_cupy.ops.attention import flash_attention  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,
@@ -30,9 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning"),
 ]
 
-Tensor = Any  # torch.Tensor; mypy does not follow torch
-TOLERANCE = 2e-4  # of logits whose size is about one; float32 rounding through two layers is near 1e-5
-VOCAB = 64
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
@@ -66,62 +62,6 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def build(cfg: Any, kind: str = "AutoModelForCausalLM") -> Any:
-    """The model with weights of about unit gain."""
-    torch.manual_seed(0)
-    made = getattr(transformers, kind).from_config(cfg, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, weight in made.named_parameters():
-            if name.endswith("sinks"):
-                weight.copy_(torch.randn(weight.shape) + 1)
-            elif weight.ndim > 1:
-                weight.copy_(torch.randn(weight.shape) * 1.3 * weight.shape[-1] ** -0.5)
-    return made
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def left_padding(batch: int, length: int) -> Tensor:
-    """(batch, length) int64: row i has 3 * i padded places in front."""
-    return (torch.arange(length) >= 3 * torch.arange(batch)[:, None]).long()
-
-
-def use(model: Any, name: str) -> None:
-    """Switch the attention; in an encoder-decoder model each half has its own setting."""
-    for part in model.modules():
-        if isinstance(part, transformers.PreTrainedModel):
-            part.set_attn_implementation(name)
-
-
-def both(model: Any, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> tuple[Any, Any]:
-    """The outputs of eager and of ours, after checking that ours ran in each layer."""
-    use(model, "eager")
-    expected = model(**copy.deepcopy(inputs))
-    calls = []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return flash_attention(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(integration, "flash_attention", counted)
-        use(model, integration.NAME)
-        got = model(**inputs)
-    assert len(calls) >= model.config.num_hidden_layers * (3 if model.config.is_encoder_decoder else 1)
-    return expected, got
-
-
-def close(got: Tensor, expected: Tensor, keep: Tensor | None = None) -> None:
-    """Equal within TOLERANCE where `keep` (batch, seq) is true; finite everywhere."""
-    assert bool(torch.isfinite(got).all())
-    error = (got - expected).abs().amax(-1)
-    if keep is not None:
-        error = error[keep.bool()]
-    assert float(error.max()) <= TOLERANCE * max(1.0, float(expected.abs().max()) / 4)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # registration
 
@@ -134,11 +74,29 @@ def test_register_is_repeatable() -> None:
     assert ALL_MASK_ATTENTION_FUNCTIONS["fmc_other"] is integration.mask
 
 
-@pytest.mark.parametrize("name", ["flashmoe_cupy", "user/kernel", "paged|fmc", ""])
-def test_register_refuses_names_with_a_meaning(name: str) -> None:
+@pytest.mark.parametrize("name", ["flashmoe_cupy", "user/kernel", "paged|fmc", "my_flex_attention", "my_sdpa", "", 5])
+def test_register_refuses_names_with_a_meaning(name: Any) -> None:
     with pytest.raises(ValueError, match="name="):
         integration.register(name)
-    assert name not in ALL_ATTENTION_FUNCTIONS
+    assert name not in ALL_ATTENTION_FUNCTIONS and name not in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+@pytest.mark.parametrize(
+    "name", sorted({"eager", *ALL_ATTENTION_FUNCTIONS, *ALL_MASK_ATTENTION_FUNCTIONS} - {"fmc_attention", "fmc_other"})
+)
+def test_register_leaves_transformers_own_alone(name: str) -> None:
+    before = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    with pytest.raises(ValueError, match="name="):
+        integration.register(name)
+    assert (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)) == before
+
+
+def test_register_leaves_the_attention_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (type(ALL_ATTENTION_FUNCTIONS), type(ALL_MASK_ATTENTION_FUNCTIONS)):
+        with monkeypatch.context() as patch:
+            patch.setitem(registry._global_mapping, "somebodys", print)
+            with pytest.raises(ValueError, match="already"):
+                integration.register("somebodys")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

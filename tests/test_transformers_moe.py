@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation  # noqa: E402
 
 from benchmarks import smollm2  # noqa: E402
@@ -112,7 +113,9 @@ def test_register_is_repeatable() -> None:
     assert ALL_EXPERTS_FUNCTIONS["fmc_experts"] is first
 
 
-@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "name", sorted({"eager", *ALL_EXPERTS_FUNCTIONS, *ALL_FP8_EXPERTS_FUNCTIONS} - {"fmc_experts", "fmc_other"})
+)
 def test_register_leaves_transformers_own_alone(name: str) -> None:
     before = ALL_EXPERTS_FUNCTIONS.get(name)
     with pytest.raises(ValueError, match="another one"):
@@ -278,6 +281,15 @@ def test_an_activation_of_another_kind(change: Any, reason: str) -> None:
     with pytest.raises(UnsupportedProblem, match=reason) as info:
         integration.experts(layer, torch.randn(3, 64), torch.zeros(3, 2).long(), torch.rand(3, 2))
     assert "grouped_mm" in info.value.hint and "swigluoai" in str(info.value)
+
+
+def test_a_norm_behind_each_expert() -> None:
+    """Muse-Spark's experts normalise each output: a product alone would give other numbers in silence."""
+    layer = build("mixtral").model.layers[0].mlp.experts
+    layer.has_post_expert_norm, layer.post_expert_norm = True, torch.nn.RMSNorm(64)
+    with pytest.raises(UnsupportedProblem, match="has_post_expert_norm") as info:
+        integration.experts(layer, torch.randn(3, 64), torch.zeros(3, 2).long(), torch.rand(3, 2))
+    assert "grouped_mm" in info.value.hint
 
 
 @pytest.mark.parametrize(("limit", "alpha", "interleaved"), [(7.0, 1.702, True), (3.0, 1.25, False)])

@@ -1,4 +1,4 @@
-"""Hugging Face transformers models on `flash_attention`. Tested with transformers 5.17.0.
+"""Hugging Face transformers models on `flash_attention`. Tested with transformers 5.17.0 and 5.24.0.
 
     from flashmoe_cupy.integrations.transformers import register
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=register())
@@ -6,6 +6,10 @@
 or `model.set_attn_implementation(register())`. GQA, windows, softcaps, sinks, position biases, padding, packing and KV
 caches are served. Forward only: use `torch.no_grad()`. Rows of padding are 0. A purely causal batch needs no mask;
 padding, a window shorter than the keys and a static cache need a boolean (batch, 1, seqlen_q, seqlen_k) one.
+
+A model whose class declares neither support of `sdpa` nor that it dispatches all its attention (Bloom, RemBERT, MPT),
+or that takes its attention from a table of its own (Falcon), raises UnsupportedProblem when it is built. transformers'
+`set_attn_implementation` leaves most of these as they are, with a warning; the rest raise at their first forward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DependencyError, UnsupportedProblem
 from ..ops.attention import flash_attention, flash_attention_varlen
+from . import transformers_models
 
 if TYPE_CHECKING:
     import torch
@@ -22,24 +27,32 @@ if TYPE_CHECKING:
 NAME, TESTED = "fmc_attention", "5.17.0"
 
 
-def register(name: str = NAME) -> str:
+def register(name: Any = NAME) -> str:
     """Register the attention and its mask in transformers under `name` and return `name`. May be called again.
 
-    Raises ValueError for a name that means something else to transformers, DependencyError if it is missing or too old.
+    Models built with it are checked from then on (`transformers_models`). Raises ValueError for a name that is taken or
+    means something else to transformers, DependencyError if transformers is missing or too old.
     """
-    if "flash" in name or not name.replace("_", "").isalnum():
+    reserved = [part for part in ("flash", "flex_attention", "sdpa", "eager", "|", "/") if part in str(name)]
+    if not isinstance(name, str) or reserved or not name.replace("_", "").isalnum():
         raise ValueError(
-            f"name={name!r}: to transformers a name with 'flash' means the flash-attn package, one with '/' a kernel "
-            "on the hub, one with '|' paged attention; use letters, digits and '_'"
+            f"name={name!r}: to transformers a name with 'flash' means the flash-attn package, one with 'sdpa', "
+            "'eager' or 'flex_attention' its own attention, one with '/' a kernel on the hub, one with '|' paged "
+            f"attention; use letters, digits and '_', such as {NAME!r}"
         )
     try:
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-        from transformers.modeling_utils import AttentionInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
         sdpa_mask(1, q_length=1, kv_length=1, q_offset=0)
     except (ImportError, TypeError) as error:  # not installed, or from before this mask interface
         raise DependencyError(f"transformers does not fit ({error}): pip install 'transformers>={TESTED}'") from error
-    AttentionInterface.register(name, _uncompiled())
+    attend = _uncompiled()
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    if ALL_ATTENTION_FUNCTIONS.get(name, attend) is not attend or masks.get(name, mask) is not mask:
+        raise ValueError(f"name={name!r}: transformers has an attention of this name already; use another one")
+    transformers_models.watch(attention=name)
+    AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)  # without it a padding mask is dropped in silence
     return name
 
@@ -60,11 +73,15 @@ def mask(
     """Boolean mask (batch, 1, q_length, kv_length), True = attend; None when bottom-right causal says the same.
 
     Arguments: transformers.masking_utils.sdpa_mask. Its own None can also mean top-left causal (a static cache's first
-    forward pass), and the attention function cannot tell the two apart.
+    forward pass), and the attention function cannot tell the two apart. Raises UnsupportedProblem for a `config` whose
+    models would read the mask with attention code of their own.
     """
+    import torch
     from transformers.masking_utils import sdpa_mask
     from transformers.utils.import_utils import is_tracing
 
+    if "config" in kwargs and not torch.compiler.is_compiling():
+        transformers_models.check_config(kwargs["config"])
     real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
     if (
         allow_is_causal_skip
@@ -95,6 +112,7 @@ def attention(
     in it. Without one: causal, bottom-right, unless `is_causal` or else `module.is_causal` is false. cu_seq_lens part
     packed sequences in both cases. Raises UnsupportedProblem for dropout, returned weights, sparse attention.
     """
+    transformers_models.check_config(getattr(module, "config", None))
     reasons = _why_not(attention_mask, dropout, kwargs)
     if cu_seq_lens_q is not None and (query.shape[0] != 1 or position_bias is not None or cu_seq_lens_k is None):
         reasons.append("cu_seq_lens_q: packed sequences need cu_seq_lens_k, batch 1 and no position_bias")
@@ -138,6 +156,8 @@ def _why_not(mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]) 
         reasons.append(f"attention_mask: {mask.ndim}-D, {mask.dtype}; it must be 4-D and boolean or floating")
     for name in ("indices", "block_indices"):  # a model that passes one has left its choice of keys out of the mask
         reasons += [f"{name}: sparse attention is not supported"] if kwargs.get(name) is not None else []
+    if kwargs.get("sinks") is not None:
+        reasons.append("sinks: one per query is not supported; s_aux is one per head")
     return reasons
 
 

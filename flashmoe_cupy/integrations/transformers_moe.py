@@ -1,4 +1,4 @@
-"""The experts of Hugging Face transformers models on `fused_moe`. Tested with transformers 5.17.0.
+"""The experts of Hugging Face transformers models on `fused_moe`. Tested with transformers 5.17.0 and 5.24.0.
 
     from flashmoe_cupy.integrations.transformers_moe import register
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation=register())
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from ..errors import DependencyError, UnsupportedProblem
 from ..ops.moe import fused_moe
+from . import transformers_models
 
 if TYPE_CHECKING:
     import torch
@@ -25,19 +26,25 @@ _GATED, _PLAIN = ("swiglu", "geglu", "geglu_tanh", "swigluoai"), ("relu2", "relu
 _SAME = 1e-5  # of two activations; gelu and its tanh form are 5e-4 apart
 
 
-def register(name: str = NAME) -> str:
+def register(name: Any = NAME) -> str:
     """Register the experts in transformers under `name` and return `name`. May be called again.
 
-    Raises ValueError for the name of transformers' own experts, DependencyError if transformers is missing or too old.
+    Models built with it are refused from then on if transformers dispatches no experts of theirs (see
+    `transformers_models`).
+    Raises ValueError for a name that is taken, DependencyError if transformers is missing or too old.
     """
     try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
     except ImportError as error:  # not installed, or from before this interface
         raise DependencyError(f"transformers does not fit ({error}): pip install 'transformers>={TESTED}'") from error
-    known = ALL_EXPERTS_FUNCTIONS.get(name)
-    if name == "eager" or (known is not None and known is not _uncompiled()):
+    run = _uncompiled()
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name={name!r}: use letters, digits and '_', such as {NAME!r}")
+    if name == "eager" or name in ALL_FP8_EXPERTS_FUNCTIONS or ALL_EXPERTS_FUNCTIONS.get(name, run) is not run:
         raise ValueError(f"name={name!r}: transformers has experts of this name; use another one")
-    ExpertsInterface.register(name, _uncompiled())
+    transformers_models.watch(experts=name)
+    ExpertsInterface.register(name, run)
     return name
 
 
@@ -55,11 +62,12 @@ def experts(
     """hidden_states (T, d), top_k_index (T, K) and top_k_weights (T, K) -> new (T, d), with the weights of `self`.
 
     Ids of experts that are elsewhere (`num_experts` under expert parallelism) contribute nothing. Raises
-    UnsupportedProblem for an activation that `fused_moe` does not have, and for weights (E, d, 2n) as transformers
-    loads them; after `turn` these run in place.
+    UnsupportedProblem for an activation that `fused_moe` does not have, for a norm behind each expert, and for weights
+    (E, d, 2n) as transformers loads them; after `turn` these run in place.
     """
     kind = _kinds.get(self)
     if kind is None:
+        _no_more_than_products(self)
         kind = _kinds[self] = _kind(self)
     up = "gate_up_proj" if self.has_gate else "up_proj"
     w1, w2 = getattr(self, up), self.down_proj
@@ -98,6 +106,15 @@ def turn(model: torch.nn.Module) -> int:
                     weight.data = weight.data.mT.contiguous().mT
                     count += 1
     return count
+
+
+def _no_more_than_products(module: torch.nn.Module) -> None:
+    """Refuse what transformers' decorator declares beside gate and bias, such as a norm of each expert's output."""
+    more = [name for name, value in vars(module).items() if name.startswith("has_") and value]
+    reasons = [f"{name}: not supported" for name in more if name not in ("has_gate", "has_bias")]
+    if reasons:
+        hint = 'experts_implementation="grouped_mm" or "eager"'
+        raise UnsupportedProblem(f"the experts of {type(module).__name__}", reasons, hint)
 
 
 class _Kind(NamedTuple):

@@ -1,0 +1,148 @@
+"""Which transformers models take a registered implementation, and the refusal of all others.
+
+transformers asks a model class only about implementations of its own. With another name, a model that has attention of
+its own runs on, with a mask made for somebody else. Here the class's own word decides, as it does for `sdpa`: nothing
+is known of any model by name. It is asked when a model is built, by torch's hook for registered submodules (a model's
+first submodule comes after its configuration and before its attention), and at a forward pass, since
+`set_attn_implementation` builds nothing. transformers itself is left as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedProblem
+
+if TYPE_CHECKING:
+    import torch
+
+_attention: set[str] = set()  # registered names
+_experts: set[str] = set()
+_passed: set[type] = set()  # configuration classes whose models take our attention
+
+
+def watch(*, attention: str | None = None, experts: str | None = None) -> None:
+    """Refuse models, from now on, that are built with the named implementation and would not call it."""
+    _attention.update({attention} if attention else ())
+    _experts.update({experts} if experts else ())
+    _hook()
+
+
+@cache
+def _hook() -> Any:
+    from torch.nn.modules.module import register_module_module_registration_hook
+    from transformers import PreTrainedModel
+
+    def built(module: torch.nn.Module, name: str, submodule: torch.nn.Module) -> None:  # noqa: ARG001
+        if isinstance(module, PreTrainedModel):
+            config: Any = module.__dict__.get("config")
+            kind: Any = type(module)
+            if getattr(config, "_attn_implementation", None) in _attention:
+                _refuse("attn_implementation", config._attn_implementation, kind, why_no_attention(kind))
+            if getattr(config, "_experts_implementation", None) in _experts:
+                _refuse("experts_implementation", config._experts_implementation, kind, why_no_experts(kind))
+
+    return register_module_module_registration_hook(built)
+
+
+def check_config(config: Any) -> None:
+    """Raise UnsupportedProblem if no model of this configuration takes our attention: for the forward pass."""
+    kind = type(config)
+    if kind in _passed:
+        return
+    from transformers import PreTrainedModel
+
+    models = [m for m in _below(PreTrainedModel) if m.config_class is kind]
+    # One that holds another of the same configuration has no table of its own; one with heads may declare less.
+    wrong = models if all(map(why_no_attention, models)) else [model for model in models if _tables(model)]
+    for model in wrong:
+        _refuse("attn_implementation", getattr(config, "_attn_implementation", None), model, why_no_attention(model))
+    _passed.add(kind)
+
+
+def _refuse(option: str, name: str | None, kind: type, reasons: tuple[str, ...]) -> None:
+    if reasons:
+        hint = f'{option}="eager" runs it; another part of the same model can still have {name!r}, by the name of its '
+        hint += f'configuration, such as {option}={{"text_config": {name!r}}}'
+        raise UnsupportedProblem(f"{option}={name!r} in {kind.__name__}", reasons, hint)
+
+
+@cache
+def why_no_attention(model: Any) -> tuple[str, ...]:
+    """Why models of this class cannot take a registered attention; () if they can. Submodels answer for themselves."""
+    reasons = []
+    # Where sdpa itself lacks a feature that a model needs (softcap, sinks), the model still says that it dispatches.
+    backend = model._supports_attention_backend and any(m._can_set_attn_implementation() for m in _models(model))
+    if not (model._supports_sdpa or backend):
+        reasons.append(
+            f"{model.__name__} declares neither that it supports transformers' own sdpa (_supports_sdpa) nor that all "
+            "its attention goes through ALL_ATTENTION_FUNCTIONS (_supports_attention_backend): attention code of its "
+            "own would run, and could misread the mask"
+        )
+    reasons += [
+        f"{part} takes its attention from {table}, which knows {', '.join(keys)} only"
+        for part, table, keys in _tables(model)
+    ]
+    return tuple(reasons)
+
+
+@cache
+def why_no_experts(model: Any) -> tuple[str, ...]:
+    """Why models of this class cannot take registered experts; () if they can. Submodels answer for themselves."""
+    if any(m._can_set_experts_implementation() for m in _models(model)):
+        return ()
+    reason = f"{model.__name__} has no experts that transformers dispatches (@use_experts_implementation)"
+    return (f"{reason}: the option would do nothing; transformers refuses its own `grouped_mm` there, too",)
+
+
+def _models(model: type) -> list[Any]:
+    """The class and its bases, as far as they are models."""
+    from transformers import PreTrainedModel
+
+    shared = PreTrainedModel.__module__  # its bases of many models say nothing of one
+    return [base for base in model.__mro__ if issubclass(base, PreTrainedModel) and base.__module__ != shared]
+
+
+def _below(kind: Any) -> Iterator[Any]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _below(child)
+
+
+def _tables(model: type) -> list[tuple[str, str, list[str]]]:
+    """(part, table, its keys) where a part of the model looks up its class by implementation, among fixed ones."""
+    import torch
+    from transformers import PreTrainedModel
+
+    found, seen, todo = [], {model}, [model]
+    while todo:
+        part = todo.pop()
+        for name, value in _named_by_constructor(part, set(PreTrainedModel.__mro__)):
+            if isinstance(value, dict) and "eager" in value and all(isinstance(v, type) for v in value.values()):
+                found.append((part.__name__, name, sorted(map(str, value))))
+            elif isinstance(value, type) and issubclass(value, torch.nn.Module) and value not in seen:
+                seen.add(value)
+                if not issubclass(value, PreTrainedModel) and not value.__module__.startswith("torch."):
+                    todo.append(value)
+    return found
+
+
+def _named_by_constructor(part: type, end: set[type]) -> Iterator[tuple[str, Any]]:
+    """Global names, with their values, in the constructors of a class and of its bases outside `end`."""
+    for base in part.__mro__:
+        constructor = inspect.unwrap(vars(base).get("__init__", object.__init__))
+        if base not in end and hasattr(constructor, "__code__"):
+            for name in dict.fromkeys(_names(constructor.__code__)):
+                if name in constructor.__globals__:
+                    yield name, constructor.__globals__[name]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:  # comprehensions and functions inside
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
