@@ -9,6 +9,7 @@ first submodule comes after its configuration and before its attention), and at 
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Iterator
 from functools import cache
@@ -57,8 +58,8 @@ def check_config(config: Any) -> None:
     from transformers import PreTrainedModel
 
     models = [m for m in _below(PreTrainedModel) if m.config_class is kind]
-    # One that holds another of the same configuration has no table of its own; one with heads may declare less.
-    wrong = models if all(map(why_no_attention, models)) else [model for model in models if _tables(model)]
+    # Of several with this configuration, one that holds another has no attention; one with more parts declares less.
+    wrong = models if all(map(why_no_attention, models)) else [m for m in models if _why_not_as_built(m)]
     for model in wrong:
         _refuse("attn_implementation", getattr(config, "_attn_implementation", None), model, why_no_attention(model))
     _passed.add(kind)
@@ -74,19 +75,30 @@ def _refuse(option: str, name: str | None, kind: type, reasons: tuple[str, ...])
 @cache
 def why_no_attention(model: Any) -> tuple[str, ...]:
     """Why models of this class cannot take a registered attention; () if they can. Submodels answer for themselves."""
-    reasons = []
     # Where sdpa itself lacks a feature that a model needs (softcap, sinks), the model still says that it dispatches.
     backend = model._supports_attention_backend and any(m._can_set_attn_implementation() for m in _models(model))
-    if not (model._supports_sdpa or backend):
-        reasons.append(
-            f"{model.__name__} declares neither that it supports transformers' own sdpa (_supports_sdpa) nor that all "
-            "its attention goes through ALL_ATTENTION_FUNCTIONS (_supports_attention_backend): attention code of its "
-            "own would run, and could misread the mask"
-        )
-    reasons += [
+    if model._supports_sdpa or backend:
+        return _why_not_as_built(model)
+    return (
+        f"{model.__name__} declares neither that it supports transformers' own sdpa (_supports_sdpa) nor that all its "
+        "attention goes through ALL_ATTENTION_FUNCTIONS (_supports_attention_backend): attention code of its own would "
+        "run, and could misread the mask",
+        *_why_not_as_built(model),
+    )
+
+
+@cache
+def _why_not_as_built(model: Any) -> tuple[str, ...]:
+    reasons = [
         f"{part} takes its attention from {table}, which knows {', '.join(keys)} only"
         for part, table, keys in _tables(model)
     ]
+    if model._supports_attention_backend and not model._supports_sdpa:
+        reasons += [
+            f"{part} changes its mask, and {model.__name__} does not declare that it knows the masks of sdpa, which "
+            "are boolean or None (_supports_sdpa)"
+            for part in _own_masks(model)
+        ]
     return tuple(reasons)
 
 
@@ -113,21 +125,42 @@ def _below(kind: Any) -> Iterator[Any]:
         yield from _below(child)
 
 
-def _tables(model: type) -> list[tuple[str, str, list[str]]]:
-    """(part, table, its keys) where a part of the model looks up its class by implementation, among fixed ones."""
+def _parts(model: type) -> Iterator[tuple[Any, list[tuple[str, Any]]]]:
+    """The model's class and the classes of its parts, submodels left out, each with what its constructor names."""
     import torch
     from transformers import PreTrainedModel
 
-    found, seen, todo = [], {model}, [model]
+    seen, todo = {model}, [model]
     while todo:
         part = todo.pop()
-        for name, value in _named_by_constructor(part, set(PreTrainedModel.__mro__)):
-            if isinstance(value, dict) and "eager" in value and all(isinstance(v, type) for v in value.values()):
-                found.append((part.__name__, name, sorted(map(str, value))))
-            elif isinstance(value, type) and issubclass(value, torch.nn.Module) and value not in seen:
+        named = list(_named_by_constructor(part, set(PreTrainedModel.__mro__)))
+        yield part, named
+        for _, value in named:
+            if isinstance(value, type) and issubclass(value, torch.nn.Module) and value not in seen:
                 seen.add(value)
                 if not issubclass(value, PreTrainedModel) and not value.__module__.startswith("torch."):
                     todo.append(value)
+
+
+def _tables(model: type) -> list[tuple[str, str, list[str]]]:
+    """(part, table, its keys) where a part of the model looks up its class by implementation, among fixed ones."""
+    return [
+        (part.__name__, name, sorted(map(str, value)))
+        for part, named in _parts(model)
+        for name, value in named
+        if isinstance(value, dict) and "eager" in value and all(isinstance(v, type) for v in value.values())
+    ]
+
+
+def _own_masks(model: type) -> list[str]:
+    """Parts that dispatch their attention with a mask that they change or replace."""
+    found = []
+    for part, _ in _parts(model):
+        code = getattr(inspect.unwrap(getattr(part, "forward", None) or len), "__code__", None)
+        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+            stored = [i.argval for i in dis.get_instructions(code) if i.opname.startswith("STORE_FAST")]
+            if any(name == "attention_mask" or "attention_mask" in tuple(name) for name in stored):
+                found.append(part.__name__)
     return found
 
 
