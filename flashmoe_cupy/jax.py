@@ -30,6 +30,7 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.cpu.attention import attention as cpu_attention
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import DependencyError, UnsupportedProblem
+from flashmoe_cupy.plan.options import exact
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
@@ -68,9 +69,9 @@ def flash_attention(
     arrays = {"q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     options = {
         "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale, "softcap": softcap,
-        "layout": layout,
+        "layout": layout, "return_lse": return_lse,
     }  # fmt: skip
-    return _call(attention_problem, "flash_attention", arrays, options, return_lse, out)
+    return _call(attention_problem, "flash_attention", arrays, options, out)
 
 
 def flash_attention_varlen(
@@ -104,9 +105,9 @@ def flash_attention_varlen(
     }  # fmt: skip
     options = {
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "causal": causal, "window_size": window_size,
-        "softmax_scale": softmax_scale, "softcap": softcap,
+        "softmax_scale": softmax_scale, "softcap": softcap, "return_lse": return_lse,
     }  # fmt: skip
-    return _call(varlen_problem, "flash_attention_varlen", arrays, options, return_lse, out)
+    return _call(varlen_problem, "flash_attention_varlen", arrays, options, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,21 +122,20 @@ def _call(
     op: str,
     arrays: dict[str, Any],
     options: dict[str, Any],
-    return_lse: bool,
     out: Any,
 ) -> Any:
     """Find or build the function of these shapes, dtypes and options, and call it."""
     given = {name: x for name, x in arrays.items() if x is not None}
-    try:
-        signature = tuple([(name, x.shape, x.dtype) for name, x in given.items()])
-        key = (op, signature, *options.values(), return_lse)
-        function = _functions.get(key) if out is None else None
-    except (AttributeError, TypeError):  # not an array, or a list or tracer among the options
-        key, function = None, None
+    read, key, function = exact(options), None, None
+    if read is not None:  # options of a wrong type are not looked up: 1 == True == 1.0
+        options = read
+        with contextlib.suppress(AttributeError, TypeError):  # not an array
+            key = (op, tuple([(name, x.shape, x.dtype) for name, x in given.items()]), *options.values())
+            function = _functions.get(key) if out is None else None
     if function is None:
         _check(op, given, out)
         problem = make_problem(**{name: _view(op, name, x) for name, x in given.items()}, **options)
-        function = _build(op, problem, tuple(given), options.get("layout", "bshd"), bool(return_lse))
+        function = _build(op, problem, tuple(given), options.get("layout", "bshd"), options["return_lse"])
         if key is not None:
             if len(_functions) >= _MAX_FUNCTIONS:
                 _functions.clear()

@@ -6,6 +6,7 @@ its arrays in JSON, and "key", a hash of that text. The workspace of the kernels
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
 from flashmoe_cupy.plan import moe_problem
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.options import exact
 
 __all__ = ["fused_moe", "grouped_gemm", "moe_permute", "moe_route"]
 
@@ -182,12 +184,12 @@ def _call(op: str, arrays: dict[str, Any], options: dict[str, Any], out: Any = N
     """Find or build the function of these shapes, dtypes and options, and call it."""
     required = _OPS[op].inputs[: _OPS[op].required]
     given = {name: x for name, x in arrays.items() if x is not None or name in required}
-    try:
-        signature = tuple([(name, x.shape, x.dtype) for name, x in given.items()])
-        key = (op, signature, *options.values(), *map(type, options.values()))
-        function = _functions.get(key) if out is None else None
-    except (AttributeError, TypeError):  # not an array, or a list or tracer among the options
-        key, function = None, None
+    read, key, function = exact(options), None, None
+    if read is not None:  # options of a wrong type are not looked up: 1 == True == 1.0
+        options = read
+        with contextlib.suppress(AttributeError, TypeError):  # not an array
+            key = (op, tuple([(name, x.shape, x.dtype) for name, x in given.items()]), *options.values())
+            function = _functions.get(key) if out is None else None
     if function is None:
         _check(op, given, out)
         problem = _OPS[op].make(**{name: _view(op, name, x) for name, x in given.items()}, **options)

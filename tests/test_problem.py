@@ -225,7 +225,7 @@ ONE_REASON: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("window of bools", {"window_size": (True, False)}, ("window_size", "(True, False)")),
     ("window int", {"window_size": 3}, ("window_size", "but is 3")),
     ("window of three", {"window_size": (1, 2, 3)}, ("window_size", "(1, 2, 3)")),
-    ("window array", {"window_size": np.zeros(2, int)}, ("window_size", "numpy.ndarray")),
+    ("window array", {"window_size": np.zeros(2)}, ("window_size", "numpy.ndarray")),
     ("scale nan", {"softmax_scale": math.nan}, ("softmax_scale", "nan")),
     ("scale inf", {"softmax_scale": -math.inf}, ("softmax_scale", "-inf")),
     ("scale beyond float32", {"softmax_scale": 1e39}, ("softmax_scale", "float32", "1e+39")),

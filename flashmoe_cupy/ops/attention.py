@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
+from flashmoe_cupy.plan.options import exact
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _OPTIONAL = ("bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 _MAX_PLANS = 4096  # distinct shapes that are remembered
+_UNLIMITED = (-1, -1)
 
 
 def flash_attention(
@@ -35,7 +36,7 @@ def flash_attention(
     v: Any,
     *,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _UNLIMITED,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Any = None,
@@ -79,8 +80,25 @@ def flash_attention(
     Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1; window as in its code; softcap as in Gemma 2;
     sinks as in gpt-oss; ALiBi as in Press et al. (arXiv:2108.12409).
     """
+    # What is remembered is found by options of exact types only, for 1 == True == 1.0.
+    right = (
+        (causal is False or causal is True)
+        and (window_size is _UNLIMITED or _is_window(window_size))
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and type(softcap) is float
+        and type(layout) is str
+        and (return_lse is False or return_lse is True)
+    )
+    if not right:
+        read: Any = exact({
+            "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale, "softcap": softcap,
+            "layout": layout, "return_lse": return_lse,
+        })  # fmt: skip
+        if read is not None:
+            right = True
+            causal, window_size, softmax_scale, softcap, layout, return_lse = read.values()
     quick = options = short = None
-    if sinks is None and alibi_slopes is None and bias is None and out is None:
+    if right and sinks is None and alibi_slopes is None and bias is None and out is None:
         quick = find(type(q))
         if quick is not None:
             wanted = (causal, window_size, softmax_scale, softcap, layout, return_lse)
@@ -91,7 +109,7 @@ def flash_attention(
             short = quick.key(q, k, v)
             if short is not None:
                 options = (short, wanted)
-                plan = _find(options)
+                plan = _plans.get(options)
                 if plan is not None:
                     _recent.note(quick, (q, k, v), wanted, plan)
                     return plan.run_quick(quick, q, k, v)
@@ -106,19 +124,17 @@ def flash_attention(
     vs = None if sinks is None else view(sinks, "sinks")
     va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
     vb = None if bias is None else view(bias, "bias")
-    if type(window_size) is not tuple:
-        window_size = _as_tuple(window_size)
     key = (
         vq[1:6], vk[1:6], vv[1:6], causal, window_size, softmax_scale, softcap, layout, return_lse,
         vo and vo[1:7], vs and vs[1:6], va and va[1:6], vb and vb[1:6],
     )  # fmt: skip
-    plan = _find(key)
+    plan = _plans.get(key) if right else None
     if plan is None:
         problem = attention_problem(
             vq, vk, vv, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-            sinks=vs, alibi_slopes=va, bias=vb, layout=layout, out=vo,
+            sinks=vs, alibi_slopes=va, bias=vb, layout=layout, return_lse=return_lse, out=vo,
         )  # fmt: skip
-        plan = _remember(key, _Plan(problem, vq, layout, bool(return_lse)))
+        plan = _remember(key, _Plan(problem, vq, layout, return_lse))
     if short is not None and vq.device >= 0:
         _remember(options, plan)
     return plan.run(vq, vk, vv, vo, (vb, va, vs, None, None, None, None), out)
@@ -136,7 +152,7 @@ def flash_attention_varlen(
     seqused_q: Any = None,
     seqused_k: Any = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _UNLIMITED,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Any = None,
@@ -159,8 +175,27 @@ def flash_attention_varlen(
     What rows of no sequence hold in q, k and v never counts, NaN included.
     Raises as `flash_attention` does.
     """
+    right = (
+        type(max_seqlen_q) is int
+        and type(max_seqlen_k) is int
+        and (causal is False or causal is True)
+        and (window_size is _UNLIMITED or _is_window(window_size))
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and type(softcap) is float
+        and (return_lse is False or return_lse is True)
+    )
+    if not right:
+        read: Any = exact({
+            "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "causal": causal, "window_size": window_size,
+            "softmax_scale": softmax_scale, "softcap": softcap, "return_lse": return_lse,
+        })  # fmt: skip
+        if read is not None:
+            right = True
+            max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale, softcap, return_lse = read.values()
     options = short = None
-    if seqused_q is None and seqused_k is None and sinks is None and alibi_slopes is None and out is None:
+    if (
+        right and seqused_q is None and seqused_k is None and sinks is None and alibi_slopes is None and out is None
+    ):  # fmt: skip
         quick = find(type(q))
         if quick is not None:
             # A guard wants each array once, and very often the two are one.
@@ -172,7 +207,7 @@ def flash_attention_varlen(
                 short = quick.keys(given)
                 if short is not None:
                     options = (short, wanted)
-                    plan = _find(options)
+                    plan = _plans.get(options)
                     if plan is not None:
                         _recent.note(quick, given, wanted, plan)
             if plan is not None and plan.last is not None and plan.last.clears:
@@ -194,20 +229,18 @@ def flash_attention_varlen(
     vo = None if out is None else view(out, "out")
     vs = None if sinks is None else view(sinks, "sinks")
     va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
-    if type(window_size) is not tuple:
-        window_size = _as_tuple(window_size)
     key = (
         vq[1:6], vk[1:6], vv[1:6], cq[1:6], ck[1:6], uq and uq[1:6], uk and uk[1:6], max_seqlen_q, max_seqlen_k,
         causal, window_size, softmax_scale, softcap, return_lse, vo and vo[1:7], vs and vs[1:6], va and va[1:6],
     )  # fmt: skip
-    plan = _find(key)
+    plan = _plans.get(key) if right else None
     if plan is None:
         problem = varlen_problem(
             vq, vk, vv, cu_seqlens_q=cq, cu_seqlens_k=ck, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
             seqused_q=uq, seqused_k=uk, causal=causal, window_size=window_size, softmax_scale=softmax_scale,
-            softcap=softcap, sinks=vs, alibi_slopes=va, out=vo,
+            softcap=softcap, sinks=vs, alibi_slopes=va, return_lse=return_lse, out=vo,
         )  # fmt: skip
-        plan = _remember(key, _Plan(problem, vq, "packed", bool(return_lse), vo is None))
+        plan = _remember(key, _Plan(problem, vq, "packed", return_lse, vo is None))
     if short is not None and vq.device >= 0:
         _remember(options, plan)
     return plan.run(vq, vk, vv, vo, (None, va, vs, cq, ck, uq, uk), out)
@@ -220,7 +253,7 @@ def launch_attention(problem: AttentionProblem, device: int, stream: int, pointe
     are 0 when absent, like lse.
     """
     key = (problem, device)
-    plan = _find(key)
+    plan = _plans.get(key)
     if plan is None:
         plan = _remember(key, _Plan(problem, None, "", False))
     if not plan.empty_output:
@@ -229,7 +262,7 @@ def launch_attention(problem: AttentionProblem, device: int, stream: int, pointe
 
 def load_attention(problem: AttentionProblem, device: int) -> None:
     """Compile and load the kernel that `launch_attention` will use for 16-byte aligned buffers; launches nothing."""
-    plan = _find((problem, device)) or _remember((problem, device), _Plan(problem, None, "", False))
+    plan = _plans.get((problem, device)) or _remember((problem, device), _Plan(problem, None, "", False))
     if not plan.empty_output and (device, plan.aligned) not in plan.ready:
         plan.ready[device, plan.aligned] = _prepare(problem, device, None, plan.aligned)
 
@@ -365,19 +398,11 @@ _warned: set[str] = set()  # configurations and reasons whose slowness was menti
 _launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched
 
 
-def _find(key: Any) -> _Plan | None:
-    try:
-        return _plans.get(key)
-    except TypeError:  # an option that cannot be hashed: validation names it
-        return None
-
-
 def _remember(key: Any, plan: _Plan) -> _Plan:
     with _plans_lock:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        with suppress(TypeError):  # an unhashable option that validation let through
-            _plans[key] = plan
+        _plans[key] = plan
     return plan
 
 
@@ -418,9 +443,6 @@ def _check_overlap(out: View, named: Iterable[tuple[str, View | None]]) -> None:
         raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
 
 
-def _as_tuple(window_size: Any) -> Any:
-    """Lists and arrays of two are windows too; what is no sequence stays, and validation names it."""
-    try:
-        return tuple(window_size)
-    except TypeError:
-        return window_size
+def _is_window(given: object) -> bool:
+    """Whether this is a tuple of two Python ints."""
+    return type(given) is tuple and len(given) == 2 and type(given[0]) is int and type(given[1]) is int

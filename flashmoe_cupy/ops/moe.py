@@ -15,6 +15,7 @@ from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.plan.moe_problem import MoEProblem, moe_problem
+from flashmoe_cupy.plan.options import exact, exact_types
 
 if TYPE_CHECKING:
     from flashmoe_cupy.ops.moe_gpu import Ready
@@ -24,6 +25,10 @@ _NAMES = (
     "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
     "shared_w_down", "shared_gate",
 )  # fmt: skip
+_OPTIONS = (
+    "activation", "interleaved", "swiglu_alpha", "swiglu_limit", "apply_router_weight_on_input", "batch_invariant",
+)  # fmt: skip
+_EXACT = exact_types(*_OPTIONS)
 Views = tuple[View | None, ...]  # in the order of _NAMES
 
 
@@ -89,8 +94,16 @@ def fused_moe(
     gpt-oss; swiglu with a limit as in DeepSeek-V4 and GLM-5; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
     """
     options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
+    right = tuple(map(type, options)) in _EXACT  # what is remembered is found by exact types only: 1 == True == 1.0
+    if not right:
+        read: Any = exact(dict(zip(_OPTIONS, options, strict=True)))
+        if read is not None:
+            right, options = True, tuple(read.values())
+            activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant = options
     given: tuple[Any, ...] = x, w_gate_up, w_down, topk_weights, topk_ids
-    if (
+    if not right:
+        short = found = None
+    elif (
         b_gate_up is None and b_down is None and expert_map is None and shared_w_gate_up is None
         and shared_w_down is None and shared_gate is None and out is None
     ):  # fmt: skip
@@ -120,11 +133,11 @@ def fused_moe(
     vg = None if shared_gate is None else view(shared_gate, "shared_gate")
     vo = None if out is None else view(out, "out")
     key = (
-        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], options, *map(type, options), b1 and b1[1:6], b2 and b2[1:6],
+        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], options, b1 and b1[1:6], b2 and b2[1:6],
         vm and vm[1:6], s1 and s1[1:6], s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],
     )  # fmt: skip
     views = (vx, v1, v2, vw, vi, b1, b2, vm, s1, s2, vg)
-    plan = _plans.find(key)
+    plan = _plans.find(key) if right else None
     if plan is None:
         problem = moe_problem(
             vx, v1, v2, vw, vi, activation=activation, b_gate_up=b1, b_down=b2, interleaved=interleaved,

@@ -9,6 +9,7 @@ from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
+from flashmoe_cupy.plan.options import integer
 
 
 class MoEPermutation(NamedTuple):
@@ -43,8 +44,10 @@ def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> M
         return found
     vi = view(topk_ids, "topk_ids")
     vm = None if expert_map is None else view(expert_map, "expert_map")
-    key = vi[1:6], vm and vm[1:6], num_experts, type(num_experts)
-    plan = _plans.find(key)
+    if type(num_experts) is not int and (read := integer(num_experts)) is not None:
+        num_experts = read
+    key = vi[1:6], vm and vm[1:6], num_experts
+    plan = _plans.find(key) if type(num_experts) is int else None  # 2.0 == 2 and True == 1
     if plan is None:
         plan = _plans.keep(key, _Plan(permute_problem(vi, vm, num_experts=num_experts)))
     return plan.run((vi, vm))

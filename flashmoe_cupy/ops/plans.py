@@ -57,12 +57,12 @@ class Memory(Generic[Plan]):
 def seen(memory: Memory[Any], given: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
     """The short key of a call on plain arrays of torch or CuPy, and its result if such a call was made before.
 
-    None for both where there is no short way.
+    options: in their exact types (`plan.options`). None for both where there is no short way.
     """
     quick = find(type(given[0]))
     if quick is None:
         return None, None
-    wanted = len(given), options, *map(type, options)
+    wanted = len(given), options
     if quick.guards:
         again = memory.recent.find(given, wanted)
         if again is not None:

@@ -11,10 +11,18 @@ from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import FP32, INT32
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.plan.moe_problem import RouteProblem, route_problem
+from flashmoe_cupy.plan.options import exact, exact_types
 
 if TYPE_CHECKING:
     from flashmoe_cupy.ops.moe_gpu import Ready
     from flashmoe_cupy.ops.quick import Quick
+
+
+_OPTIONS = (
+    "top_k", "scoring_func", "renormalize", "routed_scaling_factor", "num_expert_group", "topk_group",
+    "capacity_factor", "return_stats",
+)  # fmt: skip
+_EXACT = exact_types(*_OPTIONS)
 
 
 class RouterStats(NamedTuple):
@@ -75,8 +83,17 @@ def moe_route(
         top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group, capacity_factor,
         return_stats,
     )  # fmt: skip
+    right = tuple(map(type, options)) in _EXACT  # what is remembered is found by exact types only: 1 == True == 1.0
+    if not right:
+        read: Any = exact(dict(zip(_OPTIONS, options, strict=True)))
+        if read is not None:
+            right, options = True, tuple(read.values())
+            (
+                top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group, capacity_factor,
+                return_stats,
+            ) = options  # fmt: skip
     short = None
-    if not return_stats:
+    if right and not return_stats:
         given = (logits,) if e_score_correction_bias is None else (logits, e_score_correction_bias)
         short, found = plans.seen(_plans, given, options)
         if found is not None:
@@ -91,8 +108,8 @@ def moe_route(
         )  # fmt: skip
     vl = view(logits, "logits")
     vb = None if e_score_correction_bias is None else view(e_score_correction_bias, "e_score_correction_bias")
-    key = vl[1:6], vb and vb[1:6], options, *map(type, options)  # types, because 2.0 == 2 and True == 1
-    plan = _plans.find(key)
+    key = vl[1:6], vb and vb[1:6], options
+    plan = _plans.find(key) if right else None
     if plan is None:
         problem = route_problem(
             vl, vb, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32, DType
+from flashmoe_cupy.plan.options import boolean, integer
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
@@ -111,25 +109,6 @@ def check_eights(why: list[str], *sizes: tuple[str, int, str]) -> None:
 # ---- values ----
 
 
-def integer(value: object) -> int | None:
-    """A Python or NumPy integer as int; None for all else, bools included."""
-    if type(value) is int:
-        return value
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
-
-
-def real(value: object) -> float | None:
-    """A Python or NumPy number as float; None for all else, bools included; infinite when it does not fit."""
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def count(why: list[str], name: str, value: object) -> int:
     n = integer(value)
     if n is None or not 1 <= n <= INT_MAX:
@@ -139,7 +118,7 @@ def count(why: list[str], name: str, value: object) -> int:
 
 
 def flag(why: list[str], name: str, value: object) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    if boolean(value) is None:
         why.append(f"{name} must be a bool, but is {show(value)}")
         return False
     return bool(value)
@@ -197,7 +176,10 @@ def show(value: object) -> str:
         return repr(value)
     if isinstance(value, (tuple, list)) and len(value) <= 4:
         return f"({', '.join(map(show, value))})"
-    return f"a {type(value).__module__}.{type(value).__qualname__}"
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name.startswith("jax") and name.endswith("Tracer"):
+        return "traced by JAX (options are Python values: name it in static_argnames of jax.jit)"
+    return f"a {name}"
 
 
 def asked(op: str, named: Named, options: Sequence[Option]) -> str:

@@ -33,10 +33,10 @@ from flashmoe_cupy.plan.checks import (
     count,
     flag,
     or_else,
-    real,
     show,
 )
 from flashmoe_cupy.plan.layouts import check_shared, check_w, check_weights
+from flashmoe_cupy.plan.options import real, text
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
@@ -238,7 +238,8 @@ def route_problem(
         why.append(f"topk_group is {kept}, but there are only {groups} groups (num_expert_group)")
     elif known and groups and kept and kept * (experts // groups) < k <= experts:
         why.append(f"top_k is {k}, but topk_group={kept} groups of {experts // groups} experts hold fewer")
-    if scoring_func not in SCORING:
+    scoring = text(scoring_func)
+    if scoring not in SCORING:
         why.append(f"scoring_func is {show(scoring_func)}; known are {', '.join(SCORING)}")
     normed, stats = flag(why, "renormalize", renormalize), flag(why, "return_stats", return_stats)
     scale = real(routed_scaling_factor)
@@ -258,7 +259,7 @@ def route_problem(
         _refuse("moe_route", named, options, why, f"{hint}; e_score_correction_bias is (experts,)")
     capacity = -1 if factor is None else min(math.ceil(min(factor * tokens * k / experts, INT_MAX)), INT_MAX)
     return RouteProblem(
-        logits.dtype, tokens, experts, k, logits.strides[0], str(scoring_func), normed, scale or 0.0,
+        logits.dtype, tokens, experts, k, logits.strides[0], str(scoring), normed, scale or 0.0,
         None if bias is None else bias.dtype, groups, kept, capacity, stats,
     )  # fmt: skip
 
@@ -372,18 +373,19 @@ def moe_problem(
     optional += (("shared_gate", shared_gate), ("out", out))
     named = [
         ("x", x), ("w_gate_up", w_gate_up), ("w_down", w_down), ("topk_weights", topk_weights), ("topk_ids", topk_ids),
-        *((name, v) for name, v in optional if v is not None),
+        *((one, v) for one, v in optional if v is not None),
     ]  # fmt: skip
-    if activation not in ACTIVATIONS:
+    name = text(activation)
+    if name not in ACTIVATIONS:
         why.append(f"activation is {show(activation)}; known are {', '.join(ACTIVATIONS)}")
-    factor = 2 if activation in GATED or activation not in ACTIVATIONS else 1
+    factor = 1 if name in ACTIVATIONS and name not in GATED else 2
     is_interleaved = flag(why, "interleaved", interleaved)
     if is_interleaved and factor == 1:
         why.append(f"interleaved is for gated activations, and {activation!r} is not gated")
     weights = [*named[:3], *shared]
     check_dtypes(why, weights)
-    for name, v in weights:
-        check_last(why, name, v)
+    for array, v in weights:
+        check_last(why, array, v)
     check_places(why, named)
     check_ranks(why, 2, named[:1])
     check_ranks(why, 3, named[1:3])
@@ -426,7 +428,7 @@ def moe_problem(
     return MoEProblem(
         x.dtype, tokens, hidden or 0, n, experts, k, x.strides[0], (w_gate_up.strides[0], w_gate_up.strides[1]),
         (w_down.strides[0], w_down.strides[1]), (hidden or 0) if out is None else out.strides[0],
-        topk_weights.dtype, topk_weights.strides[0], topk_ids.dtype, topk_ids.strides[0], str(activation),
+        topk_weights.dtype, topk_weights.strides[0], topk_ids.dtype, topk_ids.strides[0], str(name),
         is_interleaved, alpha, limit, *_bias(b_gate_up),
         *_bias(b_down), num_global, on_input, s, shared_w_gate_up.strides[0] if shared_w_gate_up else 0,
         shared_w_down.strides[0] if shared_w_down else 0, *_bias(shared_gate), invariant,

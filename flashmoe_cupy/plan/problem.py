@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from flashmoe_cupy.dtypes import BOOL, FP32, INT32, DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.checks import (
@@ -25,11 +23,11 @@ from flashmoe_cupy.plan.checks import (
     check_out,
     check_places,
     check_ranks,
-    integer,
+    flag,
     or_else,
-    real,
     show,
 )
+from flashmoe_cupy.plan.options import integer, real, text, window
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
@@ -123,6 +121,7 @@ def attention_problem(
     alibi_slopes: View | None = None,
     bias: View | None = None,
     layout: object = "bshd",
+    return_lse: object = False,
     out: View | None = None,
 ) -> AttentionProblem:
     """Validate the arguments of `flash_attention`. Raises one UnsupportedProblem that holds every reason.
@@ -131,9 +130,10 @@ def attention_problem(
     Without `out` the strides are those of a fresh contiguous array in the same layout.
     """
     why: list[str] = []
-    s, h = (2, 1) if layout == "bhsd" else (1, 2)
-    if h == 2 and layout != "bshd":
-        why.append(f"layout is {layout!r}; it must be 'bshd' or 'bhsd'")
+    order = text(layout)
+    s, h = (2, 1) if order == "bhsd" else (1, 2)
+    if h == 2 and order != "bshd":
+        why.append(f"layout is {show(layout)}; it must be 'bshd' or 'bhsd'")
     qs, ks, vs = q.shape, k.shape, v.shape
     known = len(qs) == len(ks) == len(vs) == 4
     batch = heads_q = heads_k = seqlen_q = seqlen_k = head_dim = head_dim_v = 0
@@ -170,11 +170,12 @@ def attention_problem(
     if bias is not None:
         bias_strides = _check_bias(why, bias, q.dtype, (batch, heads_q, seqlen_q, seqlen_k) if known else None)
     is_causal, left, right, scale, cap = _check_scalars(why, causal, window_size, softmax_scale, softcap, head_dim)
+    flag(why, "return_lse", return_lse)
     if why:
         named = (("q", q), ("k", k), ("v", v), *others)
-        options = _options(causal, window_size, softmax_scale, softcap)
-        text = asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
-        raise UnsupportedProblem(text, why, _HINT.format(axes=_AXES["bhsd" if s == 2 else "bshd"]))
+        options = _options(causal, window_size, softmax_scale, softcap, return_lse)
+        call = asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
+        raise UnsupportedProblem(call, why, _HINT.format(axes=_AXES["bhsd" if s == 2 else "bshd"]))
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v,
@@ -202,6 +203,7 @@ def varlen_problem(
     softcap: object = 0.0,
     sinks: View | None = None,
     alibi_slopes: View | None = None,
+    return_lse: object = False,
     out: View | None = None,
 ) -> AttentionProblem:
     """Validate the arguments of `flash_attention_varlen`. Raises one UnsupportedProblem that holds every reason.
@@ -242,12 +244,13 @@ def varlen_problem(
     longest_q = _length(why, "max_seqlen_q", max_seqlen_q)
     longest_k = _length(why, "max_seqlen_k", max_seqlen_k)
     is_causal, left, right, scale, cap = _check_scalars(why, causal, window_size, softmax_scale, softcap, head_dim)
+    flag(why, "return_lse", return_lse)
     if why:
         named = (("q", q), ("k", k), ("v", v), *others)
         longest = (("max_seqlen_q", max_seqlen_q, None), ("max_seqlen_k", max_seqlen_k, None))
-        options = _options(causal, window_size, softmax_scale, softcap)
-        text = asked("flash_attention_varlen", named, (*longest, *options))
-        raise UnsupportedProblem(text, why, _HINT.format(axes=_AXES["packed"]) + "; cu_seqlens are (batch + 1,) int32")
+        options = _options(causal, window_size, softmax_scale, softcap, return_lse)
+        call = asked("flash_attention_varlen", named, (*longest, *options))
+        raise UnsupportedProblem(call, why, _HINT.format(axes=_AXES["packed"]) + "; cu_seqlens are (batch + 1,) int32")
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, longest_q, longest_k, head_dim, head_dim_v,
@@ -370,13 +373,9 @@ def _check_scalars(
     why: list[str], causal: object, window_size: object, softmax_scale: object, softcap: object, head_dim: int
 ) -> tuple[bool, int, int, float, float]:
     """(causal, window_left, window_right folded with causal, softmax_scale, softcap)."""
-    if not isinstance(causal, (bool, np.bool_)):
-        why.append(f"causal must be a bool, but is {show(causal)}")
-        causal = False
-    left = right = None
-    if isinstance(window_size, (tuple, list)) and len(window_size) == 2:
-        left, right = integer(window_size[0]), integer(window_size[1])
-    if left is None or right is None or not (-1 <= left <= INT_MAX and -1 <= right <= INT_MAX):
+    is_causal = flag(why, "causal", causal)
+    left, right = window(window_size) or (-2, -2)
+    if not (-1 <= left <= INT_MAX and -1 <= right <= INT_MAX):
         why.append(f"window_size must be two ints (left, right), -1 (unlimited) or more, but is {show(window_size)}")
         left = right = -1
     scale: float | None = head_dim**-0.5 if head_dim else 1.0
@@ -387,11 +386,13 @@ def _check_scalars(
     cap = real(softcap)
     if cap is None or not (cap == 0.0 or FLOAT_TINY <= cap <= FLOAT_MAX):
         why.append(f"softcap must be 0 (off) or a positive number, normal in float32, but is {show(softcap)}")
-    return bool(causal), left, 0 if causal else right, scale or 0.0, cap or 0.0
+    return is_causal, left, 0 if is_causal else right, scale or 0.0, cap or 0.0
 
 
-def _options(causal: object, window_size: object, softmax_scale: object, softcap: object) -> tuple[Option, ...]:
+def _options(
+    causal: object, window_size: object, softmax_scale: object, softcap: object, return_lse: object
+) -> tuple[Option, ...]:
     return (
-        ("causal", causal, False), ("window_size", window_size, (-1, -1)),
-        ("softmax_scale", softmax_scale, None), ("softcap", softcap, 0.0),
+        ("causal", causal, False), ("window_size", window_size, (-1, -1)), ("softmax_scale", softmax_scale, None),
+        ("softcap", softcap, 0.0), ("return_lse", return_lse, False),
     )  # fmt: skip
