@@ -16,7 +16,7 @@ import pytest
 import flashmoe_cupy
 from flashmoe_cupy import UnsupportedProblem
 from flashmoe_cupy.ops import attention, moe, quick, route
-from flashmoe_cupy.plan import options
+from flashmoe_cupy.plan import kernels, options
 
 Arrays = dict[str, Any]
 
@@ -29,13 +29,13 @@ def i32(*values: int) -> np.ndarray[Any, Any]:
     return np.array(values, np.int32)
 
 
-QKV = {"q": f32(2, 6, 1, 8), "k": f32(2, 6, 1, 8), "v": f32(2, 6, 1, 8)}
-PACKED = {"q": f32(6, 1, 8), "k": f32(6, 1, 8), "v": f32(6, 1, 8), "cu_seqlens_q": i32(0, 1, 2, 3, 4, 5, 6)}
+QKV: Arrays = {"q": f32(2, 6, 1, 8), "k": f32(2, 6, 1, 8), "v": f32(2, 6, 1, 8)}
+PACKED: Arrays = {"q": f32(6, 1, 8), "k": f32(6, 1, 8), "v": f32(6, 1, 8), "cu_seqlens_q": i32(0, 1, 2, 3, 4, 5, 6)}
 PACKED["cu_seqlens_k"] = PACKED["cu_seqlens_q"]
-LENGTHS = {"max_seqlen_q": 1, "max_seqlen_k": 1}
-EXPERTS = {"x": f32(2, 8), "w_gate_up": f32(2, 16, 8), "w_down": f32(2, 8, 8), "topk_weights": f32(2, 1)}
+LENGTHS: Arrays = {"max_seqlen_q": 1, "max_seqlen_k": 1}
+EXPERTS: Arrays = {"x": f32(2, 8), "w_gate_up": f32(2, 16, 8), "w_down": f32(2, 8, 8), "topk_weights": f32(2, 1)}
 EXPERTS["topk_ids"] = i32(0, 1).reshape(2, 1)
-SCORES = {"causal": True, "window_size": (1, 0), "softmax_scale": 1.0, "softcap": 1.0, "return_lse": True}
+SCORES: Arrays = {"causal": True, "window_size": (1, 0), "softmax_scale": 1.0, "softcap": 1.0, "return_lse": True}
 
 # Per function: the arrays, options that must be given, and for each option a right value that others equal.
 CALLS: dict[str, tuple[Arrays, Arrays, Arrays]] = {
@@ -101,9 +101,8 @@ def refused(call: Callable[..., Any], arguments: Arrays, option: str, value: Any
 
 
 def forget() -> None:
-    attention._plans.clear(), attention._recent.clear()
-    for each in (route, moe, flashmoe_cupy.ops.permute):  # type: ignore[attr-defined]
-        each._plans._plans.clear(), each._plans.recent.clear()
+    for call in kernels.forget:
+        call()
 
 
 def check(name: str, option: str, convert: Callable[[Any], Any]) -> None:
@@ -236,6 +235,7 @@ def test_integers_of_every_library_are_an_index() -> None:
     """Also those that another library would take, and nothing that only looks like one."""
     read = options.integer
     assert [read(x) for x in (3, np.int64(3), np.array(3), np.array(3, np.uint8))] == [3] * 4
+    none: Any
     for none in (True, np.True_, np.array(True), 3.0, np.float32(3), np.array(3.0), np.array([3]), "3", None, [3], 3j):
         assert read(none) is None, none
     assert options.window(np.array([3, -1])) == options.window([np.array(3), np.int8(-1)]) == (3, -1)
@@ -264,7 +264,7 @@ def test_integers_of_jax() -> None:
     for none in (jnp.array(True), jnp.array([3]), jnp.array(3.0)):
         assert options.integer(none) is None, none
     arrays = moved(PACKED, jnp.asarray)
-    flashmoe_cupy.flash_attention_varlen(**arrays, max_seqlen_q=jnp.array(1), max_seqlen_k=np.array(1))
+    flashmoe_cupy.flash_attention_varlen(**arrays | {"max_seqlen_q": jnp.array(1), "max_seqlen_k": np.array(1)})
 
     def attend(q: Any, left: Any) -> Any:
         return flashmoe_cupy.flash_attention(q, q, q, window_size=(left, 0))

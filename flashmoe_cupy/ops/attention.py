@@ -82,12 +82,11 @@ def flash_attention(
     """
     # What is remembered is found by options of exact types only, for 1 == True == 1.0.
     right = (
-        (causal is False or causal is True)
-        and (window_size is _UNLIMITED or _is_window(window_size))
+        (window_size is _UNLIMITED or _is_window(window_size))
         and (softmax_scale is None or type(softmax_scale) is float)
         and type(softcap) is float
         and type(layout) is str
-        and (return_lse is False or return_lse is True)
+        and type(causal) is type(return_lse) is bool
     )
     if not right:
         read: Any = exact({
@@ -178,11 +177,10 @@ def flash_attention_varlen(
     right = (
         type(max_seqlen_q) is int
         and type(max_seqlen_k) is int
-        and (causal is False or causal is True)
         and (window_size is _UNLIMITED or _is_window(window_size))
         and (softmax_scale is None or type(softmax_scale) is float)
         and type(softcap) is float
-        and (return_lse is False or return_lse is True)
+        and type(causal) is type(return_lse) is bool
     )
     if not right:
         read: Any = exact({
