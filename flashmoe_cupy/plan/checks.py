@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32, DType
-from flashmoe_cupy.plan.options import boolean, integer
+from flashmoe_cupy.plan.options import boolean, integer, real
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View

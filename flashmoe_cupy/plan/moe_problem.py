@@ -409,7 +409,7 @@ def moe_problem(
         check_small(why, "b_down", b_down, x.dtype, "x", (experts, hidden or 0) if known else None)
     num_global = _check_map(why, expert_map)
     s = check_shared(why, x, shared_w_gate_up, shared_w_down, shared_gate, hidden, factor)
-    ours = activation in ACTIVATIONS
+    ours = name in ACTIVATIONS
     alpha, limit = clamp_alpha(why, activation, ours, swiglu_alpha), clamp_limit(why, activation, ours, swiglu_limit)
     on_input = flag(why, "apply_router_weight_on_input", apply_router_weight_on_input)
     invariant = flag(why, "batch_invariant", batch_invariant)
