@@ -38,6 +38,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"activation": "swigluoai", "interleaved": True, "biases": "float32", "routing": "zipf", "global_experts": 9},
     {"activation": "gelu", "shared": 24, "weight_on_input": True, "weights_dtype": "same"},
     {"activation": "relu2", "batch_invariant": True, "ids_dtype": "int64", "routing": "one"},
+    {"swiglu_limit": 0.5, "shared": 24},
 )
 
 

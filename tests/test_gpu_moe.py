@@ -117,6 +117,12 @@ def activations(dtype: str) -> list[MoECase]:
     return [MoECase(t, 136, 72, 3, 2, dtype, *form, biases=biases) for t, form, biases in kinds]
 
 
+def clamps(dtype: str) -> list[MoECase]:
+    """swiglu within a limit, which has kernels of its own, in the shared expert too."""
+    kinds = itertools.product((5, 90, 130, 150, 450), (0.5, 2.0), (False, True))
+    return [MoECase(t, 136, 72, 3, 2, dtype, "swiglu", turns, None, limit, shared=40) for t, limit, turns in kinds]
+
+
 def routings(dtype: str) -> list[MoECase]:
     """Spread over experts in every way, some of them elsewhere, some of the assignments to nobody."""
     kinds = itertools.product((50, 700), ROUTINGS, (0.0, 0.3), (0, 24))
@@ -154,10 +160,10 @@ def invariants(dtype: str) -> list[MoECase]:
     return [MoECase(t, 136, 72, 5, 2, dtype, a, shared=s, batch_invariant=True) for t, a, s in kinds]
 
 
-GRIDS = (sizes, dims, activations, routings, shared, on_input, invariants)
+GRIDS = (sizes, dims, activations, clamps, routings, shared, on_input, invariants)
 SINGLES = [  # float32, which only the portable kernel takes
     *(case for case in sizes("float32") if case.experts < 160 or case.tokens == 7),
-    *(case for grid in (dims, activations, routings, shared, on_input, invariants) for case in grid("float32")[::3]),
+    *(case for grid in (dims, activations, clamps, routings, shared, on_input, invariants) for case in grid("float32")[::3]),
 ]
 RUNS: dict[Any, list[MoECase]] = {
     (grid, dtype): register(grid(dtype)[:: 1 + i]) for grid in GRIDS for i, dtype in enumerate(HALVES)
