@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flashmoe_cupy import reference
 from flashmoe_cupy.arrays import view
 from flashmoe_cupy.cpu import attention as module
+from flashmoe_cupy.cpu import tile
 from flashmoe_cupy.cpu.attention import attention
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
@@ -128,9 +129,11 @@ def test_any_mix_in_any_tiling(
         seqlen_q, seqlen_k, batch=batch, heads_q=heads[0], heads_k=heads[1], head_dim=8, dtype="float32", causal=causal,
         window_size=(left, right), bias=bias, bias_dtype="bool" if seed % 2 else "float32", sinks=sinks,
     )  # fmt: skip
-    sizes = {"_ROWS": rows, "_KEYS": keys, "_SCORES": rows * keys, "_NARROW": 2, "_VALUES": 8 * keys}
+    sizes = {"_QUERIES": max(2, rows // 4), "_KEYS": keys, "_SCORES": rows * keys, "_VALUES": 8 * keys, "_FEW": 2}
     with pytest.MonkeyPatch.context() as patch:  # small tiles, so that small problems cross their edges
         for name, value in sizes.items():
+            patch.setattr(tile, name, value)
+        for name, value in {"_ROWS": rows, "_FEWEST_ROWS": 2, "_VALUES": 8 * keys, "_ALONE": seed % 3 * 1000}.items():
             patch.setattr(module, name, value)
         check_case(case, seed)
 
@@ -350,7 +353,7 @@ def test_every_float16_is_read_exactly() -> None:
     finite = patterns[(patterns & 0x7C00) != 0x7C00]
     for bits in (patterns, finite):
         values = bits.view(np.float16).reshape(1, -1, 1, 8)
-        got = module._float32(values)
+        got = tile._float32(values)
         np.testing.assert_array_equal(got[:, 0], values[:, :, 0].astype(np.float32))
         np.testing.assert_array_equal(np.signbit(got[:, 0]), np.signbit(values[:, :, 0]))
 
@@ -389,7 +392,7 @@ WINDOW = st.integers(-1, 40)
 
 @given(st.integers(0, 30), st.integers(1, 20), st.integers(-30, 30), WINDOW, WINDOW, st.integers(0, 60))
 def test_key_range_is_exact(start: int, count: int, offset: int, left: int, right: int, seqlen_k: int) -> None:
-    first, last = module._key_range(slice(start, start + count), offset, left, right, seqlen_k)
+    first, last = tile.key_range(slice(start, start + count), offset, left, right, seqlen_k)
     pairs = itertools.product(range(start, start + count), range(seqlen_k))
     seen = [j for i, j in pairs if (left < 0 or j >= i + offset - left) and (right < 0 or j <= i + offset + right)]
     assert (first, last) == (min(seen), max(seen) + 1) if seen else last <= first
