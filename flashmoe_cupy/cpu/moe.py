@@ -3,7 +3,7 @@
 Sources: softmax, top-k and losses as in Switch (Fedus et al., arXiv 2101.03961) and ST-MoE (Zoph et al., arXiv
 2202.08906); sigmoid scores, bias and groups as in DeepSeek-V3 (arXiv 2412.19437). Tokens go in blocks and weights are
 widened to float32 in blocks, so memory beyond the arguments is some tens of MB whatever the sizes. The weights of an
-expert without tokens are never read. Threads are those of the BLAS library.
+expert without tokens are never read. The router's blocks of tokens go to threads; the products have those of BLAS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe_cupy.cpu import threads
 from flashmoe_cupy.cpu.convert import widened
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 
@@ -25,7 +26,8 @@ Array = NDArray[Any]
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
-_SCORES = 1 << 20  # scores of a block of tokens in the router
+_SCORES = 1 << 15  # scores of a block of tokens in the router: 128 KB
+_ALONE = 1 << 16  # scores of a router that one thread has done before a second one is awake
 _ROWS = 1 << 22  # elements of the widest intermediate result of some rows of an expert: 16 MB
 _WEIGHTS = 1 << 20  # elements of a block of weights in float32: 4 MB
 _RESULTS = 1 << 24  # elements that the experts of a block of tokens give before they are summed
@@ -45,25 +47,20 @@ def route(
     """
     p = problem
     shift = None if bias is None else bias.astype(np.float32)
-    probabilities, squares = np.zeros(p.num_experts), 0.0
     step = max(1, _SCORES // p.num_experts)
-    with np.errstate(all="ignore"):
-        for i in range(0, p.tokens, step):
-            rows = slice(i, min(i + step, p.tokens))
-            x = widened(logits[rows])
-            np.copyto(x, -_FLOAT_MAX, where=np.isnan(x))
-            np.clip(x, -_FLOAT_MAX, _FLOAT_MAX, out=x)
-            scores = _scores(p.scoring_func, x)
-            # The scores rise with the logits, and where they underflow to one value only the logits tell the order.
-            choice = x if shift is None else scores + shift
-            ids = _choose(p, choice, with_bias=shift is not None)
-            topk_ids[rows] = ids
-            topk_weights[rows] = _weights(p, x, scores, ids)
-            if p.return_stats:
-                share = scores if p.scoring_func == "softmax" else scores / (scores.sum(1, keepdims=True) + _TINY)
-                probabilities += share.sum(axis=0, dtype=np.float64)
-                top = x.max(axis=1)
-                squares += float(np.square(top + np.log(np.exp(x - top[:, None]).sum(axis=1))).sum(dtype=np.float64))
+    parts: list[tuple[NDArray[np.float64], float]] = [(np.zeros(p.num_experts), 0.0)] * -(-p.tokens // step)
+
+    def block(place: int) -> None:
+        rows = slice(place * step, min((place + 1) * step, p.tokens))
+        found = _route_block(p, widened(logits[rows]), shift, topk_weights[rows], topk_ids[rows])
+        if found is not None:
+            parts[place] = found
+
+    threads.each(lambda: block, range(len(parts)), alone=p.tokens * p.num_experts < _ALONE)
+    probabilities, squares = np.zeros(p.num_experts), 0.0
+    for part in parts if p.return_stats else ():  # in one order, whichever thread was first
+        probabilities += part[0]
+        squares += part[1]
     routed = np.bincount(topk_ids.ravel(), minlength=p.num_experts)
     if p.capacity >= 0:
         _drop(p.capacity, routed, topk_weights, topk_ids)
@@ -75,6 +72,27 @@ def route(
     counts = kept.astype(np.int32), (routed - kept).astype(np.int32)
     with np.errstate(over="ignore"):  # the square of a logit beyond 1e19 is infinite in float32
         return *counts, np.array(balance, np.float32), np.array(squares / tokens).astype(np.float32)
+
+
+def _route_block(
+    p: RouteProblem, x: F32, shift: F32 | None, topk_weights: F32, topk_ids: I32
+) -> tuple[NDArray[np.float64], float] | None:
+    """Write experts and weights of some tokens, whose logits x are overwritten; for statistics, the two sums."""
+    np.copyto(x, -_FLOAT_MAX, where=np.isnan(x))
+    np.clip(x, -_FLOAT_MAX, _FLOAT_MAX, out=x)
+    alone = p.renormalize and p.scoring_func == "softmax" and shift is None and not p.return_stats
+    scores = x if alone else _scores(p.scoring_func, x)  # weights of the logits alone need no other's
+    # The scores rise with the logits, and where they underflow to one value only the logits tell the order.
+    choice = x if shift is None else scores + shift
+    ids = _choose(p, choice, with_bias=shift is not None)
+    topk_ids[...] = ids
+    topk_weights[...] = _weights(p, x, scores, ids)
+    if not p.return_stats:
+        return None
+    share = scores if p.scoring_func == "softmax" else scores / (scores.sum(1, keepdims=True) + _TINY)
+    top = x.max(axis=1)
+    squares = np.square(top + np.log(np.exp(x - top[:, None]).sum(axis=1))).sum(dtype=np.float64)
+    return share.sum(axis=0, dtype=np.float64), float(squares)
 
 
 _TINY = np.float32(1e-20)  # keeps a sum of weights that underflowed from being a divisor
@@ -93,25 +111,45 @@ def _scores(name: str, x: F32) -> F32:
 
 
 def _softmax(x: F32) -> F32:
-    e: F32 = np.exp(x - x.max(axis=1, keepdims=True))
+    e: F32 = x - x.max(axis=1, keepdims=True)
+    np.exp(e, out=e)
     e /= e.sum(axis=1, keepdims=True)
     return e
+
+
+def _best(choice: F32, k: int) -> NDArray[np.intp]:
+    """(rows, k) places of the largest in each row, best first, among equals the first; a NaN is smaller than all.
+
+    A number and its place make one integer, so that NumPy's fast ways, which are not stable, give the stable order.
+    """
+    bits = np.subtract(np.float32(0.0), choice).view(np.int32)  # ascending; 0 - 0 and 0 - -0 are both +0
+    np.copyto(bits, _NAN, where=np.isnan(choice))  # the sign of a NaN says nothing
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # negative floats fall as their bits rise
+    keys = bits.astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(choice.shape[1])
+    if k < choice.shape[1]:
+        keys = np.partition(keys, k - 1, axis=1)[:, :k]
+    return np.sort(keys, axis=1) & 0xFFFFFFFF
+
+
+_NAN = 0x7FC00000  # the bits of a NaN, which as an integer are above those of infinity
 
 
 def _choose(p: RouteProblem, choice: F32, with_bias: bool) -> NDArray[np.intp]:
     """(rows, K) experts with the largest choice, best first; a stable sort gives ties to the lower one."""
     if p.topk_group == p.num_expert_group:
-        return np.argsort(-choice, axis=1, kind="stable")[:, : p.top_k]
+        return _best(choice, p.top_k)
     size = p.num_experts // p.num_expert_group
     grouped = choice.reshape(len(choice), p.num_expert_group, size)
     if with_bias and size > 1:
         best = np.partition(grouped, size - 2, axis=2)[:, :, -2:].sum(axis=2)
     else:
         best = grouped.max(axis=2)
-    groups = np.sort(np.argsort(-best, axis=1, kind="stable")[:, : p.topk_group], axis=1)
+    groups = np.sort(_best(best, p.topk_group), axis=1)
     # Only the kept groups are sorted: a mask of -inf would tie with experts whose own bias is -inf.
     members = (groups[:, :, None] * size + np.arange(size)).reshape(len(choice), -1)
-    order = np.argsort(-np.take_along_axis(choice, members, axis=1), axis=1, kind="stable")[:, : p.top_k]
+    order = _best(np.take_along_axis(choice, members, axis=1), p.top_k)
     return np.take_along_axis(members, order, axis=1)
 
 
