@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flashmoe_cupy import reference
 from flashmoe_cupy.arrays import view
 from flashmoe_cupy.cpu import attention as module
-from flashmoe_cupy.cpu import tile
+from flashmoe_cupy.cpu import small, tile
 from flashmoe_cupy.cpu.attention import attention
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
@@ -69,6 +69,9 @@ def check_case(case: AttentionCase, seed: int = 0) -> None:
     arrays: dict[str, Array] = case.random(seed)
     ref = reference.flash_attention(**arrays, **case.options(), return_lse=True)
     check(*run(arrays, case.options()), *ref)
+    with pytest.MonkeyPatch.context() as patch:  # what is small goes another way: send it through the tiles as well
+        patch.setattr(small, "_SCORES", -1)
+        check(*run(arrays, case.options()), *ref)
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe_cupy.cpu import threads
+from flashmoe_cupy.cpu.small import attend_small
 from flashmoe_cupy.cpu.tile import Sequences, Tile, worker
 from flashmoe_cupy.errors import UnsupportedProblem
 
@@ -54,6 +55,9 @@ def attention(
     arrays or the given maxima.
     """
     if problem.heads_q == 0:
+        return
+    plain = bias is None and alibi_slopes is None and sinks is None and not problem.varlen
+    if plain and attend_small(problem, q, k, v, out, lse):
         return
     slopes = sink = None
     if alibi_slopes is not None:

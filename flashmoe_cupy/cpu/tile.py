@@ -62,7 +62,7 @@ class Tile(NamedTuple):
     rows: slice
 
     def offset(self) -> int:
-        return self.of.k.shape[1] - self.of.q.shape[1]
+        return int(self.of.k.shape[1] - self.of.q.shape[1])
 
     def keys(self) -> tuple[int, int]:
         p = self.of.problem
@@ -71,8 +71,8 @@ class Tile(NamedTuple):
     def pairs(self) -> int:
         """Scores of the tile, those that are hidden from some of its queries among them."""
         first, last = self.keys()
-        heads = (self.batch.stop - self.batch.start) * (self.heads_q.stop - self.heads_q.start)
-        return heads * (self.rows.stop - self.rows.start) * max(0, last - first)
+        batch, heads, rows = (int(x.stop - x.start) for x in (self.batch, self.heads_q, self.rows))
+        return batch * heads * rows * max(0, last - first)
 
 
 def key_range(rows: slice, offset: int, left: int, right: int, seqlen_k: int) -> tuple[int, int]:
@@ -195,17 +195,15 @@ def _blocks(space: Space, t: Tile, c: _Cut) -> Iterator[tuple[int, F32, F32, int
     parts = max(1, _SCORES // (c.batch * c.heads_k * c.heads * c.strips * c.stack * c.queries * c.keys))
     for i in range(first, last, at_once):
         end = min(i + at_once, last)
-        if c.column:
-            k, v = _with_ones(space, "k", s.k[t.batch, i:end, t.heads_k]), _with_ones(space, "v", s.v[t.batch, i:end, t.heads_k])
-        else:
-            k, v = _float32(s.k[t.batch, i:end, t.heads_k]), _float32(s.v[t.batch, i:end, t.heads_k])
+        k, v = (a[t.batch, i:end, t.heads_k] for a in (s.k, s.v))
+        k, v = (_with_ones(space, "k", k), _with_ones(space, "v", v)) if c.column else (_float32(k), _float32(v))
         j = i
         while j < end:
             count = min(parts, (end - j) // c.keys)
             keys = c.keys if count else end - j
             count = max(count, 1)
-            cut = slice(j - i, j - i + count * keys)
-            yield j, *(a[:, :, cut].reshape(*a.shape[:2], count, keys, -1) for a in (k, v)), keys
+            cut, shape = slice(j - i, j - i + count * keys), (c.batch, c.heads_k, count, keys)
+            yield j, k[:, :, cut].reshape(*shape, dims[0]), v[:, :, cut].reshape(*shape, dims[1]), keys
             j += count * keys
 
 
@@ -283,7 +281,7 @@ def _walk(space: Space, t: Tile, c: _Cut, q: F32, careful: bool) -> tuple[F32, F
                 np.negative(shift, out=q[:, :, :, here:end, :, -1])
             m[:, :, :, here:end] = old = new
             if not careful:
-                known[here:end] = (new > -np.inf).all(axis=(0, 1, 2, 4)).tolist()
+                known[here:end] = np.all(new > -np.inf, axis=(0, 1, 2, 4)).tolist()
         if subtract:
             x -= _finite(old)[..., None, :, None]
         np.exp(x, out=x)

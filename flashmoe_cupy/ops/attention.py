@@ -7,7 +7,7 @@ remembered), and the plan launches a kernel on the caller's stream or runs the N
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,6 +110,8 @@ def flash_attention(
                 options = (short, wanted)
                 plan = _plans.get(options)
                 if plan is not None:
+                    if quick.host:
+                        return plan.run_numpy(q, k, v)
                     _recent.note(quick, (q, k, v), wanted, plan)
                     return plan.run_quick(quick, q, k, v)
     other = adapter(q)
@@ -134,7 +136,7 @@ def flash_attention(
             sinks=vs, alibi_slopes=va, bias=vb, layout=layout, return_lse=return_lse, out=vo,
         )  # fmt: skip
         plan = _remember(key, _Plan(problem, vq, layout, return_lse))
-    if short is not None and vq.device >= 0:
+    if short is not None and (vq.device >= 0 or (quick is not None and quick.host)):
         _remember(options, plan)
     return plan.run(vq, vk, vv, vo, (vb, va, vs, None, None, None, None), out)
 
@@ -370,24 +372,34 @@ class _Plan:
     def _run_on_host(
         self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any
     ) -> Any:
-        from flashmoe_cupy.cpu.attention import attention
-
-        host = [arrays.as_numpy(x) for x in (q, k, v)]
-        target = np.zeros(self.out_shape, dtypes.to_numpy(q.dtype)) if out_view is None else arrays.as_numpy(out_view)
-        lse = np.full(self.lse_shape, -np.inf, np.float32)
-        if not self.empty_output:
-            # The back end's axes are (batch, seq, heads, dim).
-            a, b, c, d = [x.swapaxes(1, 2) if self.swap else x for x in (*host, target)]
-            extra: dict[str, Any] = {
-                n: None if x is None else arrays.as_numpy(x) for n, x in zip(_OPTIONAL, optional, strict=True)
-            }
-            attention(self.problem, a, b, c, d, lse, **extra)
+        a, b, c, target, *extra = (None if x is None else arrays.as_numpy(x) for x in (q, k, v, out_view, *optional))
+        target, lse = self.run_numpy(a, b, c, target, extra, True)
         if out_view is None:
             out = arrays.from_numpy(q, target)
         return (out, arrays.from_numpy(q, lse)) if self.return_lse else out
 
+    def run_numpy(
+        self, q: Any, k: Any, v: Any, out: Any = None, optional: Sequence[Any] = (), pair: bool = False
+    ) -> Any:
+        """The call on NumPy arrays. pair: out and lse, whether or not lse was asked for (it is None then)."""
+        global _on_host
+        if _on_host is None:
+            from flashmoe_cupy.cpu.attention import attention as _on_host
+        rest = self.problem.varlen or self.empty_output  # rows that the back end does not write
+        if out is None:
+            out = np.zeros(self.out_shape, q.dtype) if rest else np.empty(self.out_shape, q.dtype)
+        lse = None
+        if self.return_lse:
+            lse = np.full(self.lse_shape, -np.inf, np.float32) if rest else np.empty(self.lse_shape, np.float32)
+        if not self.empty_output:
+            # The back end's axes are (batch, seq, heads, dim).
+            a, b, c, d = [x.swapaxes(1, 2) for x in (q, k, v, out)] if self.swap else (q, k, v, out)
+            _on_host(self.problem, a, b, c, d, lse, *optional)
+        return (out, lse) if pair or self.return_lse else out
+
 
 _BORROWED = ("jax", "dlpack", "cai")  # libraries that may reuse memory before the kernel has read it
+_on_host: Any = None  # the NumPy back end, once it is used
 _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
 _recent = Recent()

@@ -1,4 +1,5 @@
 """The short way in for plain torch and CuPy arrays on a GPU: key, pointers and outputs, with as few reads as possible.
+NumPy arrays have a key, too.
 
 A view of an array costs a microsecond or two, and a call has three; what is read here is only what tells one validated
 call from another. Anything unusual (gradients, subclasses, another library) gives None, and the call takes the long way
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from flashmoe_cupy.plan import kernels
 
@@ -38,6 +41,7 @@ class Quick(NamedTuple):
     # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
     guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
     guards: bool = False  # whether it may ever give one
+    host: bool = False  # arrays in host memory: only `key` serves
 
 
 class Recent:
@@ -88,7 +92,9 @@ def find(kind: type) -> Quick | None:
     torch: Any = sys.modules.get("torch")
     cupy: Any = sys.modules.get("cupy")
     quick = None
-    if kind is getattr(torch, "Tensor", None) and hasattr(torch._C, "_cuda_getCurrentRawStream"):
+    if kind is np.ndarray:
+        quick = _numpy()
+    elif kind is getattr(torch, "Tensor", None) and hasattr(torch._C, "_cuda_getCurrentRawStream"):
         quick = _torch(torch)
     elif kind is getattr(cupy, "ndarray", None):
         quick = _cupy(cupy)
@@ -112,6 +118,20 @@ def compiled(instead: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]
 
 
 find = compiled(lambda _: None)(find)  # what is traced has no memory, and so no short way
+
+
+def _numpy() -> Quick:
+    kind = np.ndarray
+
+    def key(q: Any, k: Any, v: Any) -> Key | None:
+        if type(k) is not kind or type(v) is not kind:
+            return None
+        return q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype, k.dtype, v.dtype
+
+    def none(*_: Any) -> Any:
+        return None
+
+    return Quick(key, none, none, none, None, None, None, none, none, none, none, host=True)
 
 
 def _torch(torch: Any) -> Quick:
