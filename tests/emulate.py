@@ -22,13 +22,14 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from flashmoe_cupy.jit import source
@@ -49,7 +50,11 @@ _PAGE = mmap.PAGESIZE
 
 
 class EmulationError(Exception):
-    """What went wrong in an emulated grid; or the compiler's words, where a kernel could not be compiled."""
+    """What went wrong in an emulated grid."""
+
+
+class BuildError(Exception):
+    """The compiler's words, where a kernel could not be compiled."""
 
 
 def missing() -> str | None:
@@ -79,7 +84,7 @@ def run(
     params: the bytes of its Params, with addresses of host memory and maps from `tensor_map`. grid: blocks along x.
     smem_bytes: dynamic shared memory of a block. cluster: blocks of a cluster, as in `render`. resident: clusters that
     run at the same time; the others follow in an order that the seed chooses. headers: include name -> text, instead of
-    the file of that name. limit_s: CPU seconds. Raises EmulationError.
+    the file of that name. limit_s: CPU seconds. Raises EmulationError, or BuildError before it runs.
     """
     if threads % 32 or not 0 < threads <= 1024 or not 0 <= smem_bytes <= 227 * 1024 or grid % cluster:
         raise ValueError(f"{grid} blocks in clusters of {cluster}, {threads} threads, {smem_bytes} bytes")
@@ -110,7 +115,7 @@ def build(tu: str, headers: Mapping[str, str] | None = None) -> Path:
         if name.startswith("ptx/"):
             twin = _HERE / name
             if not twin.is_file():
-                raise EmulationError(f"tests/emulation/{name} is missing: the emulated twin of cuda_src/{name}")
+                raise BuildError(f"tests/emulation/{name} is missing: the emulated twin of cuda_src/{name}")
             texts[name] = twin.read_text(encoding="utf-8")
     texts |= headers or {}
     key = _digest(tu, *[f"{name}\0{text}" for name, text in sorted(texts.items())], _toolchain())
@@ -118,7 +123,9 @@ def build(tu: str, headers: Mapping[str, str] | None = None) -> Path:
     if target.exists():
         return target
     runtime = _runtime_objects()
-    with tempfile.TemporaryDirectory(dir=_folder()) as name:
+    with FileLock(f"{target}.lock"), tempfile.TemporaryDirectory(dir=_folder()) as name:  # other processes wait for it
+        if target.exists():
+            return target
         work = Path(name)
         for file, text in {"entry.cu": tu, **{f"cuda_src/{header}": text for header, text in texts.items()}}.items():
             place = work / file
@@ -134,20 +141,13 @@ def build(tu: str, headers: Mapping[str, str] | None = None) -> Path:
     return target
 
 
-def build_all(todo: Iterable[tuple[str, Mapping[str, str]]]) -> None:
-    """`build` for many, two at a time."""
-    _runtime_objects()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda one: build(*one), todo))
-
-
 @cache
 def _folder() -> Path:
     """Where libraries stay from run to run; their names are what they were made of."""
     folder = Path(tempfile.gettempdir()) / f"flashmoe-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise EmulationError(f"{folder} belongs to somebody else")
+        raise BuildError(f"{folder} belongs to somebody else")
     return folder
 
 
@@ -167,17 +167,19 @@ def _toolchain() -> str:
     return _digest(_call("g++", "-dumpfullversion", "-dumpmachine"), *_options(), *_KERNEL_OPTIONS, *texts)
 
 
+@cache
 def _runtime_objects() -> list[str]:
     """The machine itself, compiled once for all kernels."""
     made = {name: _folder() / f"{_toolchain()}-{Path(name).stem}.o" for name in _RUNTIME}
 
     def compile_one(name: str) -> None:
-        if not made[name].exists():
-            unfinished = made[name].with_suffix(f".{os.getpid()}")
-            _call("g++", *_options(), "-O3", "-c", str(_HERE / name), "-o", str(unfinished))
-            os.replace(unfinished, made[name])
+        with FileLock(f"{made[name]}.lock"):
+            if not made[name].exists():
+                unfinished = made[name].with_suffix(f".{os.getpid()}")
+                _call("g++", *_options(), "-O3", "-c", str(_HERE / name), "-o", str(unfinished))
+                os.replace(unfinished, made[name])
 
-    with _lock, ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, made))
     return [str(path) for path in made.values()]
 
@@ -186,7 +188,7 @@ def _call(*command: str, hide: str = "") -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         text = done.stderr.replace(hide, "") if hide else done.stderr
-        raise EmulationError(f"{command[0]} fails:\n{text[:8000]}")
+        raise BuildError(f"{command[0]} fails:\n{text[:8000]}")
     return done.stdout
 
 

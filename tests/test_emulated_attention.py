@@ -10,10 +10,9 @@ from typing import NamedTuple
 import emulate
 import numpy as np
 import pytest
-from emulated_attention import SM80, SM90, attention, choose, faults, outcome
+from emulated_attention import SM80, SM90, attention, faults, outcomes
 
 from flashmoe_cupy.plan.config import Config, Sm80Config, Sm90Config
-from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
 
 pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
@@ -145,16 +144,6 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    """All kernels of this file, two at a time."""
-    todo: list[tuple[str, Mapping[str, str]]] = []
-    cases = [*CASES, *((SM90, case) for case in FEW_KEYS)]
-    todo += [(tu, {}) for tu in {KERNELS[kernel].source(choose(case, kernel)) for kernel, case in cases}]
-    todo += [(KERNELS[fault.kernel].source(TILES[fault.kernel]), fault.headers()) for fault in FAULTS.values()]
-    emulate.build_all(todo)
-
-
 @pytest.mark.parametrize(("kernel", "case"), CASES, ids=str)
 def test_right_in_every_order(kernel: str, case: Case) -> None:
     found = {seed: faults(case, kernel, *attention(case, kernel, seed, resident=1 + seed % 2)) for seed in SEEDS}
@@ -186,11 +175,15 @@ def test_a_sink_alone_is_the_lse_of_a_row_without_keys(softcap: float, sink: flo
 
 @pytest.mark.parametrize("kernel", TILES)
 def test_nothing_is_found_in_the_kernels_themselves(kernel: str) -> None:
-    assert not any(outcome(SMALL, kernel, range(40), TILES[kernel], {}).values())
+    assert not any(found for _, found in outcomes(SMALL, kernel, range(40), TILES[kernel], {}))
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_found(name: str) -> None:
-    fault = FAULTS[name]
-    found = outcome(SMALL, fault.kernel, range(16), TILES[fault.kernel], fault.headers())
-    assert any(re.search(fault.found, text) for text in found.values()), found
+    """By one of the first sixteen seeds; the others are not asked any more."""
+    fault, others = FAULTS[name], []
+    for seed, found in outcomes(SMALL, fault.kernel, range(16), TILES[fault.kernel], fault.headers()):
+        if re.search(fault.found, found):
+            return
+        others.append((seed, found))
+    pytest.fail(f"nobody noticed: {others}")

@@ -8,14 +8,14 @@ from typing import Any
 import moe_plans
 import numpy as np
 import pytest
-from emulate import EmulationError, build_all, missing
+from emulate import EmulationError, missing
 from emulated_moe import Machine, bf16
 
 from flashmoe_cupy import reference
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import moe
-from flashmoe_cupy.plan.kernels import PRODUCTS, announced
+from flashmoe_cupy.plan.kernels import announced
 from flashmoe_cupy.plan.moe_problem import PermuteProblem
 from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -33,22 +33,6 @@ PLAIN, THIN = (  # of second products only
 PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
 PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
 CLAMPING: list[GemmSm90Config | GemmSm80Config] = [HOPPER[-1], PORTABLE[2], PORTABLE[-1]]  # those that run clamps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    """All of them at once, on all cores."""
-    texts: list[tuple[str, dict[str, str]]] = []
-    for gated in (False, True):
-        for hopper in HOPPER:
-            config = hopper._replace(gather=gated, gated=gated)
-            texts.append((PRODUCTS["grouped_gemm_sm90"].source(config), {}))
-        for portable in PORTABLE:
-            texts.append((PRODUCTS["grouped_gemm_sm80"].source(portable._replace(gated=gated)), {}))
-    texts += [(PRODUCTS["grouped_gemm_sm90"].source(config), {}) for config in (PLAIN, THIN)]
-    for one in CLAMPING:
-        texts.append((PRODUCTS[machine(one).product].source(one._replace(clamped=True)), {}))
-    build_all(texts)
 
 
 def machine(config: GemmSm90Config | GemmSm80Config, seed: int = 0) -> Machine:

@@ -11,7 +11,7 @@ import emulate
 import ml_dtypes
 import numpy as np
 import pytest
-from emulate import EmulationError, guarded, tensor_map
+from emulate import BuildError, EmulationError, guarded, tensor_map
 from numpy.typing import NDArray
 
 from flashmoe_cupy.dtypes import BF16
@@ -377,9 +377,9 @@ def test_nothing_to_report() -> None:
 
 
 def test_what_does_not_compile() -> None:
-    with pytest.raises(EmulationError, match=r"weak declaration of .*counts"):
+    with pytest.raises(BuildError, match=r"weak declaration of .*counts"):
         emulate.build(unit("__shared__ int counts[32]; counts[lane] = 1;"))
-    with pytest.raises(EmulationError, match=r"entry\.cu"):
+    with pytest.raises(BuildError, match=r"entry\.cu"):
         emulate.build(unit("return 1;"))
 
 
