@@ -52,7 +52,8 @@ def moe_route(
     """`flashmoe_cupy.moe_route` for JAX arrays, also under `jit` and the other transforms.
 
     The options are Python values: under `jit` make them static. `vmap` runs one call after the other. No gradient yet:
-    `jax.grad` raises UnsupportedProblem. Several devices: inside `jax.shard_map`.
+    `jax.grad` raises UnsupportedProblem. Several devices: inside `jax.shard_map`. FLASHMOE_CHECK=1 looks for NaN on the
+    CPU only.
     """
     arrays = {"logits": logits, "e_score_correction_bias": e_score_correction_bias}
     options = {
@@ -311,6 +312,7 @@ def _run_cpu(call: _xla_ffi.Call) -> None:
         _dense("out", address, *form) for form, address in zip(_results(p), call.outputs()[:-1], strict=True)
     ]  # fmt: skip
     if isinstance(p, RouteProblem):
+        plans.check_no_nan(a["logits"], a["e_score_correction_bias"])
         stats = cpu.route(p, a["logits"], a["e_score_correction_bias"], out[0], out[1])
         for target, value in zip(out[2:], stats or (), strict=True):
             target[...] = value

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmoe_cupy import moe_route
+from flashmoe_cupy import _env, moe_route, reference
 from flashmoe_cupy.cpu import moe as module
+from flashmoe_cupy.errors import FlashMoEError
 
 Array = Any
 SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -180,6 +181,53 @@ def test_hostile_logits(scoring_func: str, renormalize: bool) -> None:
     check(HOSTILE[:10], top_k=4, scoring_func=scoring_func)
     check(HOSTILE[:10], top_k=4, scoring_func=scoring_func, renormalize=renormalize and scoring_func == "softmax")
     assert moe_route(HOSTILE[:1], top_k=6, scoring_func=scoring_func)[1].tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("scoring_func", SCORING)
+def test_a_nan_counts_as_the_lowest_number(
+    scoring_func: str, renormalize: bool, groups: tuple[int, int], bias: bool
+) -> None:
+    """One of a row, several and a row of them; the reference says the same."""
+    r = np.random.default_rng(3)
+    logits = r.standard_normal((6, 8)).astype(np.float32)
+    shift = r.standard_normal(8).astype(np.float32) if bias else None
+    logits[1, logits[1].argmax()] = logits[2, 3:] = logits[4] = np.nan
+    options: dict[str, Any] = {
+        "top_k": 3, "scoring_func": scoring_func, "renormalize": renormalize, "e_score_correction_bias": shift,
+        "num_expert_group": groups[0], "topk_group": groups[1], "return_stats": True,
+    }  # fmt: skip
+    weights, ids, stats = moe_route(logits, **options)
+    lowest = np.where(np.isnan(logits), np.float32(-HIGHEST), logits)
+    for mine, theirs in zip((weights, ids, *stats), flat(moe_route(lowest, **options)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    for mine, theirs in zip((weights, ids), reference.moe_route(logits, **options), strict=False):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-6)
+
+
+def flat(routed: Any) -> list[Any]:
+    return [*routed[:2], *routed[2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring_func", SCORING)
+def test_the_first_nan_is_named_under_the_check(
+    scoring_func: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = np.zeros((5, 8), DTYPES[dtype])
+    logits[2, 6] = logits[2, 7] = logits[4, 0] = np.nan
+    assert moe_route(logits, top_k=2, scoring_func=scoring_func)[1][2].tolist() == [0, 1]
+    monkeypatch.setattr("flashmoe_cupy._env.get", lambda: _env.Env(check=True))
+    with pytest.raises(FlashMoEError, match=r"^logits\[2, 6\] is NaN, one of 2 rows of 5 with NaN$"):
+        moe_route(logits, top_k=2, scoring_func=scoring_func)
+    logits = np.where(np.isnan(logits), DTYPES[dtype](np.inf), logits)
+    moe_route(logits, top_k=2, scoring_func=scoring_func)
+    bias = np.zeros(8, np.float32)
+    bias[5] = np.nan
+    with pytest.raises(FlashMoEError, match=r"^e_score_correction_bias\[5\] is NaN$"):
+        moe_route(logits, top_k=2, scoring_func=scoring_func, e_score_correction_bias=bias)
 
 
 def test_renormalized_softmax_is_never_zero_over_zero() -> None:

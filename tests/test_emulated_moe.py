@@ -201,6 +201,26 @@ def test_router(case: RouteCase) -> None:
         np.testing.assert_allclose(got["z_loss"], z_loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_nan_among_logits_counts_as_the_lowest_number(
+    scoring_func: str, bias: bool, rng: np.random.Generator
+) -> None:
+    """One of a row, several and a row of them: the bits of -3.4e38 in their place, and the reference's choice."""
+    logits = rng.standard_normal((6, 16), np.float32)
+    logits[1, logits[1].argmax()] = logits[2, 3:] = logits[4] = np.nan
+    lowest = np.where(np.isnan(logits), np.finfo(np.float32).min, logits)
+    more = {"e_score_correction_bias": rng.standard_normal(16, np.float32)} if bias else {}
+    options: dict[str, Any] = {"top_k": 4, "scoring_func": scoring_func}
+    for change in ({}, {"renormalize": True}, {"num_expert_group": 4, "topk_group": 2}):
+        got = Machine().route({"logits": logits} | more, **options, **change)
+        for name, other in Machine().route({"logits": lowest} | more, **options, **change).items():
+            assert np.array_equal(got[name], other), name
+        weights, ids = reference.moe_route(logits, **options, **change, **more)
+        assert np.array_equal(got["topk_ids"], ids)
+        np.testing.assert_allclose(got["topk_weights"], weights, rtol=2e-6, atol=1e-30)
+
+
 IDS = [(7, 2, 5), (1, 8, 128), (1, 1, 1), (1100, 8, 40), (40, 3, 1030)]
 
 

@@ -456,6 +456,25 @@ def test_wrong_ids(checked: None) -> None:
     check_wrong_ids("cuda")
 
 
+def check_nan_logits(device: str) -> None:
+    """Under FLASHMOE_CHECK=1 the row of the first NaN is named, in every dtype and with strides of their own."""
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        logits = torch.zeros((9, 40), device=device, dtype=kind)[:, :24]
+        moe_route(logits, top_k=3)
+        logits[4, 17] = logits[7, 0] = math.nan
+        for scoring in ("softmax", "sigmoid", "sqrtsoftplus"):
+            with pytest.raises(FlashMoEError, match=r"logits\[4, 17\] is NaN, one of 2 rows of 9"):
+                moe_route(logits, top_k=3, scoring_func=scoring)
+        bias = torch.zeros(24, device=device, dtype=kind)
+        bias[3] = math.nan
+        with pytest.raises(FlashMoEError, match=r"e_score_correction_bias\[3\] is NaN"):
+            moe_route(logits[:4], top_k=3, e_score_correction_bias=bias)
+
+
+def test_nan_logits(checked: None) -> None:
+    check_nan_logits("cuda")
+
+
 def test_every_operation_with_checks(checked: None, work: Work) -> None:
     warm(work)
 

@@ -241,6 +241,10 @@ def test_errors_from_inside_a_program(device: Any, monkeypatch: pytest.MonkeyPat
             jax.jit(lambda i: flashmoe_cupy.moe_permute(i, num_experts=4))(
                 jnp.asarray([[0, 1], [-7, 2]], jnp.int32)
             ).offsets.block_until_ready()
+        with pytest.raises(Exception, match=r"logits\[1, 2\] is NaN"):
+            jax.jit(lambda x: flashmoe_cupy.moe_route(x, top_k=1))(
+                jnp.asarray([[0.0, 1.0, 2.0], [0.0, 1.0, jnp.nan]])
+            )[0].block_until_ready()
     finally:
         monkeypatch.undo()
         _env.reload()

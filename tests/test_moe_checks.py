@@ -124,6 +124,10 @@ def test_wrong_ids(checked: None) -> None:
     streams.check_wrong_ids("cpu")
 
 
+def test_nan_logits(checked: None) -> None:
+    streams.check_nan_logits("cpu")
+
+
 @pytest.mark.parametrize("name", [n for n in streams.WORKS if n != "large router"])
 def test_works(name: str) -> None:
     """What the tests of streams run is right, its arrays keep their shapes, and its results come twice the same."""

@@ -183,6 +183,15 @@ def check_ids(ids: Array, limit: int) -> None:
         raise FlashMoEError(f"{where}: ids go from 0 to {limit - 1}, and -1 or {limit} mark an empty place")
 
 
+def check_no_nan(name: str, values: Array) -> None:
+    """Raises FlashMoEError that names the first NaN of what the router is given."""
+    wrong = np.argwhere(np.isnan(values))
+    if len(wrong):
+        place = wrong[0].tolist()
+        row = f", one of {len(np.unique(wrong[:, 0]))} rows of {len(values)} with NaN" if len(place) == 2 else ""
+        raise FlashMoEError(f"{name}[{', '.join(map(str, place))}] is NaN{row}")
+
+
 def permute(topk_ids: Array, num_experts: int, expert_map: Array | None) -> tuple[I32, I32, I32]:
     """offsets (E + 1,), sorted_indices (T * K,) and inverse_indices (T, K) of ids (T, K) of any values."""
     flat = topk_ids.reshape(-1)

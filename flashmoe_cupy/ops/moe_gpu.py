@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
-from flashmoe_cupy.dtypes import FP32, UINT8, to_numpy
+from flashmoe_cupy.dtypes import BF16, FP32, UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.jit.launch import Launch
 from flashmoe_cupy.jit.series import NULL, Place, Series
+from flashmoe_cupy.ops import plans
 from flashmoe_cupy.plan import kernels, moe
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
 
@@ -73,6 +76,8 @@ def route(problem: RouteProblem, views: Views, outputs: Pointers) -> Ready | Non
 
     outputs: topk_weights, topk_ids; with problem.return_stats also expert_counts, dropped, load_balancing_loss, z_loss.
     """
+    if _env.get().check:
+        plans.check_no_nan(*map(_fetched, views))
     return _run(problem, views, outputs)
 
 
@@ -222,10 +227,16 @@ def _product(
 
 def _check_ids(ids: View | None, num_experts: int, num_global: int) -> None:
     """FLASHMOE_CHECK=1: wait, fetch the ids and raise FlashMoEError for the first that names nothing."""
-    from flashmoe_cupy.cpu.moe import check_ids
+    host = _fetched(ids)
+    if host is not None:
+        plans.check_ids(host, num_experts, num_global)
 
-    assert ids is not None
-    if not gpu.is_capturing(arrays.stream(ids)):
-        strides = tuple([t * ids.dtype.itemsize for t in ids.strides])
-        host = gpu.fetch(ids.ptr, to_numpy(ids.dtype), ids.shape, strides, ids.device)
-        check_ids(host, num_experts if num_global < 0 else num_global)
+
+def _fetched(x: View | None) -> Any:
+    """A copy in host memory, for checks; None while a graph is recorded, when nothing can be fetched."""
+    if x is None or gpu.is_capturing(arrays.stream(x)):
+        return None
+    strides = tuple([t * x.dtype.itemsize for t in x.strides])
+    kind = to_numpy(x.dtype)
+    bits = np.uint16 if x.dtype is BF16 else kind  # which not every CuPy knows
+    return gpu.fetch(x.ptr, bits, x.shape, strides, x.device).view(kind)

@@ -269,6 +269,16 @@ def check_ids(ids: Any, num_experts: int, num_global: int) -> None:
         check(ids, num_experts if num_global < 0 else num_global)
 
 
+def check_no_nan(logits: Any, bias: Any) -> None:
+    """Under FLASHMOE_CHECK=1 raises FlashMoEError for the first NaN in the router's arrays, in host memory."""
+    if _env.get().check:
+        from flashmoe_cupy.cpu.moe import check_no_nan as check
+
+        for name, values in (("logits", logits), ("e_score_correction_bias", bias)):
+            if values is not None:
+                check(name, values)
+
+
 class Overlap:
     """Whether a given `out` shares memory with an argument. How far each one reaches is computed once per plan."""
 

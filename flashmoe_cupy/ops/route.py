@@ -53,12 +53,14 @@ def moe_route(
     All arithmetic is float32. Nothing is copied between host and device, and nothing waits.
 
     logits: (T, E), bfloat16, float16 or float32, last dimension contiguous, any stride between tokens; T from 0, E up
-        to 1024. They are clamped to float32's finite range and a NaN counts as its lowest value, so that every token
-        gets top_k different experts and finite weights.
+        to 1024. They are clamped to float32's finite range, and each NaN counts as its lowest value, -3.4e38: every
+        token gets top_k different experts and finite weights, those of a row with NaN as if it held that number. Such
+        a result looks right; FLASHMOE_CHECK=1 finds the row.
     top_k: K, from 1 to 32 and at most E.
     scoring_func: scores p of the logits x: "softmax" over all E, "sigmoid", or "sqrtsoftplus": sqrt(log(1 + exp(x))).
     e_score_correction_bias: (E,), float32 or logits' dtype: added to p for the choice of experts, not to the weights.
-        The K largest are taken; ties go to the lower expert. Without it the logits themselves decide.
+        The K largest are taken; ties go to the lower expert. Without it the logits themselves decide. With a NaN in it
+        the experts are different ones, but which is not promised.
     num_expert_group, topk_group: E experts in groups of one size, of which the topk_group best take part: by the sum of
         their two largest choices with a bias, by the largest without; ties go to the lower group.
     renormalize: the weights p of the chosen experts are divided by their sum; for softmax this is the softmax over
@@ -73,7 +75,8 @@ def moe_route(
     with routed_e before drops and P = p divided by its sum over the experts of a token; z_loss = mean of the squared
     logsumexp of the logits. Both losses are 0 for T = 0. The same inputs give the same bits in every run.
 
-    Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
+    Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing; with
+    FLASHMOE_CHECK=1 FlashMoEError for the first NaN in logits, by row and expert, or in e_score_correction_bias.
     There is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
 
     Sources: Switch (arXiv:2101.03961, equations 4 to 6), ST-MoE (arXiv:2202.08906, equation 5); bias and groups as in
@@ -164,6 +167,7 @@ class _Plan:
         p = self.problem
         weights, ids = np.empty((p.tokens, p.top_k), np.float32), np.empty((p.tokens, p.top_k), np.int32)
         logits, bias = plans.on_host(views)
+        plans.check_no_nan(logits, bias)
         stats = route(p, logits, bias, weights, ids)
         return _results([arrays.from_numpy(views[0], a) for a in (weights, ids, *(stats or ()))])
 
