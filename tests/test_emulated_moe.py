@@ -210,9 +210,10 @@ def test_a_nan_among_logits_counts_as_the_lowest_number(
     logits = rng.standard_normal((6, 16), np.float32)
     logits[1, logits[1].argmax()] = logits[2, 3:] = logits[4] = np.nan
     lowest = np.where(np.isnan(logits), np.finfo(np.float32).min, logits)
-    more = {"e_score_correction_bias": rng.standard_normal(16, np.float32)} if bias else {}
+    more: dict[str, Any] = {"e_score_correction_bias": rng.standard_normal(16, np.float32)} if bias else {}
+    changes: list[dict[str, Any]] = [{}, {"renormalize": True}, {"num_expert_group": 4, "topk_group": 2}]
     options: dict[str, Any] = {"top_k": 4, "scoring_func": scoring_func}
-    for change in ({}, {"renormalize": True}, {"num_expert_group": 4, "topk_group": 2}):
+    for change in changes:
         got = Machine().route({"logits": logits} | more, **options, **change)
         for name, other in Machine().route({"logits": lowest} | more, **options, **change).items():
             assert np.array_equal(got[name], other), name
