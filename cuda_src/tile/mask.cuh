@@ -31,39 +31,41 @@ FM_DEVICE WholeTiles whole_tiles(const BandMask& band, int row) {
   return {div_up(band.first(row + kRows - 1), kCols), max(band.last(row) + 1, 0) / kCols};
 }
 
-// Which columns of a 16 x (8 kN) tile at `row`, `col` the thread's row i sees, of those that are e in their pair: bit n for column
-// 8 n + 2 t + e. Whole registers of predicates load from such bits at once.
-template <int kN>
-FM_DEVICE u32 columns_seen(const BandMask& band, int row, int col, int i, int e) {
-  static_assert(kN <= 32);
-  const int g = lane_id() >> 2, t = lane_id() & 3;
-  const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g), c = col + 2 * t + e;
+// Bit n: column c + 8 n lies in first .. last. Whole registers of predicates load from such bits at once.
+FM_DEVICE u32 columns_seen(int first, int last, int c) {
   return shift_left(~0u, min(max((first - c + 7) >> 3, 0), 32)) & ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
 }
 
 // Scores of a warp outside of the band become `outside`; row, col are those of its 16 x (8 kN) tile.
 template <int kN>
 FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col, float outside = -infinity()) {
+  static_assert(kN <= 32);
+  const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 2; ++i) {
+    const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const u32 seen = columns_seen<kN>(band, row, col, i, e);
+      const u32 seen = columns_seen(first, last, col + 2 * t + e);
 #pragma unroll
       for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : outside;
     }
+  }
 }
 
 // The highest score of each of the thread's two rows inside of the band, the same for the quad; -inf: there is none.
 template <int kN>
 FM_DEVICE void highest_seen(float (&highest)[2], const float (&r_s)[kN][4], const BandMask& band, int row, int col) {
+  static_assert(kN <= 32);
   constexpr float kLowest = -3.4028235e38f;  // a score of -inf is a score, too
+  const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g);
     highest[i] = -infinity();
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const u32 seen = columns_seen<kN>(band, row, col, i, e);
+      const u32 seen = columns_seen(first, last, col + 2 * t + e);
 #pragma unroll
       for (int n = 0; n < kN; ++n) highest[i] = fmaxf(highest[i], seen & (1u << n) ? fmaxf(r_s[n][2 * i + e], kLowest) : -infinity());
     }
