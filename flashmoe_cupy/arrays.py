@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import operator
 import sys
 import threading
 from collections import deque
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashmoe_cupy._cupy import load as load_cupy
-from flashmoe_cupy.dtypes import ALL, DType, from_dlpack, to_numpy
+from flashmoe_cupy.dtypes import ALL, DType, accepted, from_dlpack, to_numpy
 from flashmoe_cupy.dtypes import from_numpy as _dtype_of
 from flashmoe_cupy.errors import DependencyError, UnsupportedProblem
 
@@ -97,7 +98,7 @@ def _elements(x: Any, name: str) -> tuple[DType, tuple[int, ...]]:
     try:
         dtype = _dtype_of(x.dtype)
     except ValueError as error:
-        raise _refuse(x, name, str(error)) from None
+        raise _refuse(x, name, str(error), f"{name} may be {accepted(name)}") from None
     return dtype, _in_elements(x, name, x.strides, dtype.itemsize)
 
 
@@ -145,7 +146,7 @@ def _torch_adapter(torch: Any, kind: type) -> Adapter:
         except RuntimeError:  # no storage: sparse, or inside vmap, grad and their kin
             plain = False
         if not plain and (reasons := _torch_reasons(torch, x, wrapper, dtype)):
-            raise _refuse(x, name, reasons)
+            raise _refuse(x, name, reasons, f"{name} may be {accepted(name)}" if dtype is None else "")
         return _make(View, (x.data_ptr(), tuple(x.shape), x.stride(), dtype, x.get_device(), "torch", False, x))
 
     return adapt
@@ -216,10 +217,11 @@ def _cai(x: Any, name: str) -> View:
     except (TypeError, ValueError):
         hint = "bfloat16 and float8 have no typestr; offer __dlpack__ instead"
         raise _refuse(x, name, f"typestr {info['typestr']!r} has no counterpart here", hint) from None
-    shape = tuple(info["shape"])
+    shape = tuple([operator.index(n) for n in info["shape"]])
     ptr, readonly = info["data"]
     given = info.get("strides")
-    strides = row_major(shape) if given is None else _in_elements(x, name, tuple(given), dtype.itemsize)
+    steps = tuple([operator.index(t) for t in given or ()])
+    strides = row_major(shape) if given is None else _in_elements(x, name, steps, dtype.itemsize)
     device = _pointer_device(x, name, ptr or 0)
     stream = info.get("stream")
     if stream is not None:
@@ -368,7 +370,7 @@ def _open_capsule(capsule: Any, x: object, name: str, library: str) -> View:
             raise ValueError(f"DLPack dtype with {t.lanes} lanes is not supported")
         dtype = from_dlpack(t.code, t.bits)
     except ValueError as error:
-        raise _refuse(x, name, str(error)) from None
+        raise _refuse(x, name, str(error), f"{name} may be {accepted(name)}") from None
     shape = tuple(t.shape[: t.ndim]) if t.ndim else ()
     strides = tuple(t.strides[: t.ndim]) if t.ndim and t.strides else row_major(shape)
     ptr = (t.data or 0) + t.byte_offset

@@ -67,6 +67,7 @@ ALL: tuple[DType, ...] = (
     FP8_E5M2, UINT8, INT8, INT16, UINT16, UINT32, UINT64, FP8_E8M0,
 )  # fmt: skip
 
+FLOATS = "bfloat16, float16 or float32"  # what is computed with
 _ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")  # types that NumPy itself lacks
 
 _BY_NAME: dict[str, DType] = {d.name: d for d in ALL}
@@ -75,6 +76,20 @@ _TO_NUMPY: dict[DType, np.dtype[Any]] = {
     d: np.dtype(getattr(ml_dtypes, d.name) if d.name in _ML_DTYPES else d.name) for d in ALL
 }
 _BY_NUMPY: dict[np.dtype[Any], DType] = {n: d for d, n in _TO_NUMPY.items()}
+
+
+def accepted(argument: str) -> str:
+    """The dtypes that run for an array argument of the public functions."""
+    if argument == "topk_ids":
+        return "int32 or int64"
+    if argument.startswith(("cu_seqlens", "seqused")) or argument in _LISTS:
+        return "int32"
+    if argument == "alibi_slopes":
+        return "float32"
+    return FLOATS + (", as a mask also bool" if argument == "bias" else "")
+
+
+_LISTS = ("offsets", "group_sizes", "gather_indices", "expert_map")
 
 
 def from_name(name: str) -> DType:
@@ -93,7 +108,7 @@ def from_numpy(dtype: np.dtype[Any]) -> DType:
         if not dtype.isnative:
             native = dtype.newbyteorder("=").name
             raise ValueError(f"dtype {dtype.str} has non-native byte order; cast it to {native}") from None
-        raise ValueError(f"NumPy dtype {dtype} has no counterpart; known: {', '.join(_BY_NAME)}") from None
+        raise ValueError(f"NumPy dtype {dtype} is not supported") from None
 
 
 def from_dlpack(code: int, bits: int) -> DType:
@@ -101,7 +116,7 @@ def from_dlpack(code: int, bits: int) -> DType:
     try:
         return _BY_DLPACK[code, bits]
     except KeyError:
-        raise ValueError(f"DLPack dtype code {code} with {bits} bits has no counterpart") from None
+        raise ValueError(f"DLPack dtype code {code} with {bits} bits is not supported") from None
 
 
 def to_numpy(dtype: DType) -> np.dtype[Any]:

@@ -68,8 +68,11 @@ def attention(
         work = list(_tiles(Sequences(problem, q, k, v, out, lse, _four(bias), slopes, sink)))
     else:
         work = []
-        spans_q = _spans(problem, "q", cu_seqlens_q, seqused_q)
-        spans_k = _spans(problem, "k", cu_seqlens_k, seqused_k)
+        why: dict[str, str] = {}
+        spans_q = _spans(problem, "q", cu_seqlens_q, seqused_q, why)
+        spans_k = _spans(problem, "k", cu_seqlens_k, seqused_k, why)
+        if why:
+            raise UnsupportedProblem(problem.describe(), [*why], "; ".join(why.values()))
         for b, (rows, keys) in enumerate(zip(spans_q, spans_k, strict=True)):
             own = (q[None, rows], k[None, keys], v[None, keys], out[None, rows])
             own_lse = None if lse is None else lse[None, :, rows]
@@ -85,21 +88,27 @@ def _four(bias: Array | None) -> Array | None:
     return None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
 
 
-def _spans(problem: AttentionProblem, side: str, cu_seqlens: Array | None, seqused: Array | None) -> list[slice]:
-    """The used rows of each sequence. The offsets are in host memory here, so they are checked."""
+def _spans(
+    problem: AttentionProblem, side: str, cu_seqlens: Array | None, seqused: Array | None, why: dict[str, str]
+) -> list[slice]:
+    """The used rows of each sequence. The offsets are in host memory here, so they are checked.
+
+    why: gets each reason against them, and what would run.
+    """
     total, longest = (problem.total_q, problem.seqlen_q) if side == "q" else (problem.total_k, problem.seqlen_k)
     ends: list[int] = [] if cu_seqlens is None else cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(ends)]
-    used: list[int] = lengths if seqused is None else seqused.tolist()
-    reasons = []
     if not ends or ends[0] < 0 or ends[-1] > total or min(lengths, default=0) < 0:
-        reasons.append(f"cu_seqlens_{side} must not fall and must lie between 0 and {total}, the rows of {side}")
+        reason = f"cu_seqlens_{side} must not fall and must lie between 0 and {total}, the rows of {side}"
+        why[reason] = f"cu_seqlens_{side} are the running sums of the lengths, from 0"
+        return []  # there are no lengths to compare others with
+    used: list[int] = lengths if seqused is None else seqused.tolist()
     if any(not 0 <= n <= m for n, m in zip(used, lengths, strict=True)):
-        reasons.append(f"seqused_{side} must lie between 0 and the length of each sequence")
+        reason = f"seqused_{side} must lie between 0 and the length of each sequence"
+        why[reason] = f"seqused_{side} are the first rows of each sequence that count"
     if max(used, default=0) > longest:
-        reasons.append(f"max_seqlen_{side} is {longest}, but the longest sequence has {max(used)} rows")
-    if reasons:
-        raise UnsupportedProblem(problem.describe(), reasons, "cu_seqlens are the running sums of the lengths, from 0")
+        reason = f"max_seqlen_{side} is {longest}, but the longest sequence has {max(used)} rows"
+        why[reason] = f"max_seqlen_{side} is at least the longest sequence"
     return [slice(start, start + n) for start, n in zip(ends, used, strict=False)]
 
 

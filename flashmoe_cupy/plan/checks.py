@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32, DType
+from flashmoe_cupy.dtypes import BF16, FLOATS, FP16, FP32, INT32, DType
 from flashmoe_cupy.plan.options import boolean, integer, real
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ INT_MAX = 2**31 - 1  # kernels count rows, heads and assignments in 32 bits
 FLOAT_MAX = 3.4028234663852886e38  # numbers reach the kernels as float32
 FLOAT_TINY = 1.1754943508222875e-38
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}  # the dtypes of the arrays that are computed with
-FLOATS = "bfloat16, float16 or float32"
 Option = tuple[str, object, object]  # name, value, default
 Named = Sequence[tuple[str, "View"]]
 
@@ -34,7 +33,9 @@ def check_ranks(why: list[str], rank: int, named: Named) -> None:
 def check_last(why: list[str], name: str, x: View) -> None:
     """Empty arrays and dimensions of size 1 may have any stride."""
     if x.shape and x.shape[-1] > 1 and x.strides[-1] != 1 and 0 not in x.shape:
-        why.append(f"the last dimension of {name} must be contiguous, but its stride is {x.strides[-1]} elements")
+        have = f"but its stride is {x.strides[-1]} elements"
+        repair = "" if name == "out" else f"; {copy(name, x)}"  # a copy of out would keep the result to itself
+        why.append(f"the last dimension of {name} must be contiguous, {have}{repair}")
 
 
 def check_places(why: list[str], named: Named) -> None:
@@ -87,7 +88,7 @@ def check_small(
 ) -> None:
     """A bias or the like: float32 or its owner's dtype, of exactly the shape `want` where that is known."""
     if x.dtype is not FP32 and x.dtype is not dtype:
-        why.append(f"{name} has dtype {x.dtype}, which must be float32{or_else(dtype, owner)}")
+        why.append(f"{name} has dtype {x.dtype}, which must be float32{or_else(dtype, owner)}; {cast(name, x)}")
     if want is not None and x.shape != want:
         why.append(f"{name} must have shape {want}, but has {x.shape}")
     check_last(why, name, x)
@@ -160,8 +161,20 @@ def or_else(dtype: DType, owner: str) -> str:
 
 
 def cast(name: str, x: View, dtype: str = "float32") -> str:
-    prefix = {"torch": "torch.", "jax": "jnp.", "cupy": "cupy."}.get(x.library, "np.")
-    return f"cast with {name}.{'to' if x.library == 'torch' else 'astype'}({prefix}{dtype})"
+    """The words that change an array's dtype, in its library."""
+    if x.library not in _MODULES:
+        return f"cast it to {dtype}"
+    return f"cast with {name}.{'to' if x.library == 'torch' else 'astype'}({_MODULES[x.library]}.{dtype})"
+
+
+def copy(name: str, x: View) -> str:
+    """The words that make an array contiguous, in its library."""
+    if x.library == "torch":
+        return f"copy with {name}.contiguous()"
+    return f"copy with {_MODULES[x.library]}.ascontiguousarray({name})" if x.library in _MODULES else "copy it"
+
+
+_MODULES = {"torch": "torch", "jax": "jnp", "cupy": "cupy", "numpy": "np"}
 
 
 def place(x: View) -> str:

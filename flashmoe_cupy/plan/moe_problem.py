@@ -14,7 +14,6 @@ from flashmoe_cupy.dtypes import FP32, INT32, INT64, DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.checks import (
     FLOAT_MAX,
-    FLOATS,
     INT_MAX,
     SHORT,
     Option,
@@ -35,14 +34,13 @@ from flashmoe_cupy.plan.checks import (
     or_else,
     show,
 )
+from flashmoe_cupy.plan.hints import GROUPED_GEMM, MAX_EXPERTS, MAX_TOP_K, PERMUTE, ROUTE, Topics, hint, moe
 from flashmoe_cupy.plan.layouts import check_shared, check_w, check_weights
 from flashmoe_cupy.plan.options import real, text
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
 
-MAX_EXPERTS = 1024  # of the router, which holds a token's scores in registers
-MAX_TOP_K = 32  # of the router
 SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
 GATED = ("swiglu", "geglu", "geglu_tanh", "swigluoai")
 ACTIVATIONS = (*GATED, "gelu", "gelu_tanh", "relu", "relu2")
@@ -255,8 +253,7 @@ def route_problem(
             ("topk_group", topk_group, 1), ("capacity_factor", capacity_factor, None),
             ("return_stats", return_stats, False),
         ]  # fmt: skip
-        hint = f"logits is (tokens, experts), {FLOATS}, at most {MAX_EXPERTS} experts; top_k from 1 to {MAX_TOP_K}"
-        _refuse("moe_route", named, options, why, f"{hint}; e_score_correction_bias is (experts,)")
+        _refuse("moe_route", named, options, why, ROUTE)
     capacity = -1 if factor is None else min(math.ceil(min(factor * tokens * k / experts, INT_MAX)), INT_MAX)
     return RouteProblem(
         logits.dtype, tokens, experts, k, logits.strides[0], str(scoring), normed, scale or 0.0,
@@ -276,8 +273,7 @@ def permute_problem(topk_ids: View, expert_map: View | None = None, *, num_exper
     experts = count(why, "num_experts", num_experts)
     num_global = _check_map(why, expert_map)
     if why:
-        hint = "topk_ids is (tokens, top_k), int32 or int64; expert_map is (global experts,) int32"
-        _refuse("moe_permute", named, [("num_experts", num_experts, None)], why, hint)
+        _refuse("moe_permute", named, [("num_experts", num_experts, None)], why, PERMUTE)
     return PermuteProblem(topk_ids.dtype, tokens, k, topk_ids.strides[0], experts, num_global)
 
 
@@ -330,9 +326,7 @@ def grouped_gemm_problem(
     if out is not None:
         check_out(why, out, "x", x.dtype, want if known else None)
     if why:
-        hint = "x is (rows, d) with offsets (experts + 1,), or (experts, rows, d) with group_sizes (experts,); w is "
-        hint += f"(experts, n, d); both of one dtype, {FLOATS}, with stride 1 in d; n and d are multiples of 8"
-        _refuse("grouped_gemm", named, [], why, hint)
+        _refuse("grouped_gemm", named, [], why, GROUPED_GEMM)
     contiguous = (rows * n, n) if masked else (0, n)
     return GroupedGemmProblem(
         x.dtype, experts, rows, x_rows, n, d, masked, gather_indices is not None, out is None,
@@ -399,7 +393,8 @@ def moe_problem(
     if hidden is not None and len(topk_ids.shape) == 2 and x.shape[0] != tokens:
         why.append(f"x has {x.shape[0]} tokens, but topk_ids has {tokens}")
     if topk_weights.dtype is not FP32 and topk_weights.dtype is not x.dtype:
-        why.append(f"topk_weights has dtype {topk_weights.dtype}, which must be float32{or_else(x.dtype, 'x')}")
+        why.append(f"topk_weights has dtype {topk_weights.dtype}, which must be float32{or_else(x.dtype, 'x')}; "
+                   f"{cast('topk_weights', topk_weights)}")  # fmt: skip
     if topk_weights.shape != topk_ids.shape:
         why.append(f"topk_weights has shape {topk_weights.shape}, but topk_ids has {topk_ids.shape}")
     check_last(why, "topk_weights", topk_weights)
@@ -422,9 +417,7 @@ def moe_problem(
             ("apply_router_weight_on_input", apply_router_weight_on_input, False),
             ("batch_invariant", batch_invariant, False),
         ]  # fmt: skip
-        hint = f"x is (tokens, d), w_gate_up (experts, {'2n' if factor == 2 else 'n'}, d) and w_down (experts, d, n), "
-        hint += f"of one library, device and dtype ({FLOATS}), with stride 1 in the last dimension; d and n are "
-        _refuse("fused_moe", named, options, why, hint + "multiples of 8; topk_weights and topk_ids are (tokens, K)")
+        _refuse("fused_moe", named, options, why, moe(factor))
     return MoEProblem(
         x.dtype, tokens, hidden or 0, n, experts, k, x.strides[0], (w_gate_up.strides[0], w_gate_up.strides[1]),
         (w_down.strides[0], w_down.strides[1]), (hidden or 0) if out is None else out.strides[0],
@@ -439,8 +432,10 @@ def moe_problem(
 # checks
 
 
-def _refuse(op: str, named: Sequence[tuple[str, View]], options: list[Option], why: list[str], hint: str) -> NoReturn:
-    raise UnsupportedProblem(asked(op, named, options), why, hint)
+def _refuse(
+    op: str, named: Sequence[tuple[str, View]], options: list[Option], why: list[str], topics: Topics
+) -> NoReturn:
+    raise UnsupportedProblem(asked(op, named, options), why, hint(why, topics))
 
 
 def _two(x: View) -> tuple[int, int]:

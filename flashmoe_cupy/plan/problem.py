@@ -27,23 +27,11 @@ from flashmoe_cupy.plan.checks import (
     or_else,
     show,
 )
+from flashmoe_cupy.plan.hints import ATTENTION, MAX_HEAD_DIM, MAX_HEAD_DIM_V, hint
 from flashmoe_cupy.plan.options import integer, real, text, window
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
-
-MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_V = 512
-_HINT = (
-    "q, k and v share one library, device and dtype (bfloat16, float16 or float32); {axes}; heads_q is a multiple of "
-    f"heads_k; head_dim is a multiple of 8 up to {MAX_HEAD_DIM}, head_dim_v up to {MAX_HEAD_DIM_V}; "
-    "the last dimension has stride 1"
-)
-_AXES = {
-    "bshd": "q is (batch, seqlen_q, heads_q, head_dim), k and v are (batch, seqlen_k, heads_k, head_dim)",
-    "bhsd": "q is (batch, heads_q, seqlen_q, head_dim), k and v are (batch, heads_k, seqlen_k, head_dim)",
-    "packed": "q is (total_q, heads_q, head_dim), k and v are (total_k, heads_k, head_dim)",
-}
 
 
 class AttentionProblem(NamedTuple):
@@ -175,7 +163,7 @@ def attention_problem(
         named = (("q", q), ("k", k), ("v", v), *others)
         options = _options(causal, window_size, softmax_scale, softcap, return_lse)
         call = asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
-        raise UnsupportedProblem(call, why, _HINT.format(axes=_AXES["bhsd" if s == 2 else "bshd"]))
+        raise UnsupportedProblem(call, why, hint(why, ATTENTION["bhsd" if s == 2 else "bshd"]))
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v,
@@ -250,7 +238,7 @@ def varlen_problem(
         longest = (("max_seqlen_q", max_seqlen_q, None), ("max_seqlen_k", max_seqlen_k, None))
         options = _options(causal, window_size, softmax_scale, softcap, return_lse)
         call = asked("flash_attention_varlen", named, (*longest, *options))
-        raise UnsupportedProblem(call, why, _HINT.format(axes=_AXES["packed"]) + "; cu_seqlens are (batch + 1,) int32")
+        raise UnsupportedProblem(call, why, hint(why, ATTENTION["packed"]))
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, longest_q, longest_k, head_dim, head_dim_v,
@@ -306,7 +294,7 @@ def _check_out(why: list[str], out: View, q: View, k: View, v: View, want: tuple
 def _check_alibi(why: list[str], x: View, batch: int, heads: int, known: bool) -> tuple[int, int]:
     """(kind, batch stride): 1 for (heads_q,), 2 for (batch, heads_q)."""
     if x.dtype is not FP32:
-        why.append(f"alibi_slopes has dtype {x.dtype}, which must be float32")
+        why.append(f"alibi_slopes has dtype {x.dtype}, which must be float32; {cast('alibi_slopes', x)}")
     rank = len(x.shape)
     if rank not in (1, 2) or (known and x.shape != ((heads,) if rank == 1 else (batch, heads))):
         want = f"({heads},) or ({batch}, {heads})" if known else "(heads_q,) or (batch, heads_q)"
@@ -317,7 +305,7 @@ def _check_alibi(why: list[str], x: View, batch: int, heads: int, known: bool) -
 
 def _check_sinks(why: list[str], x: View, dtype: DType, heads: int, known: bool) -> None:
     if x.dtype is not FP32 and x.dtype is not dtype:
-        why.append(f"sinks has dtype {x.dtype}, which must be float32{or_else(dtype, 'q')}")
+        why.append(f"sinks has dtype {x.dtype}, which must be float32{or_else(dtype, 'q')}; {cast('sinks', x)}")
     if len(x.shape) != 1 or (known and x.shape[0] != heads):
         want = f"({heads},)" if known else "(heads_q,)"
         why.append(f"sinks must have shape {want}, but has {x.shape}")
@@ -327,7 +315,7 @@ def _check_sinks(why: list[str], x: View, dtype: DType, heads: int, known: bool)
 def _check_bias(why: list[str], x: View, dtype: DType, full: tuple[int, ...] | None) -> tuple[int, int, int, int]:
     """The four strides of bias after broadcasting, in elements."""
     if x.dtype is not dtype and x.dtype is not FP32 and x.dtype is not BOOL:
-        why.append(f"bias has dtype {x.dtype}, which must be bool, float32{or_else(dtype, 'q')}")
+        why.append(f"bias has dtype {x.dtype}, which must be bool, float32{or_else(dtype, 'q')}; {cast('bias', x)}")
     rank = len(x.shape)
     wrong = not 2 <= rank <= 4
     if not wrong and full is not None:

@@ -1,0 +1,208 @@
+"""What an error says beside its reasons: the repair, and of what would run only what concerns them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashmoe_cupy
+from flashmoe_cupy import UnsupportedProblem
+from flashmoe_cupy.plan import hints
+
+Arrays = dict[str, Any]
+
+
+def f32(*shape: int) -> np.ndarray[Any, Any]:
+    return np.ones(shape, np.float32)
+
+
+def i32(*values: int) -> np.ndarray[Any, Any]:
+    return np.array(values, np.int32)
+
+
+DENSE: Arrays = {"q": f32(2, 6, 4, 16), "k": f32(2, 6, 2, 16), "v": f32(2, 6, 2, 16)}
+PACKED: Arrays = {
+    "q": f32(6, 4, 16), "k": f32(6, 2, 16), "v": f32(6, 2, 16), "cu_seqlens_q": i32(0, 2, 6),
+    "cu_seqlens_k": i32(0, 2, 6), "max_seqlen_q": 4, "max_seqlen_k": 4,
+}  # fmt: skip
+ROUTE: Arrays = {"logits": f32(3, 8), "top_k": 2}
+PERMUTE: Arrays = {"topk_ids": i32(0, 1).reshape(2, 1), "num_experts": 2}
+GEMM: Arrays = {"x": f32(4, 8), "w": f32(2, 8, 8), "offsets": i32(0, 2, 4)}
+MOE: Arrays = {
+    "x": f32(2, 8), "w_gate_up": f32(2, 16, 8), "w_down": f32(2, 8, 8), "topk_weights": f32(2, 1),
+    "topk_ids": i32(0, 1).reshape(2, 1),
+}  # fmt: skip
+GOOD: dict[str, Arrays] = {
+    "flash_attention": DENSE, "flash_attention_varlen": PACKED, "moe_route": ROUTE, "moe_permute": PERMUTE,
+    "grouped_gemm": GEMM, "fused_moe": MOE,
+}  # fmt: skip
+
+
+def refused(name: str, **change: Any) -> UnsupportedProblem:
+    with pytest.raises(UnsupportedProblem) as caught:
+        getattr(flashmoe_cupy, name)(**GOOD[name] | change)
+    return caught.value
+
+
+def strided(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same values with a stride of two elements in the last dimension."""
+    return np.repeat(x, 2, axis=-1)[..., ::2]
+
+
+HINTS: list[tuple[str, Arrays, str]] = [
+    ("flash_attention", {"window_size": (-7, 0)}, r"window_size=\(left, right\), -1 for no bound"),
+    ("flash_attention", {"causal": "yes"}, "True or False"),
+    ("flash_attention", {"softcap": -1.0}, "softcap=0.0 is off"),
+    ("flash_attention", {"softmax_scale": "1"}, r"softmax_scale=None is head_dim \*\* -0.5"),
+    ("flash_attention", {"layout": "sbhd"}, "layout='bshd' is .*"),
+    ("flash_attention", {"k": f32(3, 6, 2, 16)}, r"q is \(batch, seqlen_q, heads_q, head_dim\), k and v are [^;]*"),
+    ("flash_attention", {"bias": f32(7, 7)}, "bias broadcasts to [^;]*; bool keeps the pairs that are True"),
+    ("flash_attention", {"sinks": f32(3)}, r"sinks is \(heads_q,\), [^;]*"),
+    ("flash_attention", {"q": f32(2, 6, 3, 16)}, "heads_q is a multiple of heads_k[^;]*"),
+    ("flash_attention", {"q": strided(DENSE["q"])}, "the last dimension of every array has stride 1[^;]*"),
+    ("flash_attention", {"q": DENSE["q"].astype(np.float64)}, "q, k and v share one dtype: [^;]*"),
+    ("flash_attention", {"q": f32(2, 6, 4, 20), "k": f32(2, 6, 2, 20)}, "head_dim is a multiple of 8 [^;]*; [^;]*"),
+    ("flash_attention_varlen", {"max_seqlen_q": 4.0}, "max_seqlen is a Python int[^;]*"),
+    ("flash_attention_varlen", {"max_seqlen_q": 3}, "max_seqlen_q is at least the longest sequence"),
+    ("flash_attention_varlen", {"cu_seqlens_q": np.array([0, 2, 6])}, "cu_seqlens are [^;]*"),
+    ("moe_route", {"top_k": 9}, "top_k is an int from 1 to 32[^;]*"),
+    ("moe_route", {"scoring_func": "relu"}, "scoring_func='softmax' is the default"),
+    ("moe_permute", {"num_experts": 0}, "num_experts is an int[^;]*"),
+    ("moe_permute", {"expert_map": f32(2)}, "expert_map is [^;]*"),
+    ("grouped_gemm", {"bias": f32(2, 9)}, r"bias is \(experts, n\)[^;]*"),
+    ("fused_moe", {"b_down": f32(2, 9)}, r"b_down is \(experts, d\)[^;]*"),
+    ("fused_moe", {"activation": "silu"}, "gated: [^;]*; not gated: [^;]*"),
+    ("fused_moe", {"topk_ids": f32(2, 1)}, "topk_weights [^;]*"),
+    ("fused_moe", {"batch_invariant": 1}, "True or False"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "want"), HINTS)
+def test_the_hint_is_about_the_reasons(name: str, change: Arrays, want: str) -> None:
+    error = refused(name, **change)
+    assert re.fullmatch(want, error.hint), error
+
+
+def test_every_topic_of_the_reasons_is_in_the_hint() -> None:
+    error = refused("flash_attention", window_size=3, causal=1, bias=f32(7, 7))
+    assert len(error.reasons) == 3
+    for words in ("window_size", "True or False", "bias broadcasts"):
+        assert words in error.hint
+    assert "heads" not in error.hint.replace("heads_q, seqlen_q", "") and "stride" not in error.hint
+
+
+def test_patterns_are_regular_expressions() -> None:
+    tables = [*hints.ATTENTION.values(), hints.ROUTE, hints.PERMUTE, hints.GROUPED_GEMM, hints.moe(1), hints.moe(2)]
+    for pattern, said in [topic for table in tables for topic in table]:
+        re.compile(pattern)
+        assert said and not said.endswith(".")
+
+
+# Arguments of another dtype, and the cast that repairs them.
+CASTS: list[tuple[str, str]] = [
+    ("flash_attention", "bias"), ("flash_attention", "sinks"), ("flash_attention", "alibi_slopes"),
+    ("flash_attention", "q"), ("flash_attention_varlen", "sinks"), ("flash_attention_varlen", "alibi_slopes"),
+    ("moe_route", "logits"), ("moe_route", "e_score_correction_bias"), ("grouped_gemm", "bias"), ("grouped_gemm", "w"),
+    ("fused_moe", "b_gate_up"), ("fused_moe", "b_down"), ("fused_moe", "topk_weights"), ("fused_moe", "shared_gate"),
+    ("fused_moe", "w_down"), ("flash_attention_varlen", "cu_seqlens_q"), ("flash_attention_varlen", "seqused_k"),
+    ("moe_permute", "expert_map"), ("moe_permute", "topk_ids"), ("grouped_gemm", "offsets"),
+]  # fmt: skip
+SMALL: Arrays = {
+    "bias": f32(6, 6), "sinks": f32(4), "alibi_slopes": f32(4), "e_score_correction_bias": f32(8),
+    "b_gate_up": f32(2, 16), "b_down": f32(2, 8), "shared_gate": f32(2), "seqused_k": i32(2, 4),
+    "expert_map": i32(0, 1),
+}  # fmt: skip
+
+
+def other(name: str, argument: str) -> np.ndarray[Any, Any]:
+    """A good value of the argument, in 64 bits."""
+    x = GOOD[name].get(argument, f32(2, 8) if name == "grouped_gemm" else SMALL.get(argument))
+    return x.astype(np.float64)  # type: ignore[no-any-return, union-attr]
+
+
+@pytest.mark.parametrize(("name", "argument"), CASTS)
+def test_a_wrong_dtype_comes_with_its_cast(name: str, argument: str) -> None:
+    x = other(name, argument)
+    shared: Arrays = {"shared_w_gate_up": f32(16, 8), "shared_w_down": f32(8, 8)} if argument == "shared_gate" else {}
+    error = refused(name, **shared, **{argument: x})
+    (reason,) = error.reasons
+    repair = re.search(rf"cast with ({argument}\.astype\(np\.(\w+)\))$", reason)
+    assert repair is not None, reason
+    repaired = eval(repair[1], {"np": np, argument: x})
+    getattr(flashmoe_cupy, name)(**GOOD[name] | shared | {argument: repaired})
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("name", "argument"), CASTS)
+def test_a_cast_of_torch(name: str, argument: str) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in GOOD[name].items()}
+    x = torch.from_numpy(other(name, argument))
+    if argument == "shared_gate":
+        arrays |= {"shared_w_gate_up": torch.ones(16, 8), "shared_w_down": torch.ones(8, 8)}
+    with pytest.raises(UnsupportedProblem) as caught:
+        getattr(flashmoe_cupy, name)(**arrays | {argument: x})
+    repair = re.search(rf"cast with ({argument}\.to\(torch\.(\w+)\))$", caught.value.reasons[0])
+    assert repair is not None, caught.value
+    getattr(flashmoe_cupy, name)(**arrays | {argument: eval(repair[1], {"torch": torch, argument: x})})
+
+
+COPIES = [
+    ("flash_attention", "q"), ("flash_attention", "v"), ("flash_attention", "sinks"),
+    ("flash_attention", "alibi_slopes"), ("flash_attention_varlen", "cu_seqlens_k"), ("moe_route", "logits"),
+    ("moe_permute", "expert_map"), ("grouped_gemm", "w"), ("grouped_gemm", "offsets"), ("fused_moe", "w_gate_up"),
+    ("fused_moe", "w_down"), ("fused_moe", "b_down"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "argument"), COPIES)
+def test_strided_arrays_come_with_their_copy(name: str, argument: str) -> None:
+    x = strided(GOOD[name].get(argument, SMALL.get(argument)))  # type: ignore[arg-type]
+    (reason,) = refused(name, **{argument: x}).reasons
+    repair = re.search(rf"copy with (np\.ascontiguousarray\({argument}\))$", reason)
+    assert repair is not None, reason
+    getattr(flashmoe_cupy, name)(**GOOD[name] | {argument: eval(repair[1], {"np": np, argument: x})})
+    torch = pytest.importorskip("torch")
+    arrays = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in GOOD[name].items()}
+    with pytest.raises(UnsupportedProblem, match=rf"copy with {argument}\.contiguous\(\)"):
+        getattr(flashmoe_cupy, name)(**arrays | {argument: torch.from_numpy(x)})
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, lambda x: pytest.importorskip("torch").from_numpy(x)])
+@pytest.mark.parametrize(
+    ("name", "argument", "want"),
+    [
+        ("flash_attention", "q", "q may be bfloat16, float16 or float32"),
+        ("flash_attention_varlen", "cu_seqlens_q", "cu_seqlens_q may be int32"),
+        ("moe_permute", "topk_ids", "topk_ids may be int32 or int64"),
+    ],
+)
+def test_dtypes_that_run_for_an_argument(convert: Callable[[Any], Any], name: str, argument: str, want: str) -> None:
+    x = convert(GOOD[name][argument].astype(np.complex64))
+    arrays = {n: convert(v) if isinstance(v, np.ndarray) else v for n, v in GOOD[name].items()}
+    with pytest.raises(UnsupportedProblem) as caught:
+        getattr(flashmoe_cupy, name)(**arrays | {argument: x})
+    assert caught.value.hint == want and "float8" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("offsets", [i32(0, 5, 2), i32(-1, 2, 6), i32(0, 2, 7)])
+@pytest.mark.parametrize("used", [None, i32(1, 1)])
+def test_falling_offsets_blame_nothing_else(side: str, offsets: Any, used: Any) -> None:
+    error = refused("flash_attention_varlen", **{f"cu_seqlens_{side}": offsets, f"seqused_{side}": used})
+    assert error.reasons == (f"cu_seqlens_{side} must not fall and must lie between 0 and 6, the rows of {side}",)
+    assert error.hint == f"cu_seqlens_{side} are the running sums of the lengths, from 0"
+
+
+def test_offsets_of_both_sides_are_told() -> None:
+    error = refused("flash_attention_varlen", cu_seqlens_q=i32(0, 5, 2), seqused_k=i32(3, 1), max_seqlen_k=2)
+    assert [reason.split()[0] for reason in error.reasons] == ["cu_seqlens_q", "seqused_k", "max_seqlen_k"]
+
+
+def test_what_dir_shows_is_public() -> None:
+    flashmoe_cupy.flash_attention(**DENSE)
+    assert dir(flashmoe_cupy) == sorted(flashmoe_cupy.__all__)
