@@ -215,6 +215,15 @@ def test_kernels_of_moe(capsys: pytest.CaptureFixture[str]) -> None:
     assert not data["grouped_gemm_sm90"]["configs"]
 
 
+@pytest.mark.parametrize("op", ["attention", "moe"])
+@pytest.mark.parametrize("dtype", ["float64", "int32"])
+def test_a_dtype_that_nothing_computes_with(op: str, dtype: str) -> None:
+    """Neither an empty table nor a warm-up of the kernels that serve all dtypes."""
+    for call in (service.kernels, service.warmup):
+        with pytest.raises(ValueError, match=f"unknown dtype '{dtype}'; known: bfloat16, float16, float32"):
+            call(op=op, dtype=dtype, arch="sm_80")
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_warm_up_set_is_complete(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever calls load, source and title, is in what `warmup` makes for their dtype; and all of it is asked for."""

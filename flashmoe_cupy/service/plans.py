@@ -306,8 +306,8 @@ def specialisations(
     op: "attention", or "moe" for all operations of mixture of experts.
     dtype, head_dim, head_dim_v (None = as head_dim): only what calls with these can ask for, whatever their masks and
     features. The sets are finite: no length, stride, batch or head count is part of a specialisation.
-    Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for head_dim_v without head_dim and for
-    head dimensions of "moe".
+    Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for head_dim_v without head_dim, for
+    head dimensions of "moe" and for a dtype that nothing computes with.
     """
     if op == "moe" and (head_dim, head_dim_v) != (None, None):
         raise ValueError("moe has no head_dim and no head_dim_v")
@@ -315,6 +315,8 @@ def specialisations(
         raise ValueError("head_dim_v needs head_dim beside it")
     names = [dtype] if dtype is not None else ["bfloat16", "float16", "float32"]
     elements = {named_dtype(name).cuda for name in names}
+    if not elements <= set(DTYPES):
+        require_known("dtype", names[0], (*DTYPES.values(), *DTYPES))
     if op == "moe":
         from flashmoe_cupy.service.moe import element
 
