@@ -57,8 +57,8 @@ def flash_attention(
     v: (batch, seqlen_k, heads_k, head_dim_v). head_dim is a multiple of 8 up to 256, head_dim_v up to 512. Any strides
         whose last dimension is contiguous, also 0; lengths and batch from 0 on.
     causal: query i sees key j only if j <= i + seqlen_k - seqlen_q (aligned at the bottom right).
-    window_size: (left, right), -1 = unlimited; query i sees keys i + seqlen_k - seqlen_q - left ... + right. With causal
-        both rules hold, so that right > 0 adds no key.
+    window_size: (left, right), -1 = unlimited; query i sees keys i + seqlen_k - seqlen_q - left ... + right. Beside
+        causal both rules hold, so that right > 0 adds no key.
     softmax_scale: factor of q.k; None = head_dim ** -0.5.
     softcap: s -> softcap * tanh(s / softcap) after the scale; 0 = off.
     sinks: (heads_q,), float32 or q's dtype: one more logit per head that takes part in the softmax and adds no value.
