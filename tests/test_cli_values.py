@@ -123,8 +123,8 @@ def test_help_names_all_that_is_taken(capsys: Capture) -> None:
         "explain": (*service.OPS, *ARCHS, *service.DTYPES, *service.DTYPES.values(), *ACTIVATIONS, "same", "bool"),
         "kernels": (*service.OPS, *ARCHS, *service.DTYPES, *service.DTYPES.values()),
         "warmup": (*service.OPS, *ARCHS, *service.DTYPES, *service.DTYPES.values()),
-        "bench": ("auto", "numpy", "cuda", *service.DTYPES, *service.DTYPES.values()),
-        "demo": ("auto", "numpy", "cuda"),
+        "bench": ("auto", "numpy", "cuda", *service.OPS, *service.DTYPES, *service.DTYPES.values(), *ACTIVATIONS),
+        "demo": ("auto", "numpy", "cuda", *service.OPS),
         "cache": ("list", "path", "clear", "prune"),
         "info": (),
     }

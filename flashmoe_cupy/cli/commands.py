@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_cupy import service
-from flashmoe_cupy.cli import measure, show
+from flashmoe_cupy.cli import measure, measure_moe, show
 from flashmoe_cupy.cli.options import Misuse
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.testing_moe import MoECase
 
 
 def info(args: argparse.Namespace) -> int:
@@ -77,11 +78,17 @@ def demo(args: argparse.Namespace) -> int:
     out = show.Output()
     if not args.json:
         out.title(why)
-        out.line("softmax(scale * q k^T + masks) v, checked on its last rows against the same in float64")
+        if args.op != "moe":
+            out.line("attention: softmax(scale * q k^T + masks) v, its last rows against the same in float64")
+        if args.op != "attention":
+            out.line("moe: sum of weight * expert(x) over a router's choice, its last rows against the same in float64")
     results = []
-    for case in measure.cases(gpu):
+    for case in measure.cases(gpu) if args.op != "moe" else ():
         out.progress(f"{case.title} ...")
         results.append(measure.run(case, gpu))
+    for layer in measure_moe.cases(gpu) if args.op != "attention" else ():
+        out.progress(f"{layer.title} ...")
+        results.append(measure_moe.run(layer, gpu))
     ceiling, by = measure.matmul_ceiling() if gpu else (0.0, "")
     out.progress_done()
     passed = all(result.passed for result in results)
@@ -94,12 +101,12 @@ def demo(args: argparse.Namespace) -> int:
         show.emit_json({**data, "seconds": seconds})
         return int(not passed)
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
-    columns = ["attention", "problem", "dtype", "error", "allowed", "ok", "ms", unit]
+    columns = ["op", "case", "problem", "dtype", "error", "allowed", "ok", "ms", unit]
     if gpu:
         columns += ["of ceiling", "compile ms"]
     rows = []
     for r in results:
-        row: list[Any] = [r.case, r.sizes, r.dtype, f"{r.error:.1e}", f"{r.allowed:.1e}", r.passed]
+        row: list[Any] = [r.op, r.case, r.sizes, r.dtype, f"{r.error:.1e}", f"{r.allowed:.1e}", r.passed]
         row += [f"{r.milliseconds:.3g}", f"{r.flops_per_second / scale:.3g}"]
         if gpu:
             row += [f"{r.flops_per_second / ceiling:.0%}" if ceiling else None, f"{r.compile_ms:.0f}"]
@@ -260,7 +267,20 @@ def cache(args: argparse.Namespace) -> int:
     return 0
 
 
+# The options of `bench` that one op has, and their defaults on a GPU and without one.
+_BENCH: dict[str, dict[str, tuple[Any, Any]]] = {
+    "attention": {"d": (128, 128), "heads": (16, 16), "causal": (False, False), "longest": (16384, 1024)},
+    "moe": {"hidden": (2048, 512), "intermediate": (768, 256), "experts": (64, 16), "top_k": (8, 4),
+            "activation": ("swiglu", "swiglu"), "longest": (4096, 256)},
+}  # fmt: skip
+
+
 def bench(args: argparse.Namespace) -> int:
+    sizes = {name: value for name, value in vars(args).items() if name in _BENCH["attention"] | _BENCH["moe"]}
+    if args.runner and (args.json or sizes or args.dtype or args.op != "attention" or args.backend != "auto"):
+        raise Misuse("arguments after -- go to the repository's benchmarks/run.py, which takes no others")
+    if foreign := sorted(set(sizes) - set(_BENCH[args.op])):
+        raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     if args.runner:
         root = Path(__file__).resolve().parents[2]
         if not (root / "benchmarks" / "run.py").is_file():
@@ -268,18 +288,27 @@ def bench(args: argparse.Namespace) -> int:
         return subprocess.run([sys.executable, "-m", "benchmarks.run", *args.runner], cwd=root, check=False).returncode
     gpu, why = _backend(args.backend)
     dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    longest = args.longest or (16384 if gpu else 1024)
+    sizes = {name: default[not gpu] for name, default in _BENCH[args.op].items()} | sizes
+    longest = sizes.pop("longest")
+    if args.op == "moe" and sizes["top_k"] > sizes["experts"]:
+        raise Misuse(f"--top-k {sizes['top_k']} is more than the {sizes['experts']} experts")
     out = show.Output()
     if not args.json:
         out.title(why)
-    results = list(measure.sweep(gpu, dtype, args.d, args.heads, args.causal, longest))
+    if args.op == "moe":
+        results = list(measure_moe.sweep(gpu, MoECase(longest, dtype=dtype, **sizes)))
+    else:
+        results = list(measure.sweep(gpu, dtype, sizes["d"], sizes["heads"], sizes["causal"], longest))
+    passed = all(result.passed for result in results)
     if args.json:
         show.emit_json([result._asdict() for result in results])
-        return 0
+        return int(not passed)
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
     rows = [(r.sizes, r.dtype, r.case, r.milliseconds, r.flops_per_second / scale, f"{r.error:.1e}") for r in results]
-    out.table(("problem", "dtype", "mask", "ms", unit, "error"), rows)
-    return int(not all(result.passed for result in results))
+    out.table(("problem", "dtype", "activation" if args.op == "moe" else "mask", "ms", unit, "error"), rows)
+    if not passed:
+        out.line("WRONG RESULTS, please report")
+    return int(not passed)
 
 
 def _backend(wanted: str) -> tuple[bool, str]:

@@ -53,6 +53,7 @@ class Result(NamedTuple):
     first_ms: float
     compile_ms: float
     flops_per_second: float
+    op: str = "attention"
 
 
 def cases(gpu: bool) -> list[Case]:
@@ -108,14 +109,7 @@ def run(case: Case, gpu: bool, repeats: int = 5) -> Result:
     def call() -> Any:
         return flashmoe_cupy.flash_attention(**given, **case.options)
 
-    before = service.stats().milliseconds
-    start = time.perf_counter()
-    out = call()
-    if gpu:
-        synchronize()
-    first = (time.perf_counter() - start) * 1e3
-    compiled = service.stats().milliseconds - before
-    took = gpu_ms(call) if gpu else cpu_ms(call, repeats)
+    out, took, first, compiled = timed(call, gpu, repeats)
     tail = min(CHECKED_QUERIES, case.sizes[1])
     heads = max(1, case.sizes[3] // case.sizes[4])  # the query heads of the first key head
     part = {"q": arrays["q"][:1, -tail:, :heads], "k": arrays["k"][:1, :, :1], "v": arrays["v"][:1, :, :1]}
@@ -132,6 +126,18 @@ def run(case: Case, gpu: bool, repeats: int = 5) -> Result:
 
 
 # ------------------------------------------------------------------------------------------------------------- clocks
+
+
+def timed(call: Callable[[], Any], gpu: bool, repeats: int = 5) -> tuple[Any, float, float, float]:
+    """(first result, milliseconds of a call, of the first one, of the compiler in it)."""
+    before = service.stats().milliseconds
+    start = time.perf_counter()
+    out = call()
+    if gpu:
+        synchronize()
+    first = (time.perf_counter() - start) * 1e3
+    compiled = service.stats().milliseconds - before
+    return out, gpu_ms(call) if gpu else cpu_ms(call, repeats), first, compiled
 
 
 def cpu_ms(call: Callable[[], Any], repeats: int) -> float:
@@ -238,18 +244,30 @@ def self_test(gpu: bool) -> list[dict[str, Any]]:
 
     def attention(on_gpu: bool) -> str:
         kind = "bfloat16" if on_gpu else "float32"
-        result = run(Case("self-test", (2, 65, 129, 4, 2, 64, 64), kind, {"causal": True}), on_gpu)
+        return seen(run(Case("self-test", (2, 65, 129, 4, 2, 64, 64), kind, {"causal": True}), on_gpu))
+
+    def seen(result: Result) -> str:
         if not result.passed:
             raise FlashMoEError(f"wrong result: error {result.error:.3g}, allowed {result.allowed:.3g}")
         return f"error {result.error:.2g} to float64, first call {result.first_ms:.0f} ms"
+
+    def experts(on_gpu: bool) -> str:
+        from flashmoe_cupy.cli import measure_moe
+        from flashmoe_cupy.testing_moe import MoECase
+
+        kind = "bfloat16" if on_gpu else "float32"
+        layer = measure_moe.Layer("self-test", MoECase(40, 64, 32, 8, 2, kind))
+        return seen(measure_moe.run(layer, on_gpu))
 
     def nvrtc() -> str:
         made = compiler.compile_cubin('extern "C" __global__ void fm_entry(int* p) { *p = 1; }', {}, "sm_80")
         return f"{len(made.cubin)} bytes for sm_80 in {made.milliseconds:.0f} ms"
 
-    check("NumPy back end", lambda: attention(False))
+    check("NumPy attention", lambda: attention(False))
+    check("NumPy mixture of experts", lambda: experts(False))
     if _cupy.installed():
         check("NVRTC compiles", nvrtc)
     if gpu:
-        check("CUDA back end", lambda: attention(True))
+        check("CUDA attention", lambda: attention(True))
+        check("CUDA mixture of experts", lambda: experts(True))
     return rows

@@ -64,7 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     info = command("info", "report on this installation, to paste into a bug report")
     info.add_argument("--no-test", action="store_true", help="leave the self-test out")
 
-    demo = command("demo", "compute, check and time a few attentions on this machine")
+    demo = command("demo", "compute, check and time a few attentions and mixtures of experts here")
+    demo.add_argument("--op", choices=OPS, help="only this operation; moe: mixture of experts")
     demo.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
 
     explain = command("explain", "say what would run for a problem, and why; needs no GPU")
@@ -98,20 +99,36 @@ def make_parser() -> argparse.ArgumentParser:
 
     bench = command(
         "bench",
-        "time attention over sequence lengths",
-        "Time attention over sequence lengths. In a clone of the repository, arguments after -- go to its own "
-        "benchmark runner: flashmoe-cupy bench -- --help",
+        "time attention over sequence lengths, or a mixture of experts over tokens",
+        "Time attention over sequence lengths, or, with --op moe, a layer of experts over numbers of tokens. In a "
+        "clone of the repository, arguments after -- go to its own benchmark runner: flashmoe-cupy bench -- --help",
     )
+    bench.add_argument("--op", choices=OPS, default="attention", help="default: attention; moe: mixture of experts")
     bench.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
     bench.add_argument(
         "--dtype", type=_dtype, metavar="DTYPE", help=f"{_KINDS}; default: bfloat16 on a GPU, float32 without"
     )
-    bench.add_argument("--d", type=_positive, default=128, metavar="N", help="head dimension (default 128)")
-    bench.add_argument("--heads", type=_positive, default=16, metavar="N", help="query and key heads (default 16)")
-    bench.add_argument("--causal", action="store_true", help="causal mask")
-    bench.add_argument("--longest", type=_positive, metavar="N", help="default: 16384 on a GPU, 1024 without")
+    _bench_sizes(bench)
     bench.add_argument("runner", nargs="*", metavar="-- ARGUMENTS", help="for the repository's benchmarks/run.py")
     return parser
+
+
+def _bench_sizes(parser: argparse.ArgumentParser) -> None:
+    """Only those given are set; the defaults are in `commands.bench`."""
+
+    def count(flag: str, text: str) -> None:
+        parser.add_argument(flag, type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
+
+    count("--longest", "most queries, or tokens; default: 16384 or 4096 on a GPU, 1024 or 256 without")
+    count("--d", "attention: head dimension (default 128)")
+    count("--heads", "attention: query and key heads (default 16)")
+    text = "attention: causal mask"
+    parser.add_argument("--causal", action="store_true", default=argparse.SUPPRESS, help=text)
+    count("--hidden", "moe: hidden size (default 2048 on a GPU, 512 without)")
+    count("--intermediate", "moe: intermediate size of an expert (default 768 or 256)")
+    count("--experts", "moe: experts (default 64 or 16)")
+    count("--top-k", "moe: experts of a token (default 8 or 4)")
+    parser.add_argument("--activation", choices=ACTIVATIONS, default=argparse.SUPPRESS, help="moe: default swiglu")
 
 
 def _problem_options(parser: argparse.ArgumentParser) -> None:
