@@ -153,6 +153,7 @@ def test_explain_has_one_block_for_each_answer(capsys: Capture) -> None:
         assert sorted(named) == sorted({*named}) and {arch for arch, _ in named} == set(ARCHS)
         assert len(named) == len(ARCHS) * len({*steps})
         assert steps == sorted(steps, key=steps.index), "the steps are in their order"
+        assert "each of 1 experts" not in out
     text = str(service.explain(arch=ARCHS))
     assert text.count("attention_fwd_sm90 comes first") == 1 and "sm_80 sm_86 sm_89: attention_fwd_sm80" in text
 

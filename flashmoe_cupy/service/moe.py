@@ -99,7 +99,8 @@ def _product(step: ProductStep, arch: str, sms: int | None) -> Choice:
     if product.fixed:
         because = "batch_invariant: one configuration for any number of tokens"
     else:
-        because = f"{product.expected:.4g} rows for each of {product.groups} experts on average"
+        experts = f" for each of {product.groups} experts on average" if product.groups > 1 else ""
+        because = f"{product.expected:.4g} rows{experts}"
     reasons = [because]
     if product.few is not None:
         reasons.append("so few assignments that every block finds their order by itself: nothing is permuted before")
