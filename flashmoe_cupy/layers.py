@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from flashmoe_cupy.arrays import view
+from flashmoe_cupy import dtypes
+from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.route import moe_route
+from flashmoe_cupy.plan.checks import check_dtypes, check_places, count, show
+from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
 
-_GATED = ("swiglu", "geglu", "geglu_tanh", "swigluoai")
+_HELD = ("router_weight", "router_bias", "shared_gate_weight", "w_gate_up", "w_down")  # arrays that are attributes
+_ROUTE_ARRAYS = ("e_score_correction_bias",)
+_EXPERT_ARRAYS = ("b_gate_up", "b_down", "expert_map", "shared_w_gate_up", "shared_w_down")
+_SIZES = ("hidden_size", "num_experts", "top_k", "intermediate_size")
+_ROUTER_FLOATS = (dtypes.BF16, dtypes.FP16, dtypes.FP32, dtypes.FP64)
 
 
 class FlashMoELayer:
@@ -25,8 +33,12 @@ class FlashMoELayer:
         for the experts; the router's product is the library's own, which may depend on the number of tokens.
 
     Arrays are NumPy, CuPy, torch or JAX, all of one library on one device. They are held, not copied (except where the
-    router's are cast), and are attributes of the same names. Raises UnsupportedProblem with every reason when shapes
-    do not fit each other; what only the operations can see, they refuse at the first call.
+    router's are cast), and are attributes of the same names. Raises UnsupportedProblem with every reason for sizes,
+    options, dtypes, strides and shapes that do not run together, TypeError for what is no array.
+
+    A layer of JAX arrays is a pytree: it can be an argument and a result of `jax.jit` and its kin, with its arrays as
+    leaves. A layer of torch tensors is no nn.Module: `torch.compile` takes it as it is, but it has no parameters(),
+    to() or state_dict(). An nn.Module, `flashmoe_cupy.torch.FlashMoE`, is planned: it comes with training.
     """
 
     def __init__(
@@ -60,49 +72,48 @@ class FlashMoELayer:
         shared_gate_weight: Any = None,
         batch_invariant: bool = False,
     ) -> None:
-        d, n, rows = hidden_size, intermediate_size, intermediate_size * (2 if activation in _GATED else 1)
-        here = num_experts if expert_map is None or not hasattr(w_down, "shape") else w_down.shape[0]
-        why = []
-        for name, array, want in (
-            ("router_weight", router_weight, (num_experts, d)), ("router_bias", router_bias, (num_experts,)),
-            ("w_gate_up", w_gate_up, (here, rows, d)), ("w_down", w_down, (here, d, n)),
-            ("shared_gate_weight", shared_gate_weight, (d,)), ("expert_map", expert_map, (num_experts,)),
-        ):  # fmt: skip
-            if array is not None and (shape := _shape(array, name)) != want:
-                why.append(f"{name} must have shape {want}, but has {shape}")
-        if router_weight is None and router_bias is not None:
-            why.append("router_bias is added to x @ router_weight.T, but router_weight is missing")
-        if shared_gate_weight is not None and shared_w_gate_up is None:
-            why.append("shared_gate_weight weighs a shared expert, but shared_w_gate_up is missing")
-        if why:
-            asked = f"FlashMoELayer({hidden_size}, {num_experts}, {top_k}, {intermediate_size})"
-            hint = "the sizes are hidden_size, num_experts, top_k, intermediate_size; w_gate_up is (experts, "
-            raise UnsupportedProblem(asked, why, hint + f"{'2 * ' * (rows > n)}intermediate, hidden)")
-        self.hidden_size, self.num_experts = hidden_size, num_experts
-        self.top_k, self.intermediate_size = top_k, intermediate_size
-        self.router_weight, self.router_bias = _float32(router_weight), _float32(router_bias)
-        self.shared_gate_weight = _float32(shared_gate_weight)
-        self.w_gate_up, self.w_down = w_gate_up, w_down
-        self.route_options: dict[str, Any] = {
+        route: dict[str, Any] = {
             "scoring_func": scoring_func, "renormalize": renormalize, "routed_scaling_factor": routed_scaling_factor,
             "e_score_correction_bias": e_score_correction_bias, "num_expert_group": num_expert_group,
             "topk_group": topk_group, "capacity_factor": capacity_factor,
         }  # fmt: skip
-        self.expert_options: dict[str, Any] = {
+        experts: dict[str, Any] = {
             "activation": activation, "b_gate_up": b_gate_up, "b_down": b_down, "interleaved": interleaved,
             "swiglu_alpha": swiglu_alpha, "swiglu_limit": swiglu_limit, "expert_map": expert_map,
             "apply_router_weight_on_input": apply_router_weight_on_input, "shared_w_gate_up": shared_w_gate_up,
             "shared_w_down": shared_w_down, "batch_invariant": batch_invariant,
         }  # fmt: skip
+        held = dict(zip(_HELD, (router_weight, router_bias, shared_gate_weight, w_gate_up, w_down), strict=True))
+        sizes = dict(zip(_SIZES, (hidden_size, num_experts, top_k, intermediate_size), strict=True))
+        _check(sizes, held, route, experts)
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        self.top_k, self.intermediate_size = top_k, intermediate_size
+        self.router_weight, self.router_bias = _float32(router_weight), _float32(router_bias)
+        self.shared_gate_weight = _float32(shared_gate_weight)
+        self.w_gate_up, self.w_down = w_gate_up, w_down
+        self.route_options, self.expert_options = route, experts
+        self._kind: Any = _kind(w_down)
+        if self._kind.__module__.partition(".")[0] == "jax":
+            _make_pytree(self._kind)
 
     def __call__(self, x: Any, *, router_logits: Any = None, return_stats: bool = False) -> Any:
         """x (..., d) to (..., d) in x's dtype; with return_stats also the `RouterStats` of the call.
 
-        router_logits: (..., E), instead of those of router_weight. Raises as `moe_route` and `fused_moe` do.
+        router_logits: (..., E) with the leading axes of x, instead of those of router_weight. Raises as `moe_route` and
+        `fused_moe` do, TypeError for what is no array.
         """
-        rows = x.reshape(-1, self.hidden_size)
+        if not isinstance(x, self._kind) or not x.shape:
+            self._refuse(x, router_logits)
+        width = x.shape[-1]
+        known = not isinstance(width, self._kind)  # in torch.jit.trace sizes are tensors, for the operators to check
+        if known and width != self.hidden_size:
+            self._refuse(x, router_logits)
+        rows = x.reshape(-1, width)
         if router_logits is not None:
-            logits = router_logits.reshape(-1, self.num_experts)
+            wanted = (*x.shape[:-1], self.num_experts)
+            if not isinstance(router_logits, self._kind) or (known and router_logits.shape != wanted):
+                self._refuse(x, router_logits)
+            logits = router_logits.reshape(-1, router_logits.shape[-1])
         elif self.router_weight is not None:
             logits = _float32(rows) @ self.router_weight.T
             if self.router_bias is not None:
@@ -121,6 +132,51 @@ class FlashMoELayer:
         out = out.reshape(x.shape)
         return (out, routed[2]) if return_stats else out
 
+    def _refuse(self, x: Any, router_logits: Any) -> None:
+        """Raise what is wrong with the arguments of a call."""
+        why, named = [], [("x", x), ("router_logits", router_logits)]
+        for name, array in named if router_logits is not None else named[:1]:
+            if not hasattr(array, "shape"):
+                raise TypeError(f"{name} must be a {_name(self._kind)}, like the layer's weights, but is {show(array)}")
+            if not isinstance(array, self._kind):
+                why.append(f"{name} is a {_name(type(array))}, but the layer's weights are a {_name(self._kind)} each")
+        shape = tuple(x.shape)
+        if not shape or shape[-1] != self.hidden_size:
+            why.append(f"x must have shape (..., hidden_size) = (..., {self.hidden_size}), but has {shape}")
+        elif router_logits is not None and tuple(router_logits.shape) != (want := (*shape[:-1], self.num_experts)):
+            have = f"but has {tuple(router_logits.shape)}"
+            why.append(f"router_logits must have shape (..., num_experts) = {want} beside x of shape {shape}, {have}")
+        raise UnsupportedProblem(f"{self!r}", why, "the last axis of x is hidden_size; reshape x so that it is")
+
+    def __getattr__(self, name: str) -> Any:
+        text = f"'FlashMoELayer' object has no attribute {name!r}"
+        module = getattr(getattr(sys.modules.get("torch"), "nn", None), "Module", None)
+        if not name.startswith("_") and hasattr(module, name):
+            text += "; it is no nn.Module (flashmoe_cupy.torch.FlashMoE, which will be one, comes with training)"
+        raise AttributeError(text)
+
+    def _tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        leaves = tuple([getattr(self, name) for name in _HELD])
+        for options, names in ((self.route_options, _ROUTE_ARRAYS), (self.expert_options, _EXPERT_ARRAYS)):
+            leaves += tuple([options[name] for name in names])
+        sizes = tuple([getattr(self, name) for name in _SIZES])
+        values = [
+            tuple([(name, value) for name, value in options.items() if name not in names])
+            for options, names in ((self.route_options, _ROUTE_ARRAYS), (self.expert_options, _EXPERT_ARRAYS))
+        ]
+        return leaves, (sizes, *values, self._kind)
+
+    @classmethod
+    def _tree_unflatten(cls, known: Any, leaves: Any) -> FlashMoELayer:
+        made = cls.__new__(cls)  # leaves may be placeholders of any type, so nothing is checked
+        sizes, route, experts, made._kind = known
+        leaves = iter(leaves)
+        for name, value in zip((*_SIZES, *_HELD), (*sizes, *[next(leaves) for _ in _HELD]), strict=True):
+            setattr(made, name, value)
+        made.route_options = dict(route) | {name: next(leaves) for name in _ROUTE_ARRAYS}
+        made.expert_options = dict(experts) | {name: next(leaves) for name in _EXPERT_ARRAYS}
+        return made
+
     def __repr__(self) -> str:
         sizes = f"{self.hidden_size}, {self.num_experts}, {self.top_k}, {self.intermediate_size}"
         return f"FlashMoELayer({sizes}, activation={self.expert_options['activation']!r})"
@@ -135,5 +191,104 @@ def _float32(array: Any) -> Any:
     return array.float() if hasattr(array, "data_ptr") else array.astype("float32")
 
 
-def _shape(array: Any, name: str) -> tuple[int, ...]:
-    return tuple(array.shape) if adapter(array) is not None else view(array, name).shape
+def _kind(array: Any) -> type:
+    """The array type of array's library; subclasses and tracers are instances of it."""
+    for module, name in (("torch", "Tensor"), ("jax", "Array"), ("cupy", "ndarray"), ("numpy", "ndarray")):
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(array, kind):
+            return kind  # type: ignore[no-any-return]
+    return object
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+
+
+_pytrees: set[type] = set()
+
+
+def _make_pytree(kind: type) -> None:
+    """Tell JAX, which is there as its array is, what a layer is made of."""
+    if kind not in _pytrees:
+        _pytrees.add(kind)
+        register = sys.modules["jax"].tree_util.register_pytree_node
+        register(FlashMoELayer, FlashMoELayer._tree_flatten, FlashMoELayer._tree_unflatten)
+
+
+def _view(array: Any, name: str) -> View:
+    """A view; of what has no memory to read (tracers, fake tensors), its shape and dtype."""
+    if adapter(array) is None:
+        return view(array, name)
+    shape = tuple(array.shape)
+    dtype = dtypes.from_name(str(array.dtype).removeprefix("torch."))
+    return View(0, shape, row_major(shape), dtype, -1, type(array).__module__.partition(".")[0], False, array)
+
+
+def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], experts: dict[str, Any]) -> None:
+    """Raise UnsupportedProblem with all that is known to be wrong before a call."""
+    why: list[str] = []
+    d, e, k, n = [count(why, name, value) for name, value in sizes.items()]
+    options = {name: experts[name] for name in _EXPERT_ARRAYS} | {name: route[name] for name in _ROUTE_ARRAYS}
+    views = {name: _view(array, name) for name, array in (held | options).items() if array is not None}
+    for name in ("w_gate_up", "w_down"):
+        if name not in views:
+            raise TypeError(f"{name} must be an array, but is None")
+    activation = experts["activation"]
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    if not known:
+        why.append(f"activation is {show(activation)}; known are {', '.join(ACTIVATIONS)}")
+    here = e if "expert_map" not in views or not views["w_down"].shape else views["w_down"].shape[0]
+    gated = activation in GATED if known else False
+    wanted = {
+        "router_weight": (e, d), "router_bias": (e,), "w_gate_up": (here, 2 * n if gated else n, d),
+        "w_down": (here, d, n), "shared_gate_weight": (d,), "expert_map": (e,),
+    }  # fmt: skip
+    if not why:
+        for name, want in wanted.items():
+            if name in views and views[name].shape != want:
+                why.append(f"{name} must have shape {want}, but has {views[name].shape}")
+    weights = ("w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down")
+    check_dtypes(why, [(name, views[name]) for name in weights if name in views])
+    for name in ("router_weight", "router_bias", "shared_gate_weight"):
+        if name in views and views[name].dtype not in _ROUTER_FLOATS:
+            why.append(f"{name} has dtype {views[name].dtype}, which must be a floating one; it is cast to float32")
+    check_places(why, list(views.items()))
+    if "router_weight" not in views and "router_bias" in views:
+        why.append("router_bias is added to x @ router_weight.T, but router_weight is missing")
+    if "shared_gate_weight" in views and "shared_w_gate_up" not in views:
+        why.append("shared_gate_weight weighs a shared expert, but shared_w_gate_up is missing")
+    hint = "the sizes are hidden_size, num_experts, top_k, intermediate_size; w_gate_up is (experts, "
+    hint += f"{'2 * ' * gated}intermediate, hidden)"
+    if not why:
+        why, hint = _check_call(views, route, experts, (d, e, k))
+    if why:
+        raise UnsupportedProblem(f"FlashMoELayer({', '.join(map(show, sizes.values()))})", why, hint)
+
+
+def _check_call(
+    views: dict[str, View], route: dict[str, Any], experts: dict[str, Any], sizes: tuple[int, int, int]
+) -> tuple[list[str], str]:
+    """What the operations say to a call with one token, and their hint."""
+    d, e, k = sizes
+    like = views["w_down"]
+
+    def one(width: int, dtype: dtypes.DType) -> View:
+        return like._replace(ptr=0, shape=(1, width), strides=(width, 1), dtype=dtype)
+
+    why: list[str] = []
+    hints: list[str] = []
+    scalars = {name: value for name, value in route.items() if name not in _ROUTE_ARRAYS}
+    try:
+        route_problem(one(e, dtypes.FP32), views.get("e_score_correction_bias"), top_k=k, **scalars)
+    except UnsupportedProblem as error:
+        why += error.reasons
+        hints.append(error.hint)
+    given: dict[str, Any] = experts | {name: views.get(name) for name in _EXPERT_ARRAYS}
+    try:
+        moe_problem(
+            one(d, like.dtype), views["w_gate_up"], like, one(k, dtypes.FP32), one(k, dtypes.INT32), **given
+        )  # fmt: skip
+    except UnsupportedProblem as error:
+        why += error.reasons
+        hints.append(error.hint)
+    return why, "; ".join(filter(None, hints))

@@ -41,7 +41,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("jit/tensormap.py", ("dtypes", "errors")),
     ("jit/", ("jit", "dtypes", "errors", "_cupy", "_env")),
     ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env")),
-    ("layers.py", ("ops", "arrays", "dtypes", "errors")),
+    ("layers.py", ("ops", "plan", "arrays", "dtypes", "errors")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
     ("torch.py", ("ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),
     ("jax.py", ("jax_moe", "_xla_ffi", "ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),

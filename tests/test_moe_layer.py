@@ -174,8 +174,132 @@ def test_shapes_are_checked_when_it_is_made() -> None:
         layer(w, expert_map=np.zeros(5, np.int32))
     with pytest.raises(TypeError, match="w_down must be an array"):
         layer(w | {"w_down": [1.0]})
-    with pytest.raises(UnsupportedProblem, match="activation is 'silu'"):
-        layer(w | {"w_gate_up": w["w_gate_up"][:, :N]}, activation="silu")(np.ones((1, D), np.float32))
+    with pytest.raises(UnsupportedProblem, match="activation is 'silu'; known are swiglu") as caught:
+        layer(w, activation="silu")
+    assert len(caught.value.reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scoring_func": "tanh"}, "scoring_func is 'tanh'; known are"),
+        ({"renormalize": 1}, "renormalize must be a bool, but is 1"),
+        ({"routed_scaling_factor": "2"}, "routed_scaling_factor must be a number"),
+        ({"num_expert_group": 4}, "6 experts do not divide into num_expert_group=4"),
+        ({"topk_group": 2}, "topk_group is 2, but there are only 1 groups"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be None"),
+        ({"e_score_correction_bias": np.zeros(5, np.float32)}, r"e_score_correction_bias must have shape \(6,\)"),
+        ({"interleaved": "no"}, "interleaved must be a bool"),
+        ({"batch_invariant": 0}, "batch_invariant must be a bool"),
+        ({"b_down": np.zeros((E, D))}, "b_down has dtype float64, which must be float32"),
+        ({"b_gate_up": np.zeros((E, N), np.float32)}, r"b_gate_up must have shape \(6, 48\)"),
+        ({"expert_map": np.zeros(E)}, "expert_map has dtype float64, which must be int32"),
+        ({"activation": "relu", "interleaved": True}, "w_gate_up must have shape"),
+        ({"shared_w_down": None}, "shared_w_gate_up and shared_w_down go together"),
+        ({"w_down": np.zeros((E, D, N), np.float16)}, "dtypes differ: w_gate_up is float32, w_down is float16"),
+        ({"w_down": np.zeros((E, N, D), np.float32).swapaxes(1, 2)}, "last dimension of w_down must be contiguous"),
+        ({"router_weight": np.zeros((E, D), np.int32)}, "router_weight has dtype int32, which must be a floating one"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_options_are_checked_when_it_is_made(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedProblem, match=reason):
+        layer(weights() | options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((float(D), E, K, N), "hidden_size must be an int from 1 on, but is 32.0"),
+        ((D, True, K, N), "num_experts must be an int from 1 on, but is True"),
+        ((D, E, 0, N), "top_k must be an int from 1 on, but is 0"),
+        ((D, E, K, "24"), "intermediate_size must be an int from 1 on, but is '24'"),
+        ((D, E, E + 1, N), "top_k is 7, but there are only 6 experts"),
+    ],
+)
+def test_sizes_are_checked_when_it_is_made(sizes: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(UnsupportedProblem, match=reason) as caught:
+        FlashMoELayer(*sizes, **weights())
+    assert len(caught.value.reasons) == 1
+    w: dict[str, Any] = {"w_gate_up": np.zeros((E, 24, 20), np.float32), "w_down": np.zeros((E, 20, 12), np.float32)}
+    with pytest.raises(UnsupportedProblem, match=r"d is 20; it must be a multiple of 8[^$]*n is 12"):
+        FlashMoELayer(20, E, K, 12, **w)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_calls_are_checked(library: str) -> None:
+    made = layer({name: in_library(library, a) for name, a in weights().items()})
+
+    def array(*shape: int) -> Any:
+        return in_library(library, np.ones(shape, np.float32))
+
+    shapes: list[tuple[int, ...]] = [(5, 2 * D), (5, D // 2), (2, 3, D + 8), (), (D, 5)]
+    for shape in shapes:  # some of which regroup into rows of D
+        with pytest.raises(UnsupportedProblem, match=r"x must have shape \(..., hidden_size\) = \(..., 32\), but has"):
+            made(array(*shape))
+    for shape in ((E, 4), (4, E + 2), (2, 2, E), (4 * E,), (5, E)):
+        with pytest.raises(UnsupportedProblem, match=r"router_logits must have shape .* = \(4, 6\) beside x"):
+            made(array(4, D), router_logits=array(*shape))
+    strangers: list[Any] = [[1.0] * D, None, "x"]
+    for wrong in strangers:
+        with pytest.raises(TypeError, match=f"x must be a {library}"):
+            made(wrong)
+    with pytest.raises(TypeError, match="router_logits must be a"):
+        made(array(4, D), router_logits=[1.0])
+    with pytest.raises(UnsupportedProblem, match="return_stats must be a bool"):
+        made(array(4, D), return_stats="no")  # type: ignore[arg-type]
+    assert made(array(4, D), router_logits=array(4, E)).shape == (4, D)
+
+
+@pytest.mark.torch
+def test_torch_and_numpy_do_not_mix() -> None:
+    torch = pytest.importorskip("torch")
+    x = np.ones((3, D), np.float32)
+    held = layer({name: torch.from_numpy(a) for name, a in weights().items()})
+    with pytest.raises(UnsupportedProblem, match=r"x is a numpy.ndarray, but the layer's weights are a torch.Tensor"):
+        held(x)
+    with pytest.raises(UnsupportedProblem, match=r"router_logits is a numpy.ndarray"):
+        held(torch.from_numpy(x), router_logits=np.ones((3, E), np.float32))
+    with pytest.raises(UnsupportedProblem, match="arguments must be of one library"):
+        layer(weights() | {"w_down": held.w_down})
+
+
+@pytest.mark.torch
+def test_what_it_is_to_torch() -> None:
+    pytest.importorskip("torch")
+    made = layer(weights())
+    with pytest.raises(AttributeError, match=r"'parameters'; it is no nn.Module .*FlashMoE.* comes with training"):
+        made.parameters()
+    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'$"):
+        _ = made.nonsense
+    assert not hasattr(made, "__cuda_array_interface__")
+
+
+@pytest.mark.jax
+def test_it_is_a_pytree_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    bias = np.linspace(-1, 1, E, dtype=np.float32)
+    arrays = weights() | {"e_score_correction_bias": bias, "b_down": np.ones((E, D), np.float32)}
+    made = layer({name: in_library("jax", a) for name, a in arrays.items()}, renormalize=True)
+    x = in_library("jax", np.random.default_rng(1).standard_normal((5, D)).astype(np.float32))
+    want = np.asarray(made(x))
+    assert len(jax.tree.leaves(made)) == len(arrays)
+    traces = []
+
+    @jax.jit  # type: ignore[untyped-decorator]
+    def run(moe: FlashMoELayer, x: Any) -> Any:
+        traces.append(moe)
+        return moe(x)
+
+    np.testing.assert_allclose(run(made, x), want, rtol=1e-5, atol=1e-6)
+    doubled = jax.tree.map(lambda a: 2 * a, made)
+    assert type(doubled) is FlashMoELayer and repr(doubled) == repr(made)
+    np.testing.assert_array_equal(doubled.w_down, 2 * made.w_down)
+    np.testing.assert_allclose(run(doubled, x), doubled(x), rtol=1e-4, atol=1e-5)
+    assert len(traces) == 1  # the arrays are arguments, not constants
+    other = layer({name: in_library("jax", a) for name, a in arrays.items()})
+    np.testing.assert_allclose(run(other, x), other(x), rtol=1e-5, atol=1e-6)
+    assert len(traces) == 2
 
 
 @pytest.mark.torch
