@@ -3,7 +3,8 @@
 XLA calls a registered function with one argument, a call frame: a C struct that holds the buffers, the attributes and a
 table of functions (`xla/ffi/api/c_api.h`, shipped inside jaxlib). This module mirrors the few structs that a handler
 reads. Every struct there begins with its own size, so each is checked before its fields are trusted, and a runtime with
-another major version is refused. Checked against the headers of jaxlib 0.5.0 (API 0.1), 0.10.2 (0.3) and 0.11.2 (0.4).
+another major version is refused. Checked against the headers of jaxlib 0.6.0 to 0.8.0 (API 0.1), 0.8.1 to 0.8.3 (0.2),
+0.9.2 and 0.10.2 (0.3), 0.11.2 (0.4) and 0.12.0.1 (0.5).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ __all__ = ["CALL", "INVALID_ARGUMENT", "LOAD", "Call", "FfiError", "handler"]
 # the mirror: names and order as in c_api.h, without the prefix XLA_FFI_
 
 _MAJOR = 0
-_NEWEST_MINOR = 4  # the newest header this file was compared with
+_NEWEST_MINOR = 5  # the newest header this file was compared with
+_MINOR_WITHOUT_TABLE = 1  # that of every XLA which asks for metadata without an API table
 
 _METADATA = 1  # extension type
 _COMMAND_BUFFER_COMPATIBLE = 1  # handler trait: the same device work each time, so it may be captured and replayed
@@ -240,13 +242,15 @@ def _api(address: int | None) -> _Functions:
     return found
 
 
-def _make_error(frame: int, code: int, message: str) -> int:
+def _make_error(frame: int, code: int, message: str) -> int | None:
     """An XLA_FFI_Error for the handler to return; XLA copies the text and owns the object."""
     text = message.encode(errors="replace").replace(b"\0", b"?")
     request = _ErrorCreate(_ERROR_CREATE_SIZE, None, text, code)
+    api = _CallFrame.from_address(frame).api
+    if not api:  # only a question for metadata comes without: its answer still says version 0.0, which XLA refuses
+        return None
     # Read directly: an unknown version is reported through this function too, which has been first in every version.
-    create = _API_FUNCTION(_Api.from_address(_CallFrame.from_address(frame).api).error_create)
-    return int(create(ctypes.addressof(request)))
+    return int(_API_FUNCTION(_Api.from_address(api).error_create)(ctypes.addressof(request)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +319,7 @@ class Call(NamedTuple):
         """The ordinal of the device that the call runs on."""
         get = _api(self.api).device_ordinal_get
         if get is None:
-            raise FfiError(_UNIMPLEMENTED, "this jaxlib does not tell a handler its device: pip install -U 'jax>=0.6'")
+            raise FfiError(_UNIMPLEMENTED, "this XLA does not tell a handler its device: update jaxlib and its plugin")
         request = _requests.ordinal
         request.ctx = self.ctx
         error = get(_requests.ordinal_address)
@@ -340,9 +344,10 @@ def _answer_metadata(frame: _CallFrame) -> bool:
     metadata = _MetadataExtension.from_address(address).metadata.contents
     if metadata.struct_size < _end(_Metadata, "traits"):
         raise FfiError(_UNIMPLEMENTED, f"XLA_FFI_Metadata has {metadata.struct_size} bytes: an unknown layout")
-    # XLA accepts versions up to its own, and later minors only add to the end of structs.
-    metadata.api_version.major = _MAJOR
-    metadata.api_version.minor = min(_api(frame.api).minor, _NEWEST_MINOR)
+    # XLA accepts versions up to its own (until jaxlib 0.8.0 only its own), and later minors only add to the end of
+    # structs. Until then it also asked without an API table.
+    minor = min(_api(frame.api).minor, _NEWEST_MINOR) if frame.api else _MINOR_WITHOUT_TABLE
+    metadata.api_version.major, metadata.api_version.minor = _MAJOR, minor
     metadata.traits = _COMMAND_BUFFER_COMPATIBLE
     return True
 
@@ -361,8 +366,11 @@ def _read(words: list[int]) -> Call:
     return Call(stage, c_int64.from_address(scalar.value).value, words[_API], words[_CTX], words)
 
 
+_handlers: list[Any] = []  # XLA forgets none that it was given
+
+
 def handler(run: Callable[[Call], None]) -> Any:
-    """A C function for XLA that calls `run(call)`. Keep the result alive for as long as the process lives.
+    """A C function for XLA that calls `run(call)`. It lives as long as the process does.
 
     An exception in `run` becomes an XLA error with the exception's text; ValueError and its kin count as
     INVALID_ARGUMENT, others as INTERNAL. Nothing escapes into XLA's threads.
@@ -385,4 +393,5 @@ def handler(run: Callable[[Call], None]) -> Any:
             return _make_error(address, code, f"{type(error).__name__}: {error}")
         return None
 
-    return _HANDLER(entry)
+    _handlers.append(_HANDLER(entry))
+    return _handlers[-1]

@@ -36,6 +36,7 @@ from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varl
 __all__ = ["flash_attention", "flash_attention_varlen"]
 _MOE = ("fused_moe", "grouped_gemm", "moe_permute", "moe_route")  # in jax_moe.py, and names of this module too
 
+OLDEST_JAX, NEWEST_JAX = "0.6", "0.12.0.1"  # pyproject.toml has the first; before, XLA tells no handler its device
 _TARGET = "flashmoe_cupy_attention"
 _OPTIONAL = (
     "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
@@ -187,14 +188,13 @@ def _build(op: str, problem: AttentionProblem, names: Sequence[str], layout: str
 
     def plain(*arrays: Any) -> tuple[Any, ...]:
         if not math.prod(shapes[0]):
-            return tuple(jnp.full(shape, fill, dtype) for shape, dtype, fill in results)
+            return tuple(_filled(results, arrays))
         inputs, aliases = [arrays[i] for i in order], {}
         if p.varlen:  # rows of no sequence keep what the buffers held before
             aliases = {len(inputs) + i: i for i in range(len(results))}
             inputs += [jnp.full(shape, fill, dtype) for shape, dtype, fill in results]
-        inputs, varying = _align(inputs)
-        like = [jax.ShapeDtypeStruct(shape, dtype, **varying) for shape, dtype, _ in results]
-        call = jax.ffi.ffi_call(_TARGET, like, input_output_aliases=aliases, vmap_method="sequential")
+        types = _types(results, inputs)
+        call = jax.ffi.ffi_call(_TARGET, types, input_output_aliases=aliases, vmap_method="sequential")
         return tuple(call(*inputs, key=np.int64(key), text=text))
 
     batched = jax.custom_batching.custom_vmap(plain)
@@ -227,22 +227,19 @@ def _build(op: str, problem: AttentionProblem, names: Sequence[str], layout: str
     return jax.jit(function)  # type: ignore[no-any-return]
 
 
-def _align(arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Inside `shard_map`: let all arrays vary over the same mesh axes, as XLA's typing of shards asks."""
-    nothing: frozenset[Any] = frozenset()
-    axes = [getattr(jax.typeof(x), "vma", nothing) for x in arrays] if hasattr(jax, "typeof") else []
-    union = nothing.union(*axes)
-    if not union:
-        return list(arrays), {}
+def _filled(forms: Sequence[tuple[Any, Any, float]], arrays: Sequence[Any]) -> list[Any]:
+    """Arrays of one value each; forms: shape, dtype and value.
 
-    def vary(x: Any, missing: frozenset[Any]) -> Any:
-        if not missing:
-            return x
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(x, tuple(missing), to="varying")
-        return jax.lax.pvary(x, tuple(missing))
+    Inside `shard_map` they vary over each mesh axis over which one of `arrays` does, for a sum over nothing of each is
+    in them: JAX derives that by itself, and the names under which it keeps it change too often to be asked for.
+    """
+    nothing = [jax.lax.slice(x, (0,) * x.ndim, (0,) * x.ndim).sum().astype(np.float32) for x in arrays]
+    return [jnp.broadcast_to(sum(nothing, value), shape).astype(dtype) for shape, dtype, value in forms]
 
-    return [vary(x, union - has) for x, has in zip(arrays, axes, strict=True)], {"vma": union}
+
+def _types(forms: Sequence[tuple[Any, Any, float]], arrays: Sequence[Any]) -> Any:
+    """The types of `_filled`, for `ffi_call`; nothing is computed."""
+    return jax.eval_shape(lambda *given: _filled(forms, given), *arrays)
 
 
 def _one_by_one(function: Callable[..., Any], mapped: Sequence[bool], arrays: Sequence[Any]) -> tuple[Any, ...]:
@@ -406,19 +403,25 @@ def _counted(run: Callable[[_xla_ffi.Call], None]) -> Callable[[_xla_ffi.Call], 
     return counted
 
 
-def _install() -> tuple[Any, Any]:
-    """Make the target known to XLA. Returns the C functions, which must never be freed."""
-    if jax.__version_info__ < (0, 5):
-        raise DependencyError(f"this is JAX {jax.__version__}, and 0.5 or newer is needed: pip install -U 'jax>=0.5'")
-    cpu, cuda = _xla_ffi.handler(_counted(_run_cpu)), _xla_ffi.handler(_run_cuda)
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(cpu), platform="cpu")
+def _install(
+    target: str, run_cpu: Callable[[_xla_ffi.Call], None], run_cuda: Callable[[_xla_ffi.Call], None]
+) -> None:
+    """Make a target known to XLA."""
+    served = f"flashmoe_cupy runs with JAX {OLDEST_JAX} and newer (tested up to {NEWEST_JAX})"
+    if jax.__version_info__ < tuple(map(int, OLDEST_JAX.split("."))):
+        raise DependencyError(f"{served}, this is JAX {jax.__version__}: pip install -U 'jax>={OLDEST_JAX}'")
+    cpu, cuda = _xla_ffi.handler(_counted(run_cpu)), _xla_ffi.handler(run_cuda)
     # XLA may record the first call into a CUDA graph, where no module can be loaded: that is done at "initialize".
     stages = {"initialize": jax.ffi.pycapsule(cuda), "execute": jax.ffi.pycapsule(cuda)}
-    jax.ffi.register_ffi_target(_TARGET, stages, platform="CUDA")
-    return cpu, cuda
+    try:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(cpu), platform="cpu")
+        jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+    except jax.errors.JaxRuntimeError as error:
+        repair = f"pip install 'jax>={OLDEST_JAX},<={NEWEST_JAX}'"
+        raise DependencyError(f"{served}; JAX {jax.__version__} refuses its functions ({error}): {repair}") from error
 
 
-_handlers = _install()
+_install(_TARGET, _run_cpu, _run_cuda)
 
 
 def _drain() -> None:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flashmoe_cupy import _xla_ffi, dtypes
 from flashmoe_cupy.cpu import moe as cpu
 from flashmoe_cupy.dtypes import FP32, INT32, UINT8, DType
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.jax import _align, _array, _check, _counted, _in_use, _view
+from flashmoe_cupy.jax import _array, _check, _filled, _in_use, _install, _types, _view
 from flashmoe_cupy.ops import moe_buffers, plans
 from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
@@ -213,14 +212,14 @@ def _build(op: str, problem: Problem, arrays: Sequence[tuple[str, tuple[int, ...
     results = _results(problem)
     empty = 0 in results[-1][0] or 0 in results[0][0]
     workspace = 0 if empty else moe_buffers.workspace_bytes(problem)
+    wanted: list[Form] = results if empty else [*results, ((max(workspace, 1),), UINT8)]
+    zeros = [(shape, dtypes.to_numpy(dtype), 0.0) for shape, dtype in wanted]
 
     def plain(*given: Any) -> tuple[Any, ...]:
+        inputs = [given[i] for i in order]
         if empty:
-            return tuple(jnp.zeros(shape, dtypes.to_numpy(dtype)) for shape, dtype in results)
-        inputs, varying = _align([given[i] for i in order])
-        wanted: list[Form] = [*results, ((max(workspace, 1),), UINT8)]
-        like = [jax.ShapeDtypeStruct(shape, dtypes.to_numpy(dtype), **varying) for shape, dtype in wanted]
-        call = jax.ffi.ffi_call(_TARGET, like, vmap_method="sequential")
+            return tuple(_filled(zeros, inputs))
+        call = jax.ffi.ffi_call(_TARGET, _types(zeros, inputs), vmap_method="sequential")
         return tuple(call(*inputs, key=np.int64(key), text=text)[:-1])
 
     differentiable = jax.custom_jvp(plain)
@@ -333,14 +332,4 @@ def _dense(name: str, address: int, shape: tuple[int, ...], dtype: DType) -> Any
     return _array(name, address, shape, strides, dtypes.to_numpy(dtype))
 
 
-def _install() -> tuple[Any, Any]:
-    """Make the target known to XLA. Returns the C functions, which must never be freed."""
-    cpu_handler, cuda_handler = _xla_ffi.handler(_counted(_run_cpu)), _xla_ffi.handler(_run_cuda)
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(cpu_handler), platform="cpu")
-    # as in jax.py: no module can be loaded while XLA records a graph, so that is done at "initialize"
-    stages = {"initialize": jax.ffi.pycapsule(cuda_handler), "execute": jax.ffi.pycapsule(cuda_handler)}
-    jax.ffi.register_ffi_target(_TARGET, stages, platform="CUDA")
-    return cpu_handler, cuda_handler
-
-
-_handlers = _install()
+_install(_TARGET, _run_cpu, _run_cuda)

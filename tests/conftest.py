@@ -56,6 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # No model or data set may be looked up on a hub by a test.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    # JAX tests spread arrays over several CPU devices.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
     # JAX would take most of a GPU's memory at its first use.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if find_spec("hypothesis") is not None:

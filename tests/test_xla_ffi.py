@@ -56,12 +56,26 @@ def runtimes() -> Iterator[Callable[..., _Runtime]]:
         runtime.close()
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [(1, 1), (3, 3), (4, 4), (9, 4)])
+@pytest.mark.parametrize(("theirs", "ours"), [(1, 1), (3, 3), (4, 4), (5, 5), (9, 5)])
 def test_ffi_version(theirs: int, ours: int, runtimes: Callable[..., _Runtime]) -> None:
     runtime = runtimes(minor=theirs)
     assert not runtime.call(metadata=True), runtime.errors
     version = runtime.metadata.api_version
     assert (version.major, version.minor, runtime.metadata.traits) == (0, ours, 1)
+
+
+def test_ffi_metadata_without_a_table(runtimes: Callable[..., _Runtime]) -> None:
+    """So XLA asks until jaxlib 0.8.0. No error can be made then: the answer keeps a version that XLA refuses."""
+    runtime = runtimes(minor=1)
+    runtime.frame.api = None
+    assert not runtime.call(metadata=True)
+    version = runtime.metadata.api_version
+    assert (version.major, version.minor, runtime.metadata.traits) == (0, 1, 1)
+    runtime = runtimes(minor=1)
+    runtime.frame.api = None
+    runtime.frame.attrs.struct_size = 16
+    assert not runtime.call(metadata=True)
+    assert (runtime.metadata.api_version.major, runtime.metadata.api_version.minor) == (0, 0)
 
 
 def test_ffi_refuses_what_it_does_not_know(runtimes: Callable[..., _Runtime]) -> None:
