@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,13 +25,43 @@ pytestmark = pytest.mark.compile
 
 EVERY: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
 PAIRS = [(name, arch) for name, kernel in EVERY.items() for arch in ARCHS if kernel.configs(arch)]
+NAMES = {(kernel, arch): [config.name for config in EVERY[kernel].configs(arch)] for kernel, arch in PAIRS}
 
 
-@pytest.mark.parametrize(("kernel", "arch"), PAIRS)
-def test_all_configurations(kernel: str, arch: str) -> None:
+def usual_archs(kernel: str, config: str) -> list[str]:
+    """For which architectures every run compiles a configuration: the first that has it, and one of the others."""
+    first, *others = [arch for name, arch in PAIRS if name == kernel and config in NAMES[name, arch]]
+    return [first, others[zlib.crc32(config.encode()) % len(others)]] if others else [first]
+
+
+def parts() -> Iterator[Any]:
+    """(kernel, arch, a few configurations): small tests, which processes share. `-m compile` asks for all of them."""
+    for kernel, arch in PAIRS:
+        usual: list[Any] = []
+        rest: list[Any] = []
+        for config in EVERY[kernel].configs(arch):
+            (usual if arch in usual_archs(kernel, config.name) else rest).append(config)
+        for label, configs, marks in (("", usual, ()), ("rest", rest, (pytest.mark.every_arch, pytest.mark.slow))):
+            for i in range(0, len(configs), 8):
+                name = f"{kernel}-{arch}-{label}{i // 8}"
+                yield pytest.param(kernel, arch, configs[i : i + 8], marks=marks, id=name)
+
+
+PARTS = list(parts())
+
+
+def test_every_configuration_is_in_a_part() -> None:
+    """Once for each architecture that has it, and in the parts that every run has."""
+    for pair in PAIRS:
+        found = [config.name for part in PARTS if part.values[:2] == pair for config in part.values[2]]
+        assert len(found) == len(set(found)) and set(found) == set(NAMES[pair])
+    usual = {(part.values[0], config.name) for part in PARTS if not part.marks for config in part.values[2]}
+    assert usual == {(kernel, config) for kernel, arch in PAIRS for config in NAMES[kernel, arch]}
+
+
+@pytest.mark.parametrize(("kernel", "arch", "configs"), PARTS)
+def test_all_configurations(kernel: str, arch: str, configs: list[Any]) -> None:
     spec = EVERY[kernel]
-    configs = spec.configs(arch)
-    assert len({c.name for c in configs}) == len(configs) > 0
 
     def build(config: Any) -> list[str]:
         tu = spec.source(config)
@@ -42,7 +75,8 @@ def test_all_configurations(kernel: str, arch: str) -> None:
             bad.append(f"shared memory {made.static_smem} + {config.smem_bytes}")
         return [f"{config.name}: {text}" for text in bad]
 
-    with ThreadPoolExecutor(2) as pool:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // workers)) as pool:
         assert [text for found in pool.map(build, configs) for text in found] == []
 
 
