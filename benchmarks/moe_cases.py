@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cases import ITEMSIZE, OURS, SUITES, Suite
+from benchmarks.numpy_backend import HOST_SUITES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -232,4 +233,4 @@ MOE_SUITES: dict[str, Suite[MoECase]] = {
     )
 }
 
-ALL_SUITES: dict[str, Suite[Any]] = {**SUITES, **MOE_SUITES}
+ALL_SUITES: dict[str, Suite[Any]] = {**SUITES, **MOE_SUITES, **HOST_SUITES}

@@ -1,4 +1,6 @@
-"""The bars that the mixture of experts is held to, judged from rows, its tables and its plot. Never measures."""
+"""The bars that the mixture of experts and the NumPy back end are held to, judged from rows; tables and plot of the
+mixture. Never measures.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.cases import OURS
 from benchmarks.moe_cases import MOE_SUITES
+from benchmarks.numpy_backend import NAME, TORCH
 from benchmarks.rows import LABELS, ReportError, Row, Table, facts, newest, of_device, state, timed
 
 if TYPE_CHECKING:
@@ -17,11 +20,12 @@ DENSE = "share of the dense product"  # our TFLOP/s over those of an 8192³ bf16
 READ = "share of the read rate"  # GB/s of the weights that are needed over those of a big read of the same rounds
 SPEED = "speed over"  # the fastest of some libraries of the same run
 HOST = "host µs of a call"
+TIME = "time over that of"  # some library of the same run
 _FIELDS = {DENSE: "share", READ: "read_share", HOST: "host_us"}
 
 
 class Bar(NamedTuple):
-    """One line that has to hold: `kind` of our row of `case` is at least `limit`; for HOST at most."""
+    """One line that has to hold: `kind` of our row of `case` is at least `limit`; for HOST and TIME at most."""
 
     suite: str
     case: str
@@ -42,7 +46,7 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.value <= self.bar.limit if self.bar.kind == HOST else self.value >= self.bar.limit
+        return self.value <= self.bar.limit if self.bar.kind in (HOST, TIME) else self.value >= self.bar.limit
 
     def word(self) -> str:
         if math.isnan(self.value):
@@ -68,6 +72,11 @@ BARS = (
     Bar("moe_decode", "mixtral_8x7b_t256", READ, 0.90),
     *(Bar("moe_decode", case.name, SPEED, 1.0, ("vllm_triton",)) for case in MOE_SUITES["moe_decode"].cases),
     *(Bar("moe_host", case.name, HOST, 30.0) for case in MOE_SUITES["moe_host"].cases),
+    Bar(NAME, "attention_fp32_2k_causal", TIME, 2.0, (TORCH,)),
+    Bar(NAME, "attention_bf16_2k_causal", TIME, 2.0, (TORCH,)),
+    Bar(NAME, "router_4096_64_k8", TIME, 2.0, (TORCH,)),
+    Bar(NAME, "fused_moe_t1024", TIME, 1.3, (TORCH,)),
+    Bar(NAME, "attention_8_tokens", HOST, 70.0),
 )
 
 
@@ -90,20 +99,21 @@ def _judge(bar: Bar, here: dict[str, Row]) -> Verdict:
     field = _FIELDS.get(bar.kind, "device_us")
     if ours is None or not timed(ours, field):
         return Verdict(bar, math.nan, f"{LABELS[OURS]}: {state(ours)}")
-    if bar.kind != SPEED:
+    if bar.kind not in (SPEED, TIME):
         return Verdict(bar, float(ours[field]))
     rivals = [here[name] for name in bar.rivals if timed(here.get(name), "device_us")]
     if not rivals:
         return Verdict(bar, math.nan, f"{LABELS[bar.rivals[0]]}: {state(here.get(bar.rivals[0]))}")
     best = min(rivals, key=lambda row: float(row["device_us"]))
-    return Verdict(bar, best["device_us"] / ours["device_us"], f"against {LABELS[best['library']]}")
+    speed = best["device_us"] / ours["device_us"]
+    return Verdict(bar, speed if bar.kind == SPEED else 1 / speed, f"against {LABELS[best['library']]}")
 
 
 def bars_table(verdicts: Sequence[Verdict], suite: str) -> Table:
     """One line per bar."""
     cells: list[tuple[str, ...]] = []
     for item in verdicts:
-        sign = "≤" if item.bar.kind == HOST else "≥"
+        sign = "≤" if item.bar.kind in (HOST, TIME) else "≥"
         value = "-" if math.isnan(item.value) else f"{item.value:.3f}"
         cells.append((item.bar.case, item.bar.text(), f"{sign} {item.bar.limit:g}", value, item.word(), item.note))
     return Table(f"{suite}: what has to hold", ("case", "what", "bar", "measured", "verdict", "note"), cells)

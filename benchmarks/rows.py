@@ -19,6 +19,7 @@ LABELS = {
     "torch_fa2": "torch FA2",
     "torch_cudnn": "torch cuDNN",
     "torch_sdpa": "torch SDPA",
+    "torch_cpu": "torch on the CPU",
     "flex_attention": "FlexAttention",
     "fa3": "FA3",
     "torch_grouped_mm": "torch grouped_mm",

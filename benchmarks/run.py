@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --suite attention_forward_portable --out benchmarks/results/portable.jsonl
     FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite moe_forward moe_decode --out benchmarks/results/moe.jsonl
+    python benchmarks/run.py --suite numpy_backend --out benchmarks/results/cpu_numpy.jsonl      (on the processor)
 
 All libraries get the same random inputs. Each first computes the case into a poisoned output and is checked against
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
@@ -27,13 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # Threads of earlier CPU work sleep at once: spinning, as is their default, they make host times half as long again.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
+if "numpy_backend" in sys.argv:  # before NumPy is loaded: its BLAS has as many threads as torch and the back end
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
 from benchmarks.bench import QUICK, AttentionBench, Bench, Effort, Run  # noqa: E402
 from benchmarks.cases import OUR_LIBRARIES, SUITES  # noqa: E402
 from benchmarks.moe_bench import MOE_LIBRARIES, MoEBench  # noqa: E402
-from benchmarks.moe_cases import ALL_SUITES  # noqa: E402
+from benchmarks.moe_cases import ALL_SUITES, MOE_SUITES  # noqa: E402
+from benchmarks.numpy_backend import HOST_SUITES, TORCH, HostBench  # noqa: E402
 from benchmarks.rivals import LIBRARIES, Setup, default_peers  # noqa: E402
 from benchmarks.timing import CpuTimer, GpuTimer, Timer  # noqa: E402
 
@@ -58,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--suite", nargs="+", default=["attention_forward_portable"], choices=sorted(ALL_SUITES))
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
-    names = sorted({*LIBRARIES, *MOE_LIBRARIES})
+    names = sorted({*LIBRARIES, *MOE_LIBRARIES, TORCH})
     parser.add_argument("--libraries", nargs="+", choices=names, help="default: those of each suite")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name it finds")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default: %(default)s)")
@@ -76,7 +80,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[Any, tuple[str, ...]]]:
     pattern = re.compile(options.cases)
     found = []
     for suite in (ALL_SUITES[name] for name in options.suite):
-        known = LIBRARIES if suite.name in SUITES else MOE_LIBRARIES
+        known = LIBRARIES if suite.name in SUITES else MOE_LIBRARIES if suite.name in MOE_SUITES else suite.libraries
         libraries = tuple(name for name in options.libraries or suite.libraries if name in known)
         found += [(case, libraries) for case in suite.cases if libraries and pattern.search(case.name)]
     return found
@@ -98,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("the benchmarks need PyTorch: pip install torch", file=sys.stderr)
         return 2
+    if set(options.suite) <= set(HOST_SUITES):
+        options.device = "cpu"
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("no CUDA device; --device cpu measures the NumPy back end", file=sys.stderr)
         return 2
@@ -122,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(run: Run, work: Sequence[tuple[Any, tuple[str, ...]]], options: argparse.Namespace, begin: float) -> int:
     facts = run.facts
-    attention, moe = AttentionBench(run), MoEBench(run)
+    attention, moe, host = AttentionBench(run), MoEBench(run), HostBench(run)
     print(f"{facts['device']}, driver {facts['driver'] or '-'}, {facts['versions']}, commit {facts['commit'][:12]}")
     ready = time.perf_counter() - begin
     print(f"matrix product ceiling {run.ceiling:.4g} TFLOP/s, ready after {ready:.1f} s", flush=True)
@@ -132,7 +138,9 @@ def _run(run: Run, work: Sequence[tuple[Any, tuple[str, ...]]], options: argpars
         if start - begin + longest > options.budget or run.dead:
             left_out.append(case.name)
             continue
-        bench: Bench[Any, Any] = attention if case.suite in SUITES else moe
+        bench: Bench[Any, Any] | HostBench = attention if case.suite in SUITES else moe
+        if case.suite in HOST_SUITES:
+            bench = host
         rows = bench.measure(case, libraries, options.seed, begin + options.budget)
         bad += sum(row["library"] in OUR_LIBRARIES and row["status"] in ("wrong", "error") for row in rows)
         longest = max(longest, time.perf_counter() - start) if len(rows) else longest

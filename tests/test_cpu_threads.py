@@ -40,17 +40,17 @@ def same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (50, 9), "softcap": 3.0}], ids=str)
 def test_attention_has_the_same_bits_with_any_threads(dtype: str, options: dict[str, Any], few: Any) -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, 300, h, 16), np.float32).astype(dtype) for h in (4, 2, 2))
-    packed = [a.reshape(600, -1, 16) for a in (q, k, v)]
+    q, k, v = [rng.standard_normal((2, 300, h, 16), np.float32).astype(dtype) for h in (4, 2, 2)]
+    x, y, z = [a.reshape(600, -1, 16) for a in (q, k, v)]
     cu = np.array([0, 40, 40, 600], np.int32)
-    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 560, "max_seqlen_k": 560}
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 560, "max_seqlen_k": 560}
     few(1)
     dense = flash_attention(q, k, v, **options, return_lse=True)
-    ragged = flash_attention_varlen(*packed, **lengths, **options, return_lse=True)
+    ragged = flash_attention_varlen(x, y, z, **lengths, **options, return_lse=True)
     for n in (2, 5):
         few(n)
         same(flash_attention(q, k, v, **options, return_lse=True), dense)
-        same(flash_attention_varlen(*packed, **lengths, **options, return_lse=True), ragged)
+        same(flash_attention_varlen(x, y, z, **lengths, **options, return_lse=True), ragged)
 
 
 def test_the_router_has_the_same_bits_with_any_threads(few: Any) -> None:
@@ -109,8 +109,12 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     child = os.fork()
     if child == 0:
         met = threading.Barrier(2, timeout=20)
+
+        def wait(_: int) -> None:
+            met.wait()
+
         try:
-            threads.each(lambda: lambda _: met.wait(), range(2))
+            threads.each(lambda: wait, range(2))
             os._exit(0)
         except BaseException:
             os._exit(1)
