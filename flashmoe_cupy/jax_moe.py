@@ -64,7 +64,7 @@ def moe_route(
     return (weights, ids, RouterStats(*stats)) if stats else (weights, ids)
 
 
-def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> MoEPermutation:
+def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> MoEPermutation[Any]:
     """`flashmoe_cupy.moe_permute` for JAX arrays, also traced; options and transforms as in `moe_route`."""
     return MoEPermutation(
         *_call("moe_permute", {"topk_ids": topk_ids, "expert_map": expert_map}, {"num_experts": num_experts})

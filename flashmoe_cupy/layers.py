@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal, overload
 
 from flashmoe_cupy import dtypes
+from flashmoe_cupy._types import Activation, Array, Scoring
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.plans import adapter
-from flashmoe_cupy.ops.route import moe_route
+from flashmoe_cupy.ops.route import RouterStats, moe_route
 from flashmoe_cupy.plan.checks import check_dtypes, check_places, count, show
 from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
 
@@ -52,14 +53,14 @@ class FlashMoELayer:
         w_down: Any,
         router_weight: Any = None,
         router_bias: Any = None,
-        scoring_func: str = "softmax",
+        scoring_func: Scoring = "softmax",
         renormalize: bool = False,
         routed_scaling_factor: float = 1.0,
         e_score_correction_bias: Any = None,
         num_expert_group: int = 1,
         topk_group: int = 1,
         capacity_factor: float | None = None,
-        activation: str = "swiglu",
+        activation: Activation = "swiglu",
         b_gate_up: Any = None,
         b_down: Any = None,
         interleaved: bool = False,
@@ -96,6 +97,16 @@ class FlashMoELayer:
         if self._kind.__module__.partition(".")[0] == "jax":
             _make_pytree(self._kind)
 
+    @overload
+    def __call__(self, x: Array, *, router_logits: Any = None, return_stats: Literal[False] = False) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, *, router_logits: Any = None, return_stats: Literal[True]
+    ) -> tuple[Array, RouterStats[Array]]: ...
+    @overload
+    def __call__(
+        self, x: Array, *, router_logits: Any = None, return_stats: bool
+    ) -> Array | tuple[Array, RouterStats[Array]]: ...
     def __call__(self, x: Any, *, router_logits: Any = None, return_stats: bool = False) -> Any:
         """x (..., d) to (..., d) in x's dtype; with return_stats also the `RouterStats` of the call.
 
@@ -121,7 +132,7 @@ class FlashMoELayer:
         else:
             reason = "the layer has no router_weight, so the call must give router_logits"
             raise UnsupportedProblem(f"{self!r}", [reason], "router_logits of shape (..., num_experts)")
-        routed = moe_route(logits, top_k=self.top_k, return_stats=return_stats, **self.route_options)
+        routed: Any = moe_route(logits, top_k=self.top_k, return_stats=return_stats, **self.route_options)
         gate = None
         if self.shared_gate_weight is not None:
             score = (_float32(rows) @ self.shared_gate_weight).reshape(-1, 1)

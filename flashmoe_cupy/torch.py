@@ -173,12 +173,12 @@ def moe_route(
 
 def moe_permute(
     topk_ids: torch.Tensor, *, num_experts: int, expert_map: torch.Tensor | None = None
-) -> MoEPermutation:  # fmt: skip
+) -> MoEPermutation[torch.Tensor]:  # fmt: skip
     """`flashmoe_cupy.moe_permute` for torch tensors, also inside `torch.compile` and `torch.export`."""
     if not _traced(topk_ids):
         from flashmoe_cupy.ops import permute as op
 
-        found: MoEPermutation = _eager(op.moe_permute)(topk_ids, num_experts=num_experts, expert_map=expert_map)
+        found: MoEPermutation[Any] = _eager(op.moe_permute)(topk_ids, num_experts=num_experts, expert_map=expert_map)
         return found
     _check_given("moe_permute", expert_map=expert_map)
     return MoEPermutation(*torch.ops.flashmoe_cupy.moe_permute(topk_ids, num_experts, expert_map))

@@ -140,7 +140,7 @@ def test_gemm_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_building_blocks_make_the_whole() -> None:
     """permute, two products and a sum by hand give what fused_moe gives."""
     a = problem(31, 5, 3, d=24, n=16, ids="any")
-    p = moe_permute(a["topk_ids"], num_experts=5)
+    p: Any = moe_permute(a["topk_ids"], num_experts=5)
     token = torch.where(p.sorted_indices >= 0, p.sorted_indices // 3, -1)
     h = grouped_gemm(a["x"], a["w_gate_up"], offsets=p.offsets, gather_indices=token)
     y = grouped_gemm(F.silu(h[:, :16]) * h[:, 16:], a["w_down"], offsets=p.offsets)

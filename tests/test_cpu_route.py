@@ -39,7 +39,7 @@ def score(name: str, x: list[float]) -> list[float]:
 
 
 def token_by_hand(
-    logits: Array, *, top_k: int, scoring_func: str = "softmax", renormalize: bool = False, scale: float = 1.0,
+    logits: Array, *, top_k: int, scoring_func: Any = "softmax", renormalize: bool = False, scale: float = 1.0,
     bias: Array | None = None, groups: int = 1, kept: int = 1,
 ) -> tuple[list[float], list[int]]:  # fmt: skip
     x = [clamped(float(v)) for v in logits]
@@ -82,14 +82,14 @@ def random(tokens: int, experts: int, seed: int = 0, dtype: str = "float32", spr
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (3, 3), (5, 2), (8, 1), (64, 32), (160, 6), (1024, 8)], ids=str)
-def test_sizes(experts: int, k: int, scoring_func: str, renormalize: bool) -> None:
+def test_sizes(experts: int, k: int, scoring_func: Any, renormalize: bool) -> None:
     for tokens in (0, 1, 7, 33):
         check(random(tokens, experts), top_k=k, scoring_func=scoring_func, renormalize=renormalize, scale=2.5)
 
 
 @pytest.mark.parametrize("scoring_func", SCORING)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_and_ties(dtype: str, scoring_func: str) -> None:
+def test_dtypes_and_ties(dtype: str, scoring_func: Any) -> None:
     """16-bit logits are full of ties, which go to the lower expert; a bias moves the choice, not the weights."""
     logits = random(60, 32, dtype=dtype)
     few = np.round(logits.astype(np.float32)).astype(logits.dtype)
@@ -107,7 +107,7 @@ def test_dtypes_and_ties(dtype: str, scoring_func: str) -> None:
     (256, 8, 4, 8), (160, 8, 3, 6), (12, 12, 5, 3), (12, 12, 3, 3), (12, 1, 1, 4), (12, 3, 3, 12), (24, 4, 1, 6),
     (6, 2, 1, 1),
 ], ids=str)  # fmt: skip
-def test_groups(experts: int, groups: int, kept: int, k: int, scoring_func: str) -> None:
+def test_groups(experts: int, groups: int, kept: int, k: int, scoring_func: Any) -> None:
     """DeepSeek's two routers among them, and groups of one expert."""
     bias = np.random.default_rng(1).standard_normal(experts).astype(np.float32) / 4
     for logits in (random(40, experts), np.round(random(40, experts, 1))):
@@ -141,7 +141,7 @@ def test_experts_with_a_bias_of_minus_infinity() -> None:
     st.sampled_from(SCORING), st.booleans(), st.booleans(), st.sampled_from([1, 40, 1 << 20]), st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_mix_in_any_blocks(
-    tokens: int, shape: tuple[int, int], k: int, data: st.DataObject, scoring_func: str, renormalize: bool,
+    tokens: int, shape: tuple[int, int], k: int, data: st.DataObject, scoring_func: Any, renormalize: bool,
     biased: bool, block: int, seed: int,
 ) -> None:  # fmt: skip
     experts, groups = shape
@@ -169,7 +169,7 @@ HOSTILE = np.array([
 
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
-def test_hostile_logits(scoring_func: str, renormalize: bool) -> None:
+def test_hostile_logits(scoring_func: Any, renormalize: bool) -> None:
     """Different experts and finite weights whatever comes; the order is that of the logits where scores underflow."""
     for groups, kept in ((1, 1), (3, 2)):
         weights, ids = moe_route(
@@ -188,7 +188,7 @@ def test_hostile_logits(scoring_func: str, renormalize: bool) -> None:
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
 def test_a_nan_counts_as_the_lowest_number(
-    scoring_func: str, renormalize: bool, groups: tuple[int, int], bias: bool
+    scoring_func: Any, renormalize: bool, groups: tuple[int, int], bias: bool
 ) -> None:
     """One of a row, several and a row of them; the reference says the same."""
     r = np.random.default_rng(3)
@@ -214,7 +214,7 @@ def flat(routed: Any) -> list[Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scoring_func", SCORING)
 def test_the_first_nan_is_named_under_the_check(
-    scoring_func: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    scoring_func: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = np.zeros((5, 8), DTYPES[dtype])
     logits[2, 6] = logits[2, 7] = logits[4, 0] = np.nan
@@ -282,7 +282,7 @@ def test_capacity_drops_the_last(factor: float) -> None:
 @pytest.mark.parametrize("capacity", [None, 0.5])
 @pytest.mark.parametrize("scoring_func", SCORING)
 @pytest.mark.parametrize("block", [7, 1 << 20])
-def test_statistics(scoring_func: str, capacity: float | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics(scoring_func: Any, capacity: float | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SCORES", block)
     for k in (1, 3):
         logits = random(50, 6, seed=k)

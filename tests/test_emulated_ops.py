@@ -188,7 +188,7 @@ def test_route_and_permute(machine: Machine) -> None:
         assert np.array_equal(getattr(stats, name).array, getattr(want[2], name))
     for name in ("load_balancing_loss", "z_loss"):
         np.testing.assert_allclose(getattr(stats, name).array, getattr(want[2], name), rtol=1e-5)
-    found = flashmoe_cupy.moe_permute(ids, num_experts=24)
+    found: Any = flashmoe_cupy.moe_permute(ids, num_experts=24)
     for got, truth in zip(found, reference.moe_permute(want[1], num_experts=24), strict=True):
         assert np.array_equal(got.array, truth)
 

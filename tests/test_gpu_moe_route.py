@@ -260,6 +260,7 @@ def check_strange_values(device: str) -> None:
     values = (math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 0.0, -0.0, 1e-45)
     logits = torch.tensor([[v] * 7 for v in values], device=device)
     mixed = torch.tensor(values, device=device)[torch.randint(0, 8, (100, 7), device=device)]
+    scoring: Any
     for dtype, scoring, renormalize in itertools.product(DTYPES, SCORING, (False, True)):
         x = torch.cat([logits, mixed]).to(torch_dtype(dtype))
         weights, ids, stats = moe_route(x, top_k=5, scoring_func=scoring, renormalize=renormalize, return_stats=True)

@@ -180,8 +180,8 @@ class Guarded(NamedTuple):
 def attention(case: Case, t: Arrays, **more: Any) -> tuple[Tensor, Tensor]:
     """The library under test on a problem's arrays: out and lse."""
     if isinstance(case, VarlenCase):
-        return flashmoe_cupy.flash_attention_varlen(**t, **case.options(), return_lse=True, **more)  # type: ignore[no-any-return]
-    return flashmoe_cupy.flash_attention(**t, **case.options(), return_lse=True, **more)  # type: ignore[no-any-return]
+        return flashmoe_cupy.flash_attention_varlen(**t, **case.options(), return_lse=True, **more)
+    return flashmoe_cupy.flash_attention(**t, **case.options(), return_lse=True, **more)
 
 
 def check(case: Case, device: str, seed: int = 0) -> list[str]:

@@ -261,9 +261,11 @@ def check_extreme_values(device: str, dtype: str) -> None:
     near("both signs at the top", {"q": q, "k": k, "v": torch.where(v > 0, top / 2, -top / 2).to(v.dtype)}, fine)
     near("products above the dtype", {"q": q.abs() * 120, "k": k.abs() * 120, "v": v}, coarse, softmax_scale=1e-4)
     near("subnormal values", {"q": q, "k": k, "v": v * 1e-7}, 2.0**-3 if dtype == "float16" else fine)
-    want = flash_attention(q, k, v)
+    want: Any = flash_attention(q, k, v)
+    found: Any
     for sink in (-1e4, -math.inf):
-        out, lse = flash_attention(q, k, v, sinks=torch.full((4,), sink, device=device), return_lse=True)
+        found = flash_attention(q, k, v, sinks=torch.full((4,), sink, device=device), return_lse=True)
+        out, lse = found
         assert relative_error(out.double(), want.double()) < fine and bool(lse.isfinite().all()), f"a sink of {sink}"
     out, lse = flash_attention(q, k, v, sinks=torch.full((4,), 1e4, device=device), return_lse=True)
     assert not bool(out.any()) and bool((lse == 1e4).all()), "a sink of 1e4 takes everything"

@@ -146,7 +146,7 @@ def test_options_of_another_type_are_another_call() -> None:
     logits = jnp.asarray(RouteCase(3, 8).random()["logits"])
     flashmoe_cupy.moe_route(logits, top_k=2, renormalize=True)
     with pytest.raises(UnsupportedProblem, match="top_k"):
-        flashmoe_cupy.moe_route(logits, top_k=2.0, renormalize=True)  # type: ignore[arg-type]
+        flashmoe_cupy.moe_route(logits, top_k=2.0, renormalize=True)  # type: ignore[call-overload]
 
 
 # ---------------------------------------------------------------------------------------------------------- transforms

@@ -91,7 +91,7 @@ def test_routing_is_that_of_moe_route(case: MoECase) -> None:
 
     inputs = make_inputs(case, "cpu", seed=3)
     bias = None if inputs.correction_bias is None else inputs.correction_bias.numpy()
-    weights, ids = flashmoe_cupy.moe_route(
+    weights, ids = flashmoe_cupy.moe_route(  # type: ignore[call-overload]
         inputs.logits.numpy(), top_k=case.top_k, scoring_func=case.scoring_func, renormalize=case.renormalize,
         routed_scaling_factor=case.routed_scaling_factor, e_score_correction_bias=bias,
         num_expert_group=case.num_expert_group, topk_group=case.topk_group,

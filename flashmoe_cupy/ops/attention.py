@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, Unpack, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashmoe_cupy import _env, arrays, dtypes
+from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.plans import adapter
@@ -28,21 +30,41 @@ if TYPE_CHECKING:
 _OPTIONAL = ("bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 _MAX_PLANS = 4096  # distinct shapes that are remembered
 _UNLIMITED = (-1, -1)
+_NumPy = np.ndarray[Shape, Kind]
+_Pair = tuple[np.ndarray[Shape, Kind], NDArray[np.float32]]
 
 
+@overload
+def flash_attention(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[False] = False, out: Array | None = None,
+    **options: Unpack[Dense],
+) -> Array: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: _NumPy[Shape, Kind], k: _NumPy[Any, Kind], v: _NumPy[Any, Kind], *, return_lse: Literal[True],
+    out: _NumPy[Any, Kind] | None = None, **options: Unpack[Dense],
+) -> _Pair[Shape, Kind]: ...  # fmt: skip
+@overload
+def flash_attention(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[True], out: Array | None = None, **options: Unpack[Dense]
+) -> tuple[Array, Array]: ...
+@overload
+def flash_attention(
+    q: Array, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **options: Unpack[Dense]
+) -> Array | tuple[Array, Any]: ...
 def flash_attention(
     q: Any,
     k: Any,
     v: Any,
     *,
     causal: bool = False,
-    window_size: tuple[int, int] = _UNLIMITED,
+    window_size: Window = _UNLIMITED,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Any = None,
     alibi_slopes: Any = None,
     bias: Any = None,
-    layout: str = "bshd",
+    layout: Layout = "bshd",
     return_lse: bool = False,
     out: Any = None,
 ) -> Any:
@@ -142,6 +164,24 @@ def flash_attention(
     return plan.run(vq, vk, vv, vo, (vb, va, vs, None, None, None, None), out)
 
 
+@overload
+def flash_attention_varlen(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[False] = False, out: Array | None = None,
+    **options: Unpack[Packed],
+) -> Array: ...  # fmt: skip
+@overload
+def flash_attention_varlen(
+    q: _NumPy[Shape, Kind], k: _NumPy[Any, Kind], v: _NumPy[Any, Kind], *, return_lse: Literal[True],
+    out: _NumPy[Any, Kind] | None = None, **options: Unpack[Packed],
+) -> _Pair[Shape, Kind]: ...  # fmt: skip
+@overload
+def flash_attention_varlen(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[True], out: Array | None = None, **options: Unpack[Packed]
+) -> tuple[Array, Array]: ...
+@overload
+def flash_attention_varlen(
+    q: Array, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **options: Unpack[Packed]
+) -> Array | tuple[Array, Any]: ...
 def flash_attention_varlen(
     q: Any,
     k: Any,
@@ -149,12 +189,12 @@ def flash_attention_varlen(
     *,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: SupportsIndex,
+    max_seqlen_k: SupportsIndex,
     seqused_q: Any = None,
     seqused_k: Any = None,
     causal: bool = False,
-    window_size: tuple[int, int] = _UNLIMITED,
+    window_size: Window = _UNLIMITED,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     sinks: Any = None,

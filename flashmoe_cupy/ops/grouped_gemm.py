@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe_cupy import arrays
+from flashmoe_cupy._types import Array
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.ops import plans
@@ -17,15 +18,15 @@ Views = tuple[View, View, View | None, View | None, View | None, View | None]
 
 
 def grouped_gemm(
-    x: Any,
+    x: Array,
     w: Any,
     *,
     offsets: Any = None,
     group_sizes: Any = None,
     gather_indices: Any = None,
     bias: Any = None,
-    out: Any = None,
-) -> Any:
+    out: Array | None = None,
+) -> Array:
     """out[r] = x[r] @ w[e].T (+ bias[e]) for the rows r of each group e, added up in float32.
 
     Arrays are NumPy, CuPy, torch or JAX (or have `__dlpack__`), all of one library on one device; the result is too.
@@ -52,7 +53,7 @@ def grouped_gemm(
     """
     other = plans.adapter(x)
     if other is not None:
-        return other.grouped_gemm(
+        return other.grouped_gemm(  # type: ignore[no-any-return]
             x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
         )  # fmt: skip
     vx, vw = view(x, "x"), view(w, "w")
@@ -71,7 +72,7 @@ def grouped_gemm(
             vx, vw, offsets=vo, group_sizes=vs, gather_indices=vg, bias=vb, out=vt
         )  # fmt: skip
         plan = _plans.keep(key, _Plan(problem, views, vt))
-    return plan.run(views, vt, out)
+    return plan.run(views, vt, out)  # type: ignore[no-any-return]
 
 
 class _Plan:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashmoe_cupy import arrays
+from flashmoe_cupy._types import Activation, Array
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.ops import plans
@@ -33,13 +34,13 @@ Views = tuple[View | None, ...]  # in the order of _NAMES
 
 
 def fused_moe(
-    x: Any,
+    x: Array,
     w_gate_up: Any,
     w_down: Any,
     topk_weights: Any,
     topk_ids: Any,
     *,
-    activation: str = "swiglu",
+    activation: Activation = "swiglu",
     b_gate_up: Any = None,
     b_down: Any = None,
     interleaved: bool = False,
@@ -51,8 +52,8 @@ def fused_moe(
     shared_w_down: Any = None,
     shared_gate: Any = None,
     batch_invariant: bool = False,
-    out: Any = None,
-) -> Any:
+    out: Array | None = None,
+) -> Array:
     """out[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], without padding and without dropping.
 
     An expert e computes h = x @ w_gate_up[e].T + b_gate_up[e], a = activation(h), y = a @ w_down[e].T + b_down[e].
@@ -114,10 +115,10 @@ def fused_moe(
         given += tuple([one for one in optional if one is not None])
         short, found = plans.seen(_plans, given, (*options, there))
     if found is not None:
-        return found
+        return found  # type: ignore[no-any-return]
     other = plans.adapter(x)
     if other is not None:
-        return other.fused_moe(
+        return other.fused_moe(  # type: ignore[no-any-return]
             x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
             interleaved=interleaved, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,
@@ -148,7 +149,7 @@ def fused_moe(
         plan = _plans.keep(key, _Plan(problem, views, vo))
     if short is not None and vx.device >= 0:
         _plans.keep(short, plan)
-    return plan.run(vx, views, vo, out)
+    return plan.run(vx, views, vo, out)  # type: ignore[no-any-return]
 
 
 class _Plan:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flashmoe_cupy import arrays
+from flashmoe_cupy._types import Array, Generic
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.ops import plans
@@ -12,15 +16,21 @@ from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
 from flashmoe_cupy.plan.options import integer
 
 
-class MoEPermutation(NamedTuple):
+class MoEPermutation(NamedTuple, Generic[Array]):
     """The assignments of T tokens to K experts each, sorted by expert; int32 arrays of the caller's library."""
 
-    offsets: Any  # (E + 1,): expert e has the sorted places offsets[e]:offsets[e + 1]
-    sorted_indices: Any  # (T * K,): t * K + k of the assignment at each place, -1 behind offsets[-1]
-    inverse_indices: Any  # (T, K): the sorted place of each assignment, -1 for a skipped one
+    offsets: Array  # (E + 1,): expert e has the sorted places offsets[e]:offsets[e + 1]
+    sorted_indices: Array  # (T * K,): t * K + k of the assignment at each place, -1 behind offsets[-1]
+    inverse_indices: Array  # (T, K): the sorted place of each assignment, -1 for a skipped one
 
 
-def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> MoEPermutation:
+@overload
+def moe_permute(
+    topk_ids: np.ndarray[Any, Any], *, num_experts: SupportsIndex, expert_map: Any = None
+) -> MoEPermutation[NDArray[np.int32]]: ...
+@overload
+def moe_permute(topk_ids: Array, *, num_experts: SupportsIndex, expert_map: Any = None) -> MoEPermutation[Array]: ...
+def moe_permute(topk_ids: Any, *, num_experts: SupportsIndex, expert_map: Any = None) -> MoEPermutation[Any]:
     """Sort assignments by expert; those of one expert stay in order.
 
     Arrays are NumPy, CuPy, torch or JAX (or have `__dlpack__`), all of one library on one device; the results are too.
@@ -40,7 +50,7 @@ def moe_permute(topk_ids: Any, *, num_experts: int, expert_map: Any = None) -> M
     """
     other = plans.adapter(topk_ids)
     if other is not None:
-        found: MoEPermutation = other.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
+        found: MoEPermutation[Any] = other.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
         return found
     vi = view(topk_ids, "topk_ids")
     vm = None if expert_map is None else view(expert_map, "expert_map")
@@ -64,7 +74,7 @@ class _Plan:
         shapes = ((p.num_experts + 1,), (p.tokens * p.top_k,), (p.tokens, p.top_k))
         self.specs: list[plans.Spec] = [(shape, INT32) for shape in shapes]
 
-    def run(self, views: tuple[View, View | None]) -> MoEPermutation:
+    def run(self, views: tuple[View, View | None]) -> MoEPermutation[Any]:
         """The call: outputs from the caller's library, then the kernels or the NumPy back end."""
         p, ids = self.problem, views[0]
         if ids.device < 0:
@@ -77,7 +87,7 @@ class _Plan:
             arrays.fill(ids, made[0], 0)
         return MoEPermutation(*made)
 
-    def _run_on_host(self, views: tuple[View, View | None]) -> MoEPermutation:
+    def _run_on_host(self, views: tuple[View, View | None]) -> MoEPermutation[Any]:
         from flashmoe_cupy.cpu.moe import permute
 
         p = self.problem

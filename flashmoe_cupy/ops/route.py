@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, Unpack, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashmoe_cupy import arrays
+from flashmoe_cupy._types import Array, Generic, Route, Scoring
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import FP32, INT32
 from flashmoe_cupy.ops import plans
@@ -25,25 +27,49 @@ _OPTIONS = (
 _EXACT = exact_types(*_OPTIONS)
 
 
-class RouterStats(NamedTuple):
+class RouterStats(NamedTuple, Generic[Array]):
     """How evenly the experts are used; arrays of the caller's library, nothing waits for them."""
 
-    expert_counts: Any  # (E,) int32: assignments that each expert keeps
-    dropped: Any  # (E,) int32: assignments taken away for capacity
-    load_balancing_loss: Any  # () float32
-    z_loss: Any  # () float32
+    expert_counts: Array  # (E,) int32: assignments that each expert keeps
+    dropped: Array  # (E,) int32: assignments taken away for capacity
+    load_balancing_loss: Array  # () float32
+    z_loss: Array  # () float32
 
 
+_Routed = tuple[NDArray[np.float32], NDArray[np.int32]]
+_RoutedStats = tuple[NDArray[np.float32], NDArray[np.int32], RouterStats[NDArray[Any]]]
+
+
+@overload
+def moe_route(
+    logits: np.ndarray[Any, Any], *, return_stats: Literal[False] = False, **options: Unpack[Route]
+) -> _Routed: ...
+@overload
+def moe_route(
+    logits: np.ndarray[Any, Any], *, return_stats: Literal[True], **options: Unpack[Route]
+) -> _RoutedStats: ...
+@overload
+def moe_route(
+    logits: Array, *, return_stats: Literal[False] = False, **options: Unpack[Route]
+) -> tuple[Array, Array]: ...
+@overload
+def moe_route(
+    logits: Array, *, return_stats: Literal[True], **options: Unpack[Route]
+) -> tuple[Array, Array, RouterStats[Array]]: ...
+@overload
+def moe_route(
+    logits: Any, *, return_stats: bool, **options: Unpack[Route]
+) -> tuple[Any, Any] | tuple[Any, Any, RouterStats[Any]]: ...
 def moe_route(
     logits: Any,
     *,
-    top_k: int,
-    scoring_func: str = "softmax",
+    top_k: SupportsIndex,
+    scoring_func: Scoring = "softmax",
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
     e_score_correction_bias: Any = None,
-    num_expert_group: int = 1,
-    topk_group: int = 1,
+    num_expert_group: SupportsIndex = 1,
+    topk_group: SupportsIndex = 1,
     capacity_factor: float | None = None,
     return_stats: bool = False,
 ) -> Any:
