@@ -247,7 +247,7 @@ def test_calls_are_checked(library: str) -> None:
     with pytest.raises(TypeError, match="router_logits must be a"):
         made(array(4, D), router_logits=[1.0])
     with pytest.raises(UnsupportedProblem, match="return_stats must be a bool"):
-        made(array(4, D), return_stats="no")  # type: ignore[arg-type]
+        made(array(4, D), return_stats="no")  # type: ignore[call-overload]
     assert made(array(4, D), router_logits=array(4, E)).shape == (4, D)
 
 
