@@ -41,7 +41,7 @@ def parts() -> Iterator[Any]:
         rest: list[Any] = []
         for config in EVERY[kernel].configs(arch):
             (usual if arch in usual_archs(kernel, config.name) else rest).append(config)
-        for label, configs, marks in (("", usual, ()), ("rest", rest, (pytest.mark.every_arch, pytest.mark.slow))):
+        for label, configs, marks in (("", usual, ()), ("rest", rest, (pytest.mark.every_arch,))):
             for i in range(0, len(configs), 8):
                 name = f"{kernel}-{arch}-{label}{i // 8}"
                 yield pytest.param(kernel, arch, configs[i : i + 8], marks=marks, id=name)
@@ -59,6 +59,7 @@ def test_every_configuration_is_in_a_part() -> None:
     assert usual == {(kernel, config) for kernel, arch in PAIRS for config in NAMES[kernel, arch]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "arch", "configs"), PARTS)
 def test_all_configurations(kernel: str, arch: str, configs: list[Any]) -> None:
     spec = EVERY[kernel]

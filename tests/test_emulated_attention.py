@@ -15,7 +15,10 @@ from emulated_attention import SM80, SM90, attention, faults, outcomes
 from flashmoe_cupy.plan.config import Config, Sm80Config, Sm90Config
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
 
-pytestmark = pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing())),
+]
 
 CUDA = Path(__file__).resolve().parent.parent / "cuda_src"
 SEEDS = range(10)

@@ -21,7 +21,7 @@ from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGe
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
 SEEDS = (0, 1, 4, 7)
 ALONE = (*GroupedGemmSm90.wide[:4], 1, False)  # the same without a cluster
