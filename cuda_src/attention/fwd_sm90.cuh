@@ -392,11 +392,14 @@ struct AttentionFwdSm90 {
     if constexpr (kBounded) {
       const bool masked = !kPlain && !steps.whole(n);
       const int row = w.m0 + tile_row, col = n * kBlockN;
-      softmax.template exponentiate_bounded<kPlain>(
-          r_s, Variant::exponent(p), masked, [&](float(&highest)[2]) { highest_seen(highest, r_s[0], w.band, row, col); },
-          [&] {
-            if (masked) mask_scores(r_s[0], w.band, row, col, 0.f);
-          });
+      auto keys_of_row = [&](int i) {
+        const int r = row + i * 8 + (lane_id() >> 2);
+        return w.band.last(r) - w.band.first(r) + 1;
+      };
+      auto highest_seen = [&](float(&highest)[2]) { fm::highest_seen(highest, r_s[0], w.band, row, col); };
+      softmax.template exponentiate_bounded<kPlain>(r_s, Variant::exponent(p), keys_of_row, highest_seen, [&] {
+        if (masked) mask_scores(r_s[0], w.band, row, col, 0.f);
+      });
     } else {
       softmax.exponentiate(r_s, Variant::exponent(p));
     }

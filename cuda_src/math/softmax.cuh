@@ -68,18 +68,19 @@ struct SoftcapExponent {
 
 // The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
 // products nor sums leave the range of fp32, which bf16 shares. So no maximum is looked for: a row subtracts the same number from its
-// first key to its last. That number lies a whole number of powers of two below or above the highest score of the first tile in which
-// the row sees a key, so that this score's weight is a power of two, which bf16 holds exactly: with few keys that is what counts.
-// Scores are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that whether all scores are
-// below takes one OR for two of them, half of what a maximum costs.
+// first key to its last. Scores are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that
+// whether all scores are below takes one OR for two of them, half of what a maximum costs.
+// In a row of few keys each rounded weight shows. The number that it subtracts is a whole number of powers of two away from the highest
+// score of the first tile in which it sees a key, so that bf16 holds the weight of this score exactly; and it takes four coefficients.
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
+  static constexpr int kFewKeys = 64;  // below which a row has few; no tile of keys is smaller
   static constexpr float kLong = 0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
 
-  // What is subtracted, in powers of two, where nothing is known of a row, and where its highest score is.
+  // What a row subtracts, in powers of two; shift: one of few keys, by its highest score.
   FM_DEVICE float middle() const { return 0.5f * kLog2e * softcap; }
   FM_DEVICE float shift(float highest) const {
     const float exponent = below(highest, 0.f);
@@ -223,20 +224,25 @@ struct OnlineSoftmax {
   }
 
   // The same where each row subtracts one number throughout. Scores that do not count are not -inf here, which would be out of every
-  // polynomial's range, but what q k is; mask() makes their exponentials 0. highest_seen(highest) tells the highest score that each row
-  // sees in this tile, -inf for none; it is asked in a row's first tiles only. kWhole: every score counts.
-  // masked: some do not. Where a row may see few keys, in all these tiles, two coefficients would show in its lse.
-  template <bool kWhole, int kN, class HighestSeen, class Mask>
-  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, bool masked, HighestSeen&& highest_seen,
-                                      Mask&& mask) {
-    bool unseen = false, few = masked;
+  // polynomial's range, but what q k is; mask() makes their exponentials 0. keys_of_row(i) counts the keys that a row sees in all tiles;
+  // highest_seen(highest) tells the highest score that each row sees in this tile, -inf for none. kWhole: every score counts, in a later
+  // tile than the first: such rows have many keys, and know what they subtract.
+  template <bool kWhole, int kN, class KeysOfRow, class HighestSeen, class Mask>
+  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, KeysOfRow&& keys_of_row,
+                                      HighestSeen&& highest_seen, Mask&& mask) {
+    static_assert(8 * kN >= BoundedSoftcapExponent::kFewKeys);
+    bool few = false, unseen = false;
+    if constexpr (!kWhole) {
 #pragma unroll
-    for (int i = 0; i < 2 * kM; ++i) {
-      if (kWhole) r_max[i] = r_max[i] == -infinity() ? exponent.middle() : r_max[i];
-      else unseen |= r_max[i] == -infinity();
+      for (int i = 0; i < 2 * kM; ++i) {
+        const int keys = keys_of_row(i);
+        few |= 0 < keys && keys < BoundedSoftcapExponent::kFewKeys;
+        if (keys >= BoundedSoftcapExponent::kFewKeys) r_max[i] = exponent.middle();
+        unseen |= r_max[i] == -infinity();
+      }
+      few = __any_sync(0xffffffffu, few);
     }
-    if (!kWhole && __any_sync(0xffffffffu, unseen)) {
-      few = true;
+    if (few && __any_sync(0xffffffffu, unseen)) {
       float highest[2 * kM];
       highest_seen(highest);
 #pragma unroll
@@ -254,7 +260,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
     };
-    if ((kWhole || !few) && exponent.all_short(r_s)) all([&](float s, float shift) { return exponent.below_short(s, shift); });
+    if (!few && exponent.all_short(r_s)) all([&](float s, float shift) { return exponent.below_short(s, shift); });
     else if (exponent.all_long(r_s)) all([&](float s, float shift) { return exponent.below_long(s, shift); });
     else all([&](float s, float shift) { return exponent.below(s, shift); });
   }
