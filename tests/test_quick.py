@@ -117,6 +117,57 @@ def test_without_torchs_guards_keys_decide(access: Quick, monkeypatch: pytest.Mo
     assert quick._torch(torch).guard((x,)) is None
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's of its own ways
+def test_what_is_recorded_has_no_short_way(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result from memory would be a constant of the graph. A plan for such arrays is there, and each way looks."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):  # type: ignore[misc, name-defined, unused-ignore]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    x, memory, found = torch.rand(3, 8), plans.Memory[Any](), []
+    monkeypatch.setitem(quick._known, torch.Tensor, access)
+    plan = SimpleNamespace(short_way=lambda quick, given: lambda given: "short")
+    memory.keep((access.keys((x,)), (1, ("a",))), plan)
+    guard = access.guard((x,))
+    assert guard is not None
+
+    def look(a: Any) -> Any:
+        for one in (a, x):  # the traced argument, and a tensor of the code around it
+            found.append(plans.seen(memory, (one,), ("a",))[1])
+            plain = type(one) is torch.Tensor
+            found.append((plain and (access.key(one, one, one) or access.keys((one,)) or guard(one))) or None)
+        return a.sum()
+
+    def with_mode(mode: Any) -> None:
+        with mode:
+            look(x)
+
+    ways: dict[str, Any] = {
+        "make_fx": lambda: make_fx(look)(x),
+        "pre-dispatch": lambda: make_fx(look, pre_dispatch=True)(x),
+        "fake": lambda: make_fx(look, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(x),
+        "dispatch mode": lambda: with_mode(Mode()),
+        "fake mode": lambda: with_mode(FakeTensorMode(allow_non_fake_inputs=True)),
+        "jit.trace": lambda: torch.jit.trace(look, (x,), check_trace=False),
+        "vmap": lambda: torch.vmap(look)(torch.stack((x, x))),
+        "grad": lambda: torch.func.grad(look)(x),
+        "jvp": lambda: torch.func.jvp(look, (x,), (x,)),
+        "functionalize": lambda: torch.func.functionalize(look)(x),
+    }
+    for name, way in ways.items():
+        for _ in range(2):
+            found.clear()
+            way()
+            assert found and not any(one is not None for one in found), name
+            for _ in range(2):
+                assert plans.seen(memory, (x,), ("a",))[1] == "short"  # and plain code keeps it
+    kernels.forget[-2:] = []
+
+
 class CupyArray:
     """What is read of one of CuPy's arrays."""
 

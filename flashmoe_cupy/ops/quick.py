@@ -140,6 +140,9 @@ def _torch(torch: Any) -> Quick:
     # Under dispatch modes (make_fx, fake tensors), jit.trace and torch.func a result has to come from an operator.
     modes, tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
     transforms = torch._C._functorch.peek_interpreter_stack
+    # The modes of torch.export's and make_fx's pre_dispatch=True are on no such stack.
+    included = torch._C._dispatch_tls_is_dispatch_key_included
+    pre_dispatch = torch._C._dispatch_key_parse("PreDispatch")
 
     def key(q: Any, k: Any, v: Any) -> Key | None:
         if (
@@ -150,6 +153,7 @@ def _torch(torch: Any) -> Quick:
             or v.requires_grad
             or forward_ad._current_level >= 0
             or modes()
+            or included(pre_dispatch)
             or tracing() is not None
             or transforms() is not None
         ):
@@ -166,7 +170,13 @@ def _torch(torch: Any) -> Quick:
     grad_enabled, parameter, plain = torch.is_grad_enabled, torch.nn.Parameter, (bfloat16, torch.int32, torch.int64)
 
     def keys(arrays: tuple[Any, ...]) -> Key | None:
-        if forward_ad._current_level >= 0 or modes() or tracing() is not None or transforms() is not None:
+        if (
+            forward_ad._current_level >= 0
+            or modes()
+            or included(pre_dispatch)
+            or tracing() is not None
+            or transforms() is not None
+        ):
             return None
         refuse = grad_enabled()
         found: list[Any] = []
