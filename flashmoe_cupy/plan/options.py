@@ -89,7 +89,10 @@ def exact(options: Mapping[str, object]) -> dict[str, Any] | None:
     return found
 
 
-def exact_types(*names: str) -> frozenset[tuple[type, ...]]:
-    """All tuples of types that the options `names` have when nothing has to be read."""
+def exact_types(*names: str) -> dict[tuple[type, ...], None]:
+    """All tuples of types that the options `names` have when nothing has to be read.
+
+    A dict, for torch.compile of torch 2.6 cannot look into a frozenset.
+    """
     each = [(*_TYPES[READ[name]], *((type(None),) if name in _OPTIONAL else ())) for name in names]
-    return frozenset(product(*each))
+    return dict.fromkeys(product(*each))
