@@ -19,6 +19,8 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
+from flashmoe_cupy.plan.checks import show
+from flashmoe_cupy.plan.options import READ
 
 __all__ = ["flash_attention", "flash_attention_varlen", "fused_moe", "grouped_gemm", "moe_permute", "moe_route"]
 
@@ -86,10 +88,8 @@ def flash_attention(
             q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks,
             alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse, out=out,
         )  # fmt: skip
-    _check_given("flash_attention", out, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes, bias=bias)
-    result = torch.ops.flashmoe_cupy.flash_attention(
-        q, k, v, causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias, layout, return_lse
-    )
+    given = q, k, v, causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias, layout, return_lse
+    result = torch.ops.flashmoe_cupy.flash_attention(*_read("flash_attention", _DENSE, given, out))
     return result if return_lse else result[0]
 
 
@@ -126,14 +126,11 @@ def flash_attention_varlen(
             softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
             out=out,
         )  # fmt: skip
-    _check_given(
-        "flash_attention_varlen", out, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q, seqused_k=seqused_k, sinks=sinks, alibi_slopes=alibi_slopes,
-    )  # fmt: skip
-    result = torch.ops.flashmoe_cupy.flash_attention_varlen(
+    given = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, causal, window_size,
         softmax_scale, softcap, sinks, alibi_slopes, return_lse,
     )  # fmt: skip
+    result = torch.ops.flashmoe_cupy.flash_attention_varlen(*_read("flash_attention_varlen", _VARLEN, given, out))
     return result if return_lse else result[0]
 
 
@@ -163,11 +160,11 @@ def moe_route(
             num_expert_group=num_expert_group, topk_group=topk_group, capacity_factor=capacity_factor,
             return_stats=return_stats,
         )  # fmt: skip
-    _check_given("moe_route", e_score_correction_bias=e_score_correction_bias)
-    weights, ids, *stats = torch.ops.flashmoe_cupy.moe_route(
+    given = (
         logits, top_k, scoring_func, renormalize, routed_scaling_factor, e_score_correction_bias, num_expert_group,
         topk_group, capacity_factor, return_stats,
     )  # fmt: skip
+    weights, ids, *stats = torch.ops.flashmoe_cupy.moe_route(*_read("moe_route", _ROUTE, given))
     return (weights, ids, RouterStats(*stats)) if return_stats else (weights, ids)
 
 
@@ -180,8 +177,8 @@ def moe_permute(
 
         found: MoEPermutation[Any] = _eager(op.moe_permute)(topk_ids, num_experts=num_experts, expert_map=expert_map)
         return found
-    _check_given("moe_permute", expert_map=expert_map)
-    return MoEPermutation(*torch.ops.flashmoe_cupy.moe_permute(topk_ids, num_experts, expert_map))
+    given = _read("moe_permute", _PERMUTE, (topk_ids, num_experts, expert_map))
+    return MoEPermutation(*torch.ops.flashmoe_cupy.moe_permute(*given))
 
 
 def grouped_gemm(
@@ -204,10 +201,8 @@ def grouped_gemm(
         return _eager(op.grouped_gemm)(
             x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
         )  # fmt: skip
-    _check_given(
-        "grouped_gemm", out, w=w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias
-    )  # fmt: skip
-    return torch.ops.flashmoe_cupy.grouped_gemm(x, w, offsets, group_sizes, gather_indices, bias)
+    given = _read("grouped_gemm", _GEMM, (x, w, offsets, group_sizes, gather_indices, bias), out)
+    return torch.ops.flashmoe_cupy.grouped_gemm(*given)
 
 
 def fused_moe(
@@ -244,16 +239,19 @@ def fused_moe(
             apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,
             shared_w_down=shared_w_down, shared_gate=shared_gate, batch_invariant=batch_invariant, out=out,
         )  # fmt: skip
-    _check_given(
-        "fused_moe", out, w_gate_up=w_gate_up, w_down=w_down, topk_weights=topk_weights, topk_ids=topk_ids,
-        b_gate_up=b_gate_up, b_down=b_down, expert_map=expert_map, shared_w_gate_up=shared_w_gate_up,
-        shared_w_down=shared_w_down, shared_gate=shared_gate,
-    )  # fmt: skip
-    return torch.ops.flashmoe_cupy.fused_moe(
+    given = (
         x, w_gate_up, w_down, topk_weights, topk_ids, activation, b_gate_up, b_down, interleaved, swiglu_alpha,
         swiglu_limit, expert_map, apply_router_weight_on_input, shared_w_gate_up, shared_w_down, shared_gate,
         batch_invariant,
     )  # fmt: skip
+    return torch.ops.flashmoe_cupy.fused_moe(*_read("fused_moe", _MOE, given, out))
+
+
+def __getattr__(name: str) -> Any:
+    text = f"module {__name__!r} has no attribute {name!r}"
+    if name == "FlashMoE":
+        text += "; this nn.Module comes with training, and flashmoe_cupy.FlashMoELayer serves inference"
+    raise AttributeError(text)
 
 
 def _traced(q: Any) -> bool:
@@ -273,22 +271,44 @@ def _uncompiled(function: Callable[..., Any], *arrays: Any, **options: Any) -> A
     return function(*arrays, **options)
 
 
-def _check_given(op: str, out: Any = None, **arrays: Any) -> None:
-    """Refuse what the operators do not take. All else is checked when the operator runs."""
-    why = []
-    for name, array in arrays.items():
-        if array is not None and not isinstance(array, torch.Tensor):
-            why.append(f"{name} is no tensor; all arrays of a call must be of one library")
-    hint = "tensors for all arrays of a call"
+def _read(op: str, options: _Options, values: tuple[Any, ...], out: Any = None) -> list[Any]:
+    """The operator's arguments. Refuses what it does not take, and what its schema would turn into another type.
+
+    All else is checked when the operator runs.
+    """
+    why, found, hint = [], [], ""
+    for (kind, name), value in zip(options, values, strict=True):
+        one = value
+        if kind[:6] == "Tensor":
+            if not (isinstance(value, torch.Tensor) or (value is None and kind == "Tensor?")):
+                why.append(f"{name} is no tensor; all arrays of a call must be of one library")
+                hint = "tensors for all arrays of a call"
+        elif not (value is None and kind == "float?") and not _is_symbolic(value):
+            one = READ[name](value)
+            if one is None:
+                why.append(f"{name} must be {_WORDS[kind]}, but is {show(value)}")
+        found.append(one)
     if out is not None:
         why.append("out is given, but the operators that torch compiles and traces have no in-place form")
         hint = "out=None: torch plans the memory of compiled code itself"
     if not why:
-        return
+        return found
     asked = f"{op} while torch compiles or traces"
     if torch.compiler.is_dynamo_compiling():  # which cannot trace the making of our own type
-        raise ValueError(f"cannot run {asked}: {'; '.join(why)}; hint: {hint}")
+        raise ValueError(f"cannot run {asked}: {'; '.join(why)}" + (f"; hint: {hint}" if hint else ""))
     raise UnsupportedProblem(asked, why, hint)
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Whether this is a number that torch traces, or has one."""
+    return any(isinstance(one, _SYMBOLS) for one in (value if isinstance(value, tuple) else (value,)))
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_WORDS = {
+    "bool": "a bool", "SymInt": "an int", "float": "a number", "float?": "a number or None", "str": "a string",
+    "SymInt[]": "two ints (left, right)",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ def integer(value: object) -> int | None:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "shape", ()) != ():
         return None  # of some libraries bools and arrays of one element are an index, too
+    if isinstance(value, float) or type(value).__name__ == "SymInt":
+        return None  # torch's export and make_fx: to read it would fix a dimension that may change
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # traced, without a value (torch's meta device), not an index
@@ -53,11 +55,15 @@ def real(value: object) -> float | None:
 
 def text(value: object) -> str | None:
     """A string, of NumPy or an enumeration too, as str; None for all else."""
+    if type(value) is str:
+        return value
     return str.__str__(value) if isinstance(value, str) else None
 
 
 def window(value: object) -> tuple[int, int] | None:
     """A sequence or an array of two integers as a tuple; None for all else."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     pair = isinstance(value, Sequence) and not isinstance(value, bytes)
     if not pair and getattr(value, "shape", None) != (2,):
         return None
