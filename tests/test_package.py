@@ -161,7 +161,7 @@ def readme_examples() -> dict[str, str]:
         "numpy",
         "moe",
         pytest.param("jax", marks=pytest.mark.jax),
-        pytest.param("torch", marks=[pytest.mark.torch, pytest.mark.gpu]),
+        pytest.param("torch", marks=pytest.mark.torch),
         pytest.param("cupy", marks=pytest.mark.gpu),
     ],
 )
