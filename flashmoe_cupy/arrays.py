@@ -141,6 +141,7 @@ def _torch_adapter(torch: Any, kind: type) -> Adapter:
                 or (x.requires_grad and grad_enabled())
                 or getattr(forward_ad, "_current_level", -1) >= 0
                 or x.is_neg()
+                or x.is_nested
                 or not (x.is_cuda or x.is_cpu)
             ) and (x.data_ptr() or x.numel() == 0)
         except RuntimeError:  # no storage: sparse, or inside vmap, grad and their kin
@@ -169,8 +170,8 @@ def _torch_reasons(torch: Any, x: Any, wrapper: bool, dtype: DType | None) -> li
         why.append("it has a forward-mode tangent, but there is no derivative; use the primal of unpack_dual")
     if dtype is None:
         why.append(f"dtype {x.dtype} is not supported")
-    if x.layout is not torch.strided:
-        why.append(f"layout {x.layout} is not strided; use .to_dense()")
+    if x.is_nested or x.layout is not torch.strided:
+        why.append("it is nested; pack it" if x.is_nested else f"layout {x.layout} is not strided; use .to_dense()")
     elif x.is_conj() or x.is_neg():
         why.append("its conjugate or negative bit is set; use .resolve_conj() and .resolve_neg()")
     if not (x.is_cuda or x.is_cpu):

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flashmoe_cupy import flash_attention
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch
 from flashmoe_cupy.ops import plans, quick
 from flashmoe_cupy.ops.quick import Quick, Recent
@@ -52,12 +54,27 @@ def test_a_guard_knows_shapes_strides_dtypes_devices_and_kinds(access: Quick) ->
         "gradient": torch.rand(6, 8, requires_grad=True), "sparse": torch.rand(6, 8).to_sparse(),
         "negated": torch.complex(x, x).conj().imag,
     }  # fmt: skip
+    second = access.guard((y, x))  # the first one is a tensor: its type was looked at before
+    assert second is not None and second(y, x)
     for name, other in others.items():
-        assert not guard(other, y), name
+        assert not second(y, other), name
     with torch.autograd.forward_ad.dual_level():
         assert not guard(x, y) and access.guard((x, y)) is None
     with torch.inference_mode():
         assert access.guard((x, y))(x, y)  # type: ignore[misc]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a call on plain tensors, whose guard would end the process: these tensors have no strides."""
+    monkeypatch.setitem(quick._known, torch.Tensor, access)
+    x = torch.rand(1, 5, 2, 16)
+    nested = torch.nested.nested_tensor([x[0], x[0, :3]])
+    guard = access.guard((x,))
+    assert guard is not None and guard(x) and not guard(nested)
+    assert access.key(nested, nested, nested) is None and access.keys((nested,)) is None
+    with pytest.raises(UnsupportedProblem, match="it is nested; pack it"):
+        flash_attention(nested, nested, nested)
 
 
 def test_a_gradient_that_is_not_recorded_is_none(access: Quick) -> None:

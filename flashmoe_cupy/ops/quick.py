@@ -148,6 +148,7 @@ def _torch(torch: Any) -> Quick:
         if (
             type(k) is not kind
             or type(v) is not kind
+            or q.is_nested
             or q.requires_grad
             or k.requires_grad
             or v.requires_grad
@@ -177,6 +178,8 @@ def _torch(torch: Any) -> Quick:
             or tracing() is not None
             or transforms() is not None
         ):
+            return None
+        if arrays[0].is_nested:
             return None
         refuse = grad_enabled()
         found: list[Any] = []
@@ -214,6 +217,8 @@ def _torch(torch: Any) -> Quick:
         def check(*others: Any) -> bool:
             if forward_ad._current_level >= 0 or modes() or (want_gradients and grad_enabled()):
                 return False  # what else traces changes the dispatch keys, which the guard compares
+            if others[0].is_nested:
+                return False  # it has no strides, and the guard ends the process where it reads them
             return bool(same(*others))
 
         return check
