@@ -34,14 +34,24 @@ def usual_archs(kernel: str, config: str) -> list[str]:
     return [first, others[zlib.crc32(config.encode()) % len(others)]] if others else [first]
 
 
+def is_twin(kernel: str, arch: str, config: str) -> bool:
+    """Whether a configuration differs from another one by fp16 in the place of bf16 alone."""
+    return config.startswith("fp16") and f"b{config.removeprefix('f').replace('p16', 'f16', 1)}" in NAMES[kernel, arch]
+
+
 def parts() -> Iterator[Any]:
     """(kernel, arch, a few configurations): small tests, which processes share. `-m compile` asks for all of them."""
     for kernel, arch in PAIRS:
         usual: list[Any] = []
         rest: list[Any] = []
+        twins: list[Any] = []
         for config in EVERY[kernel].configs(arch):
-            (usual if arch in usual_archs(kernel, config.name) else rest).append(config)
-        for label, configs, marks in (("", usual, ()), ("rest", rest, (pytest.mark.every_arch,))):
+            if is_twin(kernel, arch, config.name):
+                twins.append(config)
+            else:
+                (usual if arch in usual_archs(kernel, config.name) else rest).append(config)
+        more = (pytest.mark.every_arch,)
+        for label, configs, marks in (("", usual, ()), ("rest", rest, more), ("twins", twins, more)):
             for i in range(0, len(configs), 8):
                 name = f"{kernel}-{arch}-{label}{i // 8}"
                 yield pytest.param(kernel, arch, configs[i : i + 8], marks=marks, id=name)
@@ -56,7 +66,9 @@ def test_every_configuration_is_in_a_part() -> None:
         found = [config.name for part in PARTS if part.values[:2] == pair for config in part.values[2]]
         assert len(found) == len(set(found)) and set(found) == set(NAMES[pair])
     usual = {(part.values[0], config.name) for part in PARTS if not part.marks for config in part.values[2]}
-    assert usual == {(kernel, config) for kernel, arch in PAIRS for config in NAMES[kernel, arch]}
+    every = {(kernel, arch, config) for kernel, arch in PAIRS for config in NAMES[kernel, arch]}
+    assert usual == {(kernel, config) for kernel, arch, config in every if not is_twin(kernel, arch, config)}
+    assert any(is_twin(*one) for one in every) and usual
 
 
 @pytest.mark.slow

@@ -426,11 +426,12 @@ spread = jax.device_put(q, jax.sharding.NamedSharding(mesh, spec))
 def call(x):
     return fm.flash_attention(x, x, x, window_size=(3, 0))
 want = np.asarray(call(jax.numpy.asarray(q)))
-np.testing.assert_array_equal(np.asarray(call(spread)), want)
+near = dict(rtol=0, atol=1e-6)  # a part of the batch is another shape, which NumPy may sum in another order
+np.testing.assert_allclose(np.asarray(call(spread)), want, **near)
 if hasattr(jax, "shard_map"):
     split = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec))(spread)
     assert len(split.devices()) == 2
-    np.testing.assert_array_equal(np.asarray(split), want)
+    np.testing.assert_allclose(np.asarray(split), want, **near)
 print(list(fm._problems)[0])
 """
 
