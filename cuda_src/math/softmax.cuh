@@ -75,7 +75,7 @@ struct SoftcapExponent {
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
-  static constexpr int kFewKeys = 64;  // below which a row has few; no tile of keys is smaller
+  enum { kFewKeys = 64 };  // below which a row has few; no tile of keys is smaller. No member: it would stand in every cubin
   static constexpr float kLong = 0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
