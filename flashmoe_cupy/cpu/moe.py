@@ -26,7 +26,7 @@ Array = NDArray[Any]
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
-_SCORES = 1 << 15  # scores of a block of tokens in the router: 128 KB
+_SCORES = 1 << 16  # scores of a block of tokens in the router: 256 KB; more and smaller steps make threads wait
 _ALONE = 1 << 16  # scores of a router that one thread has done before a second one is awake
 _ROWS = 1 << 22  # elements of the widest intermediate result of some rows of an expert: 16 MB
 _WEIGHTS = 1 << 20  # elements of a block of weights in float32: 4 MB
