@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._dynamo import trace_rules
 
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
@@ -21,6 +22,11 @@ from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
 from flashmoe_cupy.plan.checks import show
 from flashmoe_cupy.plan.options import READ
+
+# Where a call cannot be traced, as with `out`, torch.compile goes on with the functions inside. These read memory that
+# it does not see and write what its translation of NumPy loses: they run as they are.
+for _module in ("cpu", "arrays", "jit"):
+    trace_rules.add(f"flashmoe_cupy.{_module}")
 
 __all__ = ["flash_attention", "flash_attention_varlen", "fused_moe", "grouped_gemm", "moe_permute", "moe_route"]
 

@@ -292,6 +292,21 @@ def test_fake_tensors_of_a_device_that_need_not_exist() -> None:
 # ------------------------------------------------------------------------------------------------- NumPy, out, refusals
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_out_is_written_where_a_graph_may_break(dtype: str, backend: str) -> None:
+    """Without fullgraph a call that has no operator runs uncompiled, with everything inside of it."""
+    x, *others = experts("cpu", dtype)
+    q, k, v = (a.to(getattr(torch, dtype)) for a in qkv("cpu"))
+    for function, first, more in ((fused_moe, x, others), (flash_attention, q, [k, v])):
+        want = function(first, *more)
+        for call in (function, lambda *given, **options: function(*given, **options)):  # noqa: B023
+            torch.compiler.reset()
+            out = torch.full_like(want, 7.0)
+            torch.compile(call, backend=backend)(first, *more, out=out)
+            assert torch.equal(out, want)
+
+
 def test_numpy_in_compiled_code() -> None:
     """It runs uncompiled: torch's translation of NumPy code loses what is written to `out=`."""
     q = np.random.default_rng(0).standard_normal((1, 8, 2, 16), np.float32)
