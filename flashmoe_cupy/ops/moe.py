@@ -85,7 +85,8 @@ def fused_moe(
     out: array of x's library for the result, overwritten; None = a new one. Not for JAX, whose arrays are immutable.
 
     Returns out (T, d) in x's dtype. h is float32; a, y and the result are rounded to x's dtype, and the sum is float32
-    in the order of k, with the shared expert last. The same inputs give the same bits in every run.
+    in the order of k, with the shared expert last. The same inputs give the same bits in every run on GPUs; on the CPU,
+    as often as NumPy's BLAS does.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing; with
     FLASHMOE_CHECK=1 FlashMoEError for the first id below -1 or above the number of (global) experts. Nothing is written
