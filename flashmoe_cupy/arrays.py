@@ -24,6 +24,7 @@ from flashmoe_cupy._cupy import load as load_cupy
 from flashmoe_cupy.dtypes import ALL, DType, accepted, from_dlpack, to_numpy
 from flashmoe_cupy.dtypes import from_numpy as _dtype_of
 from flashmoe_cupy.errors import DependencyError, UnsupportedProblem
+from flashmoe_cupy.torch_reasons import instead, reasons
 
 
 class View(NamedTuple):
@@ -85,9 +86,8 @@ def _type_name(array: object) -> str:
     return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
-def _refuse(array: object, name: str, reasons: str | list[str], hint: str = "") -> UnsupportedProblem:
-    all_reasons = [reasons] if isinstance(reasons, str) else reasons
-    return UnsupportedProblem(f"argument {name} ({_type_name(array)})", all_reasons, hint)
+def _refuse(array: object, name: str, why: str | list[str], hint: str = "") -> UnsupportedProblem:
+    return UnsupportedProblem(f"argument {name} ({_type_name(array)})", [why] if isinstance(why, str) else why, hint)
 
 
 # ---- NumPy and CuPy: byte strides, NumPy dtypes ----
@@ -146,39 +146,11 @@ def _torch_adapter(torch: Any, kind: type) -> Adapter:
             ) and (x.data_ptr() or x.numel() == 0)
         except RuntimeError:  # no storage: sparse, or inside vmap, grad and their kin
             plain = False
-        if not plain and (reasons := _torch_reasons(torch, x, wrapper, dtype)):
-            raise _refuse(x, name, reasons, f"{name} may be {accepted(name)}" if dtype is None else "")
+        if not plain and (why := reasons(torch, x, wrapper, dtype)):
+            raise _refuse(x, name, why, f"{name} may be {accepted(name)}" if dtype is None else instead(x, name))
         return _make(View, (x.data_ptr(), tuple(x.shape), x.stride(), dtype, x.get_device(), "torch", False, x))
 
     return adapt
-
-
-def _torch_reasons(torch: Any, x: Any, wrapper: bool, dtype: DType | None) -> list[str]:
-    """Every reason why a tensor cannot be read as plain memory; slow, runs only after the quick checks failed."""
-    why: list[str] = []
-    functorch = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
-    inside = functorch is not None and functorch(x)
-    if wrapper:
-        why.append("this subclass has its own __torch_dispatch__, so it is not plain memory; give a plain tensor")
-    if inside:
-        why.append("torch.func transforms (vmap, grad, jvp, functionalize) are not supported")
-    if x.requires_grad and torch.is_grad_enabled():
-        why.append("it requires grad and grad mode is on, but there is no backward; use torch.no_grad() or .detach()")
-    forward_ad = torch.autograd.forward_ad
-    dual = not (wrapper or inside) and getattr(forward_ad, "_current_level", -1) >= 0
-    if dual and forward_ad.unpack_dual(x).tangent is not None:
-        why.append("it has a forward-mode tangent, but there is no derivative; use the primal of unpack_dual")
-    if dtype is None:
-        why.append(f"dtype {x.dtype} is not supported")
-    if x.is_nested or x.layout is not torch.strided:
-        why.append("it is nested; pack it" if x.is_nested else f"layout {x.layout} is not strided; use .to_dense()")
-    elif x.is_conj() or x.is_neg():
-        why.append("its conjugate or negative bit is set; use .resolve_conj() and .resolve_neg()")
-    if not (x.is_cuda or x.is_cpu):
-        why.append(f"device {x.device} is neither a CUDA device nor the CPU")
-    if not (why or dual):
-        why.append("it has no storage")
-    return why
 
 
 # ---- JAX ----

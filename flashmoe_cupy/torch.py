@@ -22,6 +22,7 @@ from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
 from flashmoe_cupy.plan.checks import show
 from flashmoe_cupy.plan.options import READ
+from flashmoe_cupy.torch_reasons import instead, no_strides
 
 # Where a call cannot be traced, as with `out`, torch.compile goes on with the functions inside. These read memory that
 # it does not see and write what its translation of NumPy loses: they run as they are.
@@ -282,13 +283,16 @@ def _read(op: str, options: _Options, values: tuple[Any, ...], out: Any = None) 
 
     All else is checked when the operator runs.
     """
-    why, found, hint = [], [], ""
+    why, found, hint, scattered = [], [], "", ""
     for (kind, name), value in zip(options, values, strict=True):
         one = value
         if kind[:6] == "Tensor":
             if not (isinstance(value, torch.Tensor) or (value is None and kind == "Tensor?")):
                 why.append(f"{name} is no tensor; all arrays of a call must be of one library")
                 hint = "tensors for all arrays of a call"
+            elif value is not None and (scattered := no_strides(torch, value)):
+                why.append(f"{name}: {scattered}")
+                hint = instead(value, name) or hint
         elif not (value is None and kind == "float?") and not _is_symbolic(value):
             one = READ[name](value)
             if one is None:
@@ -299,7 +303,7 @@ def _read(op: str, options: _Options, values: tuple[Any, ...], out: Any = None) 
         hint = "out=None: torch plans the memory of compiled code itself"
     if not why:
         return found
-    asked = f"{op} while torch compiles or traces"
+    asked = op if scattered else f"{op} while torch compiles or traces"
     if torch.compiler.is_dynamo_compiling():  # which cannot trace the making of our own type
         raise ValueError(f"cannot run {asked}: {'; '.join(why)}" + (f"; hint: {hint}" if hint else ""))
     raise UnsupportedProblem(asked, why, hint)

@@ -73,8 +73,29 @@ def test_nested_tensors_are_refused_by_name(access: Quick, monkeypatch: pytest.M
     guard = access.guard((x,))
     assert guard is not None and guard(x) and not guard(nested)
     assert access.key(nested, nested, nested) is None and access.keys((nested,)) is None
-    with pytest.raises(UnsupportedProblem, match="it is nested; pack it"):
+    with pytest.raises(UnsupportedProblem, match="it is a nested tensor"):
         flash_attention(nested, nested, nested)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_tensors_without_strides_have_no_short_way(access: Quick, at: int) -> None:
+    """At every place: a guard would end the process, and to read their strides is an error of torch."""
+    x = torch.rand(6, 8)
+    plain = [torch.rand(6, 8) for _ in range(3)]
+    guard = access.guard(tuple(plain))
+    assert guard is not None and guard(*plain)
+    strangers = {
+        "nested": torch.nested.nested_tensor([x, x[:3]]), "csr": x.to_sparse_csr(), "bsr": x.to_sparse_bsr((2, 2)),
+        "jagged": torch.nested.nested_tensor([x, x[:3]], layout=torch.jagged),
+    }  # fmt: skip
+    for name, stranger in strangers.items():
+        given = [*plain[:at], stranger, *plain[at + 1 :]]
+        assert not guard(*given), name
+        if at or name != "jagged":  # whose type is looked at before
+            assert access.key(*given) is None and access.keys(tuple(given)) is None, name
+    assert not guard(*plain[:at], x.to_sparse(), *plain[at + 1 :])
+    assert not guard(*plain[:at], x.numpy(), *plain[at + 1 :])
 
 
 def test_a_gradient_that_is_not_recorded_is_none(access: Quick) -> None:

@@ -297,3 +297,29 @@ def test_gpu_compile_with_cuda_graphs() -> None:
             result = compiled(**_put(arrays, "cuda"))
         doubled = arrays | {"q": arrays["q"] * 2}
         _check(result, reference.flash_attention(**doubled, causal=True, return_lse=True), case)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_are_sent_to_packed_sequences(layout: Any) -> None:
+    import flashmoe_cupy
+
+    plain = torch.rand(2, 3, 4, 16)
+    nested = torch.nested.nested_tensor([plain[0], plain[1, :2]], layout=layout)
+    said = "it is a nested tensor, whose rows have different lengths"
+    for _ in range(2):
+        for given in ((nested, nested, nested), (nested, plain, plain), (plain, nested, plain), (plain, plain, nested)):
+            with pytest.raises(UnsupportedProblem, match=said) as caught:
+                flashmoe_cupy.flash_attention(*given)
+            assert "while torch compiles" not in str(caught.value)
+            assert caught.value.hint.startswith("flash_attention_varlen with values() of jagged tensors as q, k, v")
+        with pytest.raises(UnsupportedProblem, match=said):
+            flashmoe_cupy.flash_attention(plain, plain, plain, bias=nested)
+        with pytest.raises(UnsupportedProblem, match=said):
+            flashmoe_cupy.moe_route(nested, top_k=1)
+        flashmoe_cupy.flash_attention(plain, plain, plain)
+    if layout is torch.jagged:
+        q, cu = nested.values(), nested.offsets().int()
+        lengths: dict[str, Any] = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 3, "max_seqlen_k": 3}
+        out = flashmoe_cupy.flash_attention_varlen(q, q, q, **lengths)
+        torch.testing.assert_close(out[:3], flashmoe_cupy.flash_attention(plain[:1], plain[:1], plain[:1])[0])

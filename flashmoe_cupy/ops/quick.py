@@ -148,7 +148,6 @@ def _torch(torch: Any) -> Quick:
         if (
             type(k) is not kind
             or type(v) is not kind
-            or q.is_nested
             or q.requires_grad
             or k.requires_grad
             or v.requires_grad
@@ -163,10 +162,13 @@ def _torch(torch: Any) -> Quick:
         # Only parts of complex numbers can carry the negative bit, and none of them is a bfloat16.
         if dtype is not bfloat16 and (q.is_neg() or k.is_neg() or v.is_neg()):
             return None
-        return (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype,
-            device_of(q), device_of(k), device_of(v),
-        )  # fmt: skip
+        try:
+            return (
+                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype,
+                device_of(q), device_of(k), device_of(v),
+            )  # fmt: skip
+        except RuntimeError:  # nested and compressed tensors have no strides
+            return None
 
     grad_enabled, parameter, plain = torch.is_grad_enabled, torch.nn.Parameter, (bfloat16, torch.int32, torch.int64)
 
@@ -179,8 +181,6 @@ def _torch(torch: Any) -> Quick:
             or transforms() is not None
         ):
             return None
-        if arrays[0].is_nested:
-            return None
         refuse = grad_enabled()
         found: list[Any] = []
         for x in arrays:
@@ -190,7 +190,10 @@ def _torch(torch: Any) -> Quick:
             dtype = x.dtype
             if dtype not in plain and x.is_neg():
                 return None
-            found += (x.shape, x.stride(), dtype, device_of(x))
+            try:
+                found += (x.shape, x.stride(), dtype, device_of(x))
+            except RuntimeError:  # nested and compressed tensors have no strides
+                return None
         return tuple(found)
 
     current = torch._C._cuda_getDevice
@@ -212,16 +215,19 @@ def _torch(torch: Any) -> Quick:
         except (TypeError, ValueError):  # another version's
             return None
 
-        want_gradients = any(x.requires_grad for x in arrays)  # which the guard compares, but not whether it counts
-
-        def check(*others: Any) -> bool:
-            if forward_ad._current_level >= 0 or modes() or (want_gradients and grad_enabled()):
-                return False  # what else traces changes the dispatch keys, which the guard compares
-            if others[0].is_nested:
-                return False  # it has no strides, and the guard ends the process where it reads them
-            return bool(same(*others))
-
-        return check
+        # What else traces changes the dispatch keys, which the guard compares. It compares who wants a gradient, but
+        # not whether that counts, and ends the process at nested tensors, which have no strides. Written out for speed.
+        names = [f"x{i}" for i in range(len(arrays))]
+        refused = ["forward_ad._current_level >= 0", "modes()", *[f"{name}.is_nested" for name in names]]
+        if any(x.requires_grad for x in arrays):
+            refused.append("grad_enabled()")
+        found: dict[str, Any] = {"same": same, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled}
+        exec(
+            f"def check({', '.join(names)}):\n"
+            f"    try: return not ({' or '.join(refused)}) and same({', '.join(names)})\n"
+            "    except AttributeError: return False  # no tensor\n", found
+        )  # fmt: skip
+        return found["check"]  # type: ignore[no-any-return]
 
     here = torch._C._cuda_isCurrentStreamCapturing
 
