@@ -283,7 +283,7 @@ def _read(op: str, options: _Options, values: tuple[Any, ...], out: Any = None) 
 
     All else is checked when the operator runs.
     """
-    why, found, hint, scattered = [], [], "", ""
+    why, found, hint, traced = [], [], "", " while torch compiles or traces"
     for (kind, name), value in zip(options, values, strict=True):
         one = value
         if kind[:6] == "Tensor":
@@ -292,7 +292,7 @@ def _read(op: str, options: _Options, values: tuple[Any, ...], out: Any = None) 
                 hint = "tensors for all arrays of a call"
             elif value is not None and (scattered := no_strides(torch, value)):
                 why.append(f"{name}: {scattered}")
-                hint = instead(value, name) or hint
+                hint, traced = instead(value, name) or hint, ""  # refused everywhere
         elif not (value is None and kind == "float?") and not _is_symbolic(value):
             one = READ[name](value)
             if one is None:
@@ -303,7 +303,7 @@ def _read(op: str, options: _Options, values: tuple[Any, ...], out: Any = None) 
         hint = "out=None: torch plans the memory of compiled code itself"
     if not why:
         return found
-    asked = op if scattered else f"{op} while torch compiles or traces"
+    asked = op + traced
     if torch.compiler.is_dynamo_compiling():  # which cannot trace the making of our own type
         raise ValueError(f"cannot run {asked}: {'; '.join(why)}" + (f"; hint: {hint}" if hint else ""))
     raise UnsupportedProblem(asked, why, hint)
