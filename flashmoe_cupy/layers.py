@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from typing import Any, Literal, overload
 
@@ -12,13 +14,16 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.route import RouterStats, moe_route
-from flashmoe_cupy.plan.checks import check_dtypes, check_places, count, show
+from flashmoe_cupy.plan.checks import SHORT, asked, check_dtypes, check_last, check_places, count
+from flashmoe_cupy.plan.hints import hint, layer
 from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
 
 _HELD = ("router_weight", "router_bias", "shared_gate_weight", "w_gate_up", "w_down")  # arrays that are attributes
 _ROUTE_ARRAYS = ("e_score_correction_bias",)
 _EXPERT_ARRAYS = ("b_gate_up", "b_down", "expert_map", "shared_w_gate_up", "shared_w_down")
 _SIZES = ("hidden_size", "num_experts", "top_k", "intermediate_size")
+_WEIGHTS = ("w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down")  # of one dtype
+_TOLD = re.compile(r"arguments must be of one library|dtypes differ|(x|(shared_)?w_(gate_up|down)) has dtype")
 _ROUTER_FLOATS = (dtypes.BF16, dtypes.FP16, dtypes.FP32, dtypes.FP64)
 
 
@@ -27,7 +32,9 @@ class FlashMoELayer:
 
     hidden_size d, num_experts E (those of the router), top_k K, intermediate_size n.
     router_weight: (E, d), router_bias: (E,): logits = x @ router_weight.T + router_bias in float32, by the array's own
-        library. Kept in float32. None = every call gives its logits.
+        library. Kept in float32. None = every call gives its logits. A NaN among the logits counts as their lowest
+        value, as in `moe_route`: with one in router_bias that expert comes last, and one in a row of x makes all its
+        logits equal. The result looks right; FLASHMOE_CHECK=1 finds it.
     w_gate_up: (E, 2n, d), or (E, n, d) when not gated. w_down: (E, d, n). With expert_map as many experts as are here.
     shared_gate_weight: (d,): the shared expert's weight is the sigmoid of x @ shared_gate_weight, as in Qwen2-MoE.
     All others: those of `moe_route` and `fused_moe`, with the same names, meanings and defaults. batch_invariant holds
@@ -148,7 +155,9 @@ class FlashMoELayer:
         why, named = [], [("x", x), ("router_logits", router_logits)]
         for name, array in named if router_logits is not None else named[:1]:
             if not hasattr(array, "shape"):
-                raise TypeError(f"{name} must be a {_name(self._kind)}, like the layer's weights, but is {show(array)}")
+                have = "None" if array is None else f"a {type(array).__qualname__}"
+                kind = f"an array, a {_name(self._kind)} like the layer's weights"
+                raise TypeError(f"{name} must be {kind}, but is {have}")
             if not isinstance(array, self._kind):
                 why.append(f"{name} is a {_name(type(array))}, but the layer's weights are a {_name(self._kind)} each")
         shape = tuple(x.shape)
@@ -226,80 +235,134 @@ def _make_pytree(kind: type) -> None:
         register(FlashMoELayer, FlashMoELayer._tree_flatten, FlashMoELayer._tree_unflatten)
 
 
-def _view(array: Any, name: str) -> View:
-    """A view; of what has no memory to read (tracers, fake tensors), its shape and dtype."""
-    if adapter(array) is None:
-        return view(array, name)
-    shape = tuple(array.shape)
-    dtype = dtypes.from_name(str(array.dtype).removeprefix("torch."))
-    return View(0, shape, row_major(shape), dtype, -1, type(array).__module__.partition(".")[0], False, array)
+def _views(why: list[str], hints: list[str], arrays: dict[str, Any]) -> dict[str, View]:
+    """Views of all that can be read; of what has no memory (tracers, fake tensors), its shape and dtype.
+
+    Raises TypeError for what is no array.
+    """
+    views, strangers = {}, []
+    for name, array in arrays.items():
+        try:
+            if adapter(array) is None:
+                views[name] = view(array, name)
+                continue
+            shape, dtype = tuple(array.shape), dtypes.from_name(str(array.dtype).removeprefix("torch."))
+            library = type(array).__module__.partition(".")[0]
+            views[name] = View(0, shape, row_major(shape), dtype, -1, library, False, array)
+        except UnsupportedProblem as error:
+            why += [f"{name}: {reason}" for reason in error.reasons]
+            hints.append(error.hint)
+        except TypeError as error:
+            strangers.append(str(error))
+    if strangers:
+        raise TypeError("; ".join(strangers))
+    return views
 
 
 def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], experts: dict[str, Any]) -> None:
     """Raise UnsupportedProblem with all that is known to be wrong before a call."""
     why: list[str] = []
-    d, e, k, n = [count(why, name, value) for name, value in sizes.items()]
-    options = {name: experts[name] for name in _EXPERT_ARRAYS} | {name: route[name] for name in _ROUTE_ARRAYS}
-    views = {name: _view(array, name) for name, array in (held | options).items() if array is not None}
-    for name in ("w_gate_up", "w_down"):
-        if name not in views:
-            raise TypeError(f"{name} must be an array, but is None")
+    hints: list[str] = []
+    d, e, _, n = [count(why, name, value) or name for name, value in sizes.items()]  # the name of what is not known
+    given = held | {name: experts[name] for name in _EXPERT_ARRAYS} | {name: route[name] for name in _ROUTE_ARRAYS}
+    given = {name: array for name, array in given.items() if array is not None or name in ("w_gate_up", "w_down")}
+    views = _views(why, hints, given)
     activation = experts["activation"]
     known = isinstance(activation, str) and activation in ACTIVATIONS
-    if not known:
-        why.append(f"activation is {show(activation)}; known are {', '.join(ACTIVATIONS)}")
-    here = e if "expert_map" not in views or not views["w_down"].shape else views["w_down"].shape[0]
-    gated = activation in GATED if known else False
-    wanted = {
-        "router_weight": (e, d), "router_bias": (e,), "w_gate_up": (here, 2 * n if gated else n, d),
-        "w_down": (here, d, n), "shared_gate_weight": (d,), "expert_map": (e,),
+    rows = 1 if known and activation not in GATED else 2
+    first = next((views[name] for name in ("w_down", "w_gate_up") if name in views and views[name].shape), None)
+    here = first.shape[0] if first is not None and "expert_map" in given else e
+    wanted: dict[str, tuple[int | str, ...]] = {
+        "router_weight": (e, d), "router_bias": (e,), "w_down": (here, d, n), "shared_gate_weight": (d,),
+        "expert_map": (e,),
     }  # fmt: skip
-    if not why:
-        for name, want in wanted.items():
-            if name in views and views[name].shape != want:
-                why.append(f"{name} must have shape {want}, but has {views[name].shape}")
-    weights = ("w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down")
-    check_dtypes(why, [(name, views[name]) for name in weights if name in views])
+    if known:
+        wanted["w_gate_up"] = here, n if rows == 1 else 2 * n if isinstance(n, int) else f"2 * {n}", d
+    wrong = {name for name, want in wanted.items() if name in views and not _fits(views[name].shape, want)}
+    for name in given:
+        if name in wrong:
+            want = ", ".join(map(str, wanted[name])) + "," * (len(wanted[name]) == 1)
+            why.append(f"{name} must have shape ({want}), but has {views[name].shape}")
+            if name in ("w_gate_up", "w_down", "expert_map"):
+                check_last(why, name, views[name])
+    weights = [(name, views[name]) for name in _WEIGHTS if name in views]
+    if weights:
+        check_dtypes(why, weights)
     for name in ("router_weight", "router_bias", "shared_gate_weight"):
         if name in views and views[name].dtype not in _ROUTER_FLOATS:
             why.append(f"{name} has dtype {views[name].dtype}, which must be a floating one; it is cast to float32")
-    check_places(why, list(views.items()))
-    if "router_weight" not in views and "router_bias" in views:
+    if views:
+        check_places(why, list(views.items()))
+    if "router_bias" in given and "router_weight" not in given:
         why.append("router_bias is added to x @ router_weight.T, but router_weight is missing")
-    if "shared_gate_weight" in views and "shared_w_gate_up" not in views:
+    if "shared_gate_weight" in given and "shared_w_gate_up" not in given:
         why.append("shared_gate_weight weighs a shared expert, but shared_w_gate_up is missing")
-    hint = "the sizes are hidden_size, num_experts, top_k, intermediate_size; w_gate_up is (experts, "
-    hint += f"{'2 * ' * gated}intermediate, hidden)"
-    if not why:
-        why, hint = _check_call(views, route, experts, (d, e, k))
+    good = {name: v for name, v in views.items() if name not in wrong and (known or name != "w_gate_up")}
+    why += _check_route(good.get("e_score_correction_bias"), e, sizes["top_k"], route)
+    why += _check_experts(good, (d, n, here), rows, experts)
     if why:
-        raise UnsupportedProblem(f"FlashMoELayer({', '.join(map(show, sizes.values()))})", why, hint)
+        why = list(dict.fromkeys(why))
+        hints = [hint(why, layer(rows)), *hints]
+        raise UnsupportedProblem(_asked(views, sizes | route | experts), why, "; ".join(filter(None, hints)))
 
 
-def _check_call(
-    views: dict[str, View], route: dict[str, Any], experts: dict[str, Any], sizes: tuple[int, int, int]
-) -> tuple[list[str], str]:
-    """What the operations say to a call with one token, and their hint."""
-    d, e, k = sizes
-    like = views["w_down"]
+def _fits(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
+    """Whether a shape is what is wanted, as far as that is known."""
+    return len(shape) == len(want) and all(isinstance(m, str) or size == m for size, m in zip(shape, want, strict=True))
 
-    def one(width: int, dtype: dtypes.DType) -> View:
-        return like._replace(ptr=0, shape=(1, width), strides=(width, 1), dtype=dtype)
 
-    why: list[str] = []
-    hints: list[str] = []
-    scalars = {name: value for name, value in route.items() if name not in _ROUTE_ARRAYS}
+def _check_route(bias: View | None, experts: int | str, top_k: Any, route: dict[str, Any]) -> list[str]:
+    """What the router says to one token. experts: how many, or no number."""
+    shape = (1, experts) if isinstance(experts, int) else (1,)
+    logits = View(0, shape, row_major(shape), dtypes.FP32, -1, "", False, None)
+    if bias is not None:
+        logits = logits._replace(library=bias.library, device=bias.device)
+    options = {name: value for name, value in route.items() if name not in _ROUTE_ARRAYS}
     try:
-        route_problem(one(e, dtypes.FP32), views.get("e_score_correction_bias"), top_k=k, **scalars)
-    except UnsupportedProblem as error:
-        why += error.reasons
-        hints.append(error.hint)
-    given: dict[str, Any] = experts | {name: views.get(name) for name in _EXPERT_ARRAYS}
+        route_problem(logits, bias, top_k=top_k, **options)
+    except UnsupportedProblem as error:  # without a number of experts it speaks of logits
+        return [reason for reason in error.reasons if len(shape) == 2 or not reason.startswith("logits")]
+    return []
+
+
+def _check_experts(
+    good: dict[str, View], known: tuple[int | str, ...], rows: int, options: dict[str, Any]
+) -> list[str]:
+    """What the experts say to one token, beside what is known to be wrong: such weights are taken as they should be."""
+    d, n, here = [size if isinstance(size, int) else 0 for size in known]
+    for name, many in (("w_down", 1), ("w_gate_up", rows)):
+        if name in good and len(good[name].shape) == 3:
+            e, *sides = good[name].shape
+            width, depth = sides if name == "w_down" else sides[::-1]
+            d, n, here = d or width, n or depth // many, here or e
+    d, n, here = d or 8, n or 8, here or 1
+    dtype_of = {v.dtype for name, v in good.items() if name in _WEIGHTS and v.dtype in SHORT}
+    dtype = dtype_of.pop() if len(dtype_of) == 1 else dtypes.FP32
+    some = next(iter(good.values()), None)
+
+    def one(*shape: int, of: dtypes.DType = dtype) -> View:
+        made = View(0, shape, row_major(shape), of, -1, "", False, None)
+        return made if some is None else made._replace(library=some.library, device=some.device)
+
+    arrays: dict[str, Any] = {name: good.get(name) for name in _EXPERT_ARRAYS}
+    for name in ("b_gate_up", "b_down"):  # beside weights of several dtypes, it may have the right one
+        if dtype_of and name in good and good[name].dtype in SHORT:
+            arrays[name] = good[name]._replace(dtype=dtypes.FP32)
+    shared = ("shared_w_gate_up", "shared_w_down")
+    if any(options[name] is not None and name not in good for name in shared):  # one of them cannot be read
+        arrays |= dict.fromkeys(shared)
     try:
         moe_problem(
-            one(d, like.dtype), views["w_gate_up"], like, one(k, dtypes.FP32), one(k, dtypes.INT32), **given
+            one(1, d), good.get("w_gate_up", one(here, rows * n, d)), good.get("w_down", one(here, d, n)),
+            one(1, 1, of=dtypes.FP32), one(1, 1, of=dtypes.INT32), **options | arrays,
         )  # fmt: skip
     except UnsupportedProblem as error:
-        why += error.reasons
-        hints.append(error.hint)
-    return why, "; ".join(filter(None, hints))
+        return [reason for reason in error.reasons if not _TOLD.match(reason)]
+    return []
+
+
+def _asked(views: dict[str, View], options: dict[str, Any]) -> str:
+    """The layer in one line, as the functions show their calls."""
+    arrays, given = (*_ROUTE_ARRAYS, *_EXPERT_ARRAYS), inspect.signature(FlashMoELayer).parameters
+    scalars = [(name, value, given[name].default) for name, value in options.items() if name not in arrays]
+    return asked("FlashMoELayer", list(views.items()), scalars)

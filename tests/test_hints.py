@@ -95,8 +95,17 @@ def test_every_topic_of_the_reasons_is_in_the_hint() -> None:
     assert "heads" not in error.hint.replace("heads_q, seqlen_q", "") and "stride" not in error.hint
 
 
+def test_groups_that_do_not_divide_and_too_many_of_them_are_told() -> None:
+    error = refused("moe_route", num_expert_group=3, topk_group=5)
+    assert error.reasons == (
+        "8 experts do not divide into num_expert_group=3 groups of one size",
+        "topk_group is 5, but there are only 3 groups (num_expert_group)",
+    )
+
+
 def test_patterns_are_regular_expressions() -> None:
     tables = [*hints.ATTENTION.values(), hints.ROUTE, hints.PERMUTE, hints.GROUPED_GEMM, hints.moe(1), hints.moe(2)]
+    tables += [hints.layer(1), hints.layer(2)]
     for pattern, said in [topic for table in tables for topic in table]:
         re.compile(pattern)
         assert said and not said.endswith(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ml_dtypes
@@ -179,6 +180,75 @@ def test_shapes_are_checked_when_it_is_made() -> None:
     assert len(caught.value.reasons) == 1
 
 
+def told(*sizes: Any, **given: Any) -> UnsupportedProblem:
+    with pytest.raises(UnsupportedProblem) as caught:
+        FlashMoELayer(*sizes, **given)
+    return caught.value
+
+
+def test_every_reason_is_in_one_error() -> None:
+    w = weights()
+    wrong: dict[str, Any] = {
+        "router_weight": w["router_weight"].T, "w_down": w["w_down"][:, :, 8:], "shared_w_down": w["shared_w_down"].T,
+        "router_bias": w["router_bias"].astype(int), "b_gate_up": np.zeros((E, 5), np.float32),
+        "b_down": np.zeros((E, D)), "e_score_correction_bias": np.zeros(5, np.float32),
+        "expert_map": np.zeros(E, np.int64),
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "scoring_func": "tanh", "renormalize": 1, "num_expert_group": 4, "topk_group": 5, "capacity_factor": -1.0,
+        "interleaved": "no", "swiglu_alpha": 1.0, "batch_invariant": 0,
+    }  # fmt: skip
+    error = told(D, E, 7, N, **w | wrong | options)
+    parts = [
+        r"router_weight must have shape \(6, 32\), but has \(32, 6\)",
+        r"w_down must have shape \(6, 32, 24\), but has \(6, 32, 16\)", r"shared_w_down must be \(hidden, s\)",
+        "router_bias has dtype int64", r"b_gate_up must have shape \(6, 48\)", "b_down has dtype float64",
+        r"e_score_correction_bias must have shape \(6,\)", "expert_map has dtype int64",
+        "top_k is 7, but there are only 6 experts", "scoring_func is 'tanh'", "renormalize must be a bool",
+        "6 experts do not divide", "topk_group is 5, but there are only 4", "capacity_factor must be",
+        "interleaved must be a bool", "swiglu_alpha is for", "batch_invariant must be a bool",
+        "the last dimension of shared_w_down must be contiguous",
+    ]  # fmt: skip
+    for part in parts:
+        assert sum(bool(re.match(part, reason)) for reason in error.reasons) == 1, (part, error)
+    assert len(error.reasons) == len(parts), error
+    assert "scoring_func='tanh'" in error.asked and "w_down=float32[6, 32, 16]" in error.asked
+    assert "capacity_factor=None drops nothing" in error.hint and "topk_ids" not in error.hint
+
+
+@pytest.mark.parametrize("size", range(4))
+def test_a_wrong_size_hides_nothing_and_adds_nothing(size: int) -> None:
+    sizes: list[Any] = [D, E, K, N]
+    sizes[size] = str(sizes[size])
+    assert len(told(*sizes, **weights()).reasons) == 1
+    error = told(*sizes, **weights(), activation="silu", scoring_func="tanh", interleaved=1)
+    assert [reason.split()[0] for reason in error.reasons] == [
+        ["hidden_size", "num_experts", "top_k", "intermediate_size"][size], "scoring_func", "activation", "interleaved"
+    ]  # fmt: skip
+
+
+def test_the_hint_is_about_the_reasons() -> None:
+    w = weights()
+    error = told(D, E, K, N, **w | {"w_down": w["w_down"].astype(np.float16)})
+    assert len(error.reasons) == 1 and error.hint == "x and all weights share one dtype: bfloat16, float16 or float32"
+    torch = pytest.importorskip("torch")
+    error = told(D, E, K, N, **w | {"w_down": torch.from_numpy(w["w_down"])})
+    assert len(error.reasons) == 1
+    assert error.hint == "all arrays of a call belong to one library and lie on one device"
+    error = told(D, E, K, N, **w | {"w_down": torch.from_numpy(w["w_down"]).to_sparse()}, scoring_func="tanh")
+    assert [reason.split()[0] for reason in error.reasons] == ["w_down:", "scoring_func"]
+    with pytest.raises(TypeError, match=r"router_bias must be an array.*; w_down must be an array"):
+        layer(w | {"w_down": [1.0], "router_bias": [2.0]})
+
+
+def test_help_says_what_a_nan_does() -> None:
+    assert "NaN" in str(FlashMoELayer.__doc__) and "FLASHMOE_CHECK=1" in str(FlashMoELayer.__doc__)
+    w = weights() | {"router_bias": np.array([0, 0, np.nan, 0, 0, 0], np.float32)}
+    x = np.random.default_rng(1).standard_normal((50, D)).astype(np.float32)
+    out, stats = layer(w)(x, return_stats=True)
+    assert np.isfinite(out).all() and stats.expert_counts[2] == 0 and stats.expert_counts.sum() == 50 * K
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -240,9 +310,10 @@ def test_calls_are_checked(library: str) -> None:
     for shape in ((E, 4), (4, E + 2), (2, 2, E), (4 * E,), (5, E)):
         with pytest.raises(UnsupportedProblem, match=r"router_logits must have shape .* = \(4, 6\) beside x"):
             made(array(4, D), router_logits=array(*shape))
-    strangers: list[Any] = [[1.0] * D, None, "x"]
+    strangers: list[Any] = [[1.0] * D, [[1.0, 2.0], [3.0, 4.0]], None, "x"]
     for wrong in strangers:
-        with pytest.raises(TypeError, match=f"x must be a {library}"):
+        have = "None" if wrong is None else f"a {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=rf"x must be an array, a {library}.* like the layer's .*, but is {have}$"):
             made(wrong)
     with pytest.raises(TypeError, match="router_logits must be a"):
         made(array(4, D), router_logits=[1.0])

@@ -108,6 +108,23 @@ def moe(rows: int) -> Topics:
     )  # fmt: skip
 
 
+def layer(rows: int) -> Topics:
+    """Of FlashMoELayer, whose router and experts have their own beside these."""
+    many = {1: "", 2: "2 * "}[rows]
+    weights = f"w_gate_up is (experts, {many}intermediate_size, hidden_size), w_down (experts, hidden_size, "
+    own = (
+        (r"^(hidden_size|num_experts|intermediate_size) must", "hidden_size, num_experts, top_k and intermediate_size "
+         "are ints from 1 on"),
+        (r"^router_weight must", "router_weight is (num_experts, hidden_size)"),
+        (r"^router_bias", "router_bias is (num_experts,), beside router_weight"),
+        (r"^w_(gate_up|down) (?!has dtype)|and needs", f"{weights}intermediate_size)"),
+        (r"^shared_gate_weight", "shared_gate_weight is (hidden_size,), beside shared_w_gate_up and shared_w_down"),
+        (r"^(router|shared_gate_weight).* has dtype", "the router's arrays are bfloat16, float16, float32 or float64"),
+    )  # fmt: skip
+    theirs = [topic for topic in moe(rows)[1:] if "topk_ids" not in topic[1] and "shared_gate is" not in topic[1]]
+    return tuple(dict.fromkeys((*own, *theirs, *ROUTE)))
+
+
 def hint(why: Sequence[str], topics: Topics) -> str:
     """What would run, of the topics that a reason is about."""
     return "; ".join(said for pattern, said in topics if any(re.search(pattern, reason) for reason in why))

@@ -232,9 +232,9 @@ def route_problem(
     groups, kept = count(why, "num_expert_group", num_expert_group), count(why, "topk_group", topk_group)
     if known and groups and experts % groups:
         why.append(f"{experts} experts do not divide into num_expert_group={groups} groups of one size")
-    elif groups and kept > groups:
+    if groups and kept > groups:
         why.append(f"topk_group is {kept}, but there are only {groups} groups (num_expert_group)")
-    elif known and groups and kept and kept * (experts // groups) < k <= experts:
+    elif known and groups and experts % groups == 0 and kept and kept * (experts // groups) < k <= experts:
         why.append(f"top_k is {k}, but topk_group={kept} groups of {experts // groups} experts hold fewer")
     scoring = text(scoring_func)
     if scoring not in SCORING:
