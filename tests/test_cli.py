@@ -277,6 +277,8 @@ def test_warmup_compiles_once(capsys: pytest.CaptureFixture[str], cache_dir: Pat
 
     code, out, _ = run(capsys, "cache")
     assert code == 0 and f"{len(wanted)} kernels" in out and str(cache_dir) in out
+    head = next(line for line in out.splitlines() if "registers" in line)
+    assert head.startswith("config "), "a kernel has several"
     assert len(run_json(capsys, "cache", "list")) == len(wanted)
     assert run_json(capsys, "cache", "prune", "--max-size", "1G")["removed"] == 0
     assert run_json(capsys, "cache", "clear")["removed"] == len(wanted)

@@ -159,7 +159,7 @@ def test_explain_has_one_block_for_each_answer(capsys: Capture) -> None:
 
 
 def test_kernels_without_a_configuration_say_so(capsys: Capture) -> None:
-    code, out, _ = run(capsys, "kernels", "--arch", "sm_80", "--op", "attention", "--dtype", "fp16")
+    code, out, _ = run(capsys, "kernels", "--arch", "sm_80", "--op", "attention", "--dtype", "float16")
     assert code == 0
     special, general = out.split("\n\n")[:2]
     assert special.startswith("attention_fwd_sm90") and special.endswith("no configuration for sm_80, float16")
