@@ -115,11 +115,11 @@ def _remove(folder: str, process: int) -> None:
 def repair(major: str = "") -> str:
     """The command that brings CuPy and its compiler; nothing in it that this installation cannot give.
 
-    major: the CUDA major "12" or "13"; "" = that of the CuPy here, else that of torch, else 12 and a word of 13.
+    major: the CUDA major "12" or "13"; "" = that of the CuPy here, else that of torch, else 13 and a word of 12.
     """
     chosen = major or _major()
-    command = _command(chosen or "12")
-    return command if chosen else f"{command} (with CUDA 13: {_command('13')})"
+    command, where = _command(chosen or "13")
+    return command + where if chosen else f"{command}, or with CUDA 12 {_command('12')[0]}{where}"
 
 
 def _major() -> str:
@@ -131,14 +131,15 @@ def _major() -> str:
     return ""
 
 
-def _command(major: str) -> str:
+def _command(major: str) -> tuple[str, str]:
+    """The command, and where to give it."""
     root = Path(__file__).resolve().parents[1]
     if (root / "pyproject.toml").is_file() and (root / "cuda_src").is_dir():  # a clone, installed or not
         where = "" if root == Path(os.path.realpath(os.curdir)) else f" (in {root})"
-        return f'pip install -e ".[cuda{major}]"{where}'
+        return f'pip install -e ".[cuda{major}]"', where
     extra = re.compile(rf"""extra\s*==\s*["']cuda{major}["']""")
     parts = [line.partition(";")[0].replace(" ", "") for line in _requires("flashmoe-cupy") if extra.search(line)]
-    return "pip install " + " ".join(shlex.quote(part) for part in parts or _PARTS[major])
+    return "pip install " + " ".join(shlex.quote(part) for part in parts or _PARTS[major]), ""
 
 
 def _requires(package: str) -> list[str]:

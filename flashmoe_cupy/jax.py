@@ -153,10 +153,11 @@ def _check(op: str, given: dict[str, Any], out: Any) -> None:
         if not isinstance(x, jax.Array)
     ]
     if out is not None:
-        reasons.append("out cannot be given: JAX arrays are immutable, and the result is a new array")
+        reasons.append("out is given, but JAX arrays are immutable, and the result is a new array")
     if reasons:
-        hint = "all arrays of one call belong to one library; leave out=None"
-        raise UnsupportedProblem(f"{op} with JAX arrays", reasons, hint)
+        hints = ["all arrays of one call belong to one library"] if len(reasons) > (out is not None) else []
+        hints += ["leave out=None: JAX arrays are immutable"] if out is not None else []
+        raise UnsupportedProblem(f"{op} with JAX arrays", reasons, "; ".join(hints))
 
 
 def _view(op: str, name: str, x: Any) -> View:

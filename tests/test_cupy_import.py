@@ -232,9 +232,11 @@ def test_the_repair_of_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_cupy, "_requires", lambda package: [])
     monkeypatch.chdir(ROOT)
     assert _cupy.repair("13") == 'pip install -e ".[cuda13]"'
-    assert _cupy.repair() == 'pip install -e ".[cuda12]" (with CUDA 13: pip install -e ".[cuda13]")'
+    assert _cupy.repair() == 'pip install -e ".[cuda13]", or with CUDA 12 pip install -e ".[cuda12]"'
     monkeypatch.chdir(tmp_path)
     assert _cupy.repair("12") == f'pip install -e ".[cuda12]" (in {ROOT})'
+    both = 'pip install -e ".[cuda13]", or with CUDA 12 pip install -e ".[cuda12]"'
+    assert _cupy.repair() == f"{both} (in {ROOT})"
 
 
 def test_the_repair_of_a_wheel_names_packages_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

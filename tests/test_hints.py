@@ -60,7 +60,7 @@ HINTS: list[tuple[str, Arrays, str]] = [
     ("flash_attention", {"softmax_scale": "1"}, r"softmax_scale=None is head_dim \*\* -0.5"),
     ("flash_attention", {"layout": "sbhd"}, "layout='bshd' is .*"),
     ("flash_attention", {"k": f32(3, 6, 2, 16)}, r"q is \(batch, seqlen_q, heads_q, head_dim\), k and v are [^;]*"),
-    ("flash_attention", {"bias": f32(7, 7)}, "bias broadcasts to [^;]*; bool keeps the pairs that are True"),
+    ("flash_attention", {"bias": f32(7, 7)}, "bias has 2 to 4 dimensions, which broadcast to [^;]*; bool keeps [^;]*"),
     ("flash_attention", {"sinks": f32(3)}, r"sinks is \(heads_q,\), [^;]*"),
     ("flash_attention", {"q": f32(2, 6, 3, 16)}, "heads_q is a multiple of heads_k[^;]*"),
     ("flash_attention", {"q": strided(DENSE["q"])}, "the last dimension of every array has stride 1[^;]*"),
@@ -90,7 +90,7 @@ def test_the_hint_is_about_the_reasons(name: str, change: Arrays, want: str) -> 
 def test_every_topic_of_the_reasons_is_in_the_hint() -> None:
     error = refused("flash_attention", window_size=3, causal=1, bias=f32(7, 7))
     assert len(error.reasons) == 3
-    for words in ("window_size", "True or False", "bias broadcasts"):
+    for words in ("window_size", "True or False", "bias has 2 to 4"):
         assert words in error.hint
     assert "heads" not in error.hint.replace("heads_q, seqlen_q", "") and "stride" not in error.hint
 
@@ -210,6 +210,54 @@ def test_falling_offsets_blame_nothing_else(side: str, offsets: Any, used: Any) 
 def test_offsets_of_both_sides_are_told() -> None:
     error = refused("flash_attention_varlen", cu_seqlens_q=i32(0, 5, 2), seqused_k=i32(3, 1), max_seqlen_k=2)
     assert [reason.split()[0] for reason in error.reasons] == ["cu_seqlens_q", "seqused_k", "max_seqlen_k"]
+
+
+def test_a_call_is_told_alike_whatever_was_wrong() -> None:
+    """What lengths hold is seen late, by the back end."""
+    options: Arrays = {"causal": True, "window_size": [3, 0], "sinks": f32(4)}
+    early = refused("flash_attention_varlen", **options, max_seqlen_q=-1)
+    late = refused("flash_attention_varlen", **options, max_seqlen_q=3)
+    assert late.reasons != early.reasons
+    assert late.asked == early.asked.replace("max_seqlen_q=-1", "max_seqlen_q=3")
+    for part in ("q=float32[6, 4, 16]", "sinks=float32[4]", "window_size=(3, 0)"):
+        assert part in late.asked
+    late = refused("grouped_gemm", offsets=i32(0, 5, 2))
+    assert late.asked == "grouped_gemm(x=float32[4, 8], w=float32[2, 8, 8], offsets=int32[3])"
+    x = f32(8 * 6)
+    late = refused("grouped_gemm", x=x[:32].reshape(4, 8), out=x[16:].reshape(4, 8))
+    assert late.asked.startswith("grouped_gemm(x=float32[4, 8]") and late.asked.endswith("out=float32[4, 8])")
+
+
+def test_words_for_the_dtypes_and_dimensions_of_bias() -> None:
+    wrong = np.zeros((6, 6))
+    assert "must be bool or float32; cast" in refused("flash_attention", bias=wrong).reasons[0]
+    half = {name: x.astype(np.float16) for name, x in DENSE.items()}
+    (reason,) = refused("flash_attention", **half, bias=wrong).reasons
+    assert "must be bool, float32 or q's dtype float16; cast" in reason
+    keys = np.linspace(-1, 1, 6, dtype=np.float32)
+    (reason,) = refused("flash_attention", bias=keys).reasons
+    assert reason.endswith("has shape (6,); for one number per key give bias[None]")
+    out = flashmoe_cupy.flash_attention(**DENSE, bias=keys[None])
+    full = np.ascontiguousarray(np.broadcast_to(keys, (2, 4, 6, 6)))
+    np.testing.assert_array_equal(out, flashmoe_cupy.flash_attention(**DENSE, bias=full))
+    assert "2 to 4 dimensions" in str(flashmoe_cupy.flash_attention.__doc__)
+
+
+@pytest.mark.jax
+def test_out_beside_jax_arrays() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    moved = {name: jnp.asarray(x) for name, x in DENSE.items()}
+    with pytest.raises(UnsupportedProblem) as caught:
+        flashmoe_cupy.flash_attention(**moved, out=moved["q"])
+    assert len(caught.value.reasons) == 1 and caught.value.hint == "leave out=None: JAX arrays are immutable"
+    with pytest.raises(UnsupportedProblem) as caught:
+        flashmoe_cupy.flash_attention(**moved | {"k": DENSE["k"]}, out=moved["q"])
+    assert len(caught.value.reasons) == 2 and caught.value.hint == (
+        "all arrays of one call belong to one library; leave out=None: JAX arrays are immutable"
+    )
+    with pytest.raises(UnsupportedProblem) as caught:
+        flashmoe_cupy.flash_attention(**moved | {"k": DENSE["k"]})
+    assert caught.value.hint == "all arrays of one call belong to one library"
 
 
 def test_what_dir_shows_is_public() -> None:

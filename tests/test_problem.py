@@ -315,7 +315,7 @@ def test_jax_out_is_immutable() -> None:
     jax: dict[str, Any] = {"library": "jax", "readonly": True}
     arrays = {"q": array(2, 5, 4, 64, **jax), "k": array(2, 7, 2, 64, **jax), "v": array(2, 7, 2, 32, **jax)}
     error = refused(dense, **arrays, out=array(2, 5, 4, 32, **jax))
-    assert error.reasons == ("out is a JAX array, which is immutable; leave out=None",)
+    assert error.reasons == ("out is a JAX array; leave out=None: JAX arrays are immutable",)
     assert dense(**arrays).batch == 2  # read-only inputs are fine
 
 

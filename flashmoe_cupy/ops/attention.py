@@ -22,7 +22,7 @@ from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
 from flashmoe_cupy.plan.options import exact
-from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
+from flashmoe_cupy.plan.problem import AttentionProblem, asked_varlen, attention_problem, varlen_problem
 
 if TYPE_CHECKING:
     from flashmoe_cupy.jit.launch import Launch
@@ -85,8 +85,9 @@ def flash_attention(
     softcap: s -> softcap * tanh(s / softcap) after the scale; 0 = off.
     sinks: (heads_q,), float32 or q's dtype: one more logit per head that takes part in the softmax and adds no value.
     alibi_slopes: (heads_q,) or (batch, heads_q), float32: adds -slope * |i + seqlen_k - seqlen_q - j|.
-    bias: broadcastable to (batch, heads_q, seqlen_q, seqlen_k); q's dtype or float32 is added to the scores, bool keeps
-        the pairs that are True. Any strides.
+    bias: 2 to 4 dimensions that broadcast to (batch, heads_q, seqlen_q, seqlen_k), with missing ones in front, as in
+        NumPy; one number per key is (1, seqlen_k). q's dtype or float32 is added to the scores, bool keeps the pairs
+        that are True. Any strides.
     out: array of q's library for the result, overwritten; None = a new one. Not for JAX, whose arrays are immutable.
 
     Returns out (batch, seqlen_q, heads_q, head_dim_v) in q's dtype and layout; with return_lse also the float32 natural
@@ -284,7 +285,19 @@ def flash_attention_varlen(
         plan = _remember(key, _Plan(problem, vq, "packed", return_lse, vo is None))
     if short is not None and vq.device >= 0:
         _remember(options, plan)
-    return plan.run(vq, vk, vv, vo, (None, va, vs, cq, ck, uq, uk), out)
+    try:
+        return plan.run(vq, vk, vv, vo, (None, va, vs, cq, ck, uq, uk), out)
+    except UnsupportedProblem as error:
+        if vq.device >= 0:
+            raise
+        # What the lengths hold, which only the back end reads: the call is told as for what is seen before.
+        optional = ("seqused_q", uq), ("seqused_k", uk), ("sinks", vs), ("alibi_slopes", va), ("out", vo)
+        named = ("q", vq), ("k", vk), ("v", vv), ("cu_seqlens_q", cq), ("cu_seqlens_k", ck), *optional
+        call = asked_varlen(
+            [(name, x) for name, x in named if x is not None], (max_seqlen_q, max_seqlen_k), causal, window_size,
+            softmax_scale, softcap, return_lse,
+        )  # fmt: skip
+        raise UnsupportedProblem(call, error.reasons, error.hint) from None
 
 
 def launch_attention(problem: AttentionProblem, device: int, stream: int, pointers: dict[str, int]) -> None:

@@ -10,7 +10,9 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.plan.checks import asked
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, grouped_gemm_problem
 
 _NAMES = ("x", "w", "offsets", "group_sizes", "gather_indices", "bias")
@@ -72,7 +74,13 @@ def grouped_gemm(
             vx, vw, offsets=vo, group_sizes=vs, gather_indices=vg, bias=vb, out=vt
         )  # fmt: skip
         plan = _plans.keep(key, _Plan(problem, views, vt))
-    return plan.run(views, vt, out)  # type: ignore[no-any-return]
+    try:
+        return plan.run(views, vt, out)  # type: ignore[no-any-return]
+    except UnsupportedProblem as error:
+        if vx.device >= 0:
+            raise
+        named = [(name, v) for name, v in zip((*_NAMES, "out"), (*views, vt), strict=True) if v is not None]
+        raise UnsupportedProblem(asked("grouped_gemm", named, []), error.reasons, error.hint) from None
 
 
 class _Plan:

@@ -65,7 +65,7 @@ def check_dtypes(why: list[str], named: Named) -> None:
 def check_out(why: list[str], out: View, owner: str, dtype: DType, want: tuple[int, ...] | None) -> None:
     """An output that was given: writable, of the right shape and of owner's dtype, no element twice in memory."""
     if out.library == "jax":
-        why.append("out is a JAX array, which is immutable; leave out=None")
+        why.append("out is a JAX array; leave out=None: JAX arrays are immutable")
     elif out.readonly:
         why.append("out is read-only")
     if want is not None and out.shape != want:

@@ -34,19 +34,21 @@ _QKV: Topics = (
     (r"^softmax_scale", "softmax_scale=None is head_dim ** -0.5"),
     (r"^softcap", "softcap=0.0 is off"),
 )
+_BIAS = "bias has 2 to 4 dimensions, which broadcast to (batch, heads_q, seqlen_q, seqlen_k); "
+_BIAS += "bool keeps the pairs that are True"
 _SIZES = r"^batch sizes|sequence length|number of rows|^[qkv] must have|^a dimension|number of heads"
 ATTENTION: dict[str, Topics] = {
     "bshd": (
         (_SIZES, "q is (batch, seqlen_q, heads_q, head_dim), k and v are (batch, seqlen_k, heads_k, head_dim)"),
         (r"^layout", "layout='bshd' is (batch, seqlen, heads, head_dim), 'bhsd' (batch, heads, seqlen, head_dim)"),
         *_QKV,
-        (r"^bias", "bias broadcasts to (batch, heads_q, seqlen_q, seqlen_k); bool keeps the pairs that are True"),
+        (r"^bias", _BIAS),
         *_SHARED,
     ),
     "bhsd": (
         (_SIZES, "q is (batch, heads_q, seqlen_q, head_dim), k and v are (batch, heads_k, seqlen_k, head_dim)"),
         *_QKV,
-        (r"^bias", "bias broadcasts to (batch, heads_q, seqlen_q, seqlen_k); bool keeps the pairs that are True"),
+        (r"^bias", _BIAS),
         *_SHARED,
     ),
     "packed": (

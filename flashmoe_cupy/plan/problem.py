@@ -235,9 +235,9 @@ def varlen_problem(
     flag(why, "return_lse", return_lse)
     if why:
         named = (("q", q), ("k", k), ("v", v), *others)
-        longest = (("max_seqlen_q", max_seqlen_q, None), ("max_seqlen_k", max_seqlen_k, None))
-        options = _options(causal, window_size, softmax_scale, softcap, return_lse)
-        call = asked("flash_attention_varlen", named, (*longest, *options))
+        call = asked_varlen(
+            named, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, return_lse
+        )
         raise UnsupportedProblem(call, why, hint(why, ATTENTION["packed"]))
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
@@ -315,14 +315,16 @@ def _check_sinks(why: list[str], x: View, dtype: DType, heads: int, known: bool)
 def _check_bias(why: list[str], x: View, dtype: DType, full: tuple[int, ...] | None) -> tuple[int, int, int, int]:
     """The four strides of bias after broadcasting, in elements."""
     if x.dtype is not dtype and x.dtype is not FP32 and x.dtype is not BOOL:
-        why.append(f"bias has dtype {x.dtype}, which must be bool, float32{or_else(dtype, 'q')}; {cast('bias', x)}")
+        must = f"bool, float32{third}" if (third := or_else(dtype, "q")) else "bool or float32"
+        why.append(f"bias has dtype {x.dtype}, which must be {must}; {cast('bias', x)}")
     rank = len(x.shape)
     wrong = not 2 <= rank <= 4
     if not wrong and full is not None:
         wrong = any(n not in (1, m) for n, m in zip(x.shape, full[-rank:], strict=True))
     if wrong:
         want = str(full) if full is not None else "(batch, heads_q, seqlen_q, seqlen_k)"
-        why.append(f"bias must have 2 to 4 dimensions and broadcast to {want}, but has shape {x.shape}")
+        repair = "; for one number per key give bias[None]" if rank == 1 else ""
+        why.append(f"bias must have 2 to 4 dimensions and broadcast to {want}, but has shape {x.shape}{repair}")
         return 0, 0, 0, 0
     t = [0 if n == 1 else stride for n, stride in zip(x.shape, x.strides, strict=True)]
     t[:0] = [0] * (4 - rank)
@@ -375,6 +377,16 @@ def _check_scalars(
     if cap is None or not (cap == 0.0 or FLOAT_TINY <= cap <= FLOAT_MAX):
         why.append(f"softcap must be 0 (off) or a positive number, normal in float32, but is {show(softcap)}")
     return is_causal, left, 0 if is_causal else right, scale or 0.0, cap or 0.0
+
+
+def asked_varlen(
+    named: Sequence[tuple[str, View]], longest: tuple[object, object], causal: object, window_size: object,
+    softmax_scale: object, softcap: object, return_lse: object,
+) -> str:  # fmt: skip
+    """A call of `flash_attention_varlen` in one line. longest: max_seqlen_q and max_seqlen_k."""
+    options = _options(causal, window_size, softmax_scale, softcap, return_lse)
+    lengths = (("max_seqlen_q", longest[0], None), ("max_seqlen_k", longest[1], None))
+    return asked("flash_attention_varlen", named, (*lengths, *options))
 
 
 def _options(
