@@ -253,7 +253,7 @@ def plot(rows: Sequence[Row], suite: str, folder: Path, device: str = "") -> lis
 
 
 def readme_block(rows: Sequence[Row], suite: Suite[Any], image: str, device: str = "") -> str:
-    """The text between the markers: one table (a line per head dim and mask, a column per length) and the plot."""
+    """The text between the markers: the plot, and folded one table (a line per head dim and mask, a column per length)."""
     comparisons = compare(rows, suite, device)
     lengths = sorted({case.seqlen_q for case in suite.cases})
     shapes = {case.name: (case.head_dim, case.causal, case.seqlen_q) for case in suite.cases}
@@ -270,11 +270,13 @@ def readme_block(rows: Sequence[Row], suite: Suite[Any], image: str, device: str
     table = Table("", ("head dim, mask", *(f"{length:,}" for length in lengths)), cells)
     return "\n\n".join(
         (
+            f"![throughput against sequence length]({image})",
+            "<details><summary>These figures as a table, and what they were measured with</summary>",
             "Attention forward in TFLOP/s by sequence length; in brackets the speed over "
             f"{others} in the same process ({summary(comparisons)}).",
             table.markdown(),
-            f"![throughput against sequence length]({image})",
             f"{facts(item.ours for item in comparisons)}. Made by `python benchmarks/report.py --readme`.",
+            "</details>",
         )
     )
 

@@ -144,14 +144,16 @@ def test_every_variable_is_documented() -> None:
 
 
 def readme_examples() -> dict[str, str]:
-    """The README's Python blocks by the library that they show; the one of the mixture of experts is "moe"."""
+    """The README's Python blocks by the library that they show, or as "moe" (a mixture of experts) and "packed"."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     found = {}
     for block in blocks:
         lines = re.findall(r"^import (\w+)", block, re.MULTILINE)
         shown = (name for name in ("cupy", "torch", "jax", "numpy") if name in lines)
-        found["moe" if "fused_moe" in block else next(shown)] = block
+        key = "moe" if "fused_moe" in block else "packed" if "varlen" in block else next(shown)
+        assert key not in found
+        found[key] = block
     return found
 
 
@@ -162,17 +164,20 @@ def readme_examples() -> dict[str, str]:
         "moe",
         pytest.param("jax", marks=pytest.mark.jax),
         pytest.param("torch", marks=pytest.mark.torch),
+        pytest.param("packed", marks=pytest.mark.torch),
         pytest.param("cupy", marks=pytest.mark.gpu),
     ],
 )
 def test_readme_example_runs(library: str) -> None:
     """As a script of its own: it also has to end, with work still in flight."""
     if library == "moe":
-        once = "parts = fused_moe(x, w_gate_up, w_down, weights, ids)\nassert np.array_equal(out, parts), out - parts\n"
-        python(readme_examples()[library] + once + "assert stats.expert_counts.sum() == 200\n")
+        python(readme_examples()[library] + "assert out.shape == x.shape and ids.shape == (100, 2)\n")
         return
+    room = "torch" if library == "packed" else library
     check = (
-        f"assert type(out).__module__.split('.')[0].removesuffix('lib') == {library!r}, type(out)\n"
+        f"assert type(out).__module__.split('.')[0].removesuffix('lib') == {room!r}, type(out)\n"
         "assert out.shape[-1] == v.shape[-1]\n"
     )
+    if library == "numpy":
+        check += "assert np.abs(out - truth).max() < 1e-5 and stats.expert_counts.sum() == 200 and y.shape == x.shape\n"
     python(readme_examples()[library] + check)
