@@ -70,15 +70,16 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "--window", "a,b"], "LEFT,RIGHT"),
         (["explain", "--arch", "sm_70"], "sm_80"),
         (["explain", "--dtype", "int7"], "bfloat16"),
-        (["explain", "--op", "moe", "--q", "8", "--causal"], "--op moe has no causal, seqlen_q"),
-        (["explain", "--tokens", "8"], "--op attention has no tokens"),
-        (["warmup", "--op", "moe", "--arch", "sm_80", "--head-dim", "64"], "no head_dim"),
-        (["kernels", "--op", "moe", "--head-dim", "64"], "no head_dim"),
+        (["explain", "--op", "moe", "--q", "8", "--causal"], "--op moe has no --causal, --q"),
+        (["explain", "--top-k", "8", "--interleaved"], "--op attention has no --interleaved, --top-k"),
+        (["explain", "--tokens", "8"], "--op attention has no --tokens"),
+        (["warmup", "--op", "moe", "--arch", "sm_80", "--head-dim", "64"], "--op moe has no --head-dim and no --head-dim-v"),
+        (["kernels", "--op", "moe", "--head-dim", "64"], "--op moe has no --head-dim"),
         (["kernels", "--arch", "sm_70"], "sm_80"),
         (["warmup", "--arch", "sm_70"], "sm_80"),
         (["warmup", "--all", "--dtype", "float16"], "--all"),
         (["warmup", "--workers", "0"], "at least 1"),
-        (["warmup", "--arch", "sm_80", "--head-dim-v", "64"], "head_dim"),
+        (["warmup", "--arch", "sm_80", "--head-dim-v", "64"], "--head-dim-v needs --head-dim"),
         (["cache", "prune", "--max-size", "many"], "200M"),
         (["cache", "eat"], "invalid choice"),
     ],
@@ -392,6 +393,23 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["sizes"] for row in rows] == ["b4 q256 k256 h2 d32"]
     code, out, _ = run(capsys, *argv)
     assert code == 0 and "GFLOP/s" in out
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [
+        ("attention", {"sinks": "no", "alibi": 2, "varlen": "no"}), ("attention", {"batch": 1.5, "seqlen_q": "5"}),
+        ("attention", {"heads_q": 2.0, "heads_k": -1}), ("attention", {"head_dim": True, "seqlen_k": -1}),
+        ("moe", {"tokens": 2.5, "hidden": -8}), ("moe", {"shared": "no", "experts": "x", "top_k": 2.0}),
+    ],
+)  # fmt: skip
+def test_explain_takes_no_values_of_a_wrong_kind(op: str, sizes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedProblem) as caught:
+        service.explain(op, arch="sm_80", **sizes)
+    assert sorted(reason.split()[0] for reason in caught.value.reasons) == sorted(sizes)
+    with pytest.raises(ValueError, match="unknown arch '90x'"):
+        service.explain(op, arch="90x")
+    assert service.explain(arch="sm_80", batch=np.int64(2), sinks=np.True_).problem.split()[2] == "b2"
 
 
 def test_service_errors() -> None:

@@ -80,8 +80,8 @@ def test_bench(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["bench", "--op", "moe", "--heads", "4", "--causal"], "--op moe has no causal, heads"),
-        (["bench", "--experts", "4"], "--op attention has no experts"),
+        (["bench", "--op", "moe", "--heads", "4", "--causal"], "--op moe has no --causal, --heads"),
+        (["bench", "--experts", "4"], "--op attention has no --experts"),
         (["bench", "--op", "moe", "--activation", "silu"], "swigluoai"),
         (["bench", "--d", "64", "--", "--suite", "x"], "arguments after --"),
         (["bench", "--op", "moe", "--", "--suite", "x"], "arguments after --"),

@@ -125,7 +125,7 @@ def explain(args: argparse.Namespace) -> int:
         for op, function in (("attention", service.explain_attention), ("moe", service.explain_moe))
     }
     sizes = {name: value for name, value in vars(args).items() if name in theirs["attention"] | theirs["moe"]}
-    if foreign := sorted(set(sizes) - theirs[args.op]):
+    if foreign := sorted(args.flags[name] for name in set(sizes) - theirs[args.op]):
         raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     try:
         answer = service.explain(args.op, arch=args.arch, **sizes)
@@ -158,6 +158,8 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def kernels(args: argparse.Namespace) -> int:
+    if args.op == "moe" and args.head_dim:
+        raise Misuse("--op moe has no --head-dim")
     try:
         rows = service.kernels(args.arch, op=args.op, dtype=args.dtype, head_dim=args.head_dim)
     except UnsupportedProblem:
@@ -185,6 +187,10 @@ def kernels(args: argparse.Namespace) -> int:
 def warmup(args: argparse.Namespace) -> int:
     if args.all and (args.dtype or args.head_dim or args.head_dim_v):
         raise Misuse("--all does not go with --dtype, --head-dim or --head-dim-v")
+    if args.op == "moe" and (args.head_dim or args.head_dim_v):
+        raise Misuse("--op moe has no --head-dim and no --head-dim-v")
+    if args.head_dim_v and not args.head_dim:
+        raise Misuse("--head-dim-v needs --head-dim beside it")
     out = show.Output()
     start = time.perf_counter()
     count = 0
@@ -279,7 +285,7 @@ def bench(args: argparse.Namespace) -> int:
     sizes = {name: value for name, value in vars(args).items() if name in _BENCH["attention"] | _BENCH["moe"]}
     if args.runner and (args.json or sizes or args.dtype or args.op != "attention" or args.backend != "auto"):
         raise Misuse("arguments after -- go to the repository's benchmarks/run.py, which takes no others")
-    if foreign := sorted(set(sizes) - set(_BENCH[args.op])):
+    if foreign := sorted(f"--{name.replace('_', '-')}" for name in set(sizes) - set(_BENCH[args.op])):
         raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     if args.runner:
         root = Path(__file__).resolve().parents[2]

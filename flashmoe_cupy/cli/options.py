@@ -132,11 +132,17 @@ def _bench_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def _problem_options(parser: argparse.ArgumentParser) -> None:
-    """The sizes of a problem under the names that `service.explain` has for them; only those given are set."""
+    """The sizes of a problem under the names that `service.explain` has for them; only those given are set.
+
+    flags: how each is typed.
+    """
+    flags: dict[str, str] = {}
+    parser.set_defaults(flags=flags)
     parser.add_argument("--op", default="attention", choices=OPS, help="operation (default attention)")
     parser.add_argument("--arch", action="append", help=f"for this arch: {_ARCHS}; may be repeated")
 
     def add(flag: str, name: str, text: str, **options: Any) -> None:
+        flags[name] = flag
         group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **options)
 
     def count(flag: str, name: str, text: str) -> None:

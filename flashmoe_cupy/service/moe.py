@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.machine import backend, devices
-from flashmoe_cupy.service.plans import Choice, Explanation, absent_arrays, named_dtype, target_archs
+from flashmoe_cupy.service.plans import Choice, Explanation, absent_arrays, check_sizes, named_dtype, target_archs
 
 if TYPE_CHECKING:
     from flashmoe_cupy.plan.moe import ProductStep, Step
@@ -43,6 +43,8 @@ def explain_moe(
     from flashmoe_cupy.plan import moe
     from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
 
+    check_sizes({"tokens": tokens, "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k,
+                 "shared": shared}, {})  # fmt: skip
     array, kind = absent_arrays(), named_dtype(dtype)
     rows = 1 if activation in ACTIVATIONS and activation not in GATED else 2
     optional: dict[str, Any] = {}

@@ -169,6 +169,11 @@ def _problem(
     from flashmoe_cupy import dtypes
     from flashmoe_cupy.plan import problem
 
+    check_sizes(
+        {"batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "heads_q": heads_q, "heads_k": heads_k,
+         "head_dim": head_dim, "head_dim_v": head_dim_v},
+        {"alibi": alibi, "sinks": sinks, "varlen": varlen}, ("seqlen_k", "heads_k", "head_dim_v"),
+    )  # fmt: skip
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     heads_k = heads_q if heads_k is None else heads_k
     dim_v = head_dim if head_dim_v is None else head_dim_v
@@ -200,6 +205,22 @@ def _problem(
         array(kind, batch, seqlen_k, heads_k, dim_v),
         **options,
     )
+
+
+def check_sizes(sizes: dict[str, Any], flags: dict[str, Any], optional: Sequence[str] = ()) -> None:
+    """Raise UnsupportedProblem for sizes that are no ints from 0 on, None for some, and flags that are no bools."""
+    from flashmoe_cupy.plan.checks import INT_MAX, flag, show
+    from flashmoe_cupy.plan.options import integer
+
+    why: list[str] = []
+    for name, value in sizes.items():
+        n = integer(value)
+        if (n is None or not 0 <= n <= INT_MAX) and not (value is None and name in optional):
+            why.append(f"{name} must be an int from 0 to 2**31 - 1, but is {show(value)}")
+    for name, value in flags.items():
+        flag(why, name, value)
+    if why:
+        raise UnsupportedProblem("explain", why, "sizes are ints, flags are True or False")
 
 
 def absent_arrays() -> Callable[..., View]:
@@ -251,7 +272,7 @@ def target_archs(arch: str | Sequence[str] | None) -> tuple[str, ...]:
 
     chosen = arch if arch is not None else _env.get().arch
     if chosen is not None:
-        names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        names = tuple(chosen) if isinstance(chosen, (list, tuple, set)) else (str(chosen),)
         return tuple(dict.fromkeys(map(named_arch, names)))
     found = tuple(dict.fromkeys(device.arch for device in devices() if device.arch))
     return found or tuple(ARCHS)
