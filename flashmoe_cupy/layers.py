@@ -17,6 +17,7 @@ from flashmoe_cupy.ops.route import RouterStats, moe_route
 from flashmoe_cupy.plan.checks import SHORT, asked, check_dtypes, check_last, check_places, count
 from flashmoe_cupy.plan.hints import hint, layer
 from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
+from flashmoe_cupy.torch_reasons import no_strides
 
 _HELD = ("router_weight", "router_bias", "shared_gate_weight", "w_gate_up", "w_down")  # arrays that are attributes
 _ROUTE_ARRAYS = ("e_score_correction_bias",)
@@ -48,6 +49,8 @@ class FlashMoELayer:
     leaves. A layer of torch tensors is no nn.Module: `torch.compile` takes it as it is, but it has no parameters(),
     to() or state_dict(). An nn.Module, `flashmoe_cupy.torch.FlashMoE`, is planned: it comes with training.
     """
+
+    _strided: Any = None  # torch's layout of plain memory, in a layer of tensors
 
     def __init__(
         self,
@@ -101,8 +104,11 @@ class FlashMoELayer:
         self.w_gate_up, self.w_down = w_gate_up, w_down
         self.route_options, self.expert_options = route, experts
         self._kind: Any = _kind(w_down)
-        if self._kind.__module__.partition(".")[0] == "jax":
+        library = self._kind.__module__.partition(".")[0]
+        if library == "jax":
             _make_pytree(self._kind)
+        elif library == "torch":
+            self._strided = sys.modules["torch"].strided
 
     @overload
     def __call__(self, x: Array, *, router_logits: Any = None, return_stats: Literal[False] = False) -> Array: ...
@@ -120,7 +126,7 @@ class FlashMoELayer:
         router_logits: (..., E) with the leading axes of x, instead of those of router_weight. Raises as `moe_route` and
         `fused_moe` do, TypeError for what is no array.
         """
-        if not isinstance(x, self._kind) or not x.shape:
+        if not isinstance(x, self._kind) or self._scattered(x) or not x.shape:
             self._refuse(x, router_logits)
         width = x.shape[-1]
         known = not isinstance(width, self._kind)  # in torch.jit.trace sizes are tensors, for the operators to check
@@ -129,7 +135,10 @@ class FlashMoELayer:
         rows = x.reshape(-1, width)
         if router_logits is not None:
             wanted = (*x.shape[:-1], self.num_experts)
-            if not isinstance(router_logits, self._kind) or (known and router_logits.shape != wanted):
+            if (
+                not isinstance(router_logits, self._kind) or self._scattered(router_logits)
+                or (known and router_logits.shape != wanted)
+            ):  # fmt: skip
                 self._refuse(x, router_logits)
             logits = router_logits.reshape(-1, router_logits.shape[-1])
         elif self.router_weight is not None:
@@ -150,16 +159,26 @@ class FlashMoELayer:
         out = out.reshape(x.shape)
         return (out, routed[2]) if return_stats else out
 
+    def _scattered(self, x: Any) -> bool:
+        """Whether this is a tensor without strides: nested or sparse."""
+        return self._strided is not None and (x.is_nested or x.layout is not self._strided)
+
     def _refuse(self, x: Any, router_logits: Any) -> None:
         """Raise what is wrong with the arguments of a call."""
-        why, named = [], [("x", x), ("router_logits", router_logits)]
+        why, named, scattered = [], [("x", x), ("router_logits", router_logits)], False
         for name, array in named if router_logits is not None else named[:1]:
-            if not hasattr(array, "shape"):
+            if not hasattr(type(array), "shape"):  # of a nested tensor to read it is an error
                 have = "None" if array is None else f"a {type(array).__qualname__}"
                 kind = f"an array, a {_name(self._kind)} like the layer's weights"
                 raise TypeError(f"{name} must be {kind}, but is {have}")
+            scattered = scattered or getattr(array, "is_nested", False)
             if not isinstance(array, self._kind):
                 why.append(f"{name} is a {_name(type(array))}, but the layer's weights are a {_name(self._kind)} each")
+            elif self._scattered(array):
+                why.append(f"{name}: {no_strides(sys.modules['torch'], array)}")
+                scattered = True
+        if scattered:  # perhaps without a shape
+            raise UnsupportedProblem(f"{self!r}", why, "dense tensors, whose shape every row has")
         shape = tuple(x.shape)
         if not shape or shape[-1] != self.hidden_size:
             why.append(f"x must have shape (..., hidden_size) = (..., {self.hidden_size}), but has {shape}")
@@ -245,6 +264,9 @@ def _views(why: list[str], hints: list[str], arrays: dict[str, Any]) -> dict[str
         try:
             if adapter(array) is None:
                 views[name] = view(array, name)
+                continue
+            if hasattr(array, "is_nested") and (reason := no_strides(sys.modules["torch"], array)):
+                why.append(f"{name}: {reason}")
                 continue
             shape, dtype = tuple(array.shape), dtypes.from_name(str(array.dtype).removeprefix("torch."))
             library = type(array).__module__.partition(".")[0]

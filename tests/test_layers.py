@@ -48,7 +48,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("jit/tensormap.py", ("dtypes", "errors")),
     ("jit/", ("jit", "dtypes", "errors", "_cupy", "_env")),
     ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env", "_types")),
-    ("layers.py", ("ops", "plan", "arrays", "dtypes", "errors", "_types")),
+    ("layers.py", ("ops", "plan", "arrays", "dtypes", "errors", "_types", "torch_reasons")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
     ("torch.py", ("ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers", "torch_reasons")),
     ("jax.py", ("jax_moe", "_xla_ffi", "ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),

@@ -336,6 +336,22 @@ def test_torch_and_numpy_do_not_mix() -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
+def test_tensors_without_strides_are_refused_by_name() -> None:
+    torch = pytest.importorskip("torch")
+    made = layer({name: torch.from_numpy(a) for name, a in weights().items()})
+    x, logits = torch.ones(5, D), torch.ones(5, E)
+    nested = [torch.nested.nested_tensor([x, x[:3]], layout=kind) for kind in (torch.jagged, torch.strided)]
+    for stranger in (*nested, x.to_sparse(), x.to_sparse_csr()):
+        for given, more in ((stranger, {}), (x, {"router_logits": stranger}), (stranger, {"router_logits": logits})):
+            with pytest.raises(UnsupportedProblem, match=r"it is a nested tensor|is not strided"):
+                made(given, **more)
+        with pytest.raises(UnsupportedProblem, match=r"w_down: (it is a nested tensor|layout .* is not strided)"):
+            layer({name: torch.from_numpy(a) for name, a in weights().items()} | {"w_down": stranger})
+    assert made(x, router_logits=logits).shape == x.shape
+
+
+@pytest.mark.torch
 def test_what_it_is_to_torch() -> None:
     pytest.importorskip("torch")
     made = layer(weights())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import flashmoe_cupy
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("cupy", "cupy_backends", "torch", "jax", "jaxlib", "rich", "filelock", "platformdirs")
@@ -181,3 +184,16 @@ def test_readme_example_runs(library: str) -> None:
     if library == "numpy":
         check += "assert np.abs(out - truth).max() < 1e-5 and stats.expert_counts.sum() == 200 and y.shape == x.shape\n"
     python(readme_examples()[library] + check)
+
+
+@pytest.mark.parametrize(("name", "others"), [("flash_attention", 9), ("fused_moe", 4), ("moe_route", 3)])
+def test_help_says_what_names_of_other_libraries_mean(name: str, others: int) -> None:
+    """Python's own TypeError for them cannot say so without a cost in every call."""
+    function = getattr(flashmoe_cupy, name)
+    ours = set(inspect.signature(function).parameters)
+    found = re.search(r"Names elsewhere: (.*?)\n\n", function.__doc__, re.DOTALL)
+    assert found is not None
+    pairs = re.findall(r"([\w, ]+?) (?:is|are) (\w+)[;.]", " ".join(found[1].split()))
+    assert {mine for _, mine in pairs} <= ours
+    theirs = [word for words, _ in pairs for word in re.split(r", | and ", words.strip())]
+    assert len(theirs) == others and not ours & set(theirs)

@@ -98,6 +98,10 @@ def flash_attention(
     may lie in a tile with others that the query sees; it then has weight 0, and 0 * NaN is NaN. NumPy leaves it out.
     What lies beyond the arrays or in another sequence, head or batch never counts, whatever it holds.
 
+    Names elsewhere: is_causal is causal; scale and sm_scale are softmax_scale; mask, attn_mask and attn_bias are bias;
+    sliding_window and local_window_size are window_size; s_aux is sinks. enable_gqa follows from the shapes, and there
+    is no dropout_p.
+
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
     Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode.
 

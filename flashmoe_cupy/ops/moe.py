@@ -92,6 +92,8 @@ def fused_moe(
     FLASHMOE_CHECK=1 FlashMoEError for the first id below -1 or above the number of (global) experts. Nothing is written
     on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
 
+    Names elsewhere: hidden_states is x; w1 and w13 are w_gate_up; w2 is w_down; there is no inplace.
+
     Sources: Shazeer et al. (arXiv:1701.06538); gated activations as in Shazeer (arXiv:2002.05202); swigluoai as in
     gpt-oss; swiglu with a limit as in DeepSeek-V4 and GLM-5; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
     """

@@ -105,6 +105,8 @@ def moe_route(
     FLASHMOE_CHECK=1 FlashMoEError for the first NaN in logits, by row and expert, or in e_score_correction_bias.
     There is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
 
+    Names elsewhere: gating_output and router_logits are logits; topk is top_k.
+
     Sources: Switch (arXiv:2101.03961, equations 4 to 6), ST-MoE (arXiv:2202.08906, equation 5); bias and groups as in
     DeepSeek-V3 (arXiv:2412.19437), without bias as in DeepSeek-V2 (arXiv:2405.04434).
     """
