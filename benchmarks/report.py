@@ -253,7 +253,7 @@ def plot(rows: Sequence[Row], suite: str, folder: Path, device: str = "") -> lis
 
 
 def readme_block(rows: Sequence[Row], suite: Suite[Any], image: str, device: str = "") -> str:
-    """The text between the markers: the plot, and folded one table (a line per head dim and mask, a column per length)."""
+    """The text between the markers: the plot, and a folded table (a line per head dim and mask, a column a length)."""
     comparisons = compare(rows, suite, device)
     lengths = sorted({case.seqlen_q for case in suite.cases})
     shapes = {case.name: (case.head_dim, case.causal, case.seqlen_q) for case in suite.cases}
