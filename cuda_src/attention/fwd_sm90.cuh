@@ -42,6 +42,7 @@ struct AttentionFwdSm90 {
   static constexpr int kConsumers = kBlockM / 64, kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 40, kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : 232;
   static constexpr bool kBounded = Variant::kBounded;  // masked after exp2, not before
+  using Softmax = decltype(pick<kBounded>(BoundedSoftmax(), OnlineSoftmax<1>()));
   static constexpr bool kInTurn = kConsumers == 2 || kConsumers == 3;  // four fill the gaps of each other by themselves
 
   // Named barriers of the block; 0 is __syncthreads. Of each kind, consumer i waits at number i.
@@ -179,7 +180,7 @@ struct AttentionFwdSm90 {
     const int tile_row = consumer * 64 + (warp_id() & 3) * 16;  // of this warp's rows in the tile of queries
     float r_out[1][kHeadDimV / 8][4], r_s[1][kBlockN / 8][4];
     u32 r_p[kBlockN / 16][4];
-    OnlineSoftmax<1> softmax;
+    Softmax softmax;
     float correction[2];
     RingQ q;
     RingKV k, v;
@@ -256,7 +257,7 @@ struct AttentionFwdSm90 {
       });
       if (last) {
         softmax.finish(Variant::exponent(p), sinks_of(p, s_works[now]).of, out_scale, lse);
-        softmax = OnlineSoftmax<1>();
+        softmax = Softmax();
       }
       wgmma_wait_group<1>(r_s[0]);
       release(rings.k.empty(k.stage));
@@ -387,7 +388,7 @@ struct AttentionFwdSm90 {
   }
 
   template <bool kPlain = false, int kN>
-  FM_DEVICE static void exponentiate(const Params& p, OnlineSoftmax<1>& softmax, const Work& w, const Steps& steps, float (&r_s)[1][kN][4], int tile_row,
+  FM_DEVICE static void exponentiate(const Params& p, Softmax& softmax, const Work& w, const Steps& steps, float (&r_s)[1][kN][4], int tile_row,
                                      int n) {
     if constexpr (kBounded) {
       const bool masked = !kPlain && !steps.whole(n);
@@ -396,8 +397,7 @@ struct AttentionFwdSm90 {
         const int r = row + i * 8 + (lane_id() >> 2);
         return w.band.last(r) - w.band.first(r) + 1;
       };
-      auto highest_seen = [&](float(&highest)[2]) { fm::highest_seen(highest, r_s[0], w.band, row, col); };
-      softmax.template exponentiate_bounded<kPlain>(r_s, Variant::exponent(p), keys_of_row, highest_seen, [&] {
+      softmax.exponentiate(r_s, Variant::exponent(p), !kPlain && !steps.any_whole(), keys_of_row, [&] {
         if (masked) mask_scores(r_s[0], w.band, row, col, 0.f);
       });
     } else {

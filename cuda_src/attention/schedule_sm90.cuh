@@ -20,6 +20,7 @@ struct AttentionScheduleSm90 {
   struct Steps {
     int begin, end, skip_before, skip_after, first_whole, last_whole;
     FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
+    FM_DEVICE bool any_whole() const { return first_whole < last_whole; }
   };
   // One tile of queries. Written by this warp, read by all.
   struct Work {

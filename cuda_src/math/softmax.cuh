@@ -67,31 +67,22 @@ struct SoftcapExponent {
 };
 
 // The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
-// products nor sums leave the range of fp32, which bf16 shares. So no maximum is looked for: a row subtracts the same number from its
-// first key to its last. Scores are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that
-// whether all scores are below takes one OR for two of them, half of what a maximum costs.
-// In a row of few keys each rounded weight shows. The number that it subtracts is a whole number of powers of two away from the highest
-// score of the first tile in which it sees a key, so that bf16 holds the weight of this score exactly; and it takes four coefficients.
+// products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for. Scores
+// are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that whether all scores are below
+// takes one OR for two of them, half of what a maximum costs.
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
-  enum { kFewKeys = 64 };  // below which a row has few; no tile of keys is smaller. No member: it would stand in every cubin
   static constexpr float kLong = 0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
 
-  // What a row subtracts, in powers of two; shift: one of few keys, by its highest score.
-  FM_DEVICE float middle() const { return 0.5f * kLog2e * softcap; }
-  FM_DEVICE float shift(float highest) const {
-    const float exponent = below(highest, 0.f);
-    return exponent - rintf(exponent - middle());
-  }
-  FM_DEVICE float natural(float shift) const { return shift * kLn2; }
-  FM_DEVICE float below(float s, float shift) const { return fmaf(softcap * kLog2e, tanh_exp2(s * to_tanh), -shift); }
-  FM_DEVICE float below_short(float s, float shift) const { return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -shift); }
-  FM_DEVICE float below_long(float s, float shift) const {
+  FM_DEVICE float natural() const { return 0.5f * softcap; }  // what is subtracted
+  FM_DEVICE float below(float s) const { return softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
+  FM_DEVICE float below_short(float s) const { return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -0.5f * kLog2e * softcap); }
+  FM_DEVICE float below_long(float s) const {
     const float x = s * s;
-    return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -shift);
+    return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
   }
 
   // Whether two coefficients are enough for the scores of the warp. Four chains, or they would wait for themselves.
@@ -123,7 +114,7 @@ struct BoundedSoftcapExponent {
 // State of the 2 * kM rows that one thread holds: kM accumulator tiles of 16 rows, rows g and g + 8 of each.
 template <int kM>
 struct OnlineSoftmax {
-  float r_max[2 * kM];  // shared by the quad, in units of the scores; of BoundedSoftcapExponent, what is subtracted. -inf: no key yet
+  float r_max[2 * kM];  // shared by the quad, in units of the scores; -inf: no key yet
   float r_sum[2 * kM];  // this thread's columns only, until finish()
 
   FM_DEVICE OnlineSoftmax() {
@@ -223,48 +214,6 @@ struct OnlineSoftmax {
       }
   }
 
-  // The same where each row subtracts one number throughout. Scores that do not count are not -inf here, which would be out of every
-  // polynomial's range, but what q k is; mask() makes their exponentials 0. keys_of_row(i) counts the keys that a row sees in all tiles;
-  // highest_seen(highest) tells the highest score that each row sees in this tile, -inf for none. kWhole: every score counts, in a later
-  // tile than the first: such rows have many keys, and know what they subtract.
-  template <bool kWhole, int kN, class KeysOfRow, class HighestSeen, class Mask>
-  FM_DEVICE void exponentiate_bounded(float (&r_s)[kM][kN][4], const BoundedSoftcapExponent& exponent, KeysOfRow&& keys_of_row,
-                                      HighestSeen&& highest_seen, Mask&& mask) {
-    static_assert(8 * kN >= BoundedSoftcapExponent::kFewKeys);
-    bool few = false, unseen = false;
-    if constexpr (!kWhole) {
-#pragma unroll
-      for (int i = 0; i < 2 * kM; ++i) {
-        const int keys = keys_of_row(i);
-        few |= 0 < keys && keys < BoundedSoftcapExponent::kFewKeys;
-        if (keys >= BoundedSoftcapExponent::kFewKeys) r_max[i] = exponent.middle();
-        unseen |= r_max[i] == -infinity();
-      }
-      few = __any_sync(0xffffffffu, few);
-    }
-    if (few && __any_sync(0xffffffffu, unseen)) {
-      float highest[2 * kM];
-      highest_seen(highest);
-#pragma unroll
-      for (int i = 0; i < 2 * kM; ++i)
-        if (r_max[i] == -infinity() && highest[i] != -infinity()) r_max[i] = exponent.shift(highest[i]);
-    }
-    auto all = [&](auto&& below) {
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int e = 0; e < 4 * kM; ++e) r_s[e / 4][n][e % 4] = exp2_approx(below(r_s[e / 4][n][e % 4], kWhole ? r_max[e / 2] : top(e / 2)));
-      mask();
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 2 * kM; ++i) r_sum[i] += r_s[i / 2][n][(i & 1) * 2] + r_s[i / 2][n][(i & 1) * 2 + 1];
-    };
-    if (!few && exponent.all_short(r_s)) all([&](float s, float shift) { return exponent.below_short(s, shift); });
-    else if (exponent.all_long(r_s)) all([&](float s, float shift) { return exponent.below_long(s, shift); });
-    else all([&](float s, float shift) { return exponent.below(s, shift); });
-  }
-
   // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.
   FM_DEVICE float top(int i) const { return r_max[i] == -infinity() ? 0.f : r_max[i]; }
 
@@ -282,6 +231,75 @@ struct OnlineSoftmax {
       lse[i] = shift + log2_approx(sum) * kLn2;
     }
   }
+};
+
+// The same state for one accumulator tile where exponents are bounded: there is no maximum, and earlier sums never need a correction.
+// Weights are rounded to bf16 before they meet v. In a row of few keys that shows, so its output is divided by the sum of the rounded
+// weights; its lse is that of the others.
+struct BoundedSoftmax {
+  enum { kFewKeys = 64 };  // below which a row has few; no tile of keys is smaller. No member: it would stand in every cubin
+  float r_sum[2] = {0.f, 0.f};  // this thread's columns only, until finish(); more than 0 where a key was seen
+  u32 r_added = 0;  // by rounding, to the sums of rows of few keys; two bf16: a second register slows the loop of whole tiles by 4 %
+
+  // Scores become weights, and the sums grow. Scores that do not count are not -inf here, which would be out of every polynomial's
+  // range, but what q k is; mask() makes their weights 0. keys_of_row(i) counts the keys that a row sees in all tiles.
+  // few_possible: no tile counts whole, so that there may be rows of few keys.
+  template <int kN, class KeysOfRow, class Mask>
+  FM_DEVICE void exponentiate(float (&r_s)[1][kN][4], const BoundedSoftcapExponent& exponent, bool few_possible, KeysOfRow&& keys_of_row,
+                              Mask&& mask) {
+    static_assert(8 * kN >= kFewKeys);
+    const bool any_few = few_possible && __any_sync(0xffffffffu, min(keys_of_row(0), keys_of_row(1)) < kFewKeys);
+    auto all = [&](auto&& below) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) r_s[0][n][e] = exp2_approx(below(r_s[0][n][e]));
+      mask();
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) r_sum[i] += r_s[0][n][2 * i] + r_s[0][n][2 * i + 1];
+    };
+    // Two coefficients would show in the lse of a row of few keys.
+    if (!any_few && exponent.all_short(r_s)) all([&](float s) { return exponent.below_short(s); });
+    else if (exponent.all_long(r_s)) all([&](float s) { return exponent.below_long(s); });
+    else all([&](float s) { return exponent.below(s); });
+    if (any_few) {
+      float added[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        added[i] = bf16_of(r_added, i);
+        if (keys_of_row(i) >= kFewKeys) continue;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          const float(&r)[4] = r_s[0][n];
+          const u32 rounded = pack2<bf16>(r[2 * i], r[2 * i + 1]);
+          added[i] += (bf16_of(rounded, 0) - r[2 * i]) + (bf16_of(rounded, 1) - r[2 * i + 1]);
+        }
+      }
+      r_added = pack2<bf16>(added[0], added[1]);
+    }
+  }
+
+  // As in OnlineSoftmax.
+  FM_DEVICE void finish(const BoundedSoftcapExponent& exponent, const float (&sink)[2], float (&out_scale)[2], float (&lse)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float sum = quad_sum(r_sum[i]);
+      float rounded_sum = sum;
+      if (__any_sync(0xffffffffu, r_added != 0)) rounded_sum += quad_sum(bf16_of(r_added, i));
+      const float row = sum == 0.f ? -infinity() : exponent.natural();
+      const float top = fmaxf(row, sink[i]);
+      const float shift = top == -infinity() ? 0.f : top;
+      const float factor = exp2_approx((row - shift) * kLog2e), of_sink = exp2_approx((sink[i] - shift) * kLog2e);
+      const float divisor = fmaf(rounded_sum, factor, of_sink);
+      out_scale[i] = divisor == 0.f ? 0.f : __fdividef(factor, divisor);
+      lse[i] = shift + log2_approx(fmaf(sum, factor, of_sink)) * kLn2;
+    }
+  }
+
+  // The first or the second of two bf16.
+  FM_DEVICE static float bf16_of(u32 two, int i) { return __uint_as_float(i == 0 ? two << 16 : two & 0xffff0000u); }
 };
 
 }  // namespace fm

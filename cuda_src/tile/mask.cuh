@@ -2,7 +2,7 @@
 // sequence are all bands, so one comparison pair per score serves them, and tiles inside the band pay nothing. Where heads are packed
 // into tiles, 2^pack_bits rows that lie one behind the other are the same query.
 #pragma once
-#include "math/reduce.cuh"
+#include "prelude.cuh"
 
 namespace fm {
 
@@ -50,26 +50,6 @@ FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, i
 #pragma unroll
       for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : outside;
     }
-  }
-}
-
-// The highest score of each of the thread's two rows inside of the band, the same for the quad; -inf: there is none.
-template <int kN>
-FM_DEVICE void highest_seen(float (&highest)[2], const float (&r_s)[kN][4], const BandMask& band, int row, int col) {
-  static_assert(kN <= 32);
-  constexpr float kLowest = -3.4028235e38f;  // a score of -inf is a score, too
-  const int g = lane_id() >> 2, t = lane_id() & 3;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g);
-    highest[i] = -infinity();
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const u32 seen = columns_seen(first, last, col + 2 * t + e);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) highest[i] = fmaxf(highest[i], seen & (1u << n) ? fmaxf(r_s[n][2 * i + e], kLowest) : -infinity());
-    }
-    highest[i] = quad_max(highest[i]);
   }
 }
 

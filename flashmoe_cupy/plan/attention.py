@@ -35,7 +35,8 @@ _TILES_SM80: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {
 # Where another architecture's register allocation would spill with the tile above, under some NVRTC from 12.4 to 13.5.
 _TILES_SM80_ON: dict[tuple[str, tuple[int, int], str], tuple[int, int, int]] = {
     **{(arch, (64, 64), _PLAIN): (128, 64, 4) for arch in ("sm_100", "sm_120")},
-    **{(arch, (128, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
+    ("sm_100", (128, 128), _PLAIN): (128, 48, 4),
+    ("sm_120", (128, 128), _PLAIN): (128, 32, 4),
     **{(arch, (192, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
     **{(arch, (64, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
     **{(arch, (256, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
