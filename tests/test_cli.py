@@ -274,10 +274,10 @@ def test_warmup_compiles_once(capsys: pytest.CaptureFixture[str], cache_dir: Pat
     again = run_json(capsys, *argv)["kernels"]
     assert {w["source"] for w in again} == {"cache"}
     code, out, _ = run(capsys, *argv)
-    assert code == 0 and f"{len(wanted)} kernels ready, 0 compiled now" in out
+    assert code == 0 and f"{len(wanted)} configurations ready, 0 compiled now" in out
 
     code, out, _ = run(capsys, "cache")
-    assert code == 0 and f"{len(wanted)} kernels" in out and str(cache_dir) in out
+    assert code == 0 and f"{len(wanted)} configurations" in out and str(cache_dir) in out
     head = next(line for line in out.splitlines() if "registers" in line)
     assert head.startswith("config "), "a kernel has several"
     assert len(run_json(capsys, "cache", "list")) == len(wanted)

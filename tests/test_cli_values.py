@@ -141,7 +141,7 @@ def test_help_names_all_that_is_taken(capsys: Capture) -> None:
 
 def test_explain_has_one_block_for_each_answer(capsys: Capture) -> None:
     archs = [word for arch in ARCHS for word in ("--arch", arch)]
-    for argv, most in (([], 22), (["--op", "moe"], 36), (["--op", "moe", "--shared", "512"], 55)):
+    for argv, most in (([], 28), (["--op", "moe"], 36), (["--op", "moe", "--shared", "512"], 55)):
         code, out, _ = run(capsys, "explain", *argv, *archs)
         assert code == 0 and out.count("\n") <= most, out
         _, *blocks = out.split("\n\n")

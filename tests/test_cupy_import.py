@@ -85,7 +85,7 @@ whole = warm.specialisations
 warm.specialisations = lambda *a, **k: [(k, c) for k, c in whole(*a, **k) if k.name == "moe_permute_count"]
 sys.exit(cli.main({argv[2:]!r}))""")
     done = run(*quick, HOME=NOWHERE, FLASHMOE_CACHE_DIR=NOWHERE, TMPDIR=str(tmp_path))
-    assert done.returncode == 0 and "1 kernels ready" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 configurations ready" in done.stdout, done.stderr
     assert "CuPy's own kernels are kept until this process ends" in done.stderr
     assert "compiled kernels stay in memory only" in done.stderr
     assert not list(tmp_path.iterdir())

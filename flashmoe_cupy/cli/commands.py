@@ -60,7 +60,7 @@ def info(args: argparse.Namespace) -> int:
         "Cache",
         {
             "path": f"{cache['path'] or '-'} ({state})",
-            "content": f"{cache['entries']} kernels, {show.size(cache['bytes'])}",
+            "content": f"{cache['entries']} configurations, {show.size(cache['bytes'])}",
         },
     )
     given = {name: value for name, value in data["environment"].items() if value is not None}
@@ -227,7 +227,7 @@ def warmup(args: argparse.Namespace) -> int:
         rows.append((w.kernel, w.config, w.arch, w.source, round(w.milliseconds), w.registers, w.spills, devices))
     out.table(columns, rows)
     compiled = sum(w.source == "compiled" for w in done)
-    out.line(f"{len(done)} kernels ready, {compiled} compiled now, {seconds:.1f} s")
+    out.line(f"{len(done)} configurations ready, {compiled} compiled now, {seconds:.1f} s")
     return 0
 
 
@@ -257,7 +257,7 @@ def cache(args: argparse.Namespace) -> int:
         if rows:
             out.table(("config", "arch", "registers", "spilled", "compile ms", "size", "made"), rows)
         total = show.size(sum(entry.size for entry in stored))
-        out.line(f"{len(stored)} kernels, {total}, in {folder or '(memory only)'}")
+        out.line(f"{len(stored)} configurations, {total}, in {folder or '(memory only)'}")
         return 0
     if args.action == "clear":
         removed = store.clear()
@@ -269,7 +269,7 @@ def cache(args: argparse.Namespace) -> int:
     if args.json:
         show.emit_json({"removed": removed, "path": folder})
     else:
-        out.line(f"removed {removed} kernels from {folder or '(memory only)'}")
+        out.line(f"removed {removed} configurations from {folder or '(memory only)'}")
     return 0
 
 

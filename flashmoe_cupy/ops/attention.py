@@ -96,7 +96,8 @@ def flash_attention(
 
     Hidden keys: k and v of a key that causal, window_size or bias hides from a query must be finite. On GPUs such a key
     may lie in a tile with others that the query sees; it then has weight 0, and 0 * NaN is NaN. NumPy leaves it out.
-    What lies beyond the arrays or in another sequence, head or batch never counts, whatever it holds.
+    What lies beyond the arrays or in another sequence, head or batch never counts, NaN included; only the last bit of a
+    result may depend on it.
 
     Names elsewhere: is_causal is causal; scale and sm_scale are softmax_scale; mask, attn_mask and attn_bias are bias;
     sliding_window and local_window_size are window_size; s_aux is sinks. enable_gqa follows from the shapes, and there
@@ -219,7 +220,7 @@ def flash_attention_varlen(
 
     Returns out (total_q, heads_q, head_dim_v), with return_lse also lse (heads_q, total_q) float32. Rows that belong to
     no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
-    What rows of no sequence hold in q, k and v never counts, NaN included.
+    What rows of no sequence hold in q, k and v never counts, NaN included; only the last bit of a result may depend on it.
     Raises as `flash_attention` does.
     """
     right = (
