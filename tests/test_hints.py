@@ -223,9 +223,14 @@ def test_a_call_is_told_alike_whatever_was_wrong() -> None:
         assert part in late.asked
     late = refused("grouped_gemm", offsets=i32(0, 5, 2))
     assert late.asked == "grouped_gemm(x=float32[4, 8], w=float32[2, 8, 8], offsets=int32[3])"
-    x = f32(8 * 6)
-    late = refused("grouped_gemm", x=x[:32].reshape(4, 8), out=x[16:].reshape(4, 8))
-    assert late.asked.startswith("grouped_gemm(x=float32[4, 8]") and late.asked.endswith("out=float32[4, 8])")
+    x = f32(1000)
+    for name in ("flash_attention", "flash_attention_varlen", "grouped_gemm", "fused_moe"):
+        first, like = next(iter(GOOD[name].items()))
+        given = x[: like.size].reshape(like.shape), x[8 : 8 + like.size].reshape(like.shape)
+        late = refused(name, **{first: given[0], "out": given[1]})
+        shown = f"=float32{list(like.shape)}"
+        assert late.asked.startswith(f"{name}({first}{shown}") and f"out{shown}" in late.asked
+        assert late.reasons == (f"out shares memory with {first}",)
 
 
 def test_words_for_the_dtypes_and_dimensions_of_bias() -> None:

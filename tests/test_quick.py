@@ -411,7 +411,7 @@ def test_memory_that_may_be_shared_is_found_by_addresses() -> None:
     def line(address: int, step: int = 1) -> View:
         return View(address, (100,), (step,), INT32, 0, "torch", False, None)
 
-    overlap = plans.Overlap(("x", "y", "z"), (line(1), None, line(1, -2)), line(1))
+    overlap = plans.Overlap("f", ("x", "y", "z"), (line(1), None, line(1, -2)), line(1))
     assert not overlap.possible(1000, (600, 2196))  # ends where out begins, begins where it ends
     assert overlap.possible(1000, (601, 2196)) and overlap.possible(1000, (600, 2191))
     assert overlap.possible(1000, (1399, 9000)) and not overlap.possible(1000, (1400, 9000))

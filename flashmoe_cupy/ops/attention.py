@@ -7,7 +7,7 @@ remembered), and the plan launches a kernel on the caller's stream or runs the N
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, Unpack, overload
 
 import numpy as np
@@ -17,7 +17,7 @@ from flashmoe_cupy import _env, arrays, dtypes
 from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops.plans import adapter
+from flashmoe_cupy.ops.plans import adapter, check_overlap
 from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
@@ -363,7 +363,7 @@ class _Plan:
     def run(self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any) -> Any:
         """The call: outputs from the caller's library, then the kernel or the NumPy back end."""
         if out_view is not None:
-            _check_overlap(out_view, (("q", q), ("k", k), ("v", v), *zip(_OPTIONAL, optional, strict=True)))
+            check_overlap(out_view, (("q", q), ("k", k), ("v", v), *zip(_OPTIONAL, optional, strict=True)))
         if q.device < 0:
             return self._run_on_host(q, k, v, out_view, optional, out)
         if out_view is None:
@@ -503,13 +503,6 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
         kernel.pack_pointers, tail, _env.get().check, (), kernel.counter_at(problem) // 8, kernel.clears,
     )  # fmt: skip
     return launch.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(problem, config))
-
-
-def _check_overlap(out: View, named: Iterable[tuple[str, View | None]]) -> None:
-    """Refuse an `out` that shares memory with an input: blocks of the kernel read what others have overwritten."""
-    why = [f"out shares memory with {name}" for name, x in named if x is not None and arrays.overlap(out, x)]
-    if why:
-        raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
 
 
 def _is_window(given: object) -> bool:

@@ -91,7 +91,7 @@ class _Plan:
     def __init__(self, problem: GroupedGemmProblem, views: Views, out: View | None) -> None:
         p = problem
         self.problem = p
-        self.overlap = plans.Overlap(_NAMES, views, out)
+        self.overlap = plans.Overlap("grouped_gemm", _NAMES, views, out)
         self.shape = (p.num_experts, p.rows, p.n) if p.masked else (p.rows, p.n)
         self.specs: list[plans.Spec] = [(self.shape, p.dtype)]
 

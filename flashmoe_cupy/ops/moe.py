@@ -164,7 +164,7 @@ class _Plan:
         self.problem = problem
         self.ready: Ready | None = None  # of the last call
         self.short: plans.ShortWay | None = None  # made of it
-        self.overlap = plans.Overlap(_NAMES, views, out)
+        self.overlap = plans.Overlap("fused_moe", _NAMES, views, out)
         self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]  # in the table of addresses
         self.shape = (problem.tokens, problem.hidden)
         self.specs: list[plans.Spec] = [(self.shape, problem.dtype)]

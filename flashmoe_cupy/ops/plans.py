@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.quick import Recent, compiled, find
 from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.checks import asked
 
 if TYPE_CHECKING:
     from flashmoe_cupy.ops.moe_gpu import Ready
@@ -282,10 +283,10 @@ def check_no_nan(logits: Any, bias: Any) -> None:
 class Overlap:
     """Whether a given `out` shares memory with an argument. How far each one reaches is computed once per plan."""
 
-    __slots__ = ("_names", "_out", "_reach", "_there")
+    __slots__ = ("_names", "_op", "_out", "_reach", "_there")
 
-    def __init__(self, names: Sequence[str], views: Sequence[View | None], out: View | None) -> None:
-        self._names = names
+    def __init__(self, op: str, names: Sequence[str], views: Sequence[View | None], out: View | None) -> None:
+        self._op, self._names = op, names
         self._out = (0, 0) if out is None else _reach(out)
         self._reach = [(0, 0) if v is None else _reach(v) for v in views]
         self._there = [reach for v, reach in zip(views, self._reach, strict=True) if v is not None]
@@ -299,7 +300,9 @@ class Overlap:
             if v is not None and v.ptr + first < high and low < v.ptr + last and arrays.overlap(out, v)
         ]
         if why:
-            raise UnsupportedProblem("an output given as out", why, "an array of its own for out, or out=None")
+            given = [(name, v) for name, v in zip(self._names, views, strict=True) if v is not None]
+            call = asked(self._op, [*given, ("out", out)], [])
+            raise UnsupportedProblem(call, why, "an array of its own for out, or out=None")
 
     def possible(self, out: int, addresses: Sequence[int]) -> bool:
         """Whether an argument may share memory with out, by the addresses of those arguments that are given."""
@@ -308,6 +311,15 @@ class Overlap:
             if address + first < high and low < address + last:
                 return True
         return False
+
+
+def check_overlap(out: View, named: Iterable[tuple[str, View | None]]) -> None:
+    """Refuse an `out` of attention that shares memory with an input: blocks would read what others have overwritten."""
+    given = [(name, x) for name, x in named if x is not None]
+    why = [f"out shares memory with {name}" for name, x in given if arrays.overlap(out, x)]
+    if why:
+        call = asked("flash_attention_varlen" if len(out.shape) == 3 else "flash_attention", [*given, ("out", out)], ())
+        raise UnsupportedProblem(call, why, "an array of its own for out, or out=None")
 
 
 def _reach(v: View) -> tuple[int, int]:
