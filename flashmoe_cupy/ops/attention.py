@@ -220,7 +220,7 @@ def flash_attention_varlen(
 
     Returns out (total_q, heads_q, head_dim_v), with return_lse also lse (heads_q, total_q) float32. Rows that belong to
     no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
-    What rows of no sequence hold in q, k and v never counts, NaN included; only the last bit of a result may depend on it.
+    What rows of no sequence hold in q, k and v never counts, NaN included; only a result's last bit may depend on it.
     Raises as `flash_attention` does.
     """
     right = (
