@@ -409,6 +409,8 @@ def test_explain_takes_no_values_of_a_wrong_kind(op: str, sizes: dict[str, Any])
     assert sorted(reason.split()[0] for reason in caught.value.reasons) == sorted(sizes)
     with pytest.raises(ValueError, match="unknown arch '90x'"):
         service.explain(op, arch="90x")
+    with pytest.raises(UnsupportedProblem, match=r"larger than 2\*\*31 - 1|2\*\*31 - 1 assignments"):
+        service.explain(op, **{"seqlen_q" if op == "attention" else "tokens": 2**40}, arch="sm_80")
     assert service.explain(arch="sm_80", batch=np.int64(2), sinks=np.True_).problem.split()[2] == "b2"
 
 
