@@ -146,6 +146,15 @@ def test_every_variable_is_documented() -> None:
     assert sorted(table) == sorted(_env.VARIABLES)
 
 
+def test_a_first_reading_takes_three_minutes() -> None:
+    """What stands before the line that ends it, without what is folded: prose at 230 words a minute, code at twice that."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("**That is all for a first reading.**")[0]
+    text = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    code = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    words, words_of_code = len(text.split()), len(" ".join(code).split())
+    assert 300 < words and 1.5 < (words - words_of_code) / 230 + words_of_code / 460 <= 3
+
+
 def readme_examples() -> dict[str, str]:
     """The README's Python blocks by the library that they show, or as "moe" (a mixture of experts) and "packed"."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
