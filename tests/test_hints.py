@@ -75,7 +75,12 @@ HINTS: list[tuple[str, Arrays, str]] = [
     ("moe_permute", {"expert_map": f32(2)}, "expert_map is [^;]*"),
     ("grouped_gemm", {"bias": f32(2, 9)}, r"bias is \(experts, n\)[^;]*"),
     ("fused_moe", {"b_down": f32(2, 9)}, r"b_down is \(experts, d\)[^;]*"),
-    ("fused_moe", {"activation": "silu"}, "gated: [^;]*; not gated: [^;]*"),
+    ("fused_moe", {"activation": "silu"}, "[^;]* call silu is 'swiglu' here; gated: [^;]*; not gated: [^;]*"),
+    ("fused_moe", {"activation": "sine"}, "gated: [^;]*; not gated: [^;]*"),
+    ("fused_moe", {"x": f32(1, 2, 8)}, r"x is .*; tokens are one axis: x.reshape\(-1, d\)[^;]*"),
+    ("moe_route", {"logits": f32(1, 3, 8)}, r"logits is .*; tokens are one axis: logits.reshape\(-1, experts\)"),
+    ("flash_attention", {"q": f32(6, 4, 16)}, r"q is .*; one sequence is a batch of one: q\[None\].*"),
+    ("flash_attention_varlen", {"q": f32(2, 6, 4, 16)}, "q is [^;]*; for padded sequences there is flash_attention"),
     ("fused_moe", {"topk_ids": f32(2, 1)}, "topk_weights [^;]*"),
     ("fused_moe", {"batch_invariant": 1}, "True or False"),
 ]
@@ -268,3 +273,128 @@ def test_out_beside_jax_arrays() -> None:
 def test_what_dir_shows_is_public() -> None:
     flashmoe_cupy.flash_attention(**DENSE)
     assert dir(flashmoe_cupy) == sorted(flashmoe_cupy.__all__)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.int8])
+def test_an_integer_bias_may_be_a_mask_or_numbers(dtype: Any) -> None:
+    """A cast alone would add 0 and 1 to the scores where a mask was meant."""
+    bias = np.tril(np.ones((6, 6), dtype))
+    (reason,) = refused("flash_attention", bias=bias).reasons
+    words = "for a mask, where True attends, give (.*); numbers to add: cast with (.*)$"
+    found = re.search(words, reason)
+    assert found is not None, reason
+    mask, numbers = (eval(one, {"np": np, "bias": bias}) for one in found.groups())
+    assert mask.dtype == bool and numbers.dtype == np.float32
+    causal = flashmoe_cupy.flash_attention(**DENSE, causal=True)
+    np.testing.assert_array_equal(flashmoe_cupy.flash_attention(**DENSE, bias=mask), causal)
+    torch = pytest.importorskip("torch")
+    arrays = {n: torch.from_numpy(x) for n, x in DENSE.items()}
+    with pytest.raises(UnsupportedProblem, match=r"give bias\.bool\(\); .*cast with bias\.to\(torch\.float32\)"):
+        flashmoe_cupy.flash_attention(**arrays, bias=torch.from_numpy(bias))
+
+
+def test_a_mask_of_keys_comes_with_its_axes() -> None:
+    keep = np.arange(6) < np.array([[4], [5]])
+    (reason,) = refused("flash_attention", bias=keep).reasons
+    assert reason.endswith("for one per key of each batch entry give bias[:, None, None, :]")
+    flashmoe_cupy.flash_attention(**DENSE, bias=keep[:, None, None, :])
+    (reason,) = refused("flash_attention", bias=f32(2, 6, 6)).reasons
+    assert reason.endswith("for the same in all heads give bias[:, None]")
+    flashmoe_cupy.flash_attention(**DENSE, bias=f32(2, 6, 6)[:, None])
+
+
+def test_swapped_arguments_are_told() -> None:
+    ids, weights = MOE["topk_ids"], MOE["topk_weights"]
+    error = refused("fused_moe", topk_weights=ids, topk_ids=weights)
+    want = "topk_weights is int32 and topk_ids is float32: they look swapped; topk_weights comes first"
+    assert error.reasons[0] == want
+    gate_up, down = f32(2, 48, 8), f32(2, 8, 24)
+    error = refused("fused_moe", w_gate_up=down, w_down=gate_up)
+    assert len(error.reasons) == 1 and "they look swapped; w_gate_up comes first" in error.reasons[0]
+    gate_up = f32(2, 24, 8)  # (E, n, d) and (E, d, n): to swap them and to transpose both is one thing
+    error = refused("fused_moe", w_gate_up=down, w_down=gate_up, activation="relu")
+    assert "they look swapped, or both are transposed" in error.reasons[0]
+    assert "swapped" not in str(refused("fused_moe", w_gate_up=gate_up, w_down=down))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "layout", "asks"),
+    [
+        ((2, 16, 1, 64), (2, 16, 512, 64), "bshd", True), ((2, 16, 8, 64), (2, 4, 512, 64), "bshd", True),
+        ((2, 1, 16, 64), (2, 512, 16, 64), "bhsd", True), ((2, 6, 3, 16), (2, 6, 2, 16), "bshd", False),
+        ((2, 5, 3, 16), (2, 6, 2, 16), "bshd", False), ((2, 16, 1, 60), (2, 16, 512, 64), "bhsd", False),
+    ],
+)  # fmt: skip
+def test_the_other_layout_is_named_where_it_fits(
+    q: tuple[int, ...], k: tuple[int, ...], layout: str, asks: bool
+) -> None:
+    error = refused("flash_attention", q=f32(*q), k=f32(*k), v=f32(*k), layout=layout)
+    other = {"bshd": "bhsd", "bhsd": "bshd"}[layout]
+    assert (f"did you mean layout='{other}'?" in error.hint) is asks
+
+
+def test_a_number_in_an_array_is_told_how_to_become_one() -> None:
+    torch = pytest.importorskip("torch")
+    for name, change in (
+        ("flash_attention", {"softmax_scale": torch.tensor(0.1)}), ("flash_attention", {"causal": torch.tensor(True)}),
+        ("flash_attention", {"softcap": np.array(1.0)}), ("fused_moe", {"swiglu_limit": torch.tensor(7.0)}),
+        ("moe_route", {"routed_scaling_factor": np.array(1.0)}),
+    ):  # fmt: skip
+        (reason,) = refused(name, **change).reasons
+        assert reason.endswith("without dimensions; its .item() is a Python value"), reason
+    assert ".item()" not in str(refused("flash_attention", softmax_scale=np.ones(2)))
+
+
+def test_offsets_that_look_like_lengths(caplog: pytest.LogCaptureFixture) -> None:
+    """Rows in front of the first sequence are allowed, so such offsets run, with a word; others are refused with it."""
+    from flashmoe_cupy.cpu import offsets
+
+    word = "look like lengths"
+    error = refused("flash_attention_varlen", cu_seqlens_q=i32(4, 2), cu_seqlens_k=i32(0, 4))
+    assert word in error.hint and "np.cumsum([0, *lengths], dtype=np.int32)" in error.hint
+    assert word in refused("grouped_gemm", offsets=i32(3, 1, 0)).hint
+    assert word not in refused("flash_attention_varlen", cu_seqlens_q=i32(0, 5, 2)).hint
+    caplog.set_level("WARNING", "flashmoe_cupy")
+    offsets._warned.clear()
+    flashmoe_cupy.flash_attention_varlen(**PACKED | {"cu_seqlens_q": i32(1, 4), "cu_seqlens_k": i32(0, 4)})
+    flashmoe_cupy.grouped_gemm(**GEMM)
+    assert not caplog.records
+    for _ in range(2):
+        flashmoe_cupy.flash_attention_varlen(**PACKED | {"cu_seqlens_q": i32(2, 4), "cu_seqlens_k": i32(0, 4)})
+        flashmoe_cupy.grouped_gemm(**GEMM | {"offsets": i32(1, 1, 2)})
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all(word in one for one in said), said
+    assert said[0].startswith("cu_seqlens_q = [2, 4]") and said[1].startswith("offsets = [1, 1, 2]")
+
+
+def test_the_command_line_knows_names_of_gpus() -> None:
+    from flashmoe_cupy.service import named_arch
+
+    for name, arch in (
+        ("h100", "H100 is sm_90a"), ("A100", "A100 is sm_80"), ("l4", "L4 is sm_89"), ("4090", "RTX 4090 is sm_89"),
+        ("NVIDIA B200", "B200 is sm_100"), ("rtx-5090", "RTX 5090 is sm_120"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"unknown arch '{name}'; {arch}; known: sm_80"):
+            named_arch(name)
+    with pytest.raises(ValueError, match="unknown arch 'v100'; known: sm_80"):
+        named_arch("v100")
+
+
+def test_a_problem_without_arrays_names_no_library() -> None:
+    for op in ("attention", "moe"):
+        with pytest.raises(UnsupportedProblem, match="cast it to float32") as caught:
+            flashmoe_cupy.explain(op, dtype="float64")
+        assert "cupy" not in str(caught.value)
+
+
+@pytest.mark.parametrize("installed", [[], ["cupy-cuda12x"]])
+def test_a_warm_up_without_a_device_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, installed: list[str]) -> None:
+    from flashmoe_cupy import _cupy
+    from flashmoe_cupy.service import warm
+
+    monkeypatch.setattr(warm, "devices", lambda: ())
+    monkeypatch.setattr(_cupy, "installed", lambda: installed)
+    with pytest.raises(UnsupportedProblem) as caught:
+        flashmoe_cupy.warmup()
+    assert "give an arch, for example sm_90a, to compile only" in caught.value.hint
+    assert ("needs CuPy and its compiler NVRTC but no GPU: pip install" in caught.value.hint) is (not installed)

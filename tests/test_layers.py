@@ -41,7 +41,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("plan/config.py", ("plan.problem", "dtypes", "errors")),
     ("plan/", ("plan", "jit", "arrays", "dtypes", "errors", "_env")),
-    ("cpu/", ("cpu", "plan.problem", "plan.moe_problem", "dtypes", "errors")),
+    ("cpu/", ("cpu", "plan.problem", "plan.moe_problem", "dtypes", "errors", "_env")),
     ("jit/source.py", ("errors",)),
     ("jit/compiler.py", ("jit.source", "errors", "_cupy", "_env")),
     ("jit/cache.py", ("jit.compiler", "jit.source", "errors", "_env")),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe_cupy.cpu import threads
+from flashmoe_cupy.cpu import offsets, threads
 from flashmoe_cupy.cpu.small import attend_small
 from flashmoe_cupy.cpu.tile import Sequences, Tile, worker
 from flashmoe_cupy.errors import UnsupportedProblem
@@ -100,8 +100,9 @@ def _spans(
     lengths = [b - a for a, b in itertools.pairwise(ends)]
     if not ends or ends[0] < 0 or ends[-1] > total or min(lengths, default=0) < 0:
         reason = f"cu_seqlens_{side} must not fall and must lie between 0 and {total}, the rows of {side}"
-        why[reason] = f"cu_seqlens_{side} are the running sums of the lengths, from 0"
+        why[reason] = f"cu_seqlens_{side} are the running sums of the lengths, from 0{offsets.repair(ends, total)}"
         return []  # there are no lengths to compare others with
+    offsets.warn(f"cu_seqlens_{side}", ends, total)
     used: list[int] = lengths if seqused is None else seqused.tolist()
     if any(not 0 <= n <= m for n, m in zip(used, lengths, strict=True)):
         reason = f"seqused_{side} must lie between 0 and the length of each sequence"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from flashmoe_cupy.cpu import threads
 from flashmoe_cupy.cpu.convert import widened
+from flashmoe_cupy.cpu.offsets import repair, warn
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 
 if TYPE_CHECKING:
@@ -261,7 +262,9 @@ def _spans(p: GroupedGemmProblem, offsets: Array | None, group_sizes: Array | No
     ends: list[int] = [] if offsets is None else offsets.tolist()
     if not ends or ends[0] < 0 or ends[-1] > p.rows or any(a > b for a, b in itertools.pairwise(ends)):
         reason = f"offsets must not fall and must lie between 0 and {p.rows}, the rows of out"
-        raise UnsupportedProblem(p.describe(), [reason], "offsets are the running sums of the groups' rows, from 0")
+        said = f"offsets are the running sums of the groups' rows, from 0{repair(ends, p.rows)}"
+        raise UnsupportedProblem(p.describe(), [reason], said)
+    warn("offsets", ends, p.rows)
     return list(itertools.pairwise(ends))
 
 

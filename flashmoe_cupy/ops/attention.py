@@ -212,7 +212,9 @@ def flash_attention_varlen(
 
     q: (total_q, heads_q, head_dim); k: (total_k, heads_k, head_dim); v: (total_k, heads_k, head_dim_v).
     cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device; sequence b has rows cu_seqlens[b]:cu_seqlens[b + 1].
-        They are read on the device, so nothing waits for them; lengths of 0 are fine.
+        Running sums, usually from 0, not lengths: np.cumsum([0, *lengths], dtype=np.int32). They are read on the
+        device, so nothing waits for them; lengths of 0 are fine. In host memory they are checked, and what looks like
+        lengths is logged as a warning.
     max_seqlen_q, max_seqlen_k: host ints, at least the longest sequence; they size the launch.
     seqused_q, seqused_k: (batch,) int32: only so many first rows of each sequence count; causal and window are aligned
         to the used lengths.

@@ -121,7 +121,7 @@ def count(why: list[str], name: str, value: object) -> int:
 
 def flag(why: list[str], name: str, value: object) -> bool:
     if boolean(value) is None:
-        why.append(f"{name} must be a bool, but is {show(value)}")
+        why.append(f"{name} must be a bool, but is {have(value)}")
         return False
     return bool(value)
 
@@ -132,7 +132,7 @@ def clamp_alpha(why: list[str], activation: object, known: bool, value: object) 
         return 1.702 if activation == "swigluoai" else 0.0
     alpha = real(value)
     if alpha is None or not -FLOAT_MAX <= alpha <= FLOAT_MAX:
-        why.append(f"swiglu_alpha must be a number finite in float32, but is {show(value)}")
+        why.append(f"swiglu_alpha must be a number finite in float32, but is {have(value)}")
     if known and activation != "swigluoai":
         why.append(f"swiglu_alpha is for activation='swigluoai'; {show(activation)} has no use for it")
     return alpha or 0.0
@@ -144,7 +144,7 @@ def clamp_limit(why: list[str], activation: object, known: bool, value: object) 
         return 7.0 if activation == "swigluoai" else 0.0
     limit = real(value)
     if limit is None or not limit > 0.0:
-        why.append(f"swiglu_limit must be a positive number (inf: no clamp), but is {show(value)}")
+        why.append(f"swiglu_limit must be a positive number (inf: no clamp), but is {have(value)}")
     if known and activation not in ("swiglu", "swigluoai"):
         why.append(f"swiglu_limit is for activation='swiglu' and 'swigluoai'; {show(activation)} has no use for it")
     if limit is not None and limit > FLOAT_MAX:
@@ -165,6 +165,16 @@ def cast(name: str, x: View, dtype: str = "float32") -> str:
     if x.library not in _MODULES:
         return f"cast it to {dtype}"
     return f"cast with {name}.{'to' if x.library == 'torch' else 'astype'}({_MODULES[x.library]}.{dtype})"
+
+
+def cast_bias(x: View) -> str:
+    """The words for a bias that cannot be added. Integers may be meant as a mask or as numbers, which only the caller
+    knows.
+    """
+    if "int" not in x.dtype.name:
+        return cast("bias", x)
+    mask = "bias.bool()" if x.library == "torch" else "bias != 0"
+    return f"for a mask, where True attends, give {mask}; numbers to add: {cast('bias', x)}"
 
 
 def copy(name: str, x: View) -> str:
@@ -194,6 +204,13 @@ def show(value: object) -> str:
     if name.startswith("jax") and name.endswith("Tracer"):
         return "traced by JAX (options are Python values: name it in static_argnames of jax.jit)"
     return f"a {name}"
+
+
+def have(value: object) -> str:
+    """`show` for what is no number: an array without dimensions comes with the word that makes it one."""
+    said = show(value)
+    scalar = said.startswith("a ") and hasattr(value, "item") and getattr(value, "shape", None) == ()
+    return f"{said} without dimensions; its .item() is a Python value" if scalar else said
 
 
 def asked(op: str, named: Named, options: Sequence[Option]) -> str:

@@ -36,10 +36,16 @@ _QKV: Topics = (
 )
 _BIAS = "bias has 2 to 4 dimensions, which broadcast to (batch, heads_q, seqlen_q, seqlen_k); "
 _BIAS += "bool keeps the pairs that are True"
+_THREE, _FOUR = r"\(\d+, \d+, \d+\)$", r"\(\d+, \d+, \d+, \d+\)$"  # shapes at the end of a reason
+_ONE: Topics = (
+    (rf"^[qkv] must have 4.*{_THREE}", "one sequence is a batch of one: q[None], k[None], v[None], and [0] of the "
+     "result; for packed sequences there is flash_attention_varlen"),
+)  # fmt: skip
 _SIZES = r"^batch sizes|sequence length|number of rows|^[qkv] must have|^a dimension|number of heads"
 ATTENTION: dict[str, Topics] = {
     "bshd": (
         (_SIZES, "q is (batch, seqlen_q, heads_q, head_dim), k and v are (batch, seqlen_k, heads_k, head_dim)"),
+        *_ONE,
         (r"^layout", "layout='bshd' is (batch, seqlen, heads, head_dim), 'bhsd' (batch, heads, seqlen, head_dim)"),
         *_QKV,
         (r"^bias", _BIAS),
@@ -47,12 +53,14 @@ ATTENTION: dict[str, Topics] = {
     ),
     "bhsd": (
         (_SIZES, "q is (batch, heads_q, seqlen_q, head_dim), k and v are (batch, heads_k, seqlen_k, head_dim)"),
+        *_ONE,
         *_QKV,
         (r"^bias", _BIAS),
         *_SHARED,
     ),
     "packed": (
         (_SIZES, "q is (total_q, heads_q, head_dim), k and v are (total_k, heads_k, head_dim)"),
+        (rf"^[qkv] must have 3.*{_FOUR}", "for padded sequences there is flash_attention"),
         (r"^cu_seqlens", "cu_seqlens are (batch + 1,) int32, the running sums of the lengths, from 0"),
         (r"^seqused", "seqused are (batch,) int32, the first rows of each sequence that count"),
         (r"^max_seqlen", "max_seqlen is a Python int, at least the longest sequence"),
@@ -62,6 +70,7 @@ ATTENTION: dict[str, Topics] = {
 }
 ROUTE: Topics = (
     (r"^logits", f"logits is (tokens, experts), {FLOATS}, at most {MAX_EXPERTS} experts"),
+    (rf"^logits must have 2.*{_THREE}", "tokens are one axis: logits.reshape(-1, experts)"),
     (r"\btop_k", f"top_k is an int from 1 to {MAX_TOP_K}, at most the number of experts that take part"),
     (r"assignments", "fewer tokens in a call"),
     (r"^e_score", "e_score_correction_bias is (experts,), float32 or logits' dtype"),
@@ -94,6 +103,7 @@ def moe(rows: int) -> Topics:
     weights = f"x is (tokens, d), w_gate_up (experts, {many}n, d) and w_down (experts, d, n)"
     return (
         (r"^(x|w_gate_up|w_down) (?!has dtype)|and needs", weights),
+        (rf"^x must have 2.*{_THREE}", "tokens are one axis: x.reshape(-1, d), and the result back"),
         (r"^\w+ has dtype.*bfloat16, float16 or|^dtypes differ", f"x and all weights share one dtype: {FLOATS}"),
         (r"multiple of 8", "d, n and s are multiples of 8"),
         (r"topk_|assignments", "topk_weights (float32 or x's dtype) and topk_ids (int32 or int64) are (tokens, K)"),
@@ -102,6 +112,7 @@ def moe(rows: int) -> Topics:
         (r"^expert_map", "expert_map is (global experts,), int32"),
         (r"^shared_w", f"shared_w_gate_up is ({many}s, d) and shared_w_down (d, s)"),
         (r"^shared_gate", "shared_gate is (tokens,) or (tokens, 1), float32 or x's dtype"),
+        (r"^activation is '(silu|swish|silu_and_mul)'", "what vLLM and transformers call silu is 'swiglu' here"),
         (r"^activation|^interleaved", "gated: 'swiglu', 'geglu', 'geglu_tanh', 'swigluoai'; not gated: 'gelu', "
          "'gelu_tanh', 'relu', 'relu2'"),
         (r"^swiglu_alpha", "swiglu_alpha is for 'swigluoai', where None is 1.702"),

@@ -63,6 +63,14 @@ def check_weights(
     """(E, n) of the experts' weights; n is 0 when the shapes do not tell it."""
     rows = "2n" if factor == 2 else "n"
     found = None
+    mine, its = gate_up.shape, down.shape
+    if mine == (its[0], hidden, its[1] // factor) and its[2] == hidden != mine[2] and its[1] % factor == 0:
+        said = f"w_gate_up has shape {mine} and w_down {its}: each has the other's, so they look swapped"
+        if factor == 1:
+            why.append(f"{said}, or both are transposed")
+        else:
+            why.append(f"{said}; w_gate_up comes first")
+            gate_up, down = down, gate_up  # all else is told of them in their places
     for first in _ORDERS:
         experts, m, width = _ours(gate_up.shape, first)
         for second in _ORDERS:

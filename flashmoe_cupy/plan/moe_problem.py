@@ -31,6 +31,7 @@ from flashmoe_cupy.plan.checks import (
     clamp_limit,
     count,
     flag,
+    have,
     or_else,
     show,
 )
@@ -242,10 +243,10 @@ def route_problem(
     normed, stats = flag(why, "renormalize", renormalize), flag(why, "return_stats", return_stats)
     scale = real(routed_scaling_factor)
     if scale is None or not -FLOAT_MAX <= scale <= FLOAT_MAX:
-        why.append(f"routed_scaling_factor must be a number finite in float32, but is {show(routed_scaling_factor)}")
+        why.append(f"routed_scaling_factor must be a number finite in float32, but is {have(routed_scaling_factor)}")
     factor = None if capacity_factor is None else real(capacity_factor)
     if capacity_factor is not None and (factor is None or not 0.0 <= factor < math.inf):
-        why.append(f"capacity_factor must be None (drop nothing) or a number from 0 on, but is {show(capacity_factor)}")
+        why.append(f"capacity_factor must be None (drop nothing) or a number from 0 on, but is {have(capacity_factor)}")
     if why:
         options: list[Option] = [
             ("top_k", top_k, None), ("scoring_func", scoring_func, "softmax"), ("renormalize", renormalize, False),
@@ -389,6 +390,9 @@ def moe_problem(
     if hidden is not None and known:
         experts, n = check_weights(why, w_gate_up, w_down, hidden, factor, activation)
         known = n > 0
+    if topk_ids.dtype.name.startswith(("float", "bfloat")) and topk_weights.dtype in (INT32, INT64):
+        swapped = f"topk_weights is {topk_weights.dtype} and topk_ids is {topk_ids.dtype}"
+        why.append(f"{swapped}: they look swapped; topk_weights comes first")
     tokens, k = _check_ids(why, topk_ids)
     if hidden is not None and len(topk_ids.shape) == 2 and x.shape[0] != tokens:
         why.append(f"x has {x.shape[0]} tokens, but topk_ids has {tokens}")

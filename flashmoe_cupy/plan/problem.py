@@ -18,12 +18,14 @@ from flashmoe_cupy.plan.checks import (
     Option,
     asked,
     cast,
+    cast_bias,
     check_dtypes,
     check_last,
     check_out,
     check_places,
     check_ranks,
     flag,
+    have,
     or_else,
     show,
 )
@@ -163,7 +165,10 @@ def attention_problem(
         named = (("q", q), ("k", k), ("v", v), *others)
         options = _options(causal, window_size, softmax_scale, softcap, return_lse)
         call = asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
-        raise UnsupportedProblem(call, why, hint(why, ATTENTION["bhsd" if s == 2 else "bshd"]))
+        said = [hint(why, ATTENTION["bhsd" if s == 2 else "bshd"])]
+        if known and order in ("bshd", "bhsd"):
+            said.append(_other_layout(why, order, qs, ks, vs))
+        raise UnsupportedProblem(call, why, "; ".join(filter(None, said)))
     qt, kt, vt = q.strides, k.strides, v.strides
     return AttentionProblem(
         q.dtype, batch, heads_q, heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v,
@@ -263,6 +268,17 @@ def _check_heads(why: list[str], heads_q: int, heads_k: int, heads_v: int, dim: 
         why.append("the number of heads is larger than 2**31 - 1")
 
 
+def _other_layout(
+    why: Sequence[str], order: str, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
+) -> str:
+    """A question, where heads or lengths do not fit and would in the other layout, with more keys than heads."""
+    heads, length = (1, 2) if order == "bshd" else (2, 1)
+    fits = k[heads] == v[heads] > 0 and q[heads] % k[heads] == 0 and k[length] == v[length]
+    if not fits or k[length] <= k[heads] or not any("heads" in reason or "sequence length" in reason for reason in why):
+        return ""
+    return f"did you mean layout='{'bhsd' if order == 'bshd' else 'bshd'}'?"
+
+
 def _pad(name: str, n: int, limit: int) -> str:
     """How to repair a head dimension; empty when padding does not help."""
     if not 0 < n < limit:
@@ -316,7 +332,7 @@ def _check_bias(why: list[str], x: View, dtype: DType, full: tuple[int, ...] | N
     """The four strides of bias after broadcasting, in elements."""
     if x.dtype is not dtype and x.dtype is not FP32 and x.dtype is not BOOL:
         must = f"bool, float32{third}" if (third := or_else(dtype, "q")) else "bool or float32"
-        why.append(f"bias has dtype {x.dtype}, which must be {must}; {cast('bias', x)}")
+        why.append(f"bias has dtype {x.dtype}, which must be {must}; {cast_bias(x)}")
     rank = len(x.shape)
     wrong = not 2 <= rank <= 4
     if not wrong and full is not None:
@@ -324,6 +340,10 @@ def _check_bias(why: list[str], x: View, dtype: DType, full: tuple[int, ...] | N
     if wrong:
         want = str(full) if full is not None else "(batch, heads_q, seqlen_q, seqlen_k)"
         repair = "; for one number per key give bias[None]" if rank == 1 else ""
+        if full is not None and x.shape == (full[0], full[3]):
+            repair = "; for one per key of each batch entry give bias[:, None, None, :]"
+        elif full is not None and x.shape == (full[0], full[2], full[3]):
+            repair = "; for the same in all heads give bias[:, None]"
         why.append(f"bias must have 2 to 4 dimensions and broadcast to {want}, but has shape {x.shape}{repair}")
         return 0, 0, 0, 0
     t = [0 if n == 1 else stride for n, stride in zip(x.shape, x.strides, strict=True)]
@@ -372,10 +392,10 @@ def _check_scalars(
     if softmax_scale is not None:
         scale = real(softmax_scale)
         if scale is None or not -FLOAT_MAX <= scale <= FLOAT_MAX:
-            why.append(f"softmax_scale must be None or a number finite in float32, but is {show(softmax_scale)}")
+            why.append(f"softmax_scale must be None or a number finite in float32, but is {have(softmax_scale)}")
     cap = real(softcap)
     if cap is None or not (cap == 0.0 or FLOAT_TINY <= cap <= FLOAT_MAX):
-        why.append(f"softcap must be 0 (off) or a positive number, normal in float32, but is {show(softcap)}")
+        why.append(f"softcap must be 0 (off) or a positive number, normal in float32, but is {have(softcap)}")
     return is_causal, left, 0 if is_causal else right, scale or 0.0, cap or 0.0
 
 

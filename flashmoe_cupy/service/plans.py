@@ -233,7 +233,7 @@ def absent_arrays() -> Callable[..., View]:
         strides = [1]
         for n in reversed(shape[1:]):
             strides.append(strides[-1] * n)
-        return View(next(address), shape, tuple(reversed(strides)), of, 0, "cupy", False, None)
+        return View(next(address), shape, tuple(reversed(strides)), of, 0, "", False, None)  # of whatever library
 
     return array
 
@@ -249,6 +249,24 @@ def named_dtype(name: str) -> DType:
         raise ValueError(f"unknown dtype {name!r}; known: {known}") from None
 
 
+# The compute capabilities of GPUs whose names leave no doubt, and the names as one writes them.
+_GPUS = {
+    "sm_80": ("A100", "A30", "A800"), "sm_86": ("A10", "A40", "A16", "A2", "RTX 3090", "RTX 3080", "RTX A6000"),
+    "sm_89": ("L4", "L40", "L40S", "RTX 4090", "RTX 4080"), "sm_90a": ("H100", "H200", "H800", "H20", "GH200"),
+    "sm_100": ("B200", "GB200"), "sm_120": ("RTX 5090", "RTX 5080"),
+}  # fmt: skip
+
+
+def _of_gpu(name: str) -> str:
+    """What is known of a GPU that was named instead of an arch; "" if nothing is."""
+    plain = re.sub(r"nvidia|geforce|rtx|[^a-z0-9]", "", name.lower())
+    for arch, names in _GPUS.items():
+        for gpu in names:
+            if plain == re.sub(r"rtx|[^a-z0-9]", "", gpu.lower()):
+                return f"; {gpu} is {arch}"
+    return ""
+
+
 def named_arch(name: str) -> str:
     """The arch that is meant by sm_90a, sm_90, sm90 or 9.0. Raises ValueError for one that is not known."""
     from flashmoe_cupy.plan.config import MAX_SMEM
@@ -257,7 +275,8 @@ def named_arch(name: str) -> str:
     known = tuple(dict.fromkeys((*ARCHS, *MAX_SMEM)))
     numbers = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", name.strip().lower())
     meant = arch_for((int(numbers[1]), int(numbers[2]))) if numbers else name.strip().lower()
-    require_known("arch", meant if meant in known else name, known)
+    if meant not in known:
+        raise ValueError(f"unknown arch {name!r}{_of_gpu(name)}; known: {', '.join(known)}")
     return meant
 
 

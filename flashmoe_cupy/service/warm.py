@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from flashmoe_cupy import _env
+from flashmoe_cupy import _cupy, _env
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.machine import backend, devices
 from flashmoe_cupy.service.plans import OPS, require_known, specialisations, target_archs
@@ -57,7 +57,8 @@ def warmup(
     here = devices()
     if arch is None and _env.get().arch is None and not any(device.arch for device in here):
         reason = f"there is no device to warm up: {backend()[1]}"
-        raise UnsupportedProblem("warmup", [reason], "give an arch, for example sm_90a, to compile only")
+        need = "" if _cupy.installed() else f", which needs CuPy and its compiler NVRTC but no GPU: {_cupy.repair()}"
+        raise UnsupportedProblem("warmup", [reason], f"give an arch, for example sm_90a, to compile only{need}")
     jobs = []
     for name in target_archs(arch):
         ordinals = tuple(device.ordinal for device in here if device.arch == name)
