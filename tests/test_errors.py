@@ -191,7 +191,7 @@ def refused(call: Callable[..., Any], arguments: Arrays, patterns: tuple[str, ..
         call(**arguments)
     e, text = caught.value, str(caught.value)
     assert e.asked in text and all(reason in text for reason in e.reasons) and e.hint in text
-    assert e.hint or "argument" in e.asked  # what would run; for an array that cannot be read, the reason says it
+    assert e.hint or "; use " in e.reasons[0]  # what would run; for an array that cannot be read, the reason says it
     missing = [p for p in patterns if not re.search(p, text)]
     assert not missing, f"{missing} not in:\n{text}"
     assert out is None or intact(out), "out was written"

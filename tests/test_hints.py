@@ -398,3 +398,80 @@ def test_a_warm_up_without_a_device_says_what_it_needs(monkeypatch: pytest.Monke
         flashmoe_cupy.warmup()
     assert "give an arch, for example sm_90a, to compile only" in caught.value.hint
     assert ("needs CuPy and its compiler NVRTC but no GPU: pip install" in caught.value.hint) is (not installed)
+
+
+def test_all_that_need_a_gradient_are_told_with_what_else_is_wrong() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.ones(2, 6, 4, 12, requires_grad=needs) for needs in (True, True, False))
+    with pytest.raises(UnsupportedProblem) as caught:
+        flashmoe_cupy.flash_attention(q, k, v, causal=True)
+    error = caught.value
+    shown = ", ".join(f"{name}=float32[2, 6, 4, 12]" for name in "qkv")
+    assert error.asked == f"flash_attention({shown}, causal=True)"
+    assert error.reasons[0].startswith("q, k (torch.Tensor): each requires grad and grad mode is on")
+    assert [reason.split()[0] for reason in error.reasons[1:]] == ["head_dim", "head_dim_v"]
+    moe = {name: torch.from_numpy(x) for name, x in MOE.items()}
+    for name in ("w_gate_up", "w_down"):
+        moe[name] = torch.nn.Parameter(moe[name])
+    with pytest.raises(UnsupportedProblem, match=r"w_gate_up, w_down \(torch.nn.parameter.Parameter\): each requires"):
+        flashmoe_cupy.fused_moe(**moe)
+    with torch.no_grad():
+        flashmoe_cupy.fused_moe(**moe)
+    bias = torch.ones(8, requires_grad=True)
+    with pytest.raises(UnsupportedProblem, match=r"e_score_correction_bias .*it requires grad.*\n.*top_k is 9"):
+        flashmoe_cupy.moe_route(torch.ones(3, 8), top_k=9, e_score_correction_bias=bias)
+
+
+FAULTS: list[tuple[str, Callable[[Any], Any]]] = [
+    ("complex128 is not supported", lambda x: x.astype(complex)),
+    ("non-native byte order", lambda x: x.astype(x.dtype.newbyteorder())),
+    ("object is not supported", lambda x: x.astype(object)),
+    ("the mask would be lost", np.ma.masked_array),
+    ("layout torch.sparse_coo is not strided", lambda x: pytest.importorskip("torch").from_numpy(x).to_sparse()),
+    ("device meta is neither", lambda x: pytest.importorskip("torch").from_numpy(x).to("meta")),
+]
+
+
+@pytest.mark.parametrize(("fault", "change"), FAULTS)
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("flash_attention", "q", "v"), ("flash_attention_varlen", "k", "cu_seqlens_q"), ("moe_permute", "topk_ids", ""),
+        ("grouped_gemm", "w", "offsets"), ("fused_moe", "w_down", "topk_ids"), ("moe_route", "logits", ""),
+    ],
+)
+def test_every_argument_with_a_fault_is_named(
+    name: str, first: str, second: str, fault: str, change: Callable[[Any], Any]
+) -> None:
+    changed = {one: change(GOOD[name][one]) for one in (first, second) if one}
+    error = refused(name, **changed)
+    assert error.asked.startswith(f"{name}(")
+    told = [reason.partition(" (")[0] for reason in error.reasons if fault in reason or "is not supported" in reason]
+    assert {one for names in told for one in names.split(", ")} == {*changed}, error
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("name", "lists"),
+    [
+        ("flash_attention", ("k", "v")), ("flash_attention", ("sinks",)),
+        ("flash_attention_varlen", ("cu_seqlens_q", "cu_seqlens_k")), ("fused_moe", ("topk_weights", "topk_ids")),
+        ("moe_route", ("e_score_correction_bias",)), ("grouped_gemm", ("offsets",)),
+    ],
+)
+def test_lists_are_named_with_what_makes_them_arrays(name: str, lists: tuple[str, ...], library: str) -> None:
+    arrays = GOOD[name] | {one: SMALL[one] for one in lists if one in SMALL}
+    given: Arrays = {one: x.tolist() if one in lists else x for one, x in arrays.items() if hasattr(x, "tolist")}
+    given = {**arrays, **given}
+    module: Any = np
+    if library == "torch":
+        module = pytest.importorskip("torch")
+        given = {one: module.from_numpy(x) if isinstance(x, np.ndarray) else x for one, x in given.items()}
+    with pytest.raises(TypeError) as caught:
+        getattr(flashmoe_cupy, name)(**given)
+    text = str(caught.value)
+    assert text.startswith(f"{lists[0]} must be an array of NumPy, CuPy, torch or JAX")
+    assert all(f"{one} is a builtins.list" in text for one in lists[1:])
+    repairs = text.rpartition("; give ")[2]
+    made = eval(f"[{repairs}]", {"np": np, "torch": module, **{one: given[one] for one in lists}})
+    getattr(flashmoe_cupy, name)(**given | dict(zip(lists, made, strict=True)))

@@ -306,7 +306,7 @@ def test_nested_tensors_are_sent_to_packed_sequences(layout: Any) -> None:
 
     plain = torch.rand(2, 3, 4, 16)
     nested = torch.nested.nested_tensor([plain[0], plain[1, :2]], layout=layout)
-    said = "it is a nested tensor, whose rows have different lengths"
+    said = "is a nested tensor, whose rows have different lengths"
     for _ in range(2):
         for given in ((nested, nested, nested), (nested, plain, plain), (plain, nested, plain), (plain, plain, nested)):
             with pytest.raises(UnsupportedProblem, match=said) as caught:

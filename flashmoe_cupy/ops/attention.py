@@ -19,6 +19,7 @@ from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.plans import adapter, check_overlap
 from flashmoe_cupy.ops.quick import Quick, Recent, find
+from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
 from flashmoe_cupy.plan.options import exact
@@ -149,11 +150,14 @@ def flash_attention(
             q, k, v, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks,
             alibi_slopes=alibi_slopes, bias=bias, layout=layout, return_lse=return_lse, out=out,
         )  # fmt: skip
-    vq, vk, vv = view(q, "q"), view(k, "k"), view(v, "v")
-    vo = None if out is None else view(out, "out")
-    vs = None if sinks is None else view(sinks, "sinks")
-    va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
-    vb = None if bias is None else view(bias, "bias")
+    try:
+        vq, vk, vv = view(q, "q"), view(k, "k"), view(v, "v")
+        vo = None if out is None else view(out, "out")
+        vs = None if sinks is None else view(sinks, "sinks")
+        va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
+        vb = None if bias is None else view(bias, "bias")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable("flash_attention", locals(), error) from None
     key = (
         vq[1:6], vk[1:6], vv[1:6], causal, window_size, softmax_scale, softcap, layout, return_lse,
         vo and vo[1:7], vs and vs[1:6], va and va[1:6], vb and vb[1:6],
@@ -271,13 +275,16 @@ def flash_attention_varlen(
             softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
             out=out,
         )  # fmt: skip
-    vq, vk, vv = view(q, "q"), view(k, "k"), view(v, "v")
-    cq, ck = view(cu_seqlens_q, "cu_seqlens_q"), view(cu_seqlens_k, "cu_seqlens_k")
-    uq = None if seqused_q is None else view(seqused_q, "seqused_q")
-    uk = None if seqused_k is None else view(seqused_k, "seqused_k")
-    vo = None if out is None else view(out, "out")
-    vs = None if sinks is None else view(sinks, "sinks")
-    va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
+    try:
+        vq, vk, vv = view(q, "q"), view(k, "k"), view(v, "v")
+        cq, ck = view(cu_seqlens_q, "cu_seqlens_q"), view(cu_seqlens_k, "cu_seqlens_k")
+        uq = None if seqused_q is None else view(seqused_q, "seqused_q")
+        uk = None if seqused_k is None else view(seqused_k, "seqused_k")
+        vo = None if out is None else view(out, "out")
+        vs = None if sinks is None else view(sinks, "sinks")
+        va = None if alibi_slopes is None else view(alibi_slopes, "alibi_slopes")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable("flash_attention_varlen", locals(), error) from None
     key = (
         vq[1:6], vk[1:6], vv[1:6], cq[1:6], ck[1:6], uq and uq[1:6], uk and uk[1:6], max_seqlen_q, max_seqlen_k,
         causal, window_size, softmax_scale, softcap, return_lse, vo and vo[1:7], vs and vs[1:6], va and va[1:6],

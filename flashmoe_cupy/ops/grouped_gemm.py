@@ -12,6 +12,7 @@ from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.checks import asked
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, grouped_gemm_problem
 
@@ -58,12 +59,15 @@ def grouped_gemm(
         return other.grouped_gemm(  # type: ignore[no-any-return]
             x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
         )  # fmt: skip
-    vx, vw = view(x, "x"), view(w, "w")
-    vo = None if offsets is None else view(offsets, "offsets")
-    vs = None if group_sizes is None else view(group_sizes, "group_sizes")
-    vg = None if gather_indices is None else view(gather_indices, "gather_indices")
-    vb = None if bias is None else view(bias, "bias")
-    vt = None if out is None else view(out, "out")
+    try:
+        vx, vw = view(x, "x"), view(w, "w")
+        vo = None if offsets is None else view(offsets, "offsets")
+        vs = None if group_sizes is None else view(group_sizes, "group_sizes")
+        vg = None if gather_indices is None else view(gather_indices, "gather_indices")
+        vb = None if bias is None else view(bias, "bias")
+        vt = None if out is None else view(out, "out")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable("grouped_gemm", locals(), error) from None
     key = (
         vx[1:6], vw[1:6], vo and vo[1:6], vs and vs[1:6], vg and vg[1:6], vb and vb[1:6], vt and vt[1:7],
     )  # fmt: skip

@@ -14,7 +14,9 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Activation, Array
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import MoEProblem, moe_problem
 from flashmoe_cupy.plan.options import exact, exact_types
 
@@ -127,15 +129,18 @@ def fused_moe(
             apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,
             shared_w_down=shared_w_down, shared_gate=shared_gate, batch_invariant=batch_invariant, out=out,
         )  # fmt: skip
-    vx, v1, v2 = view(x, "x"), view(w_gate_up, "w_gate_up"), view(w_down, "w_down")
-    vw, vi = view(topk_weights, "topk_weights"), view(topk_ids, "topk_ids")
-    b1 = None if b_gate_up is None else view(b_gate_up, "b_gate_up")
-    b2 = None if b_down is None else view(b_down, "b_down")
-    vm = None if expert_map is None else view(expert_map, "expert_map")
-    s1 = None if shared_w_gate_up is None else view(shared_w_gate_up, "shared_w_gate_up")
-    s2 = None if shared_w_down is None else view(shared_w_down, "shared_w_down")
-    vg = None if shared_gate is None else view(shared_gate, "shared_gate")
-    vo = None if out is None else view(out, "out")
+    try:
+        vx, v1, v2 = view(x, "x"), view(w_gate_up, "w_gate_up"), view(w_down, "w_down")
+        vw, vi = view(topk_weights, "topk_weights"), view(topk_ids, "topk_ids")
+        b1 = None if b_gate_up is None else view(b_gate_up, "b_gate_up")
+        b2 = None if b_down is None else view(b_down, "b_down")
+        vm = None if expert_map is None else view(expert_map, "expert_map")
+        s1 = None if shared_w_gate_up is None else view(shared_w_gate_up, "shared_w_gate_up")
+        s2 = None if shared_w_down is None else view(shared_w_down, "shared_w_down")
+        vg = None if shared_gate is None else view(shared_gate, "shared_gate")
+        vo = None if out is None else view(out, "out")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable("fused_moe", locals(), error) from None
     key = (
         vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], options, b1 and b1[1:6], b2 and b2[1:6],
         vm and vm[1:6], s1 and s1[1:6], s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],

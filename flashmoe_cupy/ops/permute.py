@@ -11,7 +11,9 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Generic
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
 from flashmoe_cupy.plan.options import integer
 
@@ -52,8 +54,11 @@ def moe_permute(topk_ids: Any, *, num_experts: SupportsIndex, expert_map: Any = 
     if other is not None:
         found: MoEPermutation[Any] = other.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
         return found
-    vi = view(topk_ids, "topk_ids")
-    vm = None if expert_map is None else view(expert_map, "expert_map")
+    try:
+        vi = view(topk_ids, "topk_ids")
+        vm = None if expert_map is None else view(expert_map, "expert_map")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable("moe_permute", locals(), error) from None
     if type(num_experts) is not int and (read := integer(num_experts)) is not None:
         num_experts = read
     key = vi[1:6], vm and vm[1:6], num_experts

@@ -11,7 +11,9 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Generic, Route, Scoring
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import FP32, INT32
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import RouteProblem, route_problem
 from flashmoe_cupy.plan.options import exact, exact_types
 
@@ -137,8 +139,11 @@ def moe_route(
             num_expert_group=num_expert_group, topk_group=topk_group, capacity_factor=capacity_factor,
             return_stats=return_stats,
         )  # fmt: skip
-    vl = view(logits, "logits")
-    vb = None if e_score_correction_bias is None else view(e_score_correction_bias, "e_score_correction_bias")
+    try:
+        vl = view(logits, "logits")
+        vb = None if e_score_correction_bias is None else view(e_score_correction_bias, "e_score_correction_bias")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable("moe_route", locals(), error) from None
     key = vl[1:6], vb and vb[1:6], options
     plan = _plans.find(key) if right else None
     if plan is None:

@@ -393,6 +393,7 @@ def moe_problem(
     if topk_ids.dtype.name.startswith(("float", "bfloat")) and topk_weights.dtype in (INT32, INT64):
         swapped = f"topk_weights is {topk_weights.dtype} and topk_ids is {topk_ids.dtype}"
         why.append(f"{swapped}: they look swapped; topk_weights comes first")
+        topk_weights, topk_ids = topk_ids, topk_weights  # all else is told of them in their places
     tokens, k = _check_ids(why, topk_ids)
     if hidden is not None and len(topk_ids.shape) == 2 and x.shape[0] != tokens:
         why.append(f"x has {x.shape[0]} tokens, but topk_ids has {tokens}")

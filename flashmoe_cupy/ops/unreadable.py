@@ -1,0 +1,135 @@
+"""Calls with arguments that no view can show: one error with all of them. Runs only after a view has failed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from flashmoe_cupy import dtypes
+from flashmoe_cupy.arrays import View, row_major, view
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.plan.checks import show
+
+_PROBLEMS = {
+    "flash_attention": "problem.attention_problem", "flash_attention_varlen": "problem.varlen_problem",
+    "moe_route": "moe_problem.route_problem", "moe_permute": "moe_problem.permute_problem",
+    "grouped_gemm": "moe_problem.grouped_gemm_problem", "fused_moe": "moe_problem.moe_problem",
+}  # fmt: skip
+_RENAMED = {("moe_route", "bias"): "e_score_correction_bias"}  # parameters of problems whose arguments have other names
+
+
+def unreadable(op: str, given: Mapping[str, Any], first: Exception) -> Exception:
+    """What to raise for a call of `op` when the view of an argument raised `first`. given: the arguments by name.
+
+    A TypeError for what is no array; else UnsupportedProblem, with what else is wrong with the call as far as the
+    shapes and dtypes of the arrays tell it.
+    """
+    module, _, function = _PROBLEMS[op].partition(".")
+    problem = getattr(import_module(f"flashmoe_cupy.plan.{module}"), function)
+    parameters = inspect.signature(problem).parameters
+    views: dict[str, View] = {}
+    strangers: dict[str, Exception] = {}
+    faults: dict[tuple[str, str], list[str]] = {}  # names by the type of the arrays and what is wrong with them
+    hints: dict[str, list[str]] = {}
+    options: dict[str, Any] = {}
+    call: list[str] = []
+    whole = True  # shape and dtype of every array are known
+    for parameter, its in parameters.items():
+        name = _RENAMED.get((op, parameter), parameter)
+        value = given[name]
+        if "View" not in str(its.annotation):
+            options[name] = value
+            if (text := show(value)) != show(its.default):
+                call.append(f"{name}={text}")
+            continue
+        if value is None and its.default is None:
+            continue
+        call.append(f"{name}={_shown(value)}")
+        try:
+            views[parameter] = view(value, name)
+        except UnsupportedProblem as error:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            for reason in error.reasons:
+                faults.setdefault((kind, reason), []).append(name)
+            if error.hint:
+                hints.setdefault(error.hint.removeprefix(name), []).append(name)
+            stand_in = _stand_in(value)
+            if stand_in is None:
+                whole = False
+            else:
+                views[parameter] = stand_in
+        except TypeError as error:
+            strangers[name] = error
+    if strangers:
+        return _no_arrays(strangers, given, views)
+    if not faults:  # it was another thing that failed, or it is gone
+        return first
+    why = [f"{', '.join(who)} ({kind}): {_each(reason, who)}" for (kind, reason), who in faults.items()]
+    said = [f"{', '.join(who)}{hint}" if hint.startswith(" may be") else hint for hint, who in hints.items()]
+    if whole:
+        try:
+            problem(**views, **options)
+        except UnsupportedProblem as error:
+            why += error.reasons
+            said.append(error.hint)
+    return UnsupportedProblem(f"{op}({', '.join(call)})", why, "; ".join(filter(None, said)))
+
+
+def _each(reason: str, names: list[str]) -> str:
+    return f"each {reason[3:]}" if len(names) > 1 and reason.startswith("it ") else reason
+
+
+def _shown(x: Any) -> str:
+    """dtype and shape, else the type."""
+    try:
+        name = getattr(x.dtype, "name", str(x.dtype).removeprefix("torch."))
+        return show(x) if getattr(x, "is_nested", False) else f"{name}{list(x.shape)}"
+    except (AttributeError, RuntimeError, TypeError):
+        return show(x)
+
+
+def _stand_in(x: Any) -> View | None:
+    """The shape, strides and dtype of an array that cannot be read; None where they are not known."""
+    try:
+        dtype = dtypes.from_name(str(getattr(x.dtype, "name", x.dtype)).removeprefix("torch."))
+        shape = tuple(x.shape)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    if getattr(x, "is_nested", False):  # its shape is no tuple of numbers
+        return None
+    library = type(x).__module__.partition(".")[0]
+    strides, device = row_major(shape), -1
+    if library == "torch":
+        if x.device.type not in ("cpu", "cuda"):
+            return None  # nothing true can be said of its place
+        device = x.get_device()
+        if str(x.layout) == "torch.strided":
+            strides = tuple(x.stride())
+    elif hasattr(x, "strides"):
+        strides = tuple([step // x.dtype.itemsize for step in x.strides])
+    return View(0, shape, strides, dtype, device, library, False, x)
+
+
+_MODULES = {"torch": "torch.tensor", "cupy": "cupy.asarray", "jax": "jnp.asarray"}
+
+
+def _no_arrays(strangers: dict[str, Exception], given: Mapping[str, Any], views: Mapping[str, View]) -> TypeError:
+    """All arguments that are no arrays, and what makes lists and numbers arrays of the library of the others."""
+    name, *others = strangers
+    text = str(strangers[name])
+    text += "".join([f"; {other} is {_kind(given[other])}" for other in others])
+    library = next((v.library for v in views.values()), "numpy")
+    make = _MODULES.get(library, "np.asarray")
+    repairs = []
+    for one in strangers:
+        if isinstance(given[one], (list, tuple, int, float)):
+            wanted = dtypes.accepted(one)
+            dtype = f"{make.partition('.')[0]}.{'int32' if wanted.startswith('int32') else 'float32'}"
+            repairs.append(f"{make}({one}, dtype={dtype})")
+    return TypeError(text + (f"; give {', '.join(repairs)}" if repairs else ""))
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
