@@ -45,6 +45,16 @@ _PLACE = {
     "reference": "",
 }
 
+_ELSEWHERE = {  # functions of flash-attn, torch, JAX and vLLM
+    "flash_attn_func": "flash_attention",
+    "flash_attn_varlen_func": "flash_attention_varlen",
+    "scaled_dot_product_attention": "flash_attention",
+    "dot_product_attention": "flash_attention",
+    "fused_experts": "fused_moe",
+    "fused_topk": "moe_route",
+    "grouped_topk": "moe_route",
+}
+
 __all__ = [
     "CompileError",
     "DependencyError",
@@ -73,7 +83,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     place = _PLACE.get(name)
     if place is None:
-        raise AttributeError(f"module 'flashmoe_cupy' has no attribute {name!r}")
+        mine = f"; it is called {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
+        raise AttributeError(f"module 'flashmoe_cupy' has no attribute {name!r}{mine}")
     value = getattr(import_module(f"flashmoe_cupy.{place}"), name) if place else import_module(f"flashmoe_cupy.{name}")
     globals()[name] = value
     return value

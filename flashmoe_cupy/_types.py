@@ -57,6 +57,32 @@ class Route(TypedDict, total=False):
     capacity_factor: float | None
 
 
+class Gemm(TypedDict, total=False):
+    """Options of grouped_gemm, without out."""
+
+    offsets: Any
+    group_sizes: Any
+    gather_indices: Any
+    bias: Any
+
+
+class Experts(TypedDict, total=False):
+    """Options of fused_moe, without out."""
+
+    activation: Activation
+    b_gate_up: Any
+    b_down: Any
+    interleaved: bool
+    swiglu_alpha: float | None
+    swiglu_limit: float | None
+    expert_map: Any
+    apply_router_weight_on_input: bool
+    shared_w_gate_up: Any
+    shared_w_down: Any
+    shared_gate: Any
+    batch_invariant: bool
+
+
 if TYPE_CHECKING:
     from typing import Generic as Generic
 else:

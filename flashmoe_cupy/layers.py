@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import Any, Literal, overload
+from typing import Any, Literal, Never, overload
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy._types import Activation, Array, Scoring
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.moe import fused_moe
+from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.route import RouterStats, moe_route
 from flashmoe_cupy.plan.checks import SHORT, asked, check_dtypes, check_last, check_places, count
@@ -52,6 +53,7 @@ class FlashMoELayer:
 
     _strided: Any = None  # torch's layout of plain memory, in a layer of tensors
 
+    @strict
     def __init__(
         self,
         hidden_size: int,
@@ -82,7 +84,10 @@ class FlashMoELayer:
         shared_w_down: Any = None,
         shared_gate_weight: Any = None,
         batch_invariant: bool = False,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            raise no_argument(FlashMoELayer.__init__, unknown, "FlashMoELayer")
         route: dict[str, Any] = {
             "scoring_func": scoring_func, "renormalize": renormalize, "routed_scaling_factor": routed_scaling_factor,
             "e_score_correction_bias": e_score_correction_bias, "num_expert_group": num_expert_group,

@@ -197,7 +197,7 @@ def test_readme_example_runs(library: str) -> None:
 
 @pytest.mark.parametrize(("name", "others"), [("flash_attention", 9), ("fused_moe", 4), ("moe_route", 3)])
 def test_help_says_what_names_of_other_libraries_mean(name: str, others: int) -> None:
-    """Python's own TypeError for them cannot say so without a cost in every call."""
+    """As the TypeError for each of them does."""
     function = getattr(flashmoe_cupy, name)
     ours = set(inspect.signature(function).parameters)
     found = re.search(r"Names elsewhere: (.*?)\n\n", function.__doc__, re.DOTALL)

@@ -44,6 +44,7 @@ RESULTS = [
     ("fm.moe_permute(i, num_experts=i[0]).offsets", "Array[int32]"),
     ("fm.grouped_gemm(t, t, offsets=t)", "Tensor"),
     ("fm.fused_moe(a, w, w, a, i, activation='geglu')", "Array[float16]"),
+    ("fm.fused_moe(t, w, w, t, t, out=t)", "Tensor"),
     ("layer(t)", "Tensor"),
     ("layer(t, return_stats=True)", "tuple[Tensor, RouterStats[Tensor]]"),
 ]
@@ -55,6 +56,9 @@ ERRORS = [
     "fm.moe_route(t, top_k=2, scoring_func='relu')",
     "fm.moe_route(t, top_k=2.0)",
     "fm.fused_moe(t, t, t, t, t, activation='silu')",
+    "fm.fused_moe(t, t, t, t, t, inplace=w)",
+    "fm.grouped_gemm(t, t, offs=w)",
+    "fm.FlashMoELayer(8, 2, 1, 8, w_gate_up=w, w_down=w, norm_topk_prob=True)",
     "fm.FlashMoELayer(8, 2, 1, 8, w_gate_up=w, w_down=w, activation='silu')",
     "[*fm.flash_attention(t, t, t)]",
 ]

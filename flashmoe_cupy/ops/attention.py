@@ -17,13 +17,14 @@ from flashmoe_cupy import _env, arrays, dtypes
 from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.plans import adapter, check_overlap
 from flashmoe_cupy.ops.quick import Quick, Recent, find
-from flashmoe_cupy.ops.unreadable import unreadable
+from flashmoe_cupy.ops.unreadable import told, unreadable
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.attention import rows_aligned
-from flashmoe_cupy.plan.options import exact
-from flashmoe_cupy.plan.problem import AttentionProblem, asked_varlen, attention_problem, varlen_problem
+from flashmoe_cupy.plan.options import exact, is_window
+from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 if TYPE_CHECKING:
     from flashmoe_cupy.jit.launch import Launch
@@ -53,6 +54,7 @@ def flash_attention(
 def flash_attention(
     q: Array, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **options: Unpack[Dense]
 ) -> Array | tuple[Array, Any]: ...
+@strict
 def flash_attention(
     q: Any,
     k: Any,
@@ -68,6 +70,7 @@ def flash_attention(
     layout: Layout = "bshd",
     return_lse: bool = False,
     out: Any = None,
+    **unknown: object,
 ) -> Any:
     """softmax(softmax_scale * q k^T, modified and masked) v, exactly, in O(seqlen) memory.
 
@@ -110,9 +113,11 @@ def flash_attention(
     Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1; window as in its code; softcap as in Gemma 2;
     sinks as in gpt-oss; ALiBi as in Press et al. (arXiv:2108.12409).
     """
+    if unknown:
+        raise no_argument(flash_attention, unknown)
     # What is remembered is found by options of exact types only, for 1 == True == 1.0.
     right = (
-        (window_size is _UNLIMITED or _is_window(window_size))
+        (window_size is _UNLIMITED or is_window(window_size))
         and (softmax_scale is None or type(softmax_scale) is float)
         and type(softcap) is float
         and type(layout) is str
@@ -192,6 +197,7 @@ def flash_attention_varlen(
 def flash_attention_varlen(
     q: Array, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **options: Unpack[Packed]
 ) -> Array | tuple[Array, Any]: ...
+@strict
 def flash_attention_varlen(
     q: Any,
     k: Any,
@@ -211,6 +217,7 @@ def flash_attention_varlen(
     alibi_slopes: Any = None,
     return_lse: bool = False,
     out: Any = None,
+    **unknown: object,
 ) -> Any:
     """Attention inside each of many sequences that lie packed one behind the other. See `flash_attention`.
 
@@ -229,10 +236,12 @@ def flash_attention_varlen(
     What rows of no sequence hold in q, k and v never counts, NaN included; only a result's last bit may depend on it.
     Raises as `flash_attention` does.
     """
+    if unknown:
+        raise no_argument(flash_attention_varlen, unknown)
     right = (
         type(max_seqlen_q) is int
         and type(max_seqlen_k) is int
-        and (window_size is _UNLIMITED or _is_window(window_size))
+        and (window_size is _UNLIMITED or is_window(window_size))
         and (softmax_scale is None or type(softmax_scale) is float)
         and type(softcap) is float
         and type(causal) is type(return_lse) is bool
@@ -305,12 +314,7 @@ def flash_attention_varlen(
         if vq.device >= 0:
             raise
         # What the lengths hold, which only the back end reads: the call is told as for what is seen before.
-        optional = ("seqused_q", uq), ("seqused_k", uk), ("sinks", vs), ("alibi_slopes", va), ("out", vo)
-        named = ("q", vq), ("k", vk), ("v", vv), ("cu_seqlens_q", cq), ("cu_seqlens_k", ck), *optional
-        call = asked_varlen(
-            [(name, x) for name, x in named if x is not None], (max_seqlen_q, max_seqlen_k), causal, window_size,
-            softmax_scale, softcap, return_lse,
-        )  # fmt: skip
+        call = told("flash_attention_varlen", locals())
         raise UnsupportedProblem(call, error.reasons, error.hint) from None
 
 
@@ -512,8 +516,3 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
         kernel.pack_pointers, tail, _env.get().check, (), kernel.counter_at(problem) // 8, kernel.clears,
     )  # fmt: skip
     return launch.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(problem, config))
-
-
-def _is_window(given: object) -> bool:
-    """Whether this is a tuple of two Python ints."""
-    return type(given) is tuple and len(given) == 2 and type(given[0]) is int and type(given[1]) is int

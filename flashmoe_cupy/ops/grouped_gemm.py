@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack, overload
 
 import numpy as np
 
 from flashmoe_cupy import arrays
-from flashmoe_cupy._types import Array
+from flashmoe_cupy._types import Array, Gemm
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.checks import asked
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, grouped_gemm_problem
@@ -20,6 +21,12 @@ _NAMES = ("x", "w", "offsets", "group_sizes", "gather_indices", "bias")
 Views = tuple[View, View, View | None, View | None, View | None, View | None]
 
 
+# Two, for checkers want more than one: they know no **unknown.
+@overload
+def grouped_gemm(x: Array, w: Any, *, out: None = None, **options: Unpack[Gemm]) -> Array: ...
+@overload
+def grouped_gemm(x: Array, w: Any, *, out: Array | None, **options: Unpack[Gemm]) -> Array: ...
+@strict
 def grouped_gemm(
     x: Array,
     w: Any,
@@ -29,6 +36,7 @@ def grouped_gemm(
     gather_indices: Any = None,
     bias: Any = None,
     out: Array | None = None,
+    **unknown: object,
 ) -> Array:
     """out[r] = x[r] @ w[e].T (+ bias[e]) for the rows r of each group e, added up in float32.
 
@@ -54,6 +62,8 @@ def grouped_gemm(
     Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode, and
     so is `jax.grad`.
     """
+    if unknown:
+        raise no_argument(grouped_gemm, unknown)
     other = plans.adapter(x)
     if other is not None:
         return other.grouped_gemm(  # type: ignore[no-any-return]

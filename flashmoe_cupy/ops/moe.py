@@ -6,16 +6,17 @@ A call runs in three steps, as in ops/attention.py: arrays become views, the vie
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
 from flashmoe_cupy import arrays
-from flashmoe_cupy._types import Activation, Array
+from flashmoe_cupy._types import Activation, Array, Experts
 from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import MoEProblem, moe_problem
 from flashmoe_cupy.plan.options import exact, exact_types
@@ -35,6 +36,18 @@ _EXACT = exact_types(*_OPTIONS)
 Views = tuple[View | None, ...]  # in the order of _NAMES
 
 
+# Two, for checkers want more than one: they know no **unknown.
+@overload
+def fused_moe(
+    x: Array, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_ids: Any, *, out: None = None,
+    **options: Unpack[Experts],
+) -> Array: ...  # fmt: skip
+@overload
+def fused_moe(
+    x: Array, w_gate_up: Any, w_down: Any, topk_weights: Any, topk_ids: Any, *, out: Array | None,
+    **options: Unpack[Experts],
+) -> Array: ...  # fmt: skip
+@strict
 def fused_moe(
     x: Array,
     w_gate_up: Any,
@@ -55,6 +68,7 @@ def fused_moe(
     shared_gate: Any = None,
     batch_invariant: bool = False,
     out: Array | None = None,
+    **unknown: object,
 ) -> Array:
     """out[t] = sum_k topk_weights[t, k] * expert topk_ids[t, k] of x[t], without padding and without dropping.
 
@@ -99,6 +113,8 @@ def fused_moe(
     Sources: Shazeer et al. (arXiv:1701.06538); gated activations as in Shazeer (arXiv:2002.05202); swigluoai as in
     gpt-oss; swiglu with a limit as in DeepSeek-V4 and GLM-5; the shared expert as in DeepSeek-MoE (arXiv:2401.06066).
     """
+    if unknown:
+        raise no_argument(fused_moe, unknown)
     options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
     right = tuple(map(type, options)) in _EXACT  # what is remembered is found by exact types only: 1 == True == 1.0
     if not right:

@@ -13,6 +13,7 @@ from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
 from flashmoe_cupy.plan.options import integer
@@ -32,7 +33,10 @@ def moe_permute(
 ) -> MoEPermutation[NDArray[np.int32]]: ...
 @overload
 def moe_permute(topk_ids: Array, *, num_experts: SupportsIndex, expert_map: Any = None) -> MoEPermutation[Array]: ...
-def moe_permute(topk_ids: Any, *, num_experts: SupportsIndex, expert_map: Any = None) -> MoEPermutation[Any]:
+@strict
+def moe_permute(
+    topk_ids: Any, *, num_experts: SupportsIndex, expert_map: Any = None, **unknown: object
+) -> MoEPermutation[Any]:
     """Sort assignments by expert; those of one expert stay in order.
 
     Arrays are NumPy, CuPy, torch or JAX (or have `__dlpack__`), all of one library on one device; the results are too.
@@ -50,6 +54,8 @@ def moe_permute(topk_ids: Any, *, num_experts: SupportsIndex, expert_map: Any = 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing; with
     FLASHMOE_CHECK=1 FlashMoEError for the first id below -1 or above the number of (global) experts.
     """
+    if unknown:
+        raise no_argument(moe_permute, unknown)
     other = plans.adapter(topk_ids)
     if other is not None:
         found: MoEPermutation[Any] = other.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)

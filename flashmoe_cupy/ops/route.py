@@ -13,6 +13,7 @@ from flashmoe_cupy.arrays import View, view
 from flashmoe_cupy.dtypes import FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import RouteProblem, route_problem
 from flashmoe_cupy.plan.options import exact, exact_types
@@ -62,6 +63,7 @@ def moe_route(
 def moe_route(
     logits: Any, *, return_stats: bool, **options: Unpack[Route]
 ) -> tuple[Any, Any] | tuple[Any, Any, RouterStats[Any]]: ...
+@strict
 def moe_route(
     logits: Any,
     *,
@@ -74,6 +76,7 @@ def moe_route(
     topk_group: SupportsIndex = 1,
     capacity_factor: float | None = None,
     return_stats: bool = False,
+    **unknown: object,
 ) -> Any:
     """The top_k experts of each token, best first, and their weights.
 
@@ -112,6 +115,8 @@ def moe_route(
     Sources: Switch (arXiv:2101.03961, equations 4 to 6), ST-MoE (arXiv:2202.08906, equation 5); bias and groups as in
     DeepSeek-V3 (arXiv:2412.19437), without bias as in DeepSeek-V2 (arXiv:2405.04434).
     """
+    if unknown:
+        raise no_argument(moe_route, unknown)
     options = (
         top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group, capacity_factor,
         return_stats,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -26,27 +26,21 @@ def unreadable(op: str, given: Mapping[str, Any], first: Exception) -> Exception
     A TypeError for what is no array; else UnsupportedProblem, with what else is wrong with the call as far as the
     shapes and dtypes of the arrays tell it.
     """
-    module, _, function = _PROBLEMS[op].partition(".")
-    problem = getattr(import_module(f"flashmoe_cupy.plan.{module}"), function)
-    parameters = inspect.signature(problem).parameters
+    problem = _problem(op)
     views: dict[str, View] = {}
     strangers: dict[str, Exception] = {}
     faults: dict[tuple[str, str], list[str]] = {}  # names by the type of the arrays and what is wrong with them
     hints: dict[str, list[str]] = {}
     options: dict[str, Any] = {}
-    call: list[str] = []
     whole = True  # shape and dtype of every array are known
-    for parameter, its in parameters.items():
+    for parameter, its in inspect.signature(problem).parameters.items():
         name = _RENAMED.get((op, parameter), parameter)
         value = given[name]
         if "View" not in str(its.annotation):
             options[name] = value
-            if (text := show(value)) != show(its.default):
-                call.append(f"{name}={text}")
             continue
         if value is None and its.default is None:
             continue
-        call.append(f"{name}={_shown(value)}")
         try:
             views[parameter] = view(value, name)
         except UnsupportedProblem as error:
@@ -74,7 +68,25 @@ def unreadable(op: str, given: Mapping[str, Any], first: Exception) -> Exception
         except UnsupportedProblem as error:
             why += error.reasons
             said.append(error.hint)
-    return UnsupportedProblem(f"{op}({', '.join(call)})", why, "; ".join(filter(None, said)))
+    return UnsupportedProblem(told(op, given), why, "; ".join(filter(None, said)))
+
+
+def told(op: str, given: Mapping[str, Any]) -> str:
+    """A call in one line, as `plan.checks.asked` tells it of views: arrays, then what is not at its default."""
+    arrays, options = [], []
+    for parameter, its in inspect.signature(_problem(op)).parameters.items():
+        name = _RENAMED.get((op, parameter), parameter)
+        value = given[name]
+        if "View" not in str(its.annotation):
+            options += [f"{name}={text}"] if (text := show(value)) != show(its.default) else []
+        elif value is not None or its.default is not None:
+            arrays.append(f"{name}={_shown(value)}")
+    return f"{op}({', '.join(arrays + options)})"
+
+
+def _problem(op: str) -> Callable[..., Any]:
+    module, _, function = _PROBLEMS[op].partition(".")
+    return getattr(import_module(f"flashmoe_cupy.plan.{module}"), function)  # type: ignore[no-any-return]
 
 
 def _each(reason: str, names: list[str]) -> str:

@@ -60,6 +60,11 @@ def text(value: object) -> str | None:
     return str.__str__(value) if isinstance(value, str) else None
 
 
+def is_window(value: object) -> bool:
+    """Whether this is a tuple of two Python ints."""
+    return type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int
+
+
 def window(value: object) -> tuple[int, int] | None:
     """A sequence or an array of two integers as a tuple; None for all else."""
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
