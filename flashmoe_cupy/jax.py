@@ -149,6 +149,7 @@ def _call(
 def _check(op: str, given: dict[str, Any], out: Any) -> None:
     reasons = [
         f"{name} is a {type(x).__module__}.{type(x).__qualname__}, not a JAX array"
+        + (f"; give jnp.asarray({name})" if isinstance(x, (list, tuple, int, float)) else "")
         for name, x in given.items()
         if not isinstance(x, jax.Array)
     ]

@@ -475,3 +475,15 @@ def test_lists_are_named_with_what_makes_them_arrays(name: str, lists: tuple[str
     repairs = text.rpartition("; give ")[2]
     made = eval(f"[{repairs}]", {"np": np, "torch": module, **{one: given[one] for one in lists}})
     getattr(flashmoe_cupy, name)(**given | dict(zip(lists, made, strict=True)))
+
+
+@pytest.mark.jax
+def test_lists_beside_arrays_of_jax_are_told_alike() -> None:
+    jnp = pytest.importorskip("jax").numpy
+    x = jnp.ones((2, 6, 4, 16))
+    with pytest.raises(UnsupportedProblem) as caught:
+        flashmoe_cupy.flash_attention(x, x, x, sinks=[0.0] * 4, alibi_slopes=np.zeros(4, np.float32))
+    assert caught.value.reasons == (
+        "alibi_slopes is a numpy.ndarray, not a JAX array",
+        "sinks is a builtins.list, not a JAX array; give jnp.asarray(sinks)",
+    )
