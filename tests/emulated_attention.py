@@ -60,11 +60,11 @@ def attention(
     arrays["out"] = guarded(np.full(shape, np.nan, arrays["q"].dtype), "out")
     arrays["lse"] = guarded(np.full(rows, np.nan, np.float32), "lse")
     pointers = [arrays[name].ctypes.data if name in arrays else 0 for name in _ORDER]
-    params = bytearray(spec.params_size)
-    spec.pack_pointers(params, 0, *pointers)
+    params = bytearray(spec.params.size)
+    spec.params.pack_pointers(params, 0, *pointers)
     clear = 3 if p.varlen and spec.clears else 0
-    behind = spec.pointer_bytes + len(tail := spec.pack_tail(p, config, rows_aligned(p), sms, clear))
-    params[spec.pointer_bytes : behind] = tail
+    behind = spec.params.maps_at
+    params[8 * len(pointers) : behind] = spec.params.pack(spec.values(p, config, rows_aligned(p), sms, clear))
     for i, one in enumerate(spec.map_arguments(p, config)):
         params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, pointers[i])
     counter = guarded(np.zeros(2, np.int32), "the counter of tiles")

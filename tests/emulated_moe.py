@@ -38,7 +38,7 @@ class Machine:
         first = [views.pop(n) for n in ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")]
         problem = moe_problem(*first, **views, **options)  # type: ignore[misc]  # mypy does not see what is popped
         steps, work = moe.moe_steps(problem)
-        return self._run(steps, work, arrays, {"out": out}, moe.combine_tail(problem, True))["out"]
+        return self._run(steps, work, arrays, {"out": out})["out"]
 
     def route(self, arrays: dict[str, Any], **options: Any) -> dict[str, Array]:
         """The outputs of `moe_route` by name."""
@@ -73,9 +73,8 @@ class Machine:
         return self._run(steps, moe.Workspace(), arrays, {"out": out}, keep=True)["out"]
 
     def _run(
-        self, steps: Steps, work: moe.Workspace, given: dict[str, Any], outputs: dict[str, Array], tail: bytes = b"",
-        keep: bool = False,
-    ) -> dict[str, Array]:  # fmt: skip
+        self, steps: Steps, work: moe.Workspace, given: dict[str, Any], outputs: dict[str, Array], keep: bool = False
+    ) -> dict[str, Array]:
         """Outputs as the kernels left them. Every array lies against memory that cannot be accessed."""
         arrays = {n: _beside(x, n, self.seed % 2 == 1) for n, x in given.items()}
         made = {n: _beside(x, n, False) if keep else _poisoned(x, n) for n, x in outputs.items()}
@@ -85,12 +84,13 @@ class Machine:
         addresses = {"": 0} | {n: x.ctypes.data for n, x in (arrays | made).items()}
         announced = 0
         for step in steps:
-            pointers = [addresses.get(name, 0) for name in step.arguments]
+            layout = step.kernel.params if isinstance(step, moe.Step) else PRODUCTS[self.product].params
+            pointers = [addresses.get(step.arguments.get(name, ""), 0) for name in layout.pointers]
             if isinstance(step, moe.Step):
                 kernel, config = step.kernel, step.config
-                params = bytearray(kernel.params_size)
-                kernel.pack_pointers(params, 0, *pointers)
-                params[8 * kernel.pointers :] = step.tail or tail
+                params = bytearray(layout.size)
+                layout.pack_pointers(params, 0, *pointers)
+                params[8 * len(pointers) :] = step.pack(True)
                 tu, grid, cluster = kernel.source(config), step.grid, 1
                 self.used.append(f"{kernel.name} {config.name}")
                 run(tu, bytes(params), grid, config.threads, config.smem_bytes, self.seed, cluster)
@@ -111,14 +111,14 @@ class Machine:
         if self.config is not None and not (plain_only and (product.gather or product.gated)):
             wanted = {n: getattr(config, n) for n in ("gather", "gated", "clamped") if hasattr(config, n)}
             config = self.config._replace(**wanted)
-        params = bytearray(kernel.params_size)
-        kernel.pack_pointers(params, 0, *pointers)
+        params, maps_at = bytearray(kernel.params.size), kernel.params.maps_at
+        kernel.params.pack_pointers(params, 0, *pointers)
         if counters and not product.early:
             announced = kernel.announces(product, config)  # always, whether it would be chosen or not
-        tail = kernel.pack_tail(product, config, aligned, announced if counters else 0, counters)
-        params[kernel.pointer_bytes : kernel.pointer_bytes + len(tail)] = tail
+        values = kernel.values(product, config, aligned, announced if counters else 0, counters)
+        params[8 * len(pointers) : maps_at] = kernel.params.pack(values)
         for i, one in enumerate(kernel.map_arguments(product, config)):
-            at = kernel.pointer_bytes + len(tail) + 128 * i
+            at = maps_at + 128 * i
             params[at : at + 128] = tensor_map(one, pointers[i])
         grid = kernel.grid(product, config, self.sms)
         self.used.append(f"{kernel.name} {config.name}")

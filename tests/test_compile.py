@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from test_problem import dense, packed
 
-from flashmoe_cupy.jit import cache, compiler, source, tensormap
-from flashmoe_cupy.plan.attention import AttentionFwdSm90
+from flashmoe_cupy.jit import cache, compiler, source
 from flashmoe_cupy.plan.config import MAX_SMEM
 from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, PRODUCTS, SMALL, arch_for
-from flashmoe_cupy.plan.product import POINTERS
 
 pytest.importorskip("cupy")
 pytestmark = pytest.mark.compile
@@ -109,55 +104,21 @@ def test_shared_memory_arithmetic(kernel: str) -> None:
         compiler.compile_cubin(text.replace(f"== {config.smem_bytes}", "== 1"), source.headers_for(text), arch)
 
 
-def members(header: str, struct: str) -> list[tuple[str, str]]:
-    """(type, name) of each member of a struct, read from the C++ text."""
-    body = re.search(rf"struct {struct}\b[^{{;]*\{{(.*?)\}};", re.sub(r"//[^\n]*", "", header), re.S)
-    assert body is not None
-    found = []
-    for line in filter(str.strip, body[1].split(";")):
-        kind, names = re.fullmatch(r"\s*(?:const )?(\w+)(.*)", line, re.S).groups()  # type: ignore[union-attr]
-        found += [(kind, name.strip(" *\n")) for name in names.split(",")]
-    return found
-
-
-def test_params_layout() -> None:
-    """The packer's fields are the C++ struct's, in its order and sizes; equal total size then forbids padding."""
-    spec = KERNELS["attention_fwd_sm80"]
-    text = f'#include "{spec.header}"\n'
-    header = source.headers_for(text)["attention/params.cuh"]
-    assert [name for _, name in members(header, "AttentionFwdParams")] == list(spec.fields)
-    sizes = [8] * (len(spec.fields) - 16) + [4] * 16
-    assert sum(sizes) == spec.params_size
-    for name, size in zip(spec.fields, sizes, strict=True):
-        text += f"static_assert(sizeof(fm::{spec.params}::{name}) == {size});\n"
-    compiler.compile_cubin(text, source.headers_for(text), "sm_80")
-
-
-def test_params_layout_with_maps() -> None:
-    """Behind the base struct come the packer's numbers without a gap, then the maps. NVRTC has no offsetof."""
-    spec = AttentionFwdSm90()
-    text = f'#include "{spec.header}"\n'
-    fields = spec.extra(dense(), spec.choose(dense(), "sm_90a"))
-    extra = [name.replace("exponent_0", "exponent[4]").replace("short_0", "short[2]") for name in fields]
-    extra = [name for name in extra if not re.search(r"_[123]$", name)]
-    maps = ["q_map", "k_map", "v_map", "out_map"]
-    header = source.headers_for(text)["attention/params.cuh"]
-    floats = ("to_tanh", "softcap_exponent[4]", "softcap_short[2]", "query_scale")
-    want = [("float" if name in floats else "int", name) for name in extra] + [("TensorMap", name) for name in maps]
-    assert members(header, spec.params) == want
-    base, places = KERNELS["attention_fwd_sm80"].params_size, []
-    end = base
-    for name in extra:
-        places.append((name.partition("[")[0], end))
-        end += {"tile_counter": 8, "softcap_exponent[4]": 16, "softcap_short[2]": 8}.get(name, 4)
-    assert end - base == struct.calcsize("4iQ3i8f") and end <= spec.maps_at
-    assert dict(places)["tile_counter"] == spec.counter_at(packed())
-    places += [(name, spec.maps_at + tensormap.BYTES * i) for i, name in enumerate(maps)]
-    text += "using P = fm::AttentionFwdSm90Params;\nstatic_assert(sizeof(fm::TensorMap) == 128);\n"
-    for name, offset in [*places, ("q", 0), ("softcap", base - 4)]:
-        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {offset});\n"
-    text += f"static_assert(sizeof(P) == {spec.params_size} && alignof(P) == {spec.params_align});\n"
-    compiler.compile_cubin(text, source.headers_for(text), "sm_90a")
+@pytest.mark.parametrize("kernel", EVERY)
+def test_params_lie_where_they_were_read(kernel: str) -> None:
+    """The compiler puts each member of Params where `plan.params` read it to be. NVRTC has no offsetof."""
+    spec = EVERY[kernel]
+    arch = next(arch for name, arch in PAIRS if name == kernel)
+    text = f'#include "{spec.header}"\nusing P = fm::{spec.params.name};\n'
+    text += f"static_assert(sizeof(P) == {spec.params.size} && alignof(P) == {spec.params.align});\n"
+    fields = spec.params.fields
+    ends = [*[field.at for field in fields.values()][1:], spec.params.size]
+    for (name, field), end in zip(fields.items(), ends, strict=True):
+        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {field.at});\n"
+        text += f"static_assert(sizeof(P::{name}) <= {end - field.at});\n"
+    compiler.compile_cubin(text, source.headers_for(text), arch)
+    assert list(fields)[-len(spec.params.maps) :] == list(spec.params.maps) or not spec.params.maps
+    assert spec.params.pointers, "what a call stores anew comes first"
 
 
 # A call of every wrapper of cuda_src/ptx that no kernel above uses.
@@ -188,36 +149,6 @@ def test_wrappers_assemble() -> None:
     ptx = compiler.compile_cubin(WRAPPERS, source.headers_for(WRAPPERS), "sm_90a").ptx
     for word in ("multicast::cluster", "redux.sync.max.u32", "mapa.shared::cluster", "griddepcontrol.wait", "noinc"):
         assert word in ptx
-
-
-@pytest.mark.parametrize("kernel", [*SMALL, "grouped_gemm_sm80"])
-def test_params_layout_of_moe(kernel: str) -> None:
-    """Pointers, then 64-bit, then 32-bit numbers, with the types that the packer writes and without a gap."""
-    spec = EVERY[kernel]
-    text = f'#include "{spec.header}"\n'
-    header = source.headers_for(text)["moe/params.cuh"]
-    found = [kind for kind, _ in members(header, spec.params)]
-    tail = spec.tail if kernel in SMALL else struct.Struct("11q12i2f12i")
-    counts = re.findall(r"(\d*)([qif])", tail.format)
-    kinds = [kind for n, kind in counts for _ in range(int(n or 1))]
-    pointers = spec.pointers if kernel in SMALL else len(POINTERS)
-    names = {"q": "i64", "i": "int", "f": "float"}
-    assert found[pointers:] == [names[kind] for kind in kinds]
-    pointed = re.search(rf"struct {spec.params} \{{(.*?)\}};", re.sub(r"//[^\n]*", "", header), re.S)
-    assert pointed is not None and pointed[1].count("*") == pointers
-    assert spec.params_size == 8 * pointers + tail.size
-    if kernel == "grouped_gemm_sm80":
-        assert tuple(name for _, name in members(header, spec.params)[:pointers]) == POINTERS
-
-
-def test_params_layout_of_products_with_maps() -> None:
-    """The maps of the Hopper kernel begin where the packer puts them."""
-    spec = PRODUCTS["grouped_gemm_sm90"]
-    text = f'#include "{spec.header}"\nusing P = fm::{spec.params};\n'
-    for i, name in enumerate(("x_map", "w_map", "out_map")):
-        text += f"static_assert(__INTADDR__(&((P*)0)->{name}) == {384 + 128 * i});\n"
-    text += f"static_assert(sizeof(P) == {spec.params_size} && alignof(P) == {spec.params_align});\n"
-    compiler.compile_cubin(text, source.headers_for(text), "sm_90a")
 
 
 CAPABILITIES = [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120")]

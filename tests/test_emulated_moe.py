@@ -375,7 +375,7 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
         work = moe.Workspace()
         problem = PermuteProblem(INT32, assignments, 1, 1, 7, -1)
         steps = moe.permute_steps(problem, work)
-        per_warp = moe.PERMUTE_PLACE.tail.unpack(steps[-1].tail)[5]
+        per_warp = int(steps[-1].values["per_warp"])
         grid = steps[-1].grid
         assert per_warp % 32 == 0 and (grid - 1) * 16 * per_warp < assignments <= grid * 16 * per_warp
         assert len(steps) == (1 if grid == 1 else 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from typing import Any
 
 import numpy as np
@@ -327,25 +326,24 @@ def test_grid_and_section() -> None:
     assert numbers(problem(q=600, k=600, causal=True), 132) == (80, 80, 16), "not more heads than there are"
 
 
-def test_tail_of_the_hopper_kernel() -> None:
-    """The general kernel's bytes, its own ints, zeros up to the maps."""
+def test_params_of_the_hopper_kernel() -> None:
+    """The general kernel's values, which the tile may change, and its own."""
     p = problem(q=4096, k=4096, causal=True)
     config = hopper.choose(p, "sm_90a")
-    tail = hopper.pack_tail(p, config, True, 100)
-    base = AttentionFwdSm80().pack_tail(p, AttentionFwdSm80().choose(p, "sm_90a"), True)
-    assert len(tail) == hopper.maps_at - hopper.pointer_bytes == 288 and len(base) == 208
-    m_blocks = 18 * 8 + 4 * 8  # where the number of tiles lies, which differ
-    assert tail[:m_blocks] == base[:m_blocks] and tail[m_blocks + 4 : 208] == base[m_blocks + 4 :]
-    assert struct.unpack("i", tail[m_blocks : m_blocks + 4]) == (32,)
+    portable = AttentionFwdSm80()
+    values = hopper.values(p, config, True, 100)
+    base = portable.values(p, portable.choose(p, "sm_90a"), True)
+    assert {name: values[name] for name in base} == base | {"m_blocks": 32}
     section = hopper.section(p, config, 100)
-    assert section > 1 and hopper.extra(p, config, 100) == {
+    assert section > 1 and {name: values[name] for name in values if name not in base} == {
         "tiles": 512, "batch": 2, "section": section, "ragged": 0, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
         "pack_bits": 0, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
-    assert struct.unpack("4i", tail[208:224]) == (512, 2, section, 0) and not any(tail[224:])
-    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == 96 + 224, "8-byte words, behind the pointers"
-    assert hopper.pack_tail(packed(), config, True, 100, 3)[232:240] == struct.pack("2i", packed().total_q, 3)
-    assert hopper.params_size == 896 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
+    assert len(hopper.params.pack(values)) == 384 - 96 and len(portable.params.pack(base)) == 304 - 96
+    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 320
+    rest = hopper.values(packed(), config, True, 100, 3)
+    assert (rest["total_q"], rest["clear_rest"]) == (packed().total_q, 3)
+    assert hopper.params.size == 896 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
     assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
 
 
@@ -355,21 +353,22 @@ def test_softcap_is_a_polynomial_of_small_scores() -> None:
     for dtype, variant, most, error in kinds:
         p = problem(softcap=30.0, softmax_scale=0.125, dtype=dtype)
         config = hopper.choose(p, "sm_90a")
-        extra = hopper.extra(p, config)
+        extra: Any = hopper.values(p, config, True)
         assert config.variant == variant and extra["query_scale"] == (1.0 if dtype is FP16 else 2.0**-4)
         assert extra["to_tanh"] == 0.125 / 30 / extra["query_scale"]
         for name, terms, end, wrong in (("exponent", 4, most, error), ("short", 2, 2 * extra["to_tanh"], 9e-5)):
             if dtype is FP16 and name == "short":
-                assert extra["softcap_short_0"] == 0.0, "the bounded variant's only"
+                assert extra["softcap_short"] == [0.0, 0.0], "the bounded variant's only"
                 continue
-            c = np.array([extra[f"softcap_{name}_{k}"] for k in range(terms)], np.float32)
+            c = np.array(extra[f"softcap_{name}"], np.float32)
+            assert len(c) == terms
             s = np.linspace(-end, end, 2001, dtype=np.float32) / np.float32(extra["to_tanh"])
             found = s * np.polynomial.polynomial.polyval(s * s, c)
             want = 30 * np.tanh(s.astype(np.float64) * extra["to_tanh"]) / np.log(2)
             np.testing.assert_allclose(found, want, rtol=wrong, atol=1e-30)
     odd = problem(softcap=2e-38, softmax_scale=1e38)
     config = hopper.choose(odd, "sm_90a")
-    assert config.variant == "SoftcapScores" and len(hopper.pack_tail(odd, config, True)) == 288
+    assert config.variant == "SoftcapScores" and len(hopper.params.pack(hopper.values(odd, config, True))) == 288
     assert hopper.choose(problem(softcap=56.5), "sm_90a").variant == "SoftcapScores", "exponents beyond bf16's range"
     for options in ({"alibi_slopes": array(8, dtype=FP32)}, {"softmax_scale": -1.0}):
         assert hopper.choose(problem(softcap=1.0, **options), "sm_90a").variant == "ModifiedScores<false>"
@@ -381,19 +380,19 @@ def test_scores_below_two_need_two_coefficients(scale: float, cap: float) -> Non
     """Queries are scaled by a power of two, so that one bit of a score says whether it is in range."""
     kind = softcap.variant(scale, cap, True)
     assert kind == (softcap.UNBOUNDED if scale / cap > 0.15 else softcap.BOUNDED)
-    f = softcap.fields(softcap.BOUNDED, scale, cap)
+    f: Any = softcap.fields(softcap.BOUNDED, scale, cap)
     assert np.log2(f["query_scale"]) % 1 == 0 and 0.1 < 2 * f["to_tanh"] <= 0.3
     s = np.linspace(-2, 2, 2001)
-    found = s * (f["softcap_short_0"] + f["softcap_short_1"] * s * s)
+    found = s * (f["softcap_short"][0] + f["softcap_short"][1] * s * s)
     assert np.abs(found - cap * np.tanh(s * f["to_tanh"]) / np.log(2)).max() < 8.5e-4, "beside the 2e-3 of bf16"
 
 
 def test_packed_sequences_have_their_own_order() -> None:
     p = packed(causal=True)
-    extra = hopper.extra(p, hopper.choose(p, "sm_90a"))
-    assert extra == {"tiles": p.batch * p.heads_k, "batch": p.batch, "section": 1, "ragged": 1} | {
-        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0, "pack_bits": 1, **softcap.fields("", 1.0, 0.0),
-    }  # fmt: skip
+    values = hopper.values(p, hopper.choose(p, "sm_90a"), True)
+    assert values.items() >= ({"tiles": p.batch * p.heads_k, "batch": p.batch, "section": 1, "ragged": 1} | {
+        "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0, "pack_bits": 1,
+    }).items()  # fmt: skip
 
 
 def test_maps_of_a_dense_problem() -> None:

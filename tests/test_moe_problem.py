@@ -18,7 +18,7 @@ from flashmoe_cupy.dtypes import BF16, FP16, FP32, FP64, INT32, INT64
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import moe, plans
 from flashmoe_cupy.plan.kernels import PRODUCTS
-from flashmoe_cupy.plan.moe import ProductStep, combine_tail, moe_steps
+from flashmoe_cupy.plan.moe import ProductStep, moe_steps
 from flashmoe_cupy.plan.moe_problem import (
     GroupedGemmProblem,
     MoEProblem,
@@ -179,11 +179,15 @@ def test_products_of_a_clamped_swiglu() -> None:
 
 def test_rows_of_out_are_aligned_by_address_and_stride() -> None:
     p = experts()
-    for stride, aligned in ((p.hidden, 1), (p.hidden + 8, 1), (p.hidden + 1, 0), (p.hidden + 4, 0)):
-        assert combine_tail(p._replace(out_stride=stride), True)[-4:] == aligned.to_bytes(4, "little")
-        assert combine_tail(p._replace(out_stride=stride), False)[-4:] == bytes(4)
-    assert combine_tail(p._replace(out_stride=3, tokens=1), True)[-4:] == b"\1\0\0\0"
-    assert combine_tail(p._replace(out_stride=p.hidden + 4, dtype=FP32), True)[-4:] == b"\1\0\0\0"
+
+    def aligned(p: MoEProblem, address: bool = True) -> int:
+        return int.from_bytes(moe_steps(p)[0][-1].pack(address)[-4:], "little")  # type: ignore[union-attr]
+
+    for stride, want in ((p.hidden, 1), (p.hidden + 8, 1), (p.hidden + 1, 0), (p.hidden + 4, 0)):
+        assert aligned(p._replace(out_stride=stride)) == want
+        assert aligned(p._replace(out_stride=stride), False) == 0
+    assert aligned(p._replace(out_stride=3, tokens=1)) == 1
+    assert aligned(p._replace(out_stride=p.hidden + 4, dtype=FP32)) == 1
 
 
 def test_sizes_beyond_32_bits() -> None:

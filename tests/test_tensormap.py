@@ -205,7 +205,7 @@ def test_the_operation_launches_the_hopper_kernel(driver: Driver, loaded: list[s
         call(p, q=q)
         shape, params = driver.launched[-1]
         assert shape == (1, min(132, kernel.tiles(p, config)), 1, 1, config.threads, 1, 1, config.smem_bytes, 9)
-        assert params[96:384] == kernel.pack_tail(p, config, True, 132)
+        assert params[96:384] == kernel.params.pack(kernel.values(p, config, True, 132))
         for i, address in enumerate((q, 0x2000, 0x3000, 0x4000)):
             assert params[8 * i : 8 * i + 8] == params[384 + 128 * i :][:8] == struct.pack("<Q", address)
     assert len(loaded) == 1 and "AttentionFwdSm90<" in loaded[0]

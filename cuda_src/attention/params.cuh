@@ -1,4 +1,4 @@
-// What the host hands to the attention kernels. Strides count elements. One struct, by value, for every forward kernel.
+// What the host hands to the attention kernels, which plan/params.py reads here. Strides count elements. One struct, by value.
 #pragma once
 #include "math/dtype.cuh"
 
@@ -23,7 +23,6 @@ struct AttentionFwdParams {
   int sinks_dtype, aligned;                  // aligned: every row of q, k, v, out starts at a multiple of 16 bytes
   float softmax_scale, softcap;              // softcap 0: off
 };
-static_assert(sizeof(AttentionFwdParams) == 12 * 8 + 18 * 8 + 14 * 4 + 2 * 4, "the packer of plan/attention.py counts on this layout");
 
 // For the Hopper kernel: the same, then the order of its work and the tensor maps.
 struct AttentionFwdSm90Params : AttentionFwdParams {
@@ -40,6 +39,5 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   TensorMap k_map, v_map;                   // (head_dim, seqlen_k, heads_k, batch)
   TensorMap out_map;                        // (head_dim_v, heads_q, seqlen_q, batch): boxes of 16 rows
 };
-static_assert(sizeof(AttentionFwdSm90Params) == 384 + 4 * 128, "the packer of plan/attention.py counts on this layout");
 
 }  // namespace fm

@@ -1,5 +1,5 @@
-// What the host hands to the mixture-of-experts kernels. Strides count elements. An assignment is one choice of a token: choice k of
-// token t has the flat index t * top_k + k.
+// What the host hands to the mixture-of-experts kernels, which plan/params.py reads here. Strides count elements. An assignment is one
+// choice of a token: choice k of token t has the flat index t * top_k + k.
 #pragma once
 #include "math/dtype.cuh"
 
@@ -22,7 +22,6 @@ struct MoeRouterParams {
   float scale;
   int unused;
 };
-static_assert(sizeof(MoeRouterParams) == 8 * 8 + 12 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoeRouterStatsParams {
   const float* partial_probabilities;
@@ -34,7 +33,6 @@ struct MoeRouterStatsParams {
   float* z_loss;               // one value
   int tokens, experts, rows, capacity;
 };
-static_assert(sizeof(MoeRouterStatsParams) == 7 * 8 + 4 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoeCapacityParams {
   const int *offsets, *inverse_indices;
@@ -42,7 +40,6 @@ struct MoeCapacityParams {
   int* topk_ids;
   int assignments, capacity;
 };
-static_assert(sizeof(MoeCapacityParams) == 4 * 8 + 2 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoePermuteParams {
   const void* topk_ids;    // (tokens, top_k)
@@ -56,7 +53,6 @@ struct MoePermuteParams {
   int assignments, top_k, experts, ids;
   int per_warp, ids_wide;  // assignments of a warp, a multiple of 32; ids are 64-bit
 };
-static_assert(sizeof(MoePermuteParams) == 8 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct MoeCombineParams {
   const void* y;               // (assignments in the order of the experts, columns)
@@ -69,7 +65,6 @@ struct MoeCombineParams {
   int tokens, top_k, columns, weights_dtype;
   int gate_dtype, aligned;     // aligned: rows of out start at multiples of 16 bytes
 };
-static_assert(sizeof(MoeCombineParams) == 10 * 8 + 6 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct GroupedClearParams {
   void* out;               // rows without a gap between them
@@ -79,7 +74,6 @@ struct GroupedClearParams {
   int groups, rows;        // rows: of out
   int max_rows, unused;
 };
-static_assert(sizeof(GroupedClearParams) == 4 * 8 + 4 * 4, "the packer of plan/moe.py counts on this layout");
 
 enum Activation : int { kIdentity = 0, kSwiglu, kGeglu, kGegluTanh, kSwigluOai, kGelu, kGeluTanh, kRelu, kRelu2 };
 
@@ -110,14 +104,12 @@ struct GroupedGemmParams {
   int awaited;                             // -1: rows are counted; more: they wait until each row of x was counted so often; 0: neither
   int dealt;                               // 1, 2: blocks take the next tile when they are free, by that counter; 0: every so many-th
 };
-static_assert(sizeof(GroupedGemmParams) == 23 * 8 + 26 * 4, "the packer of plan/moe.py counts on this layout");
 
 struct GroupedGemmSm90Params : GroupedGemmParams {
   alignas(128) TensorMap x_map;  // (k, rows): boxes of 64 x kBlockM; not used when rows are gathered
   TensorMap w_map;               // (k, halves, n, groups)
   TensorMap out_map;             // (n, 1, rows, 1): boxes of 64 x 16
 };
-static_assert(sizeof(GroupedGemmSm90Params) == 384 + 3 * 128, "the packer of plan/moe.py counts on this layout");
 
 // The same for products whose activation is swiglu within +-limit. Kernels know it by this type, so that it is compiled apart and the code
 // of all others stays as it is.

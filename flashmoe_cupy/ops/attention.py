@@ -510,9 +510,10 @@ def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned
         _env.log.warning("%s runs on the slower %s: %s", problem.describe(), kernel.name, "; ".join(slow))
     loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch
-    tail = kernel.pack_tail(problem, config, aligned, sms, clear_rest)
+    params = kernel.params
+    tail = params.pack(kernel.values(problem, config, aligned, sms, clear_rest))
     ready = launch.Launch(
         device, loaded.function, kernel.grid(problem, config, sms), config.threads, config.smem_bytes,
-        kernel.pack_pointers, tail, _env.get().check, (), kernel.counter_at(problem) // 8, kernel.clears,
+        params.pack_pointers, tail, _env.get().check, (), kernel.counter_at(problem) // 8, kernel.clears,
     )  # fmt: skip
-    return launch.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(problem, config))
+    return launch.with_maps(ready, params.maps_at, kernel.map_arguments(problem, config))

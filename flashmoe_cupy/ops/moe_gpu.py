@@ -23,6 +23,7 @@ from flashmoe_cupy.jit.series import NULL, Place, Series
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.plan import kernels, moe
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.params import Params
 
 Views = tuple[View | None, ...]
 Pointers = tuple[int, ...]
@@ -174,11 +175,10 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
     announced = kernels.announced(pair, arch, aligned, sms)
     for step in steps:
         if isinstance(step, moe.Step):
-            tail = step.tail or moe.combine_tail(problem, aligned)  # type: ignore[arg-type]
-            ready = _small(step, tail, arch, device, stream)
+            ready, params = _small(step, arch, device, stream, aligned), step.kernel.params
         else:
-            ready = _product(step, arch, device, stream, aligned, sms, announced)
-        launches.append((ready, tuple(place[name] for name in step.arguments)))
+            ready, params = _product(step, arch, device, stream, aligned, sms, announced)
+        launches.append((ready, tuple(place[step.arguments.get(pointer, "")] for pointer in params.pointers)))
     return Ready(Series(launches), work.bytes, aligned, of.rows, 1 + len(of.arguments))
 
 
@@ -190,7 +190,7 @@ def _may_be_early(arch: str) -> bool:
     return int(arch[3:].rstrip("a")) >= 90 and gpu.driver_version() >= 12030
 
 
-def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int | None) -> Launch:
+def _small(step: moe.Step, arch: str, device: int, stream: int | None, aligned: bool) -> Launch:
     kernel, config = step.kernel, step.config
     if arch.startswith("sm_") and int(arch[3:].rstrip("a")) < 80:
         reason = f"{arch} is not supported: the kernels need compute capability 8.0 or newer"
@@ -198,14 +198,14 @@ def _small(step: moe.Step, tail: bytes, arch: str, device: int, stream: int | No
     name = f"{kernel.name} {config.name}"
     loaded = gpu.load_for(kernel.source(config), name, arch, device, config.smem_bytes, stream)
     return Launch(
-        device, loaded.function, step.grid, config.threads, config.smem_bytes, kernel.pack_pointers, tail,
-        _env.get().check, early=_may_be_early(arch),
+        device, loaded.function, step.grid, config.threads, config.smem_bytes, kernel.params.pack_pointers,
+        step.pack(aligned), _env.get().check, early=_may_be_early(arch),
     )  # fmt: skip
 
 
 def _product(
     step: moe.ProductStep, arch: str, device: int, stream: int | None, aligned: bool, sms: int, announced: int
-) -> Launch:
+) -> tuple[Launch, Params]:
     product = step.product
     aligned = aligned and moe.rows_aligned(product)
     kernel = kernels.choose_product(product, arch, aligned)
@@ -217,12 +217,13 @@ def _product(
         _env.log.warning("%s runs on the slower %s: %s", product.describe(), kernel.name, "; ".join(slow))
     loaded = gpu.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     counters = "counters" in step.arguments
-    tail = kernel.pack_tail(product, config, aligned, announced if counters else 0, counters)
+    params = kernel.params
+    tail = params.pack(kernel.values(product, config, aligned, announced if counters else 0, counters))
     ready = Launch(
         device, loaded.function, kernel.grid(product, config, sms), config.threads, config.smem_bytes,
-        kernel.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),
+        params.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),
     )  # fmt: skip
-    return gpu.with_maps(ready, kernel.pointer_bytes + len(tail), kernel.map_arguments(product, config))
+    return gpu.with_maps(ready, params.maps_at, kernel.map_arguments(product, config)), params
 
 
 def _check_ids(ids: View | None, num_experts: int, num_global: int) -> None:

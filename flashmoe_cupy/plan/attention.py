@@ -5,16 +5,15 @@ One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything 
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from flashmoe_cupy.dtypes import BF16, DType
 from flashmoe_cupy.jit import source
-from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan import order, softcap
 from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM, Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.problem import AttentionProblem
 
 DEFAULT_SMS = 132  # of an H100, where no device is at hand
@@ -77,23 +76,6 @@ _MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last til
 _MANY_KEYS = 4096  # keys that a query sees on average, from which wider tiles of keys pay
 _WIDE_TILE_KEYS = 1024  # the same, at d 64, for 192 queries by 128 keys against 256 by 64
 
-_POINTERS = (
-    "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks",
-    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
-)  # fmt: skip
-# The rest of fm::AttentionFwdParams, in its order; pack_tail finds the values by these names.
-_TAIL_FIELDS = (
-    *(f"{name}_stride_{axis}" for name in ("q", "k", "v", "out") for axis in "bsh"),
-    *(f"bias_stride_{axis}" for axis in "bhqk"),
-    "lse_stride_b", "lse_stride_h",
-    "heads_q", "heads_per_key", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "window_left", "window_right",
-    "m_blocks", "v_blocks", "alibi_stride_b", "bias_dtype", "sinks_dtype", "aligned",
-    "softmax_scale", "softcap",
-)  # fmt: skip
-_HEAD = struct.Struct(f"{len(_POINTERS)}Q")
-_TAIL = struct.Struct("18q14i2f")
-_EXTRA = struct.Struct("4iQ3i8f")  # what the Hopper kernel has beyond them
-
 
 class AttentionFwd(ABC):
     """What the kernels share. A subclass says which problems it runs, and in which configuration."""
@@ -101,12 +83,7 @@ class AttentionFwd(ABC):
     name: str
     header: str
     summary: str
-    params = "AttentionFwdParams"
-    params_size = _HEAD.size + _TAIL.size
-    params_align: int | None = None
-    fields = _POINTERS + _TAIL_FIELDS
-    pack_pointers = _HEAD.pack_into
-    pointer_bytes = _HEAD.size
+    params: Params
     clears = False  # whether the kernel can write the rows of no sequence
 
     @abstractmethod
@@ -146,8 +123,8 @@ class AttentionFwd(ABC):
     def source(self, config: Config) -> str:
         """The translation unit of one configuration."""
         return source.render(
-            self.header, config.struct, self.params, self.params_size, config.threads, config.min_blocks,
-            params_align=self.params_align,
+            self.header, config.struct, self.params.name, self.params.size, config.threads, config.min_blocks,
+            params_align=self.params.align,
         )  # fmt: skip
 
     def tiles(self, problem: AttentionProblem, config: Config) -> int:
@@ -167,21 +144,21 @@ class AttentionFwd(ABC):
         """Blocks of a launch on a device of `sms` multiprocessors."""
         return self.tiles(problem, config)
 
-    def pack_tail(
+    def values(
         self,
         p: AttentionProblem,
         config: Config,
         aligned: bool,
         sms: int = DEFAULT_SMS,  # noqa: ARG002
         clear_rest: int = 0,  # noqa: ARG002
-    ) -> bytes:
-        """The bytes of Params between the pointers and the tensor maps: the same for every call with this problem.
+    ) -> dict[str, float | Sequence[float]]:
+        """What Params holds between the pointers and the tensor maps: the same for every call with this problem.
 
         clear_rest: 1 to write the rows of no sequence in out, 2 in lse, 3 in both; for kernels that have `clears`.
         """
         m_blocks, v_blocks = self.blocks(p, config)
         strides = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "out": p.out_strides}
-        values: dict[str, float] = {
+        return {
             **{f"{name}_stride_{axis}": n for name, of in strides.items() for axis, n in zip("bsh", of, strict=True)},
             **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
             "lse_stride_b": p.lse_strides[0],
@@ -203,14 +180,13 @@ class AttentionFwd(ABC):
             "softmax_scale": p.softmax_scale,
             "softcap": p.softcap,
         }
-        return _TAIL.pack(*[values[name] for name in _TAIL_FIELDS])
 
     def counter_at(self, p: AttentionProblem) -> int:  # noqa: ARG002
         """Where in Params the address of a counter of tiles belongs; 0: the kernel wants none."""
         return 0
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:  # noqa: ARG002
-        """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
+        """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
         return ()
 
 
@@ -220,6 +196,7 @@ class AttentionFwdSm80(AttentionFwd):
     name = "attention_fwd_sm80"
     header = "attention/fwd_sm80.cuh"
     summary = "attention forward on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
+    params = Params(header, "AttentionFwdParams")
 
     def configs(self, arch: str) -> list[Sm80Config]:
         found = [
@@ -263,11 +240,8 @@ class AttentionFwdSm90(AttentionFwd):
     name = "attention_fwd_sm90"
     header = "attention/fwd_sm90.cuh"
     summary = "attention forward on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
-    params = "AttentionFwdSm90Params"
-    maps_at = 384  # where the tensor maps begin in Params
+    params = Params(header, "AttentionFwdSm90Params")
     clears = True
-    params_size = maps_at + 4 * MAP_BYTES  # of q, k, v and out
-    params_align = 128
 
     def configs(self, arch: str) -> list[Sm90Config]:
         if arch != "sm_90a":
@@ -346,11 +320,10 @@ class AttentionFwdSm90(AttentionFwd):
         per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
         return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
 
-    def extra(
-        self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS, clear_rest: int = 0
-    ) -> dict[str, float]:
-        """The fields of fm::AttentionFwdSm90Params behind those of its base, in their order."""
-        return {
+    def values(
+        self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS, clear_rest: int = 0
+    ) -> dict[str, float | Sequence[float]]:
+        return super().values(p, config, aligned, sms) | {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
             "section": self.section(p, config, sms),
@@ -364,14 +337,7 @@ class AttentionFwdSm90(AttentionFwd):
 
     def counter_at(self, p: AttentionProblem) -> int:
         """Only the device knows the lengths of packed sequences: no order of the host's could be even."""
-        return self.pointer_bytes + _TAIL.size + 4 * 4 if p.varlen else 0
-
-    def pack_tail(
-        self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS, clear_rest: int = 0
-    ) -> bytes:
-        extra = self.extra(p, config, sms, clear_rest)
-        tail = super().pack_tail(p, config, aligned, sms) + _EXTRA.pack(*extra.values())
-        return tail.ljust(self.maps_at - self.pointer_bytes, b"\0")
+        return self.params.fields["tile_counter"].at if p.varlen else 0
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
         group, batch, (rows_q, rows_k) = _heads_per_key(p), 1 if p.varlen else p.batch, _rows(p)

@@ -5,14 +5,13 @@ A step is one launch: a kernel's source, its grid, and its Params as bytes with 
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import FP32, INT32, DType
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
-from flashmoe_cupy.plan.product import POINTERS, Product
+from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.product import Product
 
 _PER_LANE = (1, 2, 4, 8, 16, 32)  # experts that a lane of the router holds, by compiled sizes
 _WARPS_ROUTER = 4
@@ -36,25 +35,13 @@ class SmallConfig(NamedTuple):
 
 
 class SmallKernel(NamedTuple):
-    """A kernel that takes its Params as pointers, then 64-bit, then 32-bit numbers."""
+    """A kernel whose configurations are the same on every architecture."""
 
     name: str
     header: str
     summary: str
-    params: str
-    pointers: int
-    tail: struct.Struct
+    params: Params
     all_configs: tuple[SmallConfig, ...]
-
-    @property
-    def params_size(self) -> int:
-        """Bytes of Params."""
-        return 8 * self.pointers + self.tail.size
-
-    @property
-    def pack_pointers(self) -> Callable[..., None]:
-        """Packs the addresses in front of Params."""
-        return struct.Struct(f"{self.pointers}Q").pack_into
 
     def configs(self, arch: str) -> tuple[SmallConfig, ...]:  # noqa: ARG002
         """The closed set, the same for every architecture."""
@@ -63,55 +50,67 @@ class SmallKernel(NamedTuple):
     def source(self, config: SmallConfig) -> str:
         """The translation unit of one configuration."""
         return source.render(
-            self.header, config.struct, self.params, self.params_size, config.threads, config.min_blocks
-        )
+            self.header, config.struct, self.params.name, self.params.size, config.threads, config.min_blocks,
+            params_align=self.params.align,
+        )  # fmt: skip
 
 
-ROUTER = SmallKernel(
-    "moe_router", "moe/router.cuh", "top-k experts and their weights", "MoeRouterParams", 7, struct.Struct("q10if1i"),
-    tuple(
+def _kernel(name: str, header: str, summary: str, params: str, *configs: SmallConfig) -> SmallKernel:
+    return SmallKernel(name, header, summary, Params(header, params), configs)
+
+
+ROUTER = _kernel(
+    "moe_router", "moe/router.cuh", "top-k experts and their weights", "MoeRouterParams",
+    *[
         SmallConfig(f"{32 * n} experts{' stats' * s}", f"MoeRouter<{n}, {'true' if s else 'false'}>", 128, 0)
         for s in (False, True)
         for n in _PER_LANE
-    ),
+    ],
 )  # fmt: skip
-ROUTER_STATS = SmallKernel(
-    "moe_router_stats", "moe/router.cuh", "counts and losses of a router", "MoeRouterStatsParams", 7,
-    struct.Struct("4i"), (SmallConfig("stats", "MoeRouterStats", 1024, 8192),),
+ROUTER_STATS = _kernel(
+    "moe_router_stats", "moe/router.cuh", "counts and losses of a router", "MoeRouterStatsParams",
+    SmallConfig("stats", "MoeRouterStats", 1024, 8192),
 )  # fmt: skip
-CAPACITY = SmallKernel(
-    "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams", 4, struct.Struct("2i"),
-    (SmallConfig("capacity", "MoeCapacity", 256, 0),),
+CAPACITY = _kernel(
+    "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams",
+    SmallConfig("capacity", "MoeCapacity", 256, 0),
 )  # fmt: skip
-_PERMUTE = struct.Struct("q6i")
-PERMUTE_COUNT = SmallKernel(
-    "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams", 7, _PERMUTE,
-    (SmallConfig("count", "MoePermuteCount", 512, 16384),),
+PERMUTE_COUNT = _kernel(
+    "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams",
+    SmallConfig("count", "MoePermuteCount", 512, 16384),
 )  # fmt: skip
-PERMUTE_PLACE = SmallKernel(
-    "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams", 7, _PERMUTE,
-    (SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),),
+PERMUTE_PLACE = _kernel(
+    "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams",
+    SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),
 )  # fmt: skip
-COMBINE = SmallKernel(
-    "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams", 6,
-    struct.Struct("4q6i"),
-    tuple(SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")),
+COMBINE = _kernel(
+    "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams",
+    *[SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")],
 )  # fmt: skip
-CLEAR = SmallKernel(
-    "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams", 3, struct.Struct("q4i"),
-    (SmallConfig("clear", "GroupedClear", 256, 0),),
+CLEAR = _kernel(
+    "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams",
+    SmallConfig("clear", "GroupedClear", 256, 0),
 )  # fmt: skip
 SMALL_KERNELS = (ROUTER, ROUTER_STATS, CAPACITY, PERMUTE_COUNT, PERMUTE_PLACE, COMBINE, CLEAR)
 
+Arguments = dict[str, str]  # pointer of Params: array whose address it holds. Others are null
+
 
 class Step(NamedTuple):
-    """One launch of a small kernel. arguments: names of the arrays whose addresses go to the front of Params."""
+    """One launch of a small kernel. values: what Params holds behind its pointers."""
 
     kernel: SmallKernel
     config: SmallConfig
     grid: int
-    arguments: tuple[str, ...]
-    tail: bytes
+    arguments: Arguments
+    values: dict[str, float]
+
+    def pack(self, aligned: bool) -> bytes:
+        """Params behind the pointers. aligned: arrays that go by rows start at multiples of 16 bytes."""
+        values = dict(self.values)
+        if "aligned" in values:
+            values["aligned"] *= aligned
+        return self.kernel.params.pack(values)
 
 
 class Workspace:
@@ -142,32 +141,45 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
         work.add("partial_z", 4 * rows)
     size = next(i for i, n in enumerate(_PER_LANE) if 32 * n >= p.num_experts)
     config = ROUTER.all_configs[size + (len(_PER_LANE) if stats else 0)]
-    tail = ROUTER.tail.pack(
-        p.logits_stride, p.tokens, p.num_experts, p.top_k, tokens_per_block, p.dtype.code, _code(p.bias_dtype),
-        _SCORING.index(p.scoring_func), int(p.renormalize), p.num_expert_group, p.topk_group,
-        p.routed_scaling_factor, 0,
-    )  # fmt: skip
-    partial = ("partial_probabilities", "partial_counts", "partial_z")
-    outputs = ("topk_weights", "topk_ids")
-    steps = [Step(ROUTER, config, blocks, ("logits", "bias", *outputs, *(partial if stats else ("", "", ""))), tail)]
+    values: dict[str, float] = {
+        "logits_stride": p.logits_stride,
+        "tokens": p.tokens,
+        "experts": p.num_experts,
+        "top_k": p.top_k,
+        "tokens_per_block": tokens_per_block,
+        "logits_dtype": p.dtype.code,
+        "bias_dtype": _code(p.bias_dtype),
+        "scoring_func": _SCORING.index(p.scoring_func),
+        "renormalize": int(p.renormalize),
+        "groups": p.num_expert_group,
+        "topk_groups": p.topk_group,
+        "scale": p.routed_scaling_factor,
+    }
+    partial = _same("partial_probabilities", "partial_counts", "partial_z") if stats else {}
+    chosen = _same("topk_weights", "topk_ids")
+    steps = [Step(ROUTER, config, blocks, _same("logits", "bias") | chosen | partial, values)]
     limited = 0 <= p.capacity < p.tokens
     if stats:
-        results = ("expert_counts", "dropped", "load_balancing_loss", "z_loss")
-        numbers = (p.tokens, p.num_experts, rows, p.capacity if limited else 2**31 - 1)
-        tail = ROUTER_STATS.tail.pack(*numbers)
-        steps.append(Step(ROUTER_STATS, ROUTER_STATS.all_configs[0], 1, (*partial, *results), tail))
+        results = _same("expert_counts", "dropped", "load_balancing_loss", "z_loss")
+        values = {"tokens": p.tokens, "experts": p.num_experts, "rows": rows}
+        values["capacity"] = p.capacity if limited else 2**31 - 1
+        steps.append(Step(ROUTER_STATS, ROUTER_STATS.all_configs[0], 1, partial | results, values))
     if limited:
-        chosen = PermuteProblem(INT32, p.tokens, p.top_k, p.top_k, p.num_experts, -1)
-        steps += permute_steps(chosen, work)
+        steps += permute_steps(PermuteProblem(INT32, p.tokens, p.top_k, p.top_k, p.num_experts, -1), work)
         assignments = p.tokens * p.top_k
-        arguments = ("offsets", "inverse_indices", *outputs)
-        tail = CAPACITY.tail.pack(assignments, p.capacity)
-        steps.append(Step(CAPACITY, CAPACITY.all_configs[0], -(-assignments // 256), arguments, tail))
+        arguments = _same("offsets", "inverse_indices") | chosen
+        values = {"assignments": assignments, "capacity": p.capacity}
+        steps.append(Step(CAPACITY, CAPACITY.all_configs[0], -(-assignments // 256), arguments, values))
     return steps, work
 
 
-def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters: str = "") -> list[Step]:
-    """The launches of `moe_permute`. own: the three results lie in the workspace. counters: an array that becomes 0."""
+def _same(*names: str) -> Arguments:
+    """Pointers of Params that are called like their arrays."""
+    return {name: name for name in names}
+
+
+def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters: bool = False) -> list[Step]:
+    """The launches of `moe_permute`. own: the three results lie in the workspace. counters: those become 0."""
     assignments = p.tokens * p.top_k
     if own:
         work.add("offsets", 4 * (p.num_experts + 1))
@@ -178,26 +190,28 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters
     blocks = -(-assignments // (per_warp * _WARPS_PERMUTE))
     if blocks > 1:
         work.add("counts", 4 * blocks * p.num_experts)
-    wide = int(p.ids_dtype.itemsize == 8)
-    tail = _PERMUTE.pack(p.ids_stride, assignments, p.top_k, p.num_experts, p.ids, per_warp, wide)
-    results = ("offsets", "sorted_indices", "inverse_indices")
-    mapped = "expert_map" if p.num_global >= 0 else ""
-    arguments = ("topk_ids", mapped, "counts" if blocks > 1 else "", *results, counters)
-    steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, tail)]
+    values: dict[str, float] = {
+        "ids_stride": p.ids_stride,
+        "assignments": assignments,
+        "top_k": p.top_k,
+        "experts": p.num_experts,
+        "ids": p.ids,
+        "per_warp": per_warp,
+        "ids_wide": int(p.ids_dtype.itemsize == 8),
+    }
+    arguments = _same("topk_ids", "offsets", "sorted_indices", "inverse_indices")
+    arguments |= _same(*["expert_map"] * (p.num_global >= 0), *["counts"] * (blocks > 1), *["counters"] * counters)
+    steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, values)]
     if blocks > 1:
-        steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, tail))
+        steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, values))
     return steps
 
 
 class ProductStep(NamedTuple):
-    """One grouped product. arguments: names of the arrays, in the order of `product.POINTERS`."""
+    """One grouped product."""
 
     product: Product
-    arguments: tuple[str, ...]
-
-
-def _arguments(*names: str) -> tuple[str, ...]:
-    return names + ("",) * (len(POINTERS) - len(names))
+    arguments: Arguments
 
 
 def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step | ProductStep]:
@@ -206,9 +220,10 @@ def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step | ProductStep]:
     if p.new_out:
         rows = p.rows * (p.num_experts if p.masked else 1)
         chunks = p.n * p.dtype.itemsize // 16
-        tail = CLEAR.tail.pack(chunks, p.num_experts, rows, p.rows, 0)
+        values: dict[str, float] = {"row_chunks": chunks, "groups": p.num_experts, "rows": rows, "max_rows": p.rows}
         grid = min(-(-rows * chunks // 256), 264)  # two blocks for each of an H100's multiprocessors
-        steps.insert(0, Step(CLEAR, CLEAR.all_configs[0], grid, ("out", "offsets", "group_sizes"), tail))
+        arguments = _same("out", "offsets", "group_sizes")
+        steps.insert(0, Step(CLEAR, CLEAR.all_configs[0], grid, arguments, values))
     return steps
 
 
@@ -224,7 +239,7 @@ def _grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
         p.w_strides, 0, out_row, p.bias_dtype, (p.bias_stride, 1, 0), None, 0, 0.0, 0.0, out_group, x_group - out_group,
         expected, False,
     )  # fmt: skip
-    return ProductStep(product, _arguments("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices"))
+    return ProductStep(product, _same("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices"))
 
 
 def _rows(p: GroupedGemmProblem, strides: tuple[int, int]) -> tuple[int, int]:
@@ -266,9 +281,9 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
         work.add("inverse_indices", 4 * assignments)
     else:
         work.add("counters", 4 * (2 + p.num_experts))
-        steps += permute_steps(chosen, work, counters="counters")
-    mapped = "expert_map" if p.num_global >= 0 else ""
-    ids, found = ("topk_ids", mapped) if few else (), ("", "") if few else ("offsets", "sorted_indices")
+        steps += permute_steps(chosen, work, counters=True)
+    # How both products find the rows of their groups.
+    found = _same("topk_ids", *["expert_map"] * (p.num_global >= 0)) if few else _same("offsets", "counters")
     work.add("activation", assignments * n * size)
     work.add("y", assignments * d * size)
     # a gated w_gate_up has n gate rows, then n up rows, or takes turns
@@ -284,17 +299,17 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
         p.topk_weights_stride, p.swiglu_alpha, p.swiglu_limit, 0, 0, expected, p.batch_invariant,
         False, chosen if few else None,
     )  # fmt: skip
-    gathered = "topk_weights" if p.weight_on_input else ""
-    arguments = ("x", "w_gate_up", "activation", "b_gate_up", found[0], "", found[1], gathered, *ids)
-    counters = ("", "", "", "counters")
-    steps.append(ProductStep(first, _arguments(*arguments, *(("inverse_indices",) if few else counters))))
+    arguments = {"x": "x", "w": "w_gate_up", "out": "activation", "bias": "b_gate_up"} | found
+    arguments |= _same("inverse_indices") if few else {"gather_indices": "sorted_indices"}
+    if p.weight_on_input:
+        arguments["row_weights"] = "topk_weights"
+    steps.append(ProductStep(first, arguments))
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
         p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
         chosen if few else None,
     )  # fmt: skip
-    behind = ids if few else counters
-    steps.append(ProductStep(second, _arguments("activation", "w_down", "y", "b_down", found[0], "", "", "", *behind)))
+    steps.append(ProductStep(second, {"x": "activation", "w": "w_down", "out": "y", "bias": "b_down"} | found))
     if p.shared:
         s = p.shared
         work.add("shared_activation", p.tokens * s * size)
@@ -306,30 +321,32 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
             bias_strides=(0, 0, 0), row_weights_dtype=None, row_weights_stride=0, group_stride=p.tokens,
             expected=float(p.tokens), few=None,
         )  # fmt: skip
-        steps.append(ProductStep(one, _arguments("x", "shared_w_gate_up", "shared_activation")))
+        steps.append(ProductStep(one, {"x": "x", "w": "shared_w_gate_up", "out": "shared_activation"}))
         two = second._replace(
             groups=1, rows=p.tokens, rows_x=p.tokens, max_rows=p.tokens, k=s, x_stride=s,
             w_strides=(0, p.shared_w_down_stride), bias_dtype=None, bias_strides=(0, 0, 0), group_stride=p.tokens,
             expected=float(p.tokens), few=None,
         )  # fmt: skip
-        steps.append(ProductStep(two, _arguments("shared_activation", "shared_w_down", "shared")))
+        steps.append(ProductStep(two, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
     config = next(c for c in COMBINE.all_configs if c.name == p.dtype.cuda)
     chunks = p.tokens * (d // (16 // size))
     grid = min(-(-chunks // 256), 2**16)
-    gate = p.shared_gate_dtype is not None
-    weights = "" if p.weight_on_input else "topk_weights"
-    arguments = ("y", "inverse_indices", weights, "shared" if p.shared else "", "shared_gate" if gate else "", "out")
-    steps.append(Step(COMBINE, config, grid, arguments, b""))
+    arguments = _same("y", "inverse_indices", "out", *["topk_weights"] * (not p.weight_on_input))
+    arguments |= _same(*["shared"] * bool(p.shared), *["shared_gate"] * (p.shared_gate_dtype is not None))
+    values: dict[str, float] = {
+        "weights_stride_t": p.topk_weights_stride,
+        "weights_stride_k": 1,
+        "shared_gate_stride": p.shared_gate_stride,
+        "out_stride": p.out_stride,
+        "tokens": p.tokens,
+        "top_k": p.top_k,
+        "columns": p.hidden,
+        "weights_dtype": p.topk_weights_dtype.code,
+        "gate_dtype": _code(p.shared_gate_dtype),
+        "aligned": int(p.tokens <= 1 or p.out_stride * size % 16 == 0),
+    }
+    steps.append(Step(COMBINE, config, grid, arguments, values))
     return steps, work
-
-
-def combine_tail(p: MoEProblem, aligned: bool) -> bytes:
-    """The rest of Params of the last step. aligned: out starts at a multiple of 16 bytes."""
-    aligned = aligned and (p.tokens <= 1 or p.out_stride * p.dtype.itemsize % 16 == 0)
-    return COMBINE.tail.pack(
-        p.topk_weights_stride, 1, p.shared_gate_stride, p.out_stride, p.tokens, p.top_k, p.hidden,
-        p.topk_weights_dtype.code, _code(p.shared_gate_dtype), int(aligned),
-    )  # fmt: skip
 
 
 def _code(dtype: DType | None) -> int:

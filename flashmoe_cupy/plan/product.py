@@ -5,17 +5,16 @@ A product is one launch of cuda_src/moe/grouped_gemm_*.cuh: `grouped_gemm` is on
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit import source
-from flashmoe_cupy.jit.tensormap import BYTES as MAP_BYTES
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM
 from flashmoe_cupy.plan.moe_problem import PermuteProblem
+from flashmoe_cupy.plan.params import Params
 
 DEFAULT_SMS = 132  # of an H100, where no device is at hand
 _SORTED_BYTES = 128  # the order of few assignments, as a warp has found it
@@ -23,13 +22,6 @@ _MOST = 2**31 - 2**16  # tiles: a block counts up to one grid beyond the last
 _ACTIVATIONS = (
     "", "swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2",
 )  # fmt: skip
-
-POINTERS = (
-    "x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices", "row_weights", "topk_ids", "expert_map",
-    "inverse_indices", "counters",
-)  # fmt: skip
-_HEAD = struct.Struct(f"{len(POINTERS)}Q")
-_TAIL = struct.Struct("11q12i2f12i")
 
 
 class Product(NamedTuple):
@@ -187,11 +179,7 @@ class GroupedGemm(ABC):
     name: str
     header: str
     summary: str
-    params: str
-    params_size: int
-    params_align: int | None = None
-    pack_pointers = _HEAD.pack_into
-    pointer_bytes = _HEAD.size
+    params: Params
 
     @abstractmethod
     def configs(self, arch: str) -> Sequence[GemmConfig]:
@@ -207,10 +195,10 @@ class GroupedGemm(ABC):
 
     def source(self, config: GemmConfig) -> str:
         """The translation unit of one configuration."""
-        params = f"Clamped<fm::{self.params}>" if config.clamped else self.params
+        params = f"Clamped<fm::{self.params.name}>" if config.clamped else self.params.name
         return source.render(
-            self.header, config.struct, params, self.params_size, config.threads, config.min_blocks,
-            params_align=self.params_align, cluster=config.cluster,
+            self.header, config.struct, params, self.params.size, config.threads, config.min_blocks,
+            params_align=self.params.align, cluster=config.cluster,
         )  # fmt: skip
 
     def tiles(self, p: Product, config: GemmConfig) -> int:
@@ -242,31 +230,56 @@ class GroupedGemm(ABC):
         """Whether blocks take the next tile when they are free, instead of every so many-th."""
         return False
 
-    def pack_tail(
+    def values(
         self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0, counters: bool = False
-    ) -> bytes:
-        """The bytes of Params behind the pointers, up to the tensor maps.
+    ) -> dict[str, float]:
+        """What Params holds between the pointers and the tensor maps.
 
         announced: how often the first of two products counts a row, if the second waits for that. counters: there are
         some, that are 0 before the first one runs.
         """
-        across = self.shares_rows(p, config)
-        code = [0 if dtype is None else dtype.code for dtype in (p.bias_dtype, p.row_weights_dtype)]
-        return _TAIL.pack(
-            p.x_stride, *p.w_strides, p.w_stride_half, p.out_stride, *p.bias_strides, p.row_weights_stride, 1,
-            0 if p.few is None else p.few.ids_stride,
-            p.groups, p.max_rows, p.rows_x, p.rows,
-            p.k, p.n, n_blocks(p, config), p.gather_divisor,
-            _ACTIVATIONS.index(p.activation), *code, int(aligned),
-            p.alpha, p.limit,
-            max(1, 16 * 128 // (config.block_m * (1 if across else config.cluster))), p.group_stride, p.x_skip,
-            *((0, 1, 0, 0) if p.few is None else _ids(p.few)), int(p.early), _guess(p, config), int(across),
-            announced if p.early else -1 if announced else 0,
-            (2 if p.early else 1) if counters and self.deals(p, config) else 0,
-        )  # fmt: skip
+        across, ids = self.shares_rows(p, config), p.few
+        awaited = announced if p.early else -1 if announced else 0
+        dealt = (2 if p.early else 1) if counters and self.deals(p, config) else 0
+        return {
+            "x_stride": p.x_stride,
+            **dict(zip(("w_stride_e", "w_stride_n"), p.w_strides, strict=True)),
+            "w_stride_half": p.w_stride_half,
+            "out_stride": p.out_stride,
+            **dict(zip(("bias_stride_e", "bias_stride_n", "bias_stride_half"), p.bias_strides, strict=True)),
+            "row_weights_stride_t": p.row_weights_stride,
+            "row_weights_stride_k": 1,
+            "ids_stride": 0 if ids is None else ids.ids_stride,
+            "groups": p.groups,
+            "max_rows": p.max_rows,
+            "rows_x": p.rows_x,
+            "rows": p.rows,
+            "k": p.k,
+            "n": p.n,
+            "n_blocks": n_blocks(p, config),
+            "gather_divisor": p.gather_divisor,
+            "activation": _ACTIVATIONS.index(p.activation),
+            "bias_dtype": _code(p.bias_dtype),
+            "row_weights_dtype": _code(p.row_weights_dtype),
+            "aligned": int(aligned),
+            "alpha": p.alpha,
+            "limit": p.limit,
+            "section": max(1, 16 * 128 // (config.block_m * (1 if across else config.cluster))),
+            "group_stride": p.group_stride,
+            "x_skip": p.x_skip,
+            "assignments": 0 if ids is None else ids.tokens * ids.top_k,
+            "top_k": 1 if ids is None else ids.top_k,
+            "ids": 0 if ids is None else ids.ids,
+            "ids_wide": 0 if ids is None else int(ids.ids_dtype.itemsize == 8),
+            "early": int(p.early),
+            "guess": _guess(p, config),
+            "across": int(across),
+            "awaited": awaited,
+            "dealt": dealt,
+        }
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
-        """The tensor maps that follow the tail, the i-th one over the array of the i-th pointer."""
+        """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
         return ()
 
 
@@ -278,8 +291,8 @@ def _guess(p: Product, config: GemmConfig) -> int:
     return 256  # 8.6 MB in all; benchmarks/NOTEBOOK.md
 
 
-def _ids(p: PermuteProblem) -> tuple[int, int, int, int]:
-    return p.tokens * p.top_k, p.top_k, p.ids, int(p.ids_dtype.itemsize == 8)
+def _code(dtype: DType | None) -> int:
+    return 0 if dtype is None else dtype.code
 
 
 def n_blocks(p: Product, config: GemmConfig) -> int:
@@ -293,8 +306,7 @@ class GroupedGemmSm80(GroupedGemm):
     name = "grouped_gemm_sm80"
     header = "moe/grouped_gemm_sm80.cuh"
     summary = "grouped products on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
-    params = "GroupedGemmParams"
-    params_size = _HEAD.size + _TAIL.size
+    params = Params(header, "GroupedGemmParams")
 
     # (block_m, block_n, stages): for many rows of a group to few; not yet measured
     tiles_16 = ((128, 128, 3), (64, 128, 3), (16, 128, 4))
@@ -330,10 +342,7 @@ class GroupedGemmSm90(GroupedGemm):
     name = "grouped_gemm_sm90"
     header = "moe/grouped_gemm_sm90.cuh"
     summary = "grouped products on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
-    params = "GroupedGemmSm90Params"
-    maps_at = 384  # where the tensor maps begin in Params
-    params_size = maps_at + 3 * MAP_BYTES  # of x, w and out
-    params_align = 128
+    params = Params(header, "GroupedGemmSm90Params")
 
     # (block_m, block_n, block_k, stages, cluster, ping_pong), by rows of a group on average: few, whose weights travel
     # once; up to two tiles of 64, which share their weights; one or two of 128, one consumer for each; many.
@@ -411,12 +420,6 @@ class GroupedGemmSm90(GroupedGemm):
     def deals(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
         """Where a block has so many tiles that the last ones would not end together."""
         return config.cluster > 1
-
-    def pack_tail(
-        self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0, counters: bool = False
-    ) -> bytes:
-        tail = super().pack_tail(p, config, aligned, announced, counters)
-        return tail.ljust(self.maps_at - self.pointer_bytes, b"\0")
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
         size = p.dtype.itemsize

@@ -7,6 +7,7 @@ range of u. cuda_src/math/softmax.cuh says what it is used for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 UNBOUNDED = "SoftcapScores"  # the Hopper kernel's variant where a softcap is all that changes the scores
 BOUNDED = "BoundedSoftcapScores"  # the same in bf16, for a softcap that leaves no exponent too large
@@ -44,8 +45,8 @@ def _tanh_short(end: float) -> tuple[float, float]:
     return first - sag, (last - first) / end**2
 
 
-def fields(kind: str, softmax_scale: float, softcap: float) -> dict[str, float]:
-    """The fields of fm::AttentionFwdSm90Params, in their order; zeros where `kind` is no softcap."""
+def fields(kind: str, softmax_scale: float, softcap: float) -> dict[str, float | Sequence[float]]:
+    """The members of fm::AttentionFwdSm90Params; zeros where `kind` is no softcap."""
     to_tanh, query_scale = 0.0, 0.0
     capped, short = [0.0] * 4, [0.0] * 2
     if kind in VARIANTS:
@@ -58,8 +59,8 @@ def fields(kind: str, softmax_scale: float, softcap: float) -> dict[str, float]:
         )
     return {
         "to_tanh": to_tanh,
-        **{f"softcap_exponent_{k}": c for k, c in enumerate(capped)},
-        **{f"softcap_short_{k}": c for k, c in enumerate(short)},
+        "softcap_exponent": capped,
+        "softcap_short": short,
         "query_scale": query_scale,
     }
 

@@ -88,7 +88,7 @@ def _product(step: ProductStep, arch: str, sms: int | None) -> Choice:
     from flashmoe_cupy.plan import kernels, moe
     from flashmoe_cupy.plan.product import DEFAULT_SMS
 
-    product, name = step.product, _STEPS[step.arguments[2]]
+    product, name = step.product, _STEPS[step.arguments["out"]]
     aligned = moe.rows_aligned(product)
     try:
         kernel = kernels.choose_product(product, arch, aligned)
