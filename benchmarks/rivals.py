@@ -155,7 +155,7 @@ class OursForced(Ours):
         kernels = importlib.import_module("flashmoe_cupy.plan.kernels")
         return first_reason(
             (not hasattr(kernels, "only"), "this flashmoe_cupy cannot force a kernel"),
-            (self.kernel not in kernels.KERNELS, f"this flashmoe_cupy has no kernel {self.kernel}"),
+            (self.kernel not in kernels.of_task("attention_fwd"), f"this flashmoe_cupy has no kernel {self.kernel}"),
         )
 
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:

@@ -198,10 +198,10 @@ def _await_kernels(config: pytest.Config) -> None:
 def _compile_all(capability: tuple[int, int]) -> None:
     from compile_kit import compile_all
 
-    from flashmoe_cupy.plan.kernels import KERNELS, PRODUCTS, SMALL, arch_for
+    from flashmoe_cupy.plan.kernels import KERNELS, arch_for
 
     with contextlib.suppress(Exception):  # the tests show what does not compile
-        compile_all([*KERNELS.values(), *PRODUCTS.values(), *SMALL.values()], arch_for(capability))
+        compile_all(list(KERNELS.values()), arch_for(capability))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -229,14 +229,14 @@ def _seeds() -> Iterator[None]:
 @pytest.fixture(params=["chosen", "attention_fwd_sm80"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     """For GPU tests: once with the kernels that the library chooses, once with the general one where it has a rival."""
-    from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
+    from flashmoe_cupy.plan.kernels import arch_for, of_task, only
 
     if request.param == "chosen":
         yield
         return
     capability, given = compute_capability()[0], request.node.callspec.params
     arch = arch_for(capability or (0, 0))
-    if not any(other.configs(arch) for name, other in KERNELS.items() if name != request.param):
+    if not any(other.configs(arch) for name, other in of_task("attention_fwd").items() if name != request.param):
         pytest.skip(f"{arch} has no other kernel")
     if getattr(given.get("case"), "dtype", given.get("dtype")) == "float32":
         pytest.skip("fp32 has no other kernel")
@@ -247,13 +247,13 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(params=["chosen", "grouped_gemm_sm80"])
 def product_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same for mixtures of experts, whose kernels differ in their products."""
-    from flashmoe_cupy.plan.kernels import PRODUCTS, arch_for, only
+    from flashmoe_cupy.plan.kernels import arch_for, of_task, only
 
     if request.param == "chosen":
         yield
         return
     arch = arch_for(compute_capability()[0] or (0, 0))
-    if not any(other.configs(arch) for name, other in PRODUCTS.items() if name != request.param):
+    if not any(other.configs(arch) for name, other in of_task("grouped_gemm").items() if name != request.param):
         pytest.skip(f"{arch} has no other kernel")
     if request.node.callspec.params.get("dtype") == "float32":
         pytest.skip("fp32 has no other kernel")

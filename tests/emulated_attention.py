@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from flashmoe_cupy import reference
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan.attention import rows_aligned
 from flashmoe_cupy.plan.config import Config
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
@@ -35,7 +34,9 @@ def problem_of(case: Case, arrays: Arrays) -> AttentionProblem:
 def choose(case: Case, kernel: str) -> Config:
     """The configuration that the library takes for a case."""
     problem = problem_of(case, case.random())
-    return KERNELS[kernel].choose(problem, "sm_90a" if kernel == SM90 else "sm_80", rows_aligned(problem))
+    arch = "sm_90a" if kernel == SM90 else "sm_80"
+    config: Config = KERNELS[kernel].choose(problem, arch, problem.rows_aligned)
+    return config
 
 
 def attention(
@@ -63,8 +64,9 @@ def attention(
     params = bytearray(spec.params.size)
     spec.params.pack_pointers(params, 0, *pointers)
     clear = 3 if p.varlen and spec.clears else 0
+    values = spec.values(p, config, p.rows_aligned, sms) | ({"clear_rest": clear} if spec.clears else {})
     behind = spec.params.maps_at
-    params[8 * len(pointers) : behind] = spec.params.pack(spec.values(p, config, rows_aligned(p), sms, clear))
+    params[8 * len(pointers) : behind] = spec.params.pack(values)
     for i, one in enumerate(spec.map_arguments(p, config)):
         params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, pointers[i])
     counter = guarded(np.zeros(2, np.int32), "the counter of tiles")

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from flashmoe_cupy.arrays import view
 from flashmoe_cupy.plan import moe
-from flashmoe_cupy.plan.kernels import PRODUCTS
+from flashmoe_cupy.plan.kernel import Step
+from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe_problem import grouped_gemm_problem, moe_problem, permute_problem, route_problem
 from flashmoe_cupy.plan.product import GemmConfig, GroupedGemmSm90, Product
 
 Array = NDArray[Any]
-Steps = Sequence[moe.Step | moe.ProductStep]
+Steps = Sequence[Step]
 _POISON = 0xFF  # every byte of memory that nobody has written: NaN as a float, -1 as an index
 
 
@@ -84,50 +85,44 @@ class Machine:
         addresses = {"": 0} | {n: x.ctypes.data for n, x in (arrays | made).items()}
         announced = 0
         for step in steps:
-            layout = step.kernel.params if isinstance(step, moe.Step) else PRODUCTS[self.product].params
-            pointers = [addresses.get(step.arguments.get(name, ""), 0) for name in layout.pointers]
-            if isinstance(step, moe.Step):
-                kernel, config = step.kernel, step.config
-                params = bytearray(layout.size)
-                layout.pack_pointers(params, 0, *pointers)
-                params[8 * len(pointers) :] = step.pack(True)
-                tu, grid, cluster = kernel.source(config), step.grid, 1
-                self.used.append(f"{kernel.name} {config.name}")
-                run(tu, bytes(params), grid, config.threads, config.smem_bytes, self.seed, cluster)
-            else:
-                announced = self._multiply(step.product, pointers, announced, "counters" in step.arguments)
+            product = step.task == "grouped_gemm"
+            kernel: Any = KERNELS[self.product if product else step.task]
+            pointers = [addresses.get(step.arguments.get(name, ""), 0) for name in kernel.params.pointers]
+            arch = "sm_90a" if "sm90" in kernel.name else "sm_80"
+            starts = 0
+            for pointer in pointers[:3] if product else ():
+                starts |= pointer
+            problem, aligned = step.problem, step.problem.rows_aligned and not starts & 15
+            why = kernel.why_not(problem, arch, aligned)
+            assert not why, why
+            config = kernel.choose(problem, arch, aligned, self.sms)
+            if product:
+                config = self._config(config, problem)
+                if problem.counters:  # the second waits for the rows of the first, whether it would be chosen or not
+                    announced = announced if problem.early else kernel.announces(problem, config)
+                    problem = problem._replace(announced=announced)
+                self.announced.append(kernel.announces(problem, config))
+            params, maps_at = bytearray(kernel.params.size), kernel.params.maps_at
+            kernel.params.pack_pointers(params, 0, *pointers)
+            values = kernel.values(problem, config, aligned, self.sms) | (step.values or {})
+            params[8 * len(pointers) : maps_at] = kernel.params.pack(values)
+            for i, one in enumerate(kernel.map_arguments(problem, config)):
+                params[maps_at + 128 * i : maps_at + 128 * (i + 1)] = tensor_map(one, pointers[i])
+            self.used.append(f"{kernel.name} {config.name}")
+            run(
+                kernel.source(config), bytes(params), kernel.grid(problem, config, self.sms), config.threads,
+                config.smem_bytes, self.seed, config.cluster, headers=self.headers if product else {},
+            )  # fmt: skip
         self.left = {name: arrays[name] for name in work.offsets}
         return made
 
-    def _multiply(self, product: Product, pointers: list[int], announced: int, counters: bool) -> int:
-        """How often the kernel says that a row is written; announced: how often the one before did."""
-        kernel = PRODUCTS[self.product]
-        arch = "sm_90a" if "sm90" in self.product else "sm_80"
-        aligned = moe.rows_aligned(product) and not (pointers[0] | pointers[1] | pointers[2]) & 15
-        why = kernel.why_not(product, arch, aligned)
-        assert not why, why
-        config = kernel.choose(product, arch, aligned, self.sms)
+    def _config(self, chosen: GemmConfig, product: Product) -> GemmConfig:
+        """The configuration that was asked for, where it can run the product."""
         plain_only = self.config is not None and self.config[1:7] in (GroupedGemmSm90.plain, GroupedGemmSm90.thin)
-        if self.config is not None and not (plain_only and (product.gather or product.gated)):
-            wanted = {n: getattr(config, n) for n in ("gather", "gated", "clamped") if hasattr(config, n)}
-            config = self.config._replace(**wanted)
-        params, maps_at = bytearray(kernel.params.size), kernel.params.maps_at
-        kernel.params.pack_pointers(params, 0, *pointers)
-        if counters and not product.early:
-            announced = kernel.announces(product, config)  # always, whether it would be chosen or not
-        values = kernel.values(product, config, aligned, announced if counters else 0, counters)
-        params[8 * len(pointers) : maps_at] = kernel.params.pack(values)
-        for i, one in enumerate(kernel.map_arguments(product, config)):
-            at = maps_at + 128 * i
-            params[at : at + 128] = tensor_map(one, pointers[i])
-        grid = kernel.grid(product, config, self.sms)
-        self.used.append(f"{kernel.name} {config.name}")
-        run(
-            kernel.source(config), bytes(params), grid, config.threads, config.smem_bytes, self.seed, config.cluster,
-            headers=self.headers,
-        )  # fmt: skip
-        self.announced.append(kernel.announces(product, config))
-        return self.announced[-1]
+        if self.config is None or (plain_only and (product.gather or product.gated)):
+            return chosen
+        wanted = {n: getattr(chosen, n) for n in ("gather", "gated", "clamped") if hasattr(chosen, n)}
+        return self.config._replace(**wanted)
 
 
 def _beside(x: Array, name: str, before: bool) -> Array:

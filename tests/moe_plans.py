@@ -16,9 +16,10 @@ from compile_kit import compile_all
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.plan import moe
-from flashmoe_cupy.plan.kernels import PRODUCTS, SMALL, arch_for
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel, Step
+from flashmoe_cupy.plan.kernels import arch_for, of_op, of_task
 from flashmoe_cupy.plan.moe_problem import grouped_gemm_problem, moe_problem, permute_problem, route_problem
-from flashmoe_cupy.plan.product import DEFAULT_SMS, GroupedGemm, Product
+from flashmoe_cupy.plan.product import Product
 from flashmoe_cupy.testing import case_text
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -111,7 +112,7 @@ def views(case: Case) -> dict[str, View]:
     return {name: view(shape, dtype) for name, shape, dtype in shapes(case)}
 
 
-def steps(case: Case, stats: bool = False) -> tuple[list[moe.Step | moe.ProductStep], moe.Workspace]:
+def steps(case: Case, stats: bool = False) -> tuple[list[Step], moe.Workspace]:
     """The launches of a problem and its workspace, as the library plans them; nothing is launched for no token."""
     v, work = views(case), moe.Workspace()
     if (case[0] if not isinstance(case, ProductCase) else case.rows + case.max_rows) == 0:
@@ -127,28 +128,28 @@ def steps(case: Case, stats: bool = False) -> tuple[list[moe.Step | moe.ProductS
 
 
 def product_problems(case: Case) -> list[Product]:
-    return [step.product for step in steps(case)[0] if isinstance(step, moe.ProductStep)]
+    return [step.problem for step in steps(case)[0] if step.task == "grouped_gemm"]
 
 
-def takes(kernel: GroupedGemm, products: Iterable[Product], arch: str, aligned: bool = True) -> bool:
+def takes(kernel: Kernel[Any, Any], products: Iterable[Product], arch: str, aligned: bool = True) -> bool:
     """Whether the kernel runs all of these products."""
-    return not any(kernel.why_not(p, arch, aligned and moe.rows_aligned(p)) for p in products)
+    return not any(kernel.why_not(p, arch, aligned and p.rows_aligned) for p in products)
 
 
 def configurations(case: Case, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> set[tuple[str, str]]:
     """(kernel, configuration) of all launches, of products on every kernel that takes the problem."""
     every = [step for stats in (False, True) for step in steps(case, stats)[0]]
-    found = {(step.kernel.name, step.config.name) for step in every if isinstance(step, moe.Step)}
+    found = {(step.task, step.problem.config.name) for step in every if step.task != "grouped_gemm"}
     problems = product_problems(case)
-    for kernel in PRODUCTS.values():
+    for kernel in of_task("grouped_gemm").values():
         if takes(kernel, problems, arch, aligned):
-            chosen = [kernel.choose(p, arch, aligned and moe.rows_aligned(p), sms) for p in problems]
+            chosen = [kernel.choose(p, arch, aligned and p.rows_aligned, sms) for p in problems]
             found |= {(kernel.name, config.name) for config in chosen}
     return found
 
 
 def every_configuration(arch: str) -> set[tuple[str, str]]:
-    kernels: list[Any] = [*PRODUCTS.values(), *SMALL.values()]
+    kernels: list[Any] = list(of_op("moe").values())
     return {(kernel.name, config.name) for kernel in kernels for config in kernel.configs(arch)}
 
 
@@ -168,10 +169,10 @@ def arch_here() -> str:
 def kernel_names(case: Case, aligned: bool = True) -> list[str]:
     """The product kernels that take a problem on the device here; the library would choose the first."""
     problems = product_problems(case)
-    return [name for name, kernel in PRODUCTS.items() if takes(kernel, problems, arch_here(), aligned)]
+    return [name for name, kernel in of_task("grouped_gemm").items() if takes(kernel, problems, arch_here(), aligned)]
 
 
 @functools.cache
 def compile_everything() -> int:
     """Compile every kernel of mixtures of experts, on all cores, for the device here; how many there are."""
-    return compile_all([*PRODUCTS.values(), *SMALL.values()], arch_here())
+    return compile_all(list(of_op("moe").values()), arch_here())

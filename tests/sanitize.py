@@ -19,7 +19,7 @@ import numpy as np
 
 import flashmoe_cupy
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
+from flashmoe_cupy.plan.kernels import arch_for, of_task, only
 from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
 from flashmoe_cupy.testing import AttentionCase, VarlenCase
 
@@ -94,7 +94,7 @@ def main() -> int:
             **{n: view(a, n) for n, a in arrays.items()}, **case.options()
         )
         call = flashmoe_cupy.flash_attention_varlen if packed else flashmoe_cupy.flash_attention
-        for kernel in KERNELS.values():
+        for kernel in of_task("attention_fwd").values():
             if kernel.why_not(problem, arch, aligned):
                 continue
             name = (kernel.name, kernel.choose(problem, arch, aligned).name)
@@ -112,7 +112,8 @@ def main() -> int:
         run(case, arrays, True)
         if isinstance(case, AttentionCase) and case.causal and not case.bias:
             run(case, arrays | unaligned({n: arrays[n] for n in "qkv"}), False)
-    every = {(kernel.name, config.name) for kernel in KERNELS.values() for config in kernel.configs(arch)}
+    kernels = of_task("attention_fwd")
+    every = {(name, config.name) for name, kernel in kernels.items() for config in kernel.configs(arch)}
     wrong += [f"not launched: {' '.join(name)}" for name in sorted(every - used)]
     sys.stdout.write("".join(f"{line}\n" for line in wrong))
     sys.stdout.write(f"{launches} launches, {len(used)} of {len(every)} configurations, {len(wrong)} wrong\n")

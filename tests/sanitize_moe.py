@@ -27,7 +27,7 @@ from moe_plans import (
 )
 
 import flashmoe_cupy
-from flashmoe_cupy.plan.kernels import PRODUCTS, only
+from flashmoe_cupy.plan.kernels import of_task, only
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
 Arrays = dict[str, Any]
@@ -115,7 +115,7 @@ def main() -> int:
         if once and configurations(case, arch, aligned, sms) <= used:
             return
         problems = product_problems(case)
-        for kernel in PRODUCTS.values():
+        for kernel in of_task("grouped_gemm").values():
             if takes(kernel, problems, arch, aligned):
                 with only(kernel.name):
                     good = all(map(finite, call(case, t)))

@@ -16,9 +16,9 @@ import flashmoe_cupy
 from flashmoe_cupy import _env, service
 from flashmoe_cupy.cli import commands, main, measure, show
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, PRODUCTS, SMALL
+from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, of_op
 
-EVERY: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
+ATTENTION = of_op("attention")
 NO_GPU = service.backend()[0] == "numpy"
 
 
@@ -144,7 +144,7 @@ def test_explain_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     data = run_json(capsys, "explain", "--q", "4096", "--heads", "32", "--kv-heads", "8", "--causal", *archs)
     assert [choice["arch"] for choice in data["choices"]] == list(ARCHS)
     for choice in data["choices"]:
-        config = next(c for c in KERNELS[choice["kernel"]].configs(choice["arch"]) if c.name == choice["config"])
+        config = next(c for c in ATTENTION[choice["kernel"]].configs(choice["arch"]) if c.name == choice["config"])
         assert config.smem_bytes > 0 and set(choice["fields"]) > set(config._asdict())
     assert data["flops"] == 2 * 32 * (4096 * 4097 // 2) * 256
     assert data["bytes"] == 2 * 256 * 4096 * (32 + 8)
@@ -154,7 +154,7 @@ def test_explain_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", "--d", "64", "--arch", "sm_90a")
     assert code == 0
-    for word in ("sm_90a", "GFLOP", service.backend()[1], *KERNELS):
+    for word in ("sm_90a", "GFLOP", service.backend()[1], *ATTENTION):
         assert word in out
     text = str(service.explain(head_dim=64, arch="sm_90a"))
     assert "sm_90a" in text and "GFLOP" in text
@@ -166,7 +166,7 @@ def test_explain_says_why_not_the_other_kernel() -> None:
         ((name, reason),) = choice.rejected
         return choice.kernel, name, reason
 
-    special, general = KERNELS
+    special, general = ATTENTION
     assert rejected("sm_90a") == (special, general, f"{special} comes first")
     for arch, options, word in (("sm_90a", {"dtype": "float32"}, "float32"), ("sm_80", {}, "sm_90a")):
         kernel, name, reason = rejected(arch, **options)
@@ -220,14 +220,14 @@ def test_visible_pairs(lengths: tuple[int, int], window: tuple[int, int]) -> Non
 
 def test_kernels_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     data = run_json(capsys, "kernels")
-    assert list(data) == list(EVERY)
-    for name, kernel in EVERY.items():
+    assert list(data) == list(KERNELS)
+    for name, kernel in KERNELS.items():
         listed = {(c["name"], arch) for c in data[name]["configs"] for arch in c["archs"]}
         assert listed == {(c.name, arch) for arch in ARCHS for c in kernel.configs(arch)}
     code, out, _ = run(capsys, "kernels", "--arch", "sm_80")
-    assert code == 0 and all(name in out for name in EVERY)
-    assert list(run_json(capsys, "kernels", "--op", "attention")) == list(KERNELS)
-    assert list(run_json(capsys, "kernels", "--head-dim", "64")) == list(KERNELS)
+    assert code == 0 and all(name in out for name in KERNELS)
+    assert list(run_json(capsys, "kernels", "--op", "attention")) == list(ATTENTION)
+    assert list(run_json(capsys, "kernels", "--head-dim", "64")) == list(ATTENTION)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -371,10 +371,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["self_test"] and all(test["passed"] for test in data["self_test"])
     assert data["cache"]["path"] == str(_env.get().cache_dir)
     assert bool(data["devices"]) or data["driver"]["error"]
-    assert list(data["kernels"]) == list(EVERY)
+    assert list(data["kernels"]) == list(KERNELS)
     code, out, _ = run(capsys, "info", "--no-test")
     assert code == 0 and "Self-test" not in out
-    for word in ("driver", "CuPy", "NVRTC", "torch", "jax", "Cache", *KERNELS):
+    for word in ("driver", "CuPy", "NVRTC", "torch", "jax", "Cache", *ATTENTION):
         assert word in out
 
 

@@ -15,14 +15,14 @@ from test_cli import run, run_json
 import flashmoe_cupy
 from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import moe_gpu
+from flashmoe_cupy.ops import launches, moe_gpu
 from flashmoe_cupy.plan import moe_problem
-from flashmoe_cupy.plan.kernels import ARCHS, PRODUCTS, SMALL
+from flashmoe_cupy.plan.kernels import ARCHS, of_op, of_task
 from flashmoe_cupy.service import warm
 from flashmoe_cupy.service.plans import absent_arrays
 
 cache_dir = test_cli.cache_dir  # pytest looks for fixtures among the names of the module
-EVERY: dict[str, Any] = {**PRODUCTS, **SMALL}
+EVERY = of_op("moe")
 KINDS = ("bfloat16", "float16", "float32")
 
 
@@ -92,7 +92,8 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
         driver_version=lambda: 12040,
         load_for=load_for, with_maps=lambda ready, at, maps: ready,
     )  # fmt: skip
-    patch.setattr(moe_gpu, "gpu", stand_in)
+    for module in (moe_gpu, launches):
+        patch.setattr(module, "gpu", stand_in)
     return asked
 
 
@@ -161,7 +162,7 @@ def test_explain_gives_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_shows_a_product_that_nothing_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kernel in PRODUCTS.values():
+    for kernel in of_task("grouped_gemm").values():
         monkeypatch.setattr(type(kernel), "why_not", lambda self, product, arch, aligned=True: [f"{self.name} is off"])
     code, out, _ = run(capsys, "explain", "--op", "moe", "--arch", "sm_90a")
     assert code == 1 and "sm_90a, down: no kernel runs this" in out and "grouped_gemm_sm80 is off" in out
@@ -231,7 +232,7 @@ def test_the_warm_up_set_is_complete(arch: str, monkeypatch: pytest.MonkeyPatch)
 
     def made(dtype: str | None = None) -> set[tuple[str, str]]:
         found = service.specialisations(arch, op="moe", dtype=dtype)
-        return {(k.source(c), f"{k.name} {c.name}" if k.name in SMALL else c.name) for k, c in found}
+        return {(k.source(c), k.title(c)) for k, c in found}
 
     parts = {dtypes.from_name(kind): made(dtype=kind) for kind in KINDS}
     everything, seen = made(), set()

@@ -12,15 +12,14 @@ import pytest
 
 from flashmoe_cupy.jit import cache, compiler, source
 from flashmoe_cupy.plan.config import MAX_SMEM
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, PRODUCTS, SMALL, arch_for
+from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, arch_for
 
 pytest.importorskip("cupy")
 pytestmark = pytest.mark.compile
 
 
-EVERY: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
-PAIRS = [(name, arch) for name, kernel in EVERY.items() for arch in ARCHS if kernel.configs(arch)]
-NAMES = {(kernel, arch): [config.name for config in EVERY[kernel].configs(arch)] for kernel, arch in PAIRS}
+PAIRS = [(name, arch) for name, kernel in KERNELS.items() for arch in ARCHS if kernel.configs(arch)]
+NAMES = {(kernel, arch): [config.name for config in KERNELS[kernel].configs(arch)] for kernel, arch in PAIRS}
 
 
 def usual_archs(kernel: str, config: str) -> list[str]:
@@ -40,7 +39,7 @@ def parts() -> Iterator[Any]:
         usual: list[Any] = []
         rest: list[Any] = []
         twins: list[Any] = []
-        for config in EVERY[kernel].configs(arch):
+        for config in KERNELS[kernel].configs(arch):
             if is_twin(kernel, arch, config.name):
                 twins.append(config)
             else:
@@ -69,7 +68,7 @@ def test_every_configuration_is_in_a_part() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "arch", "configs"), PARTS)
 def test_all_configurations(kernel: str, arch: str, configs: list[Any]) -> None:
-    spec = EVERY[kernel]
+    spec = KERNELS[kernel]
 
     def build(config: Any) -> list[str]:
         tu = spec.source(config)
@@ -88,13 +87,13 @@ def test_all_configurations(kernel: str, arch: str, configs: list[Any]) -> None:
         assert [text for found in pool.map(build, configs) for text in found] == []
 
 
-WITH_SMEM = [name for name, kernel in EVERY.items() if any(c.smem_bytes for c in kernel.configs("sm_90a"))]
+WITH_SMEM = [name for name, kernel in KERNELS.items() if any(c.smem_bytes for c in kernel.configs("sm_90a"))]
 
 
 @pytest.mark.parametrize("kernel", WITH_SMEM)
 def test_shared_memory_arithmetic(kernel: str) -> None:
     """The host's smem_bytes is the kernel's Smem::kBytes: a wrong number stops the compile."""
-    spec = EVERY[kernel]
+    spec = KERNELS[kernel]
     arch = next(arch for name, arch in PAIRS if name == kernel)
     text = f'#include "{spec.header}"\n'
     for config in spec.configs(arch):
@@ -104,10 +103,10 @@ def test_shared_memory_arithmetic(kernel: str) -> None:
         compiler.compile_cubin(text.replace(f"== {config.smem_bytes}", "== 1"), source.headers_for(text), arch)
 
 
-@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_params_lie_where_they_were_read(kernel: str) -> None:
     """The compiler puts each member of Params where `plan.params` read it to be. NVRTC has no offsetof."""
-    spec = EVERY[kernel]
+    spec = KERNELS[kernel]
     arch = next(arch for name, arch in PAIRS if name == kernel)
     text = f'#include "{spec.header}"\nusing P = fm::{spec.params.name};\n'
     text += f"static_assert(sizeof(P) == {spec.params.size} && alignof(P) == {spec.params.align});\n"

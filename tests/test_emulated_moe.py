@@ -15,7 +15,7 @@ from flashmoe_cupy import reference
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import moe
-from flashmoe_cupy.plan.kernels import announced
+from flashmoe_cupy.plan.kernels import linked
 from flashmoe_cupy.plan.moe_problem import PermuteProblem
 from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -375,8 +375,9 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
         work = moe.Workspace()
         problem = PermuteProblem(INT32, assignments, 1, 1, 7, -1)
         steps = moe.permute_steps(problem, work)
-        per_warp = int(steps[-1].values["per_warp"])
-        grid = steps[-1].grid
+        values: Any = steps[-1].values
+        per_warp = values["per_warp"]
+        grid = steps[-1].problem.blocks
         assert per_warp % 32 == 0 and (grid - 1) * 16 * per_warp < assignments <= grid * 16 * per_warp
         assert len(steps) == (1 if grid == 1 else 2)
 
@@ -395,5 +396,5 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
 )  # fmt: skip
 def test_groups_are_awaited_where_there_are_many(case: MoECase, arch: str, aligned: bool, counts: int) -> None:
     steps, _ = moe_plans.steps(case)
-    pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "counters" in step.arguments]
-    assert announced(pair, arch, aligned, 132) == counts
+    found = [s.problem.announced for s in linked(steps, arch, aligned, 132) if s.task == "grouped_gemm"]
+    assert found == [counts, counts]

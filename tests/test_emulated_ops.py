@@ -25,7 +25,7 @@ from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 from flashmoe_cupy.jit.launch import Launch, Loaded
 from flashmoe_cupy.jit.series import Series, pointers
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.ops import moe_gpu, quick
+from flashmoe_cupy.ops import launches, moe_gpu, quick
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.kernels import only
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -118,7 +118,8 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(arrays._adapters, Resident, adapt)
     monkeypatch.setattr(arrays, "empty", empty)
     monkeypatch.setattr(arrays, "stream", lambda v: 5)
-    monkeypatch.setattr(moe_gpu, "gpu", fake)
+    for module in (moe_gpu, launches):
+        monkeypatch.setattr(module, "gpu", fake)
     monkeypatch.setattr(Series, "run", fake.run)
     kernels._forget()
     yield fake
@@ -162,7 +163,7 @@ def test_unaligned_rows_take_the_portable_kernel(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where there is a faster one, that is said, once."""
-    monkeypatch.setattr(moe_gpu, "_warned", set())
+    monkeypatch.setattr(launches, "_warned", set())
     monkeypatch.setattr(logging.getLogger("flashmoe_cupy"), "propagate", True)
     case = MoECase(20, 64, 64, 3, 2)
     given = case.random()

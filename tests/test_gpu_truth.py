@@ -21,7 +21,7 @@ import pytest
 from compile_kit import compile_sources
 
 import flashmoe_cupy
-from flashmoe_cupy.plan.kernels import KERNELS, arch_for, only
+from flashmoe_cupy.plan.kernels import arch_for, of_task, only
 from flashmoe_cupy.testing import (
     TOLERANCES,
     AttentionCase,
@@ -300,7 +300,7 @@ def specialisations(cases: Iterable[tuple[Case, bool]], arch: str) -> dict[str, 
     found = {}
     for case, aligned in cases:
         p = problem(case)
-        for kernel in KERNELS.values():
+        for kernel in of_task("attention_fwd").values():
             if not kernel.why_not(p, arch, aligned):
                 config = kernel.choose(p, arch, aligned)
                 found[kernel.source(config)] = f"{kernel.name} {config.name}"
@@ -318,7 +318,7 @@ def arch_here() -> str:
 def kernel_names(case: Case) -> list[str]:
     """The kernels that take a problem, in aligned memory, on the device here; the library would choose the first."""
     p = problem(case)
-    return [name for name, kernel in KERNELS.items() if not kernel.why_not(p, arch_here())]
+    return [name for name, kernel in of_task("attention_fwd").items() if not kernel.why_not(p, arch_here())]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from flashmoe_cupy import FlashMoELayer, _env, _xla_ffi, reference
 from flashmoe_cupy.dtypes import UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit.series import Series
-from flashmoe_cupy.ops import moe_buffers, moe_gpu
+from flashmoe_cupy.ops import launches, moe_buffers, moe_gpu
 from flashmoe_cupy.testing import within_tolerance
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -326,7 +326,8 @@ def machine(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.Mon
     from test_emulated_ops import Machine
 
     fake = Machine(request.param)
-    monkeypatch.setattr(moe_gpu, "gpu", fake)
+    for module in (moe_gpu, launches):
+        monkeypatch.setattr(module, "gpu", fake)
     monkeypatch.setattr(Series, "run", fake.run)
     moe_gpu._ready.clear()
     yield fake

@@ -13,9 +13,9 @@ from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan import kernels, softcap
-from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90, rows_aligned
+from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90
 from flashmoe_cupy.plan.config import MAX_SMEM
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, choose_kernel, only
+from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, choose, of_task, only
 from flashmoe_cupy.plan.problem import AttentionProblem
 
 SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"
@@ -37,7 +37,7 @@ def problem(
 
 
 def test_special_kernels_come_first() -> None:
-    assert list(KERNELS) == [SM90, SM80]
+    assert list(of_task("attention_fwd")) == [SM90, SM80]
     assert [arch for arch in ARCHS if KERNELS[SM90].configs(arch)] == ["sm_90a"]
     assert all(KERNELS[SM80].configs(arch) for arch in ARCHS)
 
@@ -52,12 +52,12 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_hopper_gets_its_own_kernel(options: dict[str, Any]) -> None:
     p = problem(**options)
-    assert rows_aligned(p)
-    assert choose_kernel(p, "sm_90a", True).name == SM90
-    assert choose_kernel(packed(), "sm_90a", True).name == SM90
+    assert p.rows_aligned
+    assert choose("attention_fwd", p, "sm_90a", True).name == SM90
+    assert choose("attention_fwd", packed(), "sm_90a", True).name == SM90
     for arch in ARCHS:
         if arch != "sm_90a":
-            assert choose_kernel(p, arch, True).name == SM80
+            assert choose("attention_fwd", p, arch, True).name == SM80
             assert "sm_90a" in KERNELS[SM90].why_not(p, arch)[0]
 
 
@@ -84,7 +84,7 @@ def test_what_the_hopper_kernel_leaves_to_the_general_one(p: AttentionProblem, a
     (reason,) = hopper.why_not(p, "sm_90a", aligned)
     assert word in reason
     if "tiles" not in word:
-        assert choose_kernel(p, "sm_90a", aligned).name == SM80
+        assert choose("attention_fwd", p, "sm_90a", aligned).name == SM80
 
 
 def test_what_was_passed_over() -> None:
@@ -110,14 +110,14 @@ def test_dimensions_of_one_may_have_any_stride() -> None:
         q=array(1, 1, 4, 64, strides=(-7, 3, 64, 1)), k=array(1, 7, 1, 64, strides=(2**50, 64, -1, 1)),
         v=array(1, 7, 1, 32, strides=(1, 32, 1, 1)),
     )  # fmt: skip
-    assert rows_aligned(p) and hopper.why_not(p, "sm_90a") == []
+    assert p.rows_aligned and hopper.why_not(p, "sm_90a") == []
     for one in hopper.map_arguments(p, hopper.choose(p, "sm_90a")):
         assert all(stride > 0 and stride % 16 == 0 for stride in one.strides)
 
 
 def test_nothing_runs() -> None:
     with pytest.raises(UnsupportedProblem, match=r"compute capability 8\.0") as caught:
-        choose_kernel(problem(), "sm_75", True)
+        choose("attention_fwd", problem(), "sm_75", True)
     assert "sm_75 is not supported" in caught.value.reasons[0] and len(caught.value.reasons) == 1
 
 
@@ -126,18 +126,18 @@ def test_only() -> None:
     kernels.forget.append(lambda: calls.append("forgotten"))
     try:
         with only(SM80):
-            assert choose_kernel(problem(), "sm_90a", True).name == SM80 and len(calls) == 1
+            assert choose("attention_fwd", problem(), "sm_90a", True).name == SM80 and len(calls) == 1
             with only(SM90):
-                assert choose_kernel(problem(), "sm_90a", True).name == SM90
+                assert choose("attention_fwd", problem(), "sm_90a", True).name == SM90
                 with pytest.raises(UnsupportedProblem, match="float32"):
-                    choose_kernel(problem(dtype=FP32), "sm_90a", True)
-            assert choose_kernel(problem(), "sm_90a", True).name == SM80
-        assert choose_kernel(problem(), "sm_90a", True).name == SM90 and len(calls) == 4
+                    choose("attention_fwd", problem(dtype=FP32), "sm_90a", True)
+            assert choose("attention_fwd", problem(), "sm_90a", True).name == SM80
+        assert choose("attention_fwd", problem(), "sm_90a", True).name == SM90 and len(calls) == 4
         with pytest.raises(KeyError), only("attention_fwd_sm10"):
             pass
         with pytest.raises(ZeroDivisionError), only(SM80):
             raise ZeroDivisionError
-        assert choose_kernel(problem(), "sm_90a", True).name == SM90
+        assert choose("attention_fwd", problem(), "sm_90a", True).name == SM90
     finally:
         kernels.forget.pop()
 
@@ -280,7 +280,7 @@ def test_every_choice_is_in_the_closed_set() -> None:
         {}, {"softcap": 1.0}, {"softcap": 99.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
     )  # fmt: skip
     lengths = ((1, 400), (200, 400), (2000, 5000))
-    for kernel in KERNELS.values():
+    for kernel in of_task("attention_fwd").values():
         used, every = set(), set(kernel.configs("sm_90a"))
         grid = itertools.product(range(8, 257, 8), range(8, 513, 8), lengths, features, (BF16, FP16, FP32))
         for d, dv, (q, k), options, dtype in grid:
@@ -291,7 +291,7 @@ def test_every_choice_is_in_the_closed_set() -> None:
         assert {c for c in every if "Unaligned" not in c.variant} == used
 
 
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", of_task("attention_fwd").values(), ids=lambda kernel: kernel.name)
 def test_the_sanitizer_launches_every_configuration(kernel: AttentionFwd) -> None:
     pytest.importorskip("cupy")
     import sanitize
@@ -341,8 +341,8 @@ def test_params_of_the_hopper_kernel() -> None:
     }  # fmt: skip
     assert len(hopper.params.pack(values)) == 384 - 96 and len(portable.params.pack(base)) == 304 - 96
     assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 320
-    rest = hopper.values(packed(), config, True, 100, 3)
-    assert (rest["total_q"], rest["clear_rest"]) == (packed().total_q, 3)
+    rest = hopper.values(packed(), config, True, 100)
+    assert (rest["total_q"], rest["clear_rest"]) == (packed().total_q, 0)
     assert hopper.params.size == 896 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
     assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
 

@@ -17,8 +17,8 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, FP64, INT32, INT64
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import moe, plans
-from flashmoe_cupy.plan.kernels import PRODUCTS
-from flashmoe_cupy.plan.moe import ProductStep, moe_steps
+from flashmoe_cupy.plan.kernels import KERNELS
+from flashmoe_cupy.plan.moe import moe_steps
 from flashmoe_cupy.plan.moe_problem import (
     GroupedGemmProblem,
     MoEProblem,
@@ -168,8 +168,8 @@ def test_products_of_a_clamped_swiglu() -> None:
     shared = {"shared_w_gate_up": array(16, D), "shared_w_down": array(D, 8)}
     for limit, clamped in ((None, False), (math.inf, False), (7.0, True), (0.25, True)):
         steps, _ = moe_steps(experts(swiglu_limit=limit, **shared))
-        first, _, one, _ = [step.product for step in steps if isinstance(step, ProductStep)]
-        for kernel, arch in ((PRODUCTS["grouped_gemm_sm90"], "sm_90a"), (PRODUCTS["grouped_gemm_sm80"], "sm_80")):
+        first, _, one, _ = [step.problem for step in steps if step.task == "grouped_gemm"]
+        for kernel, arch in ((KERNELS["grouped_gemm_sm90"], "sm_90a"), (KERNELS["grouped_gemm_sm80"], "sm_80")):
             for product in (first, one):
                 config = kernel.choose(product, arch)
                 assert config.clamped is clamped and config in kernel.configs(arch)
@@ -180,14 +180,17 @@ def test_products_of_a_clamped_swiglu() -> None:
 def test_rows_of_out_are_aligned_by_address_and_stride() -> None:
     p = experts()
 
-    def aligned(p: MoEProblem, address: bool = True) -> int:
-        return int.from_bytes(moe_steps(p)[0][-1].pack(address)[-4:], "little")  # type: ignore[union-attr]
+    def aligned(p: MoEProblem) -> bool:
+        last: bool = moe_steps(p)[0][-1].problem.rows_aligned
+        return last
 
-    for stride, want in ((p.hidden, 1), (p.hidden + 8, 1), (p.hidden + 1, 0), (p.hidden + 4, 0)):
-        assert aligned(p._replace(out_stride=stride)) == want
-        assert aligned(p._replace(out_stride=stride), False) == 0
-    assert aligned(p._replace(out_stride=3, tokens=1)) == 1
-    assert aligned(p._replace(out_stride=p.hidden + 4, dtype=FP32)) == 1
+    for stride, want in ((p.hidden, True), (p.hidden + 8, True), (p.hidden + 1, False), (p.hidden + 4, False)):
+        assert aligned(p._replace(out_stride=stride)) is want
+    assert aligned(p._replace(out_stride=3, tokens=1))
+    assert aligned(p._replace(out_stride=p.hidden + 4, dtype=FP32))
+    combine = KERNELS["moe_combine"]
+    one = moe_steps(p)[0][-1].problem
+    assert [combine.values(one, one.config, on) for on in (True, False)] == [{"aligned": 1}, {"aligned": 0}]
 
 
 def test_sizes_beyond_32_bits() -> None:

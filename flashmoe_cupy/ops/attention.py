@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe_cupy import _env, arrays, dtypes
+from flashmoe_cupy import arrays, dtypes
 from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
@@ -22,7 +22,7 @@ from flashmoe_cupy.ops.plans import adapter, check_overlap
 from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.ops.unreadable import told, unreadable
 from flashmoe_cupy.plan import kernels
-from flashmoe_cupy.plan.attention import rows_aligned
+from flashmoe_cupy.plan.kernel import Step, same
 from flashmoe_cupy.plan.options import exact, is_window
 from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
@@ -371,7 +371,7 @@ class _Plan:
         self.last: Launch | None = None  # the aligned launch of the device that was used last
         self.aligned = False
         if like is None or like.device >= 0:
-            self.aligned = rows_aligned(p)
+            self.aligned = p.rows_aligned
 
     def run(self, q: View, k: View, v: View, out_view: View | None, optional: tuple[View | None, ...], out: Any) -> Any:
         """The call: outputs from the caller's library, then the kernel or the NumPy back end."""
@@ -476,7 +476,6 @@ _plans: dict[Any, _Plan] = {}
 _plans_lock = threading.Lock()
 _recent = Recent()
 kernels.forget.append(_plans.clear)
-_warned: set[str] = set()  # configurations and reasons whose slowness was mentioned
 _launch: Callable[[Launch, tuple[int, ...], int], None]  # jit.launch.launch, once a kernel is there to be launched
 
 
@@ -489,31 +488,11 @@ def _remember(key: Any, plan: _Plan) -> _Plan:
 
 
 def _prepare(problem: AttentionProblem, device: int, stream: int | None, aligned: bool, clear_rest: int = 0) -> Launch:
-    """Choose, compile (or find) and load the kernel for a problem on a device."""
+    """Choose, compile (or find) and load a kernel for a problem on a device. stream: as in `prepare`."""
     global _launch
     from flashmoe_cupy.jit import launch
+    from flashmoe_cupy.ops.launches import prepare
 
-    arch, sms = kernels.arch_for(launch.compute_capability(device)), launch.multiprocessors(device)
-    kernel = kernels.choose_kernel(problem, arch, aligned)
-    config = kernel.choose(problem, arch, aligned)
-    why = "; ".join(kernel.reasons(problem, config))
-    _env.log.debug("%s: %s, %s; %s", problem.describe(), kernel.name, config.name, why)
-    if not aligned and config.name not in _warned:
-        _warned.add(config.name)
-        _env.log.warning(
-            "%s: rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart, so their elements "
-            "are copied one by one; contiguous arrays are faster", problem.describe(),
-        )  # fmt: skip
-    slow = kernels.passed_over(kernel, problem, arch, aligned) if aligned and problem.dtype is not dtypes.FP32 else []
-    if slow and problem.seqlen_k and problem.total_k and slow[0] not in _warned:
-        _warned.add(slow[0])
-        _env.log.warning("%s runs on the slower %s: %s", problem.describe(), kernel.name, "; ".join(slow))
-    loaded = launch.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
     _launch = launch.launch
-    params = kernel.params
-    tail = params.pack(kernel.values(problem, config, aligned, sms, clear_rest))
-    ready = launch.Launch(
-        device, loaded.function, kernel.grid(problem, config, sms), config.threads, config.smem_bytes,
-        params.pack_pointers, tail, _env.get().check, (), kernel.counter_at(problem) // 8, kernel.clears,
-    )  # fmt: skip
-    return launch.with_maps(ready, params.maps_at, kernel.map_arguments(problem, config))
+    step = Step("attention_fwd", problem, same(*_POINTER_ORDER), {"clear_rest": clear_rest})
+    return prepare(step, device, stream, aligned)[0]

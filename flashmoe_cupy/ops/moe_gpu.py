@@ -15,15 +15,15 @@ import numpy as np
 
 from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
-from flashmoe_cupy.dtypes import BF16, FP32, UINT8, to_numpy
+from flashmoe_cupy.dtypes import BF16, UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as gpu
-from flashmoe_cupy.jit.launch import Launch
 from flashmoe_cupy.jit.series import NULL, Place, Series
 from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.launches import prepare
 from flashmoe_cupy.plan import kernels, moe
+from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
-from flashmoe_cupy.plan.params import Params
 
 Views = tuple[View | None, ...]
 Pointers = tuple[int, ...]
@@ -122,7 +122,6 @@ def _run(problem: Problem, views: Views, outputs: Pointers) -> Ready | None:
     return ready if ready.aligned and ready.series.plain else None
 
 
-_warned: set[str] = set()  # reasons whose slowness was mentioned
 _recorded: list[object] = []  # workspaces whose addresses a graph has; nobody tells when it is gone
 
 
@@ -149,7 +148,7 @@ def ready_for(problem: Problem, device: int, stream: int | None, table: Sequence
 
 def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -> Ready:
     """Choose, compile (or find) and load all kernels of a problem. aligned: rows start at multiples of 16."""
-    steps: list[moe.Step | moe.ProductStep]
+    steps: list[Step]
     if isinstance(problem, RouteProblem):
         routed, work = moe.route_steps(problem)
         steps = [*routed]
@@ -171,59 +170,10 @@ def _prepare(problem: Problem, device: int, stream: int | None, aligned: bool) -
     place |= {name: (len(place), offset) for name, offset in work.offsets.items()}
     arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     launches = []
-    pair = [step.product for step in steps if isinstance(step, moe.ProductStep) and "counters" in step.arguments]
-    announced = kernels.announced(pair, arch, aligned, sms)
-    for step in steps:
-        if isinstance(step, moe.Step):
-            ready, params = _small(step, arch, device, stream, aligned), step.kernel.params
-        else:
-            ready, params = _product(step, arch, device, stream, aligned, sms, announced)
-        launches.append((ready, tuple(place[step.arguments.get(pointer, "")] for pointer in params.pointers)))
+    for step in kernels.linked(steps, arch, aligned, sms):
+        ready, pointers = prepare(step, device, stream, aligned)
+        launches.append((ready, tuple(place[step.arguments.get(name, "")] for name in pointers)))
     return Ready(Series(launches), work.bytes, aligned, of.rows, 1 + len(of.arguments))
-
-
-def _may_be_early(arch: str) -> bool:
-    """Whether the kernels, which all wait for the one in front of them, may be launched while it runs.
-
-    Hopper was the first that can; graphs record such launches since the driver of CUDA 12.3.
-    """
-    return int(arch[3:].rstrip("a")) >= 90 and gpu.driver_version() >= 12030
-
-
-def _small(step: moe.Step, arch: str, device: int, stream: int | None, aligned: bool) -> Launch:
-    kernel, config = step.kernel, step.config
-    if arch.startswith("sm_") and int(arch[3:].rstrip("a")) < 80:
-        reason = f"{arch} is not supported: the kernels need compute capability 8.0 or newer"
-        raise UnsupportedProblem(kernel.name, [reason], "NumPy arrays")
-    name = f"{kernel.name} {config.name}"
-    loaded = gpu.load_for(kernel.source(config), name, arch, device, config.smem_bytes, stream)
-    return Launch(
-        device, loaded.function, step.grid, config.threads, config.smem_bytes, kernel.params.pack_pointers,
-        step.pack(aligned), _env.get().check, early=_may_be_early(arch),
-    )  # fmt: skip
-
-
-def _product(
-    step: moe.ProductStep, arch: str, device: int, stream: int | None, aligned: bool, sms: int, announced: int
-) -> tuple[Launch, Params]:
-    product = step.product
-    aligned = aligned and moe.rows_aligned(product)
-    kernel = kernels.choose_product(product, arch, aligned)
-    config = kernel.choose(product, arch, aligned, sms)
-    _env.log.debug("%s: %s, %s", product.describe(), kernel.name, config.name)
-    slow = [] if product.dtype is FP32 else kernels.product_passed_over(kernel, product, arch, aligned)
-    if slow and slow[0] not in _warned:
-        _warned.add(slow[0])
-        _env.log.warning("%s runs on the slower %s: %s", product.describe(), kernel.name, "; ".join(slow))
-    loaded = gpu.load_for(kernel.source(config), config.name, arch, device, config.smem_bytes, stream)
-    counters = "counters" in step.arguments
-    params = kernel.params
-    tail = params.pack(kernel.values(product, config, aligned, announced if counters else 0, counters))
-    ready = Launch(
-        device, loaded.function, kernel.grid(product, config, sms), config.threads, config.smem_bytes,
-        params.pack_pointers, tail, _env.get().check, early=_may_be_early(arch),
-    )  # fmt: skip
-    return gpu.with_maps(ready, params.maps_at, kernel.map_arguments(product, config)), params
 
 
 def _check_ids(ids: View | None, num_experts: int, num_global: int) -> None:

@@ -5,18 +5,15 @@ One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from flashmoe_cupy.dtypes import BF16, DType
-from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan import order, softcap
-from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM, Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.config import MAX_SMEM, Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, Values
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.problem import AttentionProblem
-
-DEFAULT_SMS = 132  # of an H100, where no device is at hand
 
 _VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 _PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
@@ -77,29 +74,13 @@ _MANY_KEYS = 4096  # keys that a query sees on average, from which wider tiles o
 _WIDE_TILE_KEYS = 1024  # the same, at d 64, for 192 queries by 128 keys against 256 by 64
 
 
-class AttentionFwd(ABC):
-    """What the kernels share. A subclass says which problems it runs, and in which configuration."""
+class AttentionFwd(Kernel[AttentionProblem, Config]):
+    """What the kernels share."""
 
-    name: str
-    header: str
-    summary: str
-    params: Params
-    clears = False  # whether the kernel can write the rows of no sequence
-
-    @abstractmethod
-    def configs(self, arch: str) -> Sequence[Config]:
-        """The closed set for one architecture: warming these up leaves nothing to compile."""
-
-    @abstractmethod
-    def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
-        """Every reason why the problem cannot run on `arch`; empty = it runs. aligned: as for `choose`."""
-
-    @abstractmethod
-    def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Config:
-        """The configuration for a problem. `aligned`: every row of q, k, v and out starts at a multiple of 16 bytes."""
+    op = "attention"
+    task = "attention_fwd"
 
     def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
-        """Why `choose` took this configuration, in sentences."""
         why = [
             f"head dims {problem.head_dim}/{problem.head_dim_v} run in the compiled size "
             f"{config.head_dim}/{config.head_dim_v}, the smallest that holds them"
@@ -120,13 +101,6 @@ class AttentionFwd(ABC):
             why.append("a bias is added to the scores")
         return why
 
-    def source(self, config: Config) -> str:
-        """The translation unit of one configuration."""
-        return source.render(
-            self.header, config.struct, self.params.name, self.params.size, config.threads, config.min_blocks,
-            params_align=self.params.align,
-        )  # fmt: skip
-
     def tiles(self, problem: AttentionProblem, config: Config) -> int:
         """Tiles of work: queries, value columns, heads and batch."""
         m_blocks, v_blocks = self.blocks(problem, config)
@@ -141,21 +115,11 @@ class AttentionFwd(ABC):
         return 0
 
     def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        """Blocks of a launch on a device of `sms` multiprocessors."""
         return self.tiles(problem, config)
 
     def values(
-        self,
-        p: AttentionProblem,
-        config: Config,
-        aligned: bool,
-        sms: int = DEFAULT_SMS,  # noqa: ARG002
-        clear_rest: int = 0,  # noqa: ARG002
-    ) -> dict[str, float | Sequence[float]]:
-        """What Params holds between the pointers and the tensor maps: the same for every call with this problem.
-
-        clear_rest: 1 to write the rows of no sequence in out, 2 in lse, 3 in both; for kernels that have `clears`.
-        """
+        self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
         m_blocks, v_blocks = self.blocks(p, config)
         strides = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "out": p.out_strides}
         return {
@@ -180,14 +144,6 @@ class AttentionFwd(ABC):
             "softmax_scale": p.softmax_scale,
             "softcap": p.softcap,
         }
-
-    def counter_at(self, p: AttentionProblem) -> int:  # noqa: ARG002
-        """Where in Params the address of a counter of tiles belongs; 0: the kernel wants none."""
-        return 0
-
-    def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:  # noqa: ARG002
-        """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
-        return ()
 
 
 class AttentionFwdSm80(AttentionFwd):
@@ -221,7 +177,9 @@ class AttentionFwdSm80(AttentionFwd):
             why.append(f"{config.name} needs {config.smem_bytes} bytes of shared memory, {arch} has {MAX_SMEM[arch]}")
         return why
 
-    def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Sm80Config:
+    def choose(
+        self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Sm80Config:  # fmt: skip
         element = problem.dtype.cuda
         if element == "fp32":
             head_dim, head_dim_v = problem.head_dim, min(problem.head_dim_v, 128)
@@ -232,6 +190,9 @@ class AttentionFwdSm80(AttentionFwd):
         if variant == _PLAIN and not aligned:
             variant = _UNALIGNED
         return Sm80Config(element, *dims, *_tile_sm80(arch, dims, variant), variant)
+
+    def slow(self, problem: AttentionProblem, aligned: bool) -> str:  # noqa: ARG002
+        return "" if aligned else f"{_UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
 
 
 class AttentionFwdSm90(AttentionFwd):
@@ -265,7 +226,7 @@ class AttentionFwdSm90(AttentionFwd):
         if not aligned:
             why.append(f"{_UNALIGNED_ROWS}: the copy engine cannot fetch them")
         if 0 in (p.batch, p.heads_q, p.heads_k, *_rows(p)) or 0 in (p.seqlen_q, p.seqlen_k):
-            why.append("a dimension is 0: the copy engine has no empty arrays")
+            why.append(EMPTY)
         if why:
             return why
         config = self.choose(p, arch, aligned)
@@ -277,7 +238,9 @@ class AttentionFwdSm90(AttentionFwd):
             why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
         return why
 
-    def choose(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> Sm90Config:  # noqa: ARG002
+    def choose(
+        self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Sm90Config:  # fmt: skip
         dims, variant = _compiled_dims(problem, _TILES_SM90), _variant_sm90(problem)
         tile = _tile_for(problem, dims, variant, self.pack_bits(problem))
         return Sm90Config(problem.dtype.cuda, *dims, *tile, variant)
@@ -320,9 +283,8 @@ class AttentionFwdSm90(AttentionFwd):
         per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
         return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
 
-    def values(
-        self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS, clear_rest: int = 0
-    ) -> dict[str, float | Sequence[float]]:
+    def values(self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS) -> Values:
+        """The operation may change clear_rest: 1 to write the rows of no sequence in out, 2 in lse, 3 in both."""
         return super().values(p, config, aligned, sms) | {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
@@ -330,7 +292,7 @@ class AttentionFwdSm90(AttentionFwd):
             "ragged": int(p.varlen),
             "tile_counter": 0,  # each launch stores its own
             "total_q": p.total_q if p.varlen else 0,
-            "clear_rest": clear_rest,
+            "clear_rest": 0,
             "pack_bits": self.pack_bits(p),
             **softcap.fields(config.variant, p.softmax_scale, p.softcap),
         }
@@ -354,18 +316,6 @@ class AttentionFwdSm90(AttentionFwd):
             _map(p.dtype, p.head_dim_v, values, (64, config.block_n, 1, 1)),
             _map(p.dtype, p.head_dim_v, results, (64, packed, 16 // packed, 1)),  # what one warp stores
         )
-
-
-def rows_aligned(p: AttentionProblem) -> bool:
-    """Whether strides keep every row of q, k, v, out at a multiple of 16 bytes, and tiles within 4 GiB."""
-    size = ELEMENT_BYTES[p.dtype.cuda]
-    queries, keys = (p.batch, p.total_q or p.seqlen_q, p.heads_q), (p.batch, p.total_k or p.seqlen_k, p.heads_k)
-    for shape, strides in ((queries, p.q_strides), (keys, p.k_strides), (keys, p.v_strides), (queries, p.out_strides)):
-        if any(n > 1 and stride * size % 16 for n, stride in zip(shape, strides, strict=True)):
-            return False
-        if shape[1] > 1 and not 0 <= strides[1] * size * 256 < 2**32:
-            return False
-    return True
 
 
 def _tile_sm80(arch: str, dims: tuple[int, int], variant: str) -> _Tile:

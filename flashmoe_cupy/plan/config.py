@@ -47,6 +47,11 @@ class Sm80Config(NamedTuple):
         return 65536 // (256 * self.threads)
 
     @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `AttentionFwdSm80::Smem`."""
         size = ELEMENT_BYTES[self.element]
@@ -84,6 +89,11 @@ class Sm90Config(NamedTuple):
     @property
     def min_blocks(self) -> int:
         """Blocks per SM: one, which takes most of its shared memory."""
+        return 1
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
         return 1
 
     @property

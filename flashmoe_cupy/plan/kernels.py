@@ -1,31 +1,41 @@
 """The registry of kernels: which there are, for which architectures, and which of them a problem gets.
 
-A contributor adds a kernel as a class beside those of plan/attention.py, and here. No GPU and no CuPy.
+A contributor adds a kernel as a subclass of plan/kernel.py's Kernel, and here. No GPU and no CuPy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90
-from flashmoe_cupy.plan.moe import SMALL_KERNELS, SmallKernel, rows_aligned
-from flashmoe_cupy.plan.problem import AttentionProblem
-from flashmoe_cupy.plan.product import GroupedGemm, GroupedGemmSm80, GroupedGemmSm90, Product
+from flashmoe_cupy.plan.attention import AttentionFwdSm80, AttentionFwdSm90
+from flashmoe_cupy.plan.kernel import Kernel, Step
+from flashmoe_cupy.plan.moe import SMALL_KERNELS
+from flashmoe_cupy.plan.product import GroupedGemmSm80, GroupedGemmSm90
 
 # Every kernel compiles for these, or has no configuration there, without a spill; the test suite checks it.
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
-# The first that takes a problem runs it: special ones come before general ones.
-KERNELS: dict[str, AttentionFwd] = {kernel.name: kernel for kernel in (AttentionFwdSm90(), AttentionFwdSm80())}
-
-PRODUCTS: dict[str, GroupedGemm] = {kernel.name: kernel for kernel in (GroupedGemmSm90(), GroupedGemmSm80())}
-SMALL: dict[str, SmallKernel] = {kernel.name: kernel for kernel in SMALL_KERNELS}
+# Of the kernels of one task, the first that takes a problem runs it: special ones come before general ones.
+KERNELS: dict[str, Kernel[Any, Any]] = {
+    kernel.name: kernel
+    for kernel in (AttentionFwdSm90(), AttentionFwdSm80(), GroupedGemmSm90(), GroupedGemmSm80(), *SMALL_KERNELS)
+}
 
 forget: list[Callable[[], None]] = []  # called when the choice changes, by whoever remembers one
 _considered = tuple(KERNELS.values())
-_products = tuple(PRODUCTS.values())
+
+
+def of_task(task: str) -> dict[str, Kernel[Any, Any]]:
+    """The kernels of a task by name, in the order of preference."""
+    return {kernel.name: kernel for kernel in _considered if kernel.task == task}
+
+
+def of_op(op: str) -> dict[str, Kernel[Any, Any]]:
+    """The kernels of a family, "attention" or "moe", by name."""
+    return {name: kernel for name, kernel in KERNELS.items() if kernel.op == op}
 
 
 def arch_for(compute_capability: tuple[int, int]) -> str:
@@ -34,67 +44,59 @@ def arch_for(compute_capability: tuple[int, int]) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
-def choose_kernel(problem: AttentionProblem, arch: str, aligned: bool) -> AttentionFwd:
-    """The first kernel that runs the problem. `aligned`: every row of q, k, v and out starts at a multiple of 16 bytes.
+def choose(task: str, problem: Any, arch: str, aligned: bool) -> Kernel[Any, Any]:
+    """The first kernel that runs the problem. `aligned`: as in `Kernel.choose`.
 
     Raises UnsupportedProblem with the reasons of the last one, the most general.
     """
     why: list[str] = []
-    for kernel in _considered:
+    for kernel in of_task(task).values():
         why = kernel.why_not(problem, arch, aligned)
         if not why:
             return kernel
     raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
 
 
-def choose_product(product: Product, arch: str, aligned: bool) -> GroupedGemm:
-    """As `choose_kernel`, for a grouped product."""
-    why: list[str] = []
-    for kernel in _products:
-        why = kernel.why_not(product, arch, aligned)
-        if not why:
-            return kernel
-    raise UnsupportedProblem(product.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
-
-
-def announced(pair: Sequence[Product], arch: str, aligned: bool, sms: int) -> int:
-    """How often the first of two products counts a row that the second waits for; 0: it waits for the whole grid."""
-    chosen = []
-    for product in pair:
-        fits = aligned and rows_aligned(product)
-        kernel = choose_product(product, arch, fits)
-        chosen.append((kernel, product, kernel.choose(product, arch, fits, sms)))
-    if len(chosen) != 2 or not chosen[1][0].awaits(*chosen[1][1:]):
-        return 0
-    return chosen[0][0].announces(*chosen[0][1:])
-
-
-def product_passed_over(kernel: GroupedGemm, product: Product, arch: str, aligned: bool) -> list[str]:
-    """Why faster kernels that `arch` has did not take the product."""
-    before = _products[: _products.index(kernel)]
-    return [why for other in before if other.configs(arch) for why in other.why_not(product, arch, aligned)]
-
-
-def passed_over(kernel: AttentionFwd, problem: AttentionProblem, arch: str, aligned: bool) -> list[str]:
+def passed_over(kernel: Kernel[Any, Any], problem: Any, arch: str, aligned: bool) -> list[str]:
     """Why faster kernels that `arch` has did not take the problem."""
-    before = _considered[: _considered.index(kernel)]
-    return [why for other in before if other.configs(arch) for why in other.why_not(problem, arch, aligned)]
+    why: list[str] = []
+    for other in of_task(kernel.task).values():
+        if other is kernel:
+            break
+        if other.configs(arch):
+            why += other.why_not(problem, arch, aligned)
+    return why
+
+
+def linked(steps: Sequence[Step], arch: str, aligned: bool, sms: int) -> list[Step]:
+    """The steps, where the second of two products begins with groups whose rows the first has counted, if that pays."""
+    pair = [i for i, step in enumerate(steps) if step.task == "grouped_gemm" and step.problem.counters]
+    found = list(steps)
+    if len(pair) != 2:
+        return found
+    counted = []
+    for product in (steps[i].problem for i in pair):
+        fits = aligned and product.rows_aligned
+        kernel: Any = choose("grouped_gemm", product, arch, fits)
+        config = kernel.choose(product, arch, fits, sms)
+        counted.append((kernel.announces(product, config), kernel.awaits(product, config)))
+    if counted[1][1]:
+        for i in pair:
+            found[i] = steps[i]._replace(problem=steps[i].problem._replace(announced=counted[0][0]))
+    return found
 
 
 @contextmanager
 def only(name: str) -> Iterator[None]:
     """Within it one kernel is known for its task. For tests and benchmarks, in one thread: the setting is global."""
-    global _considered, _products
-    before = _considered, _products
-    if name in KERNELS:
-        _considered = (KERNELS[name],)
-    else:
-        _products = (PRODUCTS[name],)
+    global _considered
+    before, one = _considered, KERNELS[name]
+    _considered = (*[kernel for kernel in before if kernel.task != one.task], one)
     try:
         _forget()
         yield
     finally:
-        _considered, _products = before
+        _considered = before
         _forget()
 
 

@@ -5,10 +5,10 @@ A step is one launch: a kernel's source, its grid, and its Params as bytes with 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flashmoe_cupy.dtypes import FP32, INT32, DType
-from flashmoe_cupy.jit import source
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Arguments, Kernel, Step, Values, same
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.product import Product
@@ -34,32 +34,63 @@ class SmallConfig(NamedTuple):
     cluster: int = 1
 
 
-class SmallKernel(NamedTuple):
-    """A kernel whose configurations are the same on every architecture."""
+class SmallProblem(NamedTuple):
+    """One launch of a small kernel, whose configuration and grid the operation knows."""
 
-    name: str
-    header: str
-    summary: str
-    params: Params
-    all_configs: tuple[SmallConfig, ...]
+    kernel: str
+    config: SmallConfig
+    blocks: int
+    dtype: DType = FP32
+    rows_aligned: bool = True
+
+    def describe(self) -> str:
+        """The name of the kernel."""
+        return self.kernel
+
+
+class SmallKernel(Kernel[SmallProblem, SmallConfig]):
+    """A kernel whose configurations are the same on every architecture; the only one of its task."""
+
+    op = "moe"
+    waits = True
+
+    def __init__(self, name: str, header: str, summary: str, params: str, *configs: SmallConfig) -> None:
+        self.name = self.task = name
+        self.header, self.summary, self.params, self.all_configs = header, summary, Params(header, params), configs
 
     def configs(self, arch: str) -> tuple[SmallConfig, ...]:  # noqa: ARG002
-        """The closed set, the same for every architecture."""
         return self.all_configs
 
-    def source(self, config: SmallConfig) -> str:
-        """The translation unit of one configuration."""
-        return source.render(
-            self.header, config.struct, self.params.name, self.params.size, config.threads, config.min_blocks,
-            params_align=self.params.align,
-        )  # fmt: skip
+    def why_not(self, problem: SmallProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
+        if int(arch[3:].rstrip("a")) < 80:
+            return [f"{arch} is not supported: the kernels need compute capability 8.0 or newer"]
+        return []
+
+    def choose(
+        self, problem: SmallProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> SmallConfig:  # fmt: skip
+        return problem.config
+
+    def grid(self, problem: SmallProblem, config: SmallConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        return problem.blocks
+
+    def values(
+        self, problem: SmallProblem, config: SmallConfig, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
+        return {"aligned": int(aligned)} if "aligned" in self.params.fields else {}
+
+    def fields(self, config: SmallConfig) -> dict[str, Any]:  # noqa: ARG002
+        return {}
+
+    def title(self, config: SmallConfig) -> str:
+        return f"{self.name} {config.name}"
+
+    def step(self, config: SmallConfig, blocks: int, arguments: Arguments, values: Values) -> Step:
+        """A launch of it."""
+        return Step(self.task, SmallProblem(self.name, config, blocks), arguments, values)
 
 
-def _kernel(name: str, header: str, summary: str, params: str, *configs: SmallConfig) -> SmallKernel:
-    return SmallKernel(name, header, summary, Params(header, params), configs)
-
-
-ROUTER = _kernel(
+ROUTER = SmallKernel(
     "moe_router", "moe/router.cuh", "top-k experts and their weights", "MoeRouterParams",
     *[
         SmallConfig(f"{32 * n} experts{' stats' * s}", f"MoeRouter<{n}, {'true' if s else 'false'}>", 128, 0)
@@ -67,50 +98,31 @@ ROUTER = _kernel(
         for n in _PER_LANE
     ],
 )  # fmt: skip
-ROUTER_STATS = _kernel(
+ROUTER_STATS = SmallKernel(
     "moe_router_stats", "moe/router.cuh", "counts and losses of a router", "MoeRouterStatsParams",
     SmallConfig("stats", "MoeRouterStats", 1024, 8192),
 )  # fmt: skip
-CAPACITY = _kernel(
+CAPACITY = SmallKernel(
     "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams",
     SmallConfig("capacity", "MoeCapacity", 256, 0),
 )  # fmt: skip
-PERMUTE_COUNT = _kernel(
+PERMUTE_COUNT = SmallKernel(
     "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams",
     SmallConfig("count", "MoePermuteCount", 512, 16384),
 )  # fmt: skip
-PERMUTE_PLACE = _kernel(
+PERMUTE_PLACE = SmallKernel(
     "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams",
     SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),
 )  # fmt: skip
-COMBINE = _kernel(
+COMBINE = SmallKernel(
     "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams",
     *[SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")],
 )  # fmt: skip
-CLEAR = _kernel(
+CLEAR = SmallKernel(
     "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams",
     SmallConfig("clear", "GroupedClear", 256, 0),
 )  # fmt: skip
 SMALL_KERNELS = (ROUTER, ROUTER_STATS, CAPACITY, PERMUTE_COUNT, PERMUTE_PLACE, COMBINE, CLEAR)
-
-Arguments = dict[str, str]  # pointer of Params: array whose address it holds. Others are null
-
-
-class Step(NamedTuple):
-    """One launch of a small kernel. values: what Params holds behind its pointers."""
-
-    kernel: SmallKernel
-    config: SmallConfig
-    grid: int
-    arguments: Arguments
-    values: dict[str, float]
-
-    def pack(self, aligned: bool) -> bytes:
-        """Params behind the pointers. aligned: arrays that go by rows start at multiples of 16 bytes."""
-        values = dict(self.values)
-        if "aligned" in values:
-            values["aligned"] *= aligned
-        return self.kernel.params.pack(values)
 
 
 class Workspace:
@@ -141,7 +153,7 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
         work.add("partial_z", 4 * rows)
     size = next(i for i, n in enumerate(_PER_LANE) if 32 * n >= p.num_experts)
     config = ROUTER.all_configs[size + (len(_PER_LANE) if stats else 0)]
-    values: dict[str, float] = {
+    values: Values = {
         "logits_stride": p.logits_stride,
         "tokens": p.tokens,
         "experts": p.num_experts,
@@ -155,27 +167,22 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
         "topk_groups": p.topk_group,
         "scale": p.routed_scaling_factor,
     }
-    partial = _same("partial_probabilities", "partial_counts", "partial_z") if stats else {}
-    chosen = _same("topk_weights", "topk_ids")
-    steps = [Step(ROUTER, config, blocks, _same("logits", "bias") | chosen | partial, values)]
+    partial = same("partial_probabilities", "partial_counts", "partial_z") if stats else {}
+    chosen = same("topk_weights", "topk_ids")
+    steps = [ROUTER.step(config, blocks, same("logits", "bias") | chosen | partial, values)]
     limited = 0 <= p.capacity < p.tokens
     if stats:
-        results = _same("expert_counts", "dropped", "load_balancing_loss", "z_loss")
+        results = same("expert_counts", "dropped", "load_balancing_loss", "z_loss")
         values = {"tokens": p.tokens, "experts": p.num_experts, "rows": rows}
         values["capacity"] = p.capacity if limited else 2**31 - 1
-        steps.append(Step(ROUTER_STATS, ROUTER_STATS.all_configs[0], 1, partial | results, values))
+        steps.append(ROUTER_STATS.step(ROUTER_STATS.all_configs[0], 1, partial | results, values))
     if limited:
         steps += permute_steps(PermuteProblem(INT32, p.tokens, p.top_k, p.top_k, p.num_experts, -1), work)
         assignments = p.tokens * p.top_k
-        arguments = _same("offsets", "inverse_indices") | chosen
+        arguments = same("offsets", "inverse_indices") | chosen
         values = {"assignments": assignments, "capacity": p.capacity}
-        steps.append(Step(CAPACITY, CAPACITY.all_configs[0], -(-assignments // 256), arguments, values))
+        steps.append(CAPACITY.step(CAPACITY.all_configs[0], -(-assignments // 256), arguments, values))
     return steps, work
-
-
-def _same(*names: str) -> Arguments:
-    """Pointers of Params that are called like their arrays."""
-    return {name: name for name in names}
 
 
 def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters: bool = False) -> list[Step]:
@@ -190,7 +197,7 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters
     blocks = -(-assignments // (per_warp * _WARPS_PERMUTE))
     if blocks > 1:
         work.add("counts", 4 * blocks * p.num_experts)
-    values: dict[str, float] = {
+    values: Values = {
         "ids_stride": p.ids_stride,
         "assignments": assignments,
         "top_k": p.top_k,
@@ -199,35 +206,28 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters
         "per_warp": per_warp,
         "ids_wide": int(p.ids_dtype.itemsize == 8),
     }
-    arguments = _same("topk_ids", "offsets", "sorted_indices", "inverse_indices")
-    arguments |= _same(*["expert_map"] * (p.num_global >= 0), *["counts"] * (blocks > 1), *["counters"] * counters)
-    steps = [Step(PERMUTE_PLACE, PERMUTE_PLACE.all_configs[0], blocks, arguments, values)]
+    arguments = same("topk_ids", "offsets", "sorted_indices", "inverse_indices")
+    arguments |= same(*["expert_map"] * (p.num_global >= 0), *["counts"] * (blocks > 1), *["counters"] * counters)
+    steps = [PERMUTE_PLACE.step(PERMUTE_PLACE.all_configs[0], blocks, arguments, values)]
     if blocks > 1:
-        steps.insert(0, Step(PERMUTE_COUNT, PERMUTE_COUNT.all_configs[0], blocks, arguments, values))
+        steps.insert(0, PERMUTE_COUNT.step(PERMUTE_COUNT.all_configs[0], blocks, arguments, values))
     return steps
 
 
-class ProductStep(NamedTuple):
-    """One grouped product."""
-
-    product: Product
-    arguments: Arguments
-
-
-def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step | ProductStep]:
+def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step]:
     """The launches of `grouped_gemm`. Groups of a masked problem lie whole rows apart: see `rows_apart`."""
-    steps: list[Step | ProductStep] = [_grouped_gemm_step(p)]
+    steps: list[Step] = [_grouped_gemm_step(p)]
     if p.new_out:
         rows = p.rows * (p.num_experts if p.masked else 1)
         chunks = p.n * p.dtype.itemsize // 16
-        values: dict[str, float] = {"row_chunks": chunks, "groups": p.num_experts, "rows": rows, "max_rows": p.rows}
+        values: Values = {"row_chunks": chunks, "groups": p.num_experts, "rows": rows, "max_rows": p.rows}
         grid = min(-(-rows * chunks // 256), 264)  # two blocks for each of an H100's multiprocessors
-        arguments = _same("out", "offsets", "group_sizes")
-        steps.insert(0, Step(CLEAR, CLEAR.all_configs[0], grid, arguments, values))
+        arguments = same("out", "offsets", "group_sizes")
+        steps.insert(0, CLEAR.step(CLEAR.all_configs[0], grid, arguments, values))
     return steps
 
 
-def _grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
+def _grouped_gemm_step(p: GroupedGemmProblem) -> Step:
     x_row, out_row, x_group, out_group, rows, rows_x = p.x_strides[1], p.out_strides[1], 0, 0, p.rows, p.x_rows
     expected = p.rows / max(p.num_experts, 1)
     if p.masked:
@@ -239,7 +239,7 @@ def _grouped_gemm_step(p: GroupedGemmProblem) -> ProductStep:
         p.w_strides, 0, out_row, p.bias_dtype, (p.bias_stride, 1, 0), None, 0, 0.0, 0.0, out_group, x_group - out_group,
         expected, False,
     )  # fmt: skip
-    return ProductStep(product, _same("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices"))
+    return Step("grouped_gemm", product, same("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices"))
 
 
 def _rows(p: GroupedGemmProblem, strides: tuple[int, int]) -> tuple[int, int]:
@@ -248,14 +248,6 @@ def _rows(p: GroupedGemmProblem, strides: tuple[int, int]) -> tuple[int, int]:
     if p.num_experts == 1:
         return row, p.rows
     return (group, 1) if p.rows == 1 else (row, group // row if row else 0)
-
-
-def rows_aligned(p: Product) -> bool:
-    """Whether strides keep every row of x, w and out at a multiple of 16 bytes."""
-    size, halves = p.dtype.itemsize, 2 if p.gated else 1
-    (w_e, w_n), w_half = p.w_strides, p.w_stride_half
-    steps = ((p.rows_x, p.x_stride), (p.groups, w_e), (p.n, w_n), (halves, w_half), (p.rows, p.out_stride))
-    return not any(n > 1 and stride * size % 16 for n, stride in steps)
 
 
 def rows_apart(p: GroupedGemmProblem) -> list[str]:
@@ -269,21 +261,21 @@ def rows_apart(p: GroupedGemmProblem) -> list[str]:
     ]
 
 
-def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
+def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
     """The launches of `fused_moe`: dispatch, two products, the shared expert's two, and the sum."""
     work = Workspace()
     assignments, size, n, d = p.tokens * p.top_k, p.dtype.itemsize, p.intermediate, p.hidden
     chosen = PermuteProblem(p.topk_ids_dtype, p.tokens, p.top_k, p.topk_ids_stride, p.num_experts, p.num_global)
     # So few assignments that the products find their groups by themselves: one launch less, which counts for one token.
     few = assignments <= FEW and not p.weight_on_input
-    steps: list[Step | ProductStep] = []
+    steps: list[Step] = []
     if few:
         work.add("inverse_indices", 4 * assignments)
     else:
         work.add("counters", 4 * (2 + p.num_experts))
         steps += permute_steps(chosen, work, counters=True)
     # How both products find the rows of their groups.
-    found = _same("topk_ids", *["expert_map"] * (p.num_global >= 0)) if few else _same("offsets", "counters")
+    found = same("topk_ids", *["expert_map"] * (p.num_global >= 0)) if few else same("offsets", "counters")
     work.add("activation", assignments * n * size)
     work.add("y", assignments * d * size)
     # a gated w_gate_up has n gate rows, then n up rows, or takes turns
@@ -297,19 +289,19 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
         p.dtype, p.num_experts, assignments, p.tokens, 0, d, n, p.activation, p.gated, True, p.top_k, p.x_stride,
         (expert, stride * row), stride * half, n, p.b_gate_up_dtype, (p.b_gate_up_stride, row, half), weights_dtype,
         p.topk_weights_stride, p.swiglu_alpha, p.swiglu_limit, 0, 0, expected, p.batch_invariant,
-        False, chosen if few else None,
+        False, chosen if few else None, not few,
     )  # fmt: skip
     arguments = {"x": "x", "w": "w_gate_up", "out": "activation", "bias": "b_gate_up"} | found
-    arguments |= _same("inverse_indices") if few else {"gather_indices": "sorted_indices"}
+    arguments |= same("inverse_indices") if few else {"gather_indices": "sorted_indices"}
     if p.weight_on_input:
         arguments["row_weights"] = "topk_weights"
-    steps.append(ProductStep(first, arguments))
+    steps.append(Step("grouped_gemm", first, arguments))
     second = Product(
         p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
         p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
-        chosen if few else None,
+        chosen if few else None, not few,
     )  # fmt: skip
-    steps.append(ProductStep(second, {"x": "activation", "w": "w_down", "out": "y", "bias": "b_down"} | found))
+    steps.append(Step("grouped_gemm", second, {"x": "activation", "w": "w_down", "out": "y", "bias": "b_down"} | found))
     if p.shared:
         s = p.shared
         work.add("shared_activation", p.tokens * s * size)
@@ -319,21 +311,21 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
             groups=1, rows=p.tokens, max_rows=p.tokens, n=s, gather=False, gather_divisor=1,
             w_strides=(0, stride * row), w_stride_half=stride * half, out_stride=s, bias_dtype=None,
             bias_strides=(0, 0, 0), row_weights_dtype=None, row_weights_stride=0, group_stride=p.tokens,
-            expected=float(p.tokens), few=None,
+            expected=float(p.tokens), few=None, counters=False,
         )  # fmt: skip
-        steps.append(ProductStep(one, {"x": "x", "w": "shared_w_gate_up", "out": "shared_activation"}))
+        steps.append(Step("grouped_gemm", one, {"x": "x", "w": "shared_w_gate_up", "out": "shared_activation"}))
         two = second._replace(
             groups=1, rows=p.tokens, rows_x=p.tokens, max_rows=p.tokens, k=s, x_stride=s,
             w_strides=(0, p.shared_w_down_stride), bias_dtype=None, bias_strides=(0, 0, 0), group_stride=p.tokens,
-            expected=float(p.tokens), few=None,
+            expected=float(p.tokens), few=None, counters=False,
         )  # fmt: skip
-        steps.append(ProductStep(two, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
+        steps.append(Step("grouped_gemm", two, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
     config = next(c for c in COMBINE.all_configs if c.name == p.dtype.cuda)
     chunks = p.tokens * (d // (16 // size))
     grid = min(-(-chunks // 256), 2**16)
-    arguments = _same("y", "inverse_indices", "out", *["topk_weights"] * (not p.weight_on_input))
-    arguments |= _same(*["shared"] * bool(p.shared), *["shared_gate"] * (p.shared_gate_dtype is not None))
-    values: dict[str, float] = {
+    arguments = same("y", "inverse_indices", "out", *["topk_weights"] * (not p.weight_on_input))
+    arguments |= same(*["shared"] * bool(p.shared), *["shared_gate"] * (p.shared_gate_dtype is not None))
+    values: Values = {
         "weights_stride_t": p.topk_weights_stride,
         "weights_stride_k": 1,
         "shared_gate_stride": p.shared_gate_stride,
@@ -343,9 +335,9 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step | ProductStep], Workspace]:
         "columns": p.hidden,
         "weights_dtype": p.topk_weights_dtype.code,
         "gate_dtype": _code(p.shared_gate_dtype),
-        "aligned": int(p.tokens <= 1 or p.out_stride * size % 16 == 0),
     }
-    steps.append(Step(COMBINE, config, grid, arguments, values))
+    aligned = p.tokens <= 1 or p.out_stride * size % 16 == 0
+    steps.append(Step(COMBINE.task, SmallProblem(COMBINE.name, config, grid, rows_aligned=aligned), arguments, values))
     return steps, work
 
 

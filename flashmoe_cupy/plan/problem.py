@@ -71,6 +71,21 @@ class AttentionProblem(NamedTuple):
     has_seqused_q: bool
     has_seqused_k: bool
 
+    @property
+    def rows_aligned(self) -> bool:
+        """Whether strides keep every row of q, k, v, out at a multiple of 16 bytes, and tiles within 4 GiB."""
+        size = self.dtype.itemsize
+        queries = self.batch, self.total_q or self.seqlen_q, self.heads_q
+        keys = self.batch, self.total_k or self.seqlen_k, self.heads_k
+        for shape, strides in (
+            (queries, self.q_strides), (keys, self.k_strides), (keys, self.v_strides), (queries, self.out_strides)
+        ):  # fmt: skip
+            if any(n > 1 and stride * size % 16 for n, stride in zip(shape, strides, strict=True)):
+                return False
+            if shape[1] > 1 and not 0 <= strides[1] * size * 256 < 2**32:
+                return False
+        return True
+
     def describe(self) -> str:
         """One line, for example "attention bf16 b2 q4096 k4096 h32/8 d128 causal"."""
         heads = f"h{self.heads_q}" + (f"/{self.heads_k}" if self.heads_k != self.heads_q else "")

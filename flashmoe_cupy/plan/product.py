@@ -5,18 +5,15 @@ A product is one launch of cuda_src/moe/grouped_gemm_*.cuh: `grouped_gemm` is on
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import DType
-from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, Values
 from flashmoe_cupy.plan.moe_problem import PermuteProblem
 from flashmoe_cupy.plan.params import Params
 
-DEFAULT_SMS = 132  # of an H100, where no device is at hand
 _SORTED_BYTES = 128  # the order of few assignments, as a warp has found it
 _MOST = 2**31 - 2**16  # tiles: a block counts up to one grid beyond the last
 _ACTIVATIONS = (
@@ -54,11 +51,22 @@ class Product(NamedTuple):
     fixed: bool  # one configuration, whatever the rows
     early: bool = False  # the groups are known before the launch that makes x has ended
     few: PermuteProblem | None = None  # the ids in which the product finds groups and gathered rows by itself
+    counters: bool = False  # there are some, that are 0 before the first of two products runs
+    announced: int = 0  # how often the first of two products counts a row, if the second waits for that
 
     @property
     def clamped(self) -> bool:
         """Whether it has a kernel of its own, for swiglu within the limit."""
         return self.activation == "swiglu" and self.limit > 0.0
+
+    @property
+    def rows_aligned(self) -> bool:
+        """Whether strides keep every row of x, w and out at a multiple of 16 bytes."""
+        size, halves = self.dtype.itemsize, 2 if self.gated else 1
+        (w_e, w_n), w_half = self.w_strides, self.w_stride_half
+        rows = (self.rows_x, self.x_stride), (self.rows, self.out_stride)
+        steps = (*rows, (self.groups, w_e), (self.n, w_n), (halves, w_half))
+        return not any(n > 1 and stride * size % 16 for n, stride in steps)
 
     def describe(self) -> str:
         """One line, for example "product bf16 e128 rows131072 n1536 k2048 swiglu gather"."""
@@ -173,33 +181,25 @@ def _cpp(flag: bool) -> str:
     return "true" if flag else "false"
 
 
-class GroupedGemm(ABC):
+class GroupedGemm(Kernel[Product, GemmConfig]):
     """What the kernels share."""
 
-    name: str
-    header: str
-    summary: str
-    params: Params
+    op = "moe"
+    task = "grouped_gemm"
+    waits = True
 
-    @abstractmethod
-    def configs(self, arch: str) -> Sequence[GemmConfig]:
-        """The closed set for one architecture."""
+    def params_of(self, config: GemmConfig) -> str:
+        return f"Clamped<fm::{self.params.name}>" if config.clamped else self.params.name
 
-    @abstractmethod
-    def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
-        """Every reason why the product cannot run on `arch`; empty = it runs."""
-
-    @abstractmethod
-    def choose(self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> GemmConfig:
-        """The configuration. `aligned`: every row of x, w and out starts at a multiple of 16 bytes."""
-
-    def source(self, config: GemmConfig) -> str:
-        """The translation unit of one configuration."""
-        params = f"Clamped<fm::{self.params.name}>" if config.clamped else self.params.name
-        return source.render(
-            self.header, config.struct, params, self.params.size, config.threads, config.min_blocks,
-            params_align=self.params.align, cluster=config.cluster,
-        )  # fmt: skip
+    def reasons(self, problem: Product, config: GemmConfig) -> list[str]:  # noqa: ARG002
+        if problem.fixed:
+            why = ["batch_invariant: one configuration for any number of tokens"]
+        else:
+            experts = f" for each of {problem.groups} experts on average" if problem.groups > 1 else ""
+            why = [f"{problem.expected:.4g} rows{experts}"]
+        if problem.few is not None:
+            why.append("so few assignments that every block finds their order by itself: nothing is permuted before")
+        return why
 
     def tiles(self, p: Product, config: GemmConfig) -> int:
         """At most so many tiles, or pairs of them in a cluster; only the device knows how many."""
@@ -223,24 +223,17 @@ class GroupedGemm(ABC):
         return False
 
     def grid(self, p: Product, config: GemmConfig, sms: int = DEFAULT_SMS) -> int:
-        """Blocks of a launch on a device of `sms` multiprocessors; each takes tile after tile."""
+        """Each block takes tile after tile."""
         return config.cluster * max(1, min(sms * config.min_blocks // config.cluster, self.tiles(p, config)))
 
     def deals(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
         """Whether blocks take the next tile when they are free, instead of every so many-th."""
         return False
 
-    def values(
-        self, p: Product, config: GemmConfig, aligned: bool, announced: int = 0, counters: bool = False
-    ) -> dict[str, float]:
-        """What Params holds between the pointers and the tensor maps.
-
-        announced: how often the first of two products counts a row, if the second waits for that. counters: there are
-        some, that are 0 before the first one runs.
-        """
+    def values(self, p: Product, config: GemmConfig, aligned: bool, sms: int = DEFAULT_SMS) -> Values:  # noqa: ARG002
         across, ids = self.shares_rows(p, config), p.few
-        awaited = announced if p.early else -1 if announced else 0
-        dealt = (2 if p.early else 1) if counters and self.deals(p, config) else 0
+        awaited = p.announced if p.early else -1 if p.announced else 0
+        dealt = (2 if p.early else 1) if p.counters and self.deals(p, config) else 0
         return {
             "x_stride": p.x_stride,
             **dict(zip(("w_stride_e", "w_stride_n"), p.w_strides, strict=True)),
@@ -277,10 +270,6 @@ class GroupedGemm(ABC):
             "awaited": awaited,
             "dealt": dealt,
         }
-
-    def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:  # noqa: ARG002
-        """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
-        return ()
 
 
 def _guess(p: Product, config: GemmConfig) -> int:
@@ -375,7 +364,7 @@ class GroupedGemmSm90(GroupedGemm):
         if not aligned:
             why.append("rows of x, w or out do not start at multiples of 16 bytes: the copy engine cannot fetch them")
         if 0 in (p.rows, p.rows_x, p.groups, p.k, p.n):
-            why.append("a dimension is 0: the copy engine has no empty arrays")
+            why.append(EMPTY)
         if why:
             return why
         for name, of in zip(("x", "w", "out"), self.map_arguments(p, self.choose(p, arch)), strict=True):

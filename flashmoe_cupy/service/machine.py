@@ -146,15 +146,14 @@ def _driver_release() -> str:
 
 def _kernels(seen: tuple[Device, ...]) -> dict[str, Any]:
     """Each kernel in the order of preference, and the devices for which it has a configuration."""
-    from flashmoe_cupy.plan.kernels import KERNELS, PRODUCTS, SMALL
+    from flashmoe_cupy.plan.kernels import KERNELS
 
-    every: dict[str, Any] = {**KERNELS, **PRODUCTS, **SMALL}
     return {
         name: {
             "summary": kernel.summary,
             "devices": [device.ordinal for device in seen if device.arch and kernel.configs(device.arch)],
         }
-        for name, kernel in every.items()
+        for name, kernel in KERNELS.items()
     }
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.machine import backend, devices
-from flashmoe_cupy.service.plans import Choice, Explanation, absent_arrays, check_sizes, named_dtype, target_archs
+from flashmoe_cupy.service.plans import Explanation, absent_arrays, check_sizes, choice, named_dtype, target_archs
 
-if TYPE_CHECKING:
-    from flashmoe_cupy.plan.moe import ProductStep, Step
-
-_STEPS = {  # by the array that a launch writes last, or by its kernel
+_STEPS = {  # by the array that a product writes, or by the task
     "activation": "gate and up", "y": "down", "shared_activation": "shared gate and up", "shared": "shared down",
     "moe_router": "route", "moe_permute_count": "count", "moe_permute_place": "permute", "moe_combine": "sum",
 }  # fmt: skip
@@ -63,8 +59,8 @@ def explain_moe(
     for name in target_archs(arch):
         sms = next((device.multiprocessors for device in devices() if device.arch == name), None)
         for step in steps:
-            small = isinstance(step, moe.Step)
-            choices.append(_small(step, name) if small else _product(step, name, sms))  # type: ignore[arg-type]
+            title = _STEPS[step.arguments["out"] if step.task == "grouped_gemm" else step.task]
+            choices.append(choice(step.task, step.problem, name, sms, title))
     assignments, size = tokens * top_k, kind.itemsize
     one, all_shared = (rows + 1) * intermediate * hidden, (rows + 1) * shared * hidden  # weights
     flops = 2 * (assignments * one + tokens * all_shared)
@@ -76,39 +72,3 @@ def element(config: Any) -> str:
     """The element type that a configuration is for, as CUDA names it; "" for one that serves all."""
     first = str(getattr(config, "element", config.name.split()[0]))
     return first if first in ("bf16", "fp16", "fp32") else ""
-
-
-def _small(step: Step, arch: str) -> Choice:
-    config = step.config
-    fields = {"threads": config.threads, "smem_bytes": config.smem_bytes, "blocks": step.grid}
-    return Choice(arch, step.kernel.name, config.name, fields, (), (), _STEPS[step.kernel.name])
-
-
-def _product(step: ProductStep, arch: str, sms: int | None) -> Choice:
-    from flashmoe_cupy.plan import kernels, moe
-    from flashmoe_cupy.plan.product import DEFAULT_SMS
-
-    product, name = step.product, _STEPS[step.arguments["out"]]
-    aligned = moe.rows_aligned(product)
-    try:
-        kernel = kernels.choose_product(product, arch, aligned)
-    except UnsupportedProblem:
-        why = [(k.name, reason) for k in kernels.PRODUCTS.values() for reason in k.why_not(product, arch, aligned)]
-        return Choice(arch, "", "", {}, (), tuple(why), name)
-    config = kernel.choose(product, arch, aligned, sms or DEFAULT_SMS)
-    fields = {**config._asdict(), "threads": config.threads, "smem_bytes": config.smem_bytes}
-    fields["blocks"] = kernel.grid(product, config, sms or DEFAULT_SMS)
-    if product.fixed:
-        because = "batch_invariant: one configuration for any number of tokens"
-    else:
-        experts = f" for each of {product.groups} experts on average" if product.groups > 1 else ""
-        because = f"{product.expected:.4g} rows{experts}"
-    reasons = [because]
-    if product.few is not None:
-        reasons.append("so few assignments that every block finds their order by itself: nothing is permuted before")
-    rejected = []
-    for other in kernels.PRODUCTS.values():
-        if other is not kernel:
-            why_not = other.why_not(product, arch, aligned) or [f"{kernel.name} comes first"]
-            rejected += [(other.name, reason) for reason in why_not]
-    return Choice(arch, kernel.name, config.name, fields, tuple(reasons), tuple(rejected), name)

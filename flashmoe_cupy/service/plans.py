@@ -115,28 +115,11 @@ def explain_attention(
     seqlen_k, heads_k, head_dim_v: None = as seqlen_q, heads_q, head_dim. bias: None, "same" (q's dtype), "float32" or
     "bool", of shape (batch, heads_q, seqlen_q, seqlen_k). varlen: `batch` packed sequences of exactly these lengths.
     """
-    from flashmoe_cupy.plan.attention import rows_aligned
-    from flashmoe_cupy.plan.kernels import KERNELS
-
     problem = _problem(
         batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
         softmax_scale, softcap, alibi, bias, sinks, varlen,
     )  # fmt: skip
-    aligned = rows_aligned(problem)
-    choices = []
-    for name in target_archs(arch):
-        chosen: Choice | None = None
-        rejected: list[tuple[str, str]] = []
-        for kernel in KERNELS.values():
-            why = kernel.why_not(problem, name, aligned)
-            if why or chosen is not None:
-                why = why or [f"{chosen.kernel} comes first"] if chosen is not None else why
-                rejected += [(kernel.name, reason) for reason in why]
-                continue
-            config = kernel.choose(problem, name, aligned)
-            fields = {**config._asdict(), "threads": config.threads, "smem_bytes": config.smem_bytes}
-            chosen = Choice(name, kernel.name, config.name, fields, tuple(kernel.reasons(problem, config)), ())
-        choices.append((chosen or Choice(name, "", "", {}, (), ()))._replace(rejected=tuple(rejected)))
+    choices = [choice("attention_fwd", problem, name) for name in target_archs(arch)]
     pairs = visible_pairs(problem.seqlen_q, problem.seqlen_k, problem.window_left, problem.window_right)
     size = problem.dtype.itemsize
     rows_q, rows_k = problem.batch * problem.seqlen_q, problem.batch * problem.seqlen_k
@@ -144,6 +127,28 @@ def explain_attention(
     flops = 2 * problem.batch * problem.heads_q * pairs * dims
     moved = size * dims * (rows_q * problem.heads_q + rows_k * problem.heads_k)
     return Explanation(problem.describe(), backend()[1], flops, moved, tuple(choices))
+
+
+def choice(task: str, problem: Any, arch: str, sms: int | None = None, step: str = "") -> Choice:
+    """What an arch would run for one launch, and why not the other kernels of its task. sms: None = of an H100."""
+    from flashmoe_cupy.plan import kernels
+    from flashmoe_cupy.plan.kernel import DEFAULT_SMS
+
+    aligned, sms = problem.rows_aligned, sms or DEFAULT_SMS
+    chosen: Choice | None = None
+    rejected: list[tuple[str, str]] = []
+    for kernel in kernels.of_task(task).values():
+        why = kernel.why_not(problem, arch, aligned)
+        if not why and chosen is None:
+            config = kernel.choose(problem, arch, aligned, sms)
+            fields = {**kernel.fields(config), "threads": config.threads, "smem_bytes": config.smem_bytes}
+            fields["blocks"] = kernel.grid(problem, config, sms)
+            because = tuple(kernel.reasons(problem, config))
+            chosen = Choice(arch, kernel.name, config.name, fields, because, (), step)
+        else:
+            why = why or [f"{chosen.kernel} comes first" if chosen else ""]
+            rejected += [(kernel.name, reason) for reason in why]
+    return (chosen or Choice(arch, "", "", {}, (), (), step))._replace(rejected=tuple(rejected))
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int = -1, right: int = -1) -> int:
@@ -328,9 +333,9 @@ def kernels(
 
 def registry(op: str) -> dict[str, Any]:
     """The kernels of an op by name; of those for one task, the first that takes a problem runs it."""
-    from flashmoe_cupy.plan.kernels import KERNELS, PRODUCTS, SMALL
+    from flashmoe_cupy.plan import kernels
 
-    return {**PRODUCTS, **SMALL} if op == "moe" else dict(KERNELS)
+    return dict(kernels.of_op(op))
 
 
 def specialisations(

@@ -51,7 +51,6 @@ def warmup(
     """
     global _compiled_when_warm
     from flashmoe_cupy.jit import cache
-    from flashmoe_cupy.plan.kernels import SMALL
 
     require_known("op", op, OPS)
     here = devices()
@@ -70,7 +69,7 @@ def warmup(
         kernel, config, name, ordinals = job
         start = time.perf_counter()
         text = kernel.source(config)
-        title = f"{kernel.name} {config.name}" if kernel.name in SMALL else config.name
+        title = kernel.title(config)
         entry = cache.get(text, title, name)
         source = "cache" if entry.key in _made else "compiled"
         _made.add(entry.key)

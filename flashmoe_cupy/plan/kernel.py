@@ -1,0 +1,156 @@
+"""What the host knows of a kernel of `cuda_src`, whatever it computes, and a step: one launch. No GPU and no CuPy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.jit import source
+from flashmoe_cupy.jit.tensormap import TensorMap
+from flashmoe_cupy.plan.params import Params
+
+DEFAULT_SMS = 132  # multiprocessors of an H100, where no device is at hand
+EMPTY = "a dimension is 0: the copy engine has no empty arrays"  # why a fast kernel does not run; nothing is slow then
+Values = dict[str, float | Sequence[float]]  # of Params, by name
+Arguments = dict[str, str]  # pointer of Params: array whose address it holds. Others are null
+
+
+class AnyConfig(Protocol):
+    """One specialisation of a kernel: what is compiled once and then serves every shape."""
+
+    @property
+    def name(self) -> str:
+        """For people, and different from all others of its kernel."""
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM that the compiler must leave registers for."""
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+
+
+class Problem(Protocol):
+    """What a kernel is asked to compute."""
+
+    @property
+    def dtype(self) -> DType:
+        """Of the arrays that the kernel's speed depends on."""
+
+    @property
+    def rows_aligned(self) -> bool:
+        """Whether strides keep every row at a multiple of 16 bytes, if the arrays begin there."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+
+P = TypeVar("P", bound=Problem)
+C = TypeVar("C", bound=AnyConfig)
+
+
+class Kernel(ABC, Generic[P, C]):
+    """What all kernels share. A subclass says which problems it runs, and in which configuration.
+
+    op: what `warmup` and the command line call the family, "attention" or "moe". task: what it computes; of the kernels
+    of one task, the first of the registry that takes a problem runs it.
+    """
+
+    op: str
+    task: str
+    name: str
+    header: str
+    summary: str
+    params: Params
+    clears = False  # whether it can write the rows of no sequence
+    waits = False  # whether it waits for the launch in front of it by itself (griddepcontrol.wait): it may start early
+
+    @abstractmethod
+    def configs(self, arch: str) -> Sequence[C]:
+        """The closed set for one architecture: warming these up leaves nothing to compile."""
+
+    @abstractmethod
+    def why_not(self, problem: P, arch: str, aligned: bool = True) -> list[str]:
+        """Every reason why the problem cannot run on `arch`; empty = it runs. aligned: as for `choose`."""
+
+    @abstractmethod
+    def choose(self, problem: P, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> C:
+        """The configuration for a problem on a device of `sms` multiprocessors.
+
+        aligned: every row of the arrays that go by rows starts at a multiple of 16 bytes.
+        """
+
+    @abstractmethod
+    def grid(self, problem: P, config: C, sms: int = DEFAULT_SMS) -> int:
+        """Blocks of a launch on a device of `sms` multiprocessors."""
+
+    @abstractmethod
+    def values(self, problem: P, config: C, aligned: bool, sms: int = DEFAULT_SMS) -> Values:
+        """What Params holds between the pointers and the tensor maps: the same for every call with this problem.
+
+        A step may add what only its operation knows.
+        """
+
+    def counter_at(self, problem: P) -> int:  # noqa: ARG002
+        """Where in Params the address of a counter of tiles belongs; 0: the kernel wants none."""
+        return 0
+
+    def map_arguments(self, problem: P, config: C) -> tuple[TensorMap, ...]:  # noqa: ARG002
+        """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
+        return ()
+
+    def reasons(self, problem: P, config: C) -> list[str]:  # noqa: ARG002
+        """Why `choose` took this configuration, in sentences."""
+        return []
+
+    def slow(self, problem: P, aligned: bool) -> str:  # noqa: ARG002
+        """What makes the problem slow here, and what would be faster; "": nothing that the caller can change."""
+        return ""
+
+    def params_of(self, config: C) -> str:  # noqa: ARG002
+        """The C++ type of Params, inside namespace fm."""
+        return self.params.name
+
+    def fields(self, config: C) -> dict[str, Any]:
+        """The numbers of a configuration, for people."""
+        return config._asdict() if hasattr(config, "_asdict") else {}
+
+    def title(self, config: C) -> str:
+        """A name for people that is different from those of all other kernels."""
+        return config.name
+
+    def source(self, config: C) -> str:
+        """The translation unit of one configuration."""
+        return source.render(
+            self.header, config.struct, self.params_of(config), self.params.size, config.threads, config.min_blocks,
+            params_align=self.params.align, cluster=config.cluster,
+        )  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One launch of an operation. values: members of Params that only the operation knows."""
+
+    task: str
+    problem: Any  # of the task's kernels
+    arguments: Arguments
+    values: Values | None = None
+
+
+def same(*names: str) -> Arguments:
+    """Pointers of Params that are called like their arrays."""
+    return {name: name for name in names}
