@@ -17,22 +17,18 @@ import jax
 import numpy as np
 
 from flashmoe_cupy import _xla_ffi, dtypes
-from flashmoe_cupy.cpu import moe as cpu
-from flashmoe_cupy.dtypes import FP32, INT32, UINT8, DType
+from flashmoe_cupy.dtypes import UINT8, DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jax import _array, _check, _filled, _in_use, _install, _types, _view
-from flashmoe_cupy.ops import moe_buffers, plans
+from flashmoe_cupy.ops import moe_gpu
+from flashmoe_cupy.ops.operations import OPERATIONS, Form
 from flashmoe_cupy.ops.permute import MoEPermutation
 from flashmoe_cupy.ops.route import RouterStats
-from flashmoe_cupy.plan import moe_problem
-from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
 from flashmoe_cupy.plan.options import exact
 
 __all__ = ["fused_moe", "grouped_gemm", "moe_permute", "moe_route"]
 
 _TARGET = "flashmoe_cupy_moe"
-Problem = RouteProblem | PermuteProblem | GroupedGemmProblem | MoEProblem
-Form = tuple[tuple[int, ...], DType]
 
 
 def moe_route(
@@ -127,53 +123,7 @@ def fused_moe(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the operations
-
-
-class _Op(NamedTuple):
-    """inputs: all arrays in the order in which `ops.moe_gpu` wants them; the first `required` are no keywords."""
-
-    problem: type[Any]
-    make: Callable[..., Any]
-    inputs: tuple[str, ...]
-    required: int
-
-
-_OPS = {
-    "moe_route": _Op(
-        RouteProblem,
-        lambda logits, e_score_correction_bias=None, **options: moe_problem.route_problem(
-            logits, e_score_correction_bias, **options
-        ),
-        ("logits", "e_score_correction_bias"), 1,
-    ),
-    "moe_permute": _Op(
-        PermuteProblem,
-        lambda topk_ids, expert_map=None, **options: moe_problem.permute_problem(topk_ids, expert_map, **options),
-        ("topk_ids", "expert_map"), 1,
-    ),
-    "grouped_gemm": _Op(
-        GroupedGemmProblem, moe_problem.grouped_gemm_problem,
-        ("x", "w", "offsets", "group_sizes", "gather_indices", "bias"), 2,
-    ),
-    "fused_moe": _Op(
-        MoEProblem, moe_problem.moe_problem,
-        ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map",
-         "shared_w_gate_up", "shared_w_down", "shared_gate"), 5,
-    ),
-}  # fmt: skip
-
-
-def _results(p: Problem) -> list[Form]:
-    """Shape and dtype of each result."""
-    if isinstance(p, RouteProblem):
-        each, stats = (p.tokens, p.top_k), [((p.num_experts,), INT32)] * 2 + [((), FP32)] * 2
-        return [(each, FP32), (each, INT32), *(stats if p.return_stats else [])]
-    if isinstance(p, PermuteProblem):
-        return [((p.num_experts + 1,), INT32), ((p.tokens * p.top_k,), INT32), ((p.tokens, p.top_k), INT32)]
-    if isinstance(p, GroupedGemmProblem):
-        return [((p.num_experts, p.rows, p.n) if p.masked else (p.rows, p.n), p.dtype)]
-    return [((p.tokens, p.hidden), p.dtype)]
+# one call
 
 
 _functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -182,7 +132,8 @@ _MAX_FUNCTIONS = 4096  # distinct shapes that are remembered
 
 def _call(op: str, arrays: dict[str, Any], options: dict[str, Any], out: Any = None) -> tuple[Any, ...]:
     """Find or build the function of these shapes, dtypes and options, and call it."""
-    required = _OPS[op].inputs[: _OPS[op].required]
+    operation = OPERATIONS[op]
+    required = operation.arguments[: operation.required]
     given = {name: x for name, x in arrays.items() if x is not None or name in required}
     read, key, function = exact(options), None, None
     if read is not None:  # options of a wrong type are not looked up: 1 == True == 1.0
@@ -192,7 +143,7 @@ def _call(op: str, arrays: dict[str, Any], options: dict[str, Any], out: Any = N
             function = _functions.get(key) if out is None else None
     if function is None:
         _check(op, given, out)
-        problem = _OPS[op].make(**{name: _view(op, name, x) for name, x in given.items()}, **options)
+        problem = operation.make(**{name: _view(op, name, x) for name, x in given.items()}, **options)
         function = _build(op, problem, [(name, x.shape, x.dtype) for name, x in given.items()])
         if key is not None:
             if len(_functions) >= _MAX_FUNCTIONS:
@@ -203,15 +154,15 @@ def _call(op: str, arrays: dict[str, Any], options: dict[str, Any], out: Any = N
     return function(*given.values())  # type: ignore[no-any-return]
 
 
-def _build(op: str, problem: Problem, arrays: Sequence[tuple[str, tuple[int, ...], Any]]) -> Callable[..., Any]:
+def _build(op: str, problem: Any, arrays: Sequence[tuple[str, tuple[int, ...], Any]]) -> Callable[..., Any]:
     """A jitted function of the arrays that gives the results as a tuple."""
     names = [name for name, _, _ in arrays]
-    order = [names.index(name) for name in _OPS[op].inputs if name in names]
+    order = [names.index(name) for name in OPERATIONS[op].arguments if name in names]
     forms = [(names[i], *arrays[i][1:]) for i in order]
     key, text = _register(op, problem, forms)
-    results = _results(problem)
+    results = [*OPERATIONS[op].results(problem).values()]
     empty = 0 in results[-1][0] or 0 in results[0][0]
-    workspace = 0 if empty else moe_buffers.workspace_bytes(problem)
+    workspace = 0 if empty else moe_gpu.workspace_bytes(OPERATIONS[op], problem)
     wanted: list[Form] = results if empty else [*results, ((max(workspace, 1),), UINT8)]
     zeros = [(shape, dtypes.to_numpy(dtype), 0.0) for shape, dtype in wanted]
 
@@ -248,7 +199,7 @@ class _Known(NamedTuple):
     """What a call of XLA's is about. arrays: name, shape and dtype of its inputs, in their order."""
 
     op: str
-    problem: Problem
+    problem: Any
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]
 
 
@@ -256,7 +207,7 @@ _known: dict[int, _Known] = {}
 _in_use.append(_known)
 
 
-def _register(op: str, problem: Problem, arrays: Sequence[tuple[str, tuple[int, ...], Any]]) -> tuple[int, str]:
+def _register(op: str, problem: Any, arrays: Sequence[tuple[str, tuple[int, ...], Any]]) -> tuple[int, str]:
     """The attributes (key, text) of a call, known to the handler from now on."""
     fields = {name: x.name if isinstance(x, DType) else x for name, x in problem._asdict().items()}
     forms = tuple([(name, tuple(shape), np.dtype(dtype).name) for name, shape, dtype in arrays])
@@ -278,7 +229,7 @@ def _find(call: _xla_ffi.Call) -> _Known:
                 for name, x in read["problem"].items()
             }
             arrays = [(name, tuple(shape), dtypes.from_name(kind).name) for name, shape, kind in read["arrays"]]
-            _register(read["op"], _OPS[read["op"]].problem(**fields), arrays)
+            _register(read["op"], OPERATIONS[read["op"]].problem(**fields), arrays)
             found = _known[call.key]
         except (KeyError, TypeError, ValueError) as error:
             reason = f"this program was compiled with another version of flashmoe_cupy ({error!r}); compile it again"
@@ -292,39 +243,28 @@ def _find(call: _xla_ffi.Call) -> _Known:
 
 def _run_cuda(call: _xla_ffi.Call) -> None:
     known, device = _find(call), call.device()
+    operation = OPERATIONS[known.op]
     if call.stage == _xla_ffi.LOAD:
-        moe_buffers.load(known.problem, device)
+        moe_gpu.load(operation, known.problem, device)
         return
     by_name = dict(zip((name for name, _, _ in known.arrays), call.inputs(), strict=True))
-    inputs = tuple([by_name.get(name, 0) for name in _OPS[known.op].inputs])
+    inputs = [by_name.get(name, 0) for name in operation.arguments]
     *outputs, workspace = call.outputs()
-    moe_buffers.launch(known.problem, device, call.stream(), inputs, tuple(outputs), workspace)
+    moe_gpu.launch(operation, known.problem, device, call.stream(), inputs, outputs, workspace)
 
 
 def _run_cpu(call: _xla_ffi.Call) -> None:
     known = _find(call)
-    p = known.problem
-    a: dict[str, Any] = dict.fromkeys(_OPS[known.op].inputs)
+    operation, p = OPERATIONS[known.op], known.problem
+    given: dict[str, Any] = dict.fromkeys(operation.arguments)
     for (name, shape, dtype), address in zip(known.arrays, call.inputs(), strict=True):
-        a[name] = _dense(name, address, shape, dtypes.from_name(dtype))
-    out = [
-        _dense("out", address, *form) for form, address in zip(_results(p), call.outputs()[:-1], strict=True)
-    ]  # fmt: skip
-    if isinstance(p, RouteProblem):
-        plans.check_no_nan(a["logits"], a["e_score_correction_bias"])
-        stats = cpu.route(p, a["logits"], a["e_score_correction_bias"], out[0], out[1])
-        for target, value in zip(out[2:], stats or (), strict=True):
-            target[...] = value
-    elif isinstance(p, PermuteProblem):
-        plans.check_ids(a["topk_ids"], p.num_experts, p.num_global)
-        for target, value in zip(out, cpu.permute(a["topk_ids"], p.num_experts, a["expert_map"]), strict=True):
-            target[...] = value
-    elif isinstance(p, GroupedGemmProblem):
-        out[0][...] = 0
-        cpu.grouped_gemm(p, a.pop("x"), a.pop("w"), out[0], **a)
-    else:
-        plans.check_ids(a["topk_ids"], p.num_experts, p.num_global)
-        cpu.fused_moe(p, out=out[0], **a)
+        given[name] = _dense(name, address, shape, dtypes.from_name(dtype))
+    made = {
+        name: _dense("out", address, *form)
+        for (name, form), address in zip(operation.results(p).items(), call.outputs()[:-1], strict=True)
+    }
+    operation.check(p, given.__getitem__)
+    operation.host(p, given, made)
 
 
 def _dense(name: str, address: int, shape: tuple[int, ...], dtype: DType) -> Any:

@@ -51,7 +51,7 @@ class Machine:
             outputs |= {"expert_counts": np.empty(experts, np.int32), "dropped": np.empty(experts, np.int32)}
             outputs |= {n: np.empty((), np.float32) for n in ("load_balancing_loss", "z_loss")}
         steps, work = moe.route_steps(problem)
-        given = {"logits": arrays["logits"]} | ({} if bias is None else {"bias": bias})
+        given = {"logits": arrays["logits"]} | ({} if bias is None else {"e_score_correction_bias": bias})
         return self._run(steps, work, given, outputs)
 
     def permute(self, topk_ids: Array, num_experts: int, expert_map: Array | None = None) -> dict[str, Array]:

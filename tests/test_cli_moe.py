@@ -16,6 +16,7 @@ import flashmoe_cupy
 from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import launches, moe_gpu
+from flashmoe_cupy.ops.operations import OPERATIONS
 from flashmoe_cupy.plan import moe_problem
 from flashmoe_cupy.plan.kernels import ARCHS, of_op, of_task
 from flashmoe_cupy.service import warm
@@ -99,7 +100,8 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
 
 def prepare(problem: Any, aligned: bool = True) -> None:
     """What the first call of a problem does on a device."""
-    moe_gpu._prepare(problem, 0, 0, aligned)
+    operation = next(one for one in OPERATIONS.values() if isinstance(problem, one.problem))
+    moe_gpu._prepare(operation, problem, 0, 0, aligned)
 
 
 # -------------------------------------------------------------------------------------------------------------- explain

@@ -16,7 +16,8 @@ from flashmoe_cupy import FlashMoELayer, _env, _xla_ffi, reference
 from flashmoe_cupy.dtypes import UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit.series import Series
-from flashmoe_cupy.ops import launches, moe_buffers, moe_gpu
+from flashmoe_cupy.ops import launches, moe_gpu
+from flashmoe_cupy.ops.operations import OPERATIONS
 from flashmoe_cupy.testing import within_tolerance
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -304,10 +305,11 @@ class SimpleCall:
 def on_machine(machine: Any, op: str, arrays: dict[str, Any], options: dict[str, Any]) -> list[Any]:
     """The results of the CUDA handler, first at LOAD and then at CALL, in buffers of garbage."""
     given = {name: jnp.asarray(x) for name, x in arrays.items()}
-    problem = jax_moe._OPS[op].make(**{n: _view(op, n, x) for n, x in given.items()}, **options)
-    names = [name for name in jax_moe._OPS[op].inputs if name in arrays]
+    problem = OPERATIONS[op].make(**{n: _view(op, n, x) for n, x in given.items()}, **options)
+    names = [name for name in OPERATIONS[op].arguments if name in arrays]
     key, text = jax_moe._register(op, problem, [(n, arrays[n].shape, arrays[n].dtype) for n in names])
-    forms = [*jax_moe._results(problem), ((max(moe_buffers.workspace_bytes(problem), 1),), UINT8)]
+    forms = [*OPERATIONS[op].results(problem).values()]
+    forms.append(((max(moe_gpu.workspace_bytes(OPERATIONS[op], problem), 1),), UINT8))
     outputs = [np.full(shape, 0x7B, np.uint8).astype(to_numpy(dtype)) for shape, dtype in forms]
     inputs = [np.ascontiguousarray(arrays[n]) for n in names]
     made = []

@@ -16,7 +16,8 @@ from flashmoe_cupy import arrays
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, FP64, INT32, INT64
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import moe, plans
+from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.operations import FUSED_MOE, Operation
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe import moe_steps
 from flashmoe_cupy.plan.moe_problem import (
@@ -311,8 +312,8 @@ class Recorder:
         self.calls: list[tuple[str, Any, Any, Any]] = []
         self.filled: list[tuple[Any, float]] = []  # what arrays.fill was told meanwhile
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda problem, views, outputs: self.calls.append((name, problem, views, outputs))
+    def run(self, operation: Operation, problem: Any, views: Any, outputs: Any) -> None:
+        self.calls.append((operation.name, problem, views, outputs))
 
 
 @pytest.fixture
@@ -335,7 +336,7 @@ def test_the_hook_of_fused_moe(recorder: Recorder) -> None:
         b_gate_up=(E, 2 * N), b_down=(E, D), expert_map=((9,), INT32), shared_w_gate_up=(16, D), shared_w_down=(D, 8),
         shared_gate=(T,),
     )  # fmt: skip
-    assert tuple(a) == moe._NAMES
+    assert tuple(a) == FUSED_MOE.arguments
     first = flashmoe_cupy.fused_moe(**a)
     second = flashmoe_cupy.fused_moe(**a)
     optional = ("b_gate_up", "expert_map", "shared_gate")
@@ -366,7 +367,7 @@ def test_the_hooks_of_the_other_operations(recorder: Recorder) -> None:
     out = flashmoe_cupy.grouped_gemm(**a)
     v = [a[n].view if n in a else None for n in ("x", "w", "offsets", "group_sizes", "gather_indices", "bias")]
     assert recorder.calls[-1][2:] == (tuple(v), (out.data_ptr(),)) and out.view.shape == (9, N)
-    assert [call[0] for call in recorder.calls] == ["route", "route", "permute", "grouped_gemm"]
+    assert [call[0] for call in recorder.calls] == ["moe_route", "moe_route", "moe_permute", "grouped_gemm"]
 
 
 def test_empty_calls_launch_nothing(recorder: Recorder) -> None:

@@ -13,11 +13,11 @@ from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.names import no_argument, strict
+from flashmoe_cupy.ops.operations import GROUPED_GEMM
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.checks import asked
 from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, grouped_gemm_problem
 
-_NAMES = ("x", "w", "offsets", "group_sizes", "gather_indices", "bias")
 Views = tuple[View, View, View | None, View | None, View | None, View | None]
 
 
@@ -93,7 +93,8 @@ def grouped_gemm(
     except UnsupportedProblem as error:
         if vx.device >= 0:
             raise
-        named = [(name, v) for name, v in zip((*_NAMES, "out"), (*views, vt), strict=True) if v is not None]
+        names = (*GROUPED_GEMM.arguments, "out")
+        named = [(name, v) for name, v in zip(names, (*views, vt), strict=True) if v is not None]
         raise UnsupportedProblem(asked("grouped_gemm", named, []), error.reasons, error.hint) from None
 
 
@@ -103,11 +104,10 @@ class _Plan:
     __slots__ = ("overlap", "problem", "shape", "specs")
 
     def __init__(self, problem: GroupedGemmProblem, views: Views, out: View | None) -> None:
-        p = problem
-        self.problem = p
-        self.overlap = plans.Overlap("grouped_gemm", _NAMES, views, out)
-        self.shape = (p.num_experts, p.rows, p.n) if p.masked else (p.rows, p.n)
-        self.specs: list[plans.Spec] = [(self.shape, p.dtype)]
+        self.problem = problem
+        self.overlap = plans.Overlap("grouped_gemm", GROUPED_GEMM.arguments, views, out)
+        self.specs: list[plans.Spec] = [*GROUPED_GEMM.results(problem).values()]
+        self.shape = self.specs[0][0]
 
     def run(self, views: Views, out_view: View | None, out: Any) -> Any:
         """The call: the output from the caller's library, then the kernel or the NumPy back end."""
@@ -121,7 +121,7 @@ class _Plan:
         else:
             pointers = (out_view.ptr,)
         if self.problem.rows:
-            plans.gpu().grouped_gemm(self.problem, views, pointers)
+            plans.gpu().run(GROUPED_GEMM, self.problem, views, pointers)
             plans.queued(views)
         return out
 

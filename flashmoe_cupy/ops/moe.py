@@ -17,6 +17,7 @@ from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.names import no_argument, strict
+from flashmoe_cupy.ops.operations import FUSED_MOE
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import MoEProblem, moe_problem
 from flashmoe_cupy.plan.options import exact, exact_types
@@ -25,15 +26,11 @@ if TYPE_CHECKING:
     from flashmoe_cupy.ops.moe_gpu import Ready
     from flashmoe_cupy.ops.quick import Quick
 
-_NAMES = (
-    "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map", "shared_w_gate_up",
-    "shared_w_down", "shared_gate",
-)  # fmt: skip
 _OPTIONS = (
     "activation", "interleaved", "swiglu_alpha", "swiglu_limit", "apply_router_weight_on_input", "batch_invariant",
 )  # fmt: skip
 _EXACT = exact_types(*_OPTIONS)
-Views = tuple[View | None, ...]  # in the order of _NAMES
+Views = tuple[View | None, ...]  # in the order of FUSED_MOE.arguments
 
 
 # Two, for checkers want more than one: they know no **unknown.
@@ -185,10 +182,10 @@ class _Plan:
         self.problem = problem
         self.ready: Ready | None = None  # of the last call
         self.short: plans.ShortWay | None = None  # made of it
-        self.overlap = plans.Overlap("fused_moe", _NAMES, views, out)
+        self.overlap = plans.Overlap("fused_moe", FUSED_MOE.arguments, views, out)
         self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]  # in the table of addresses
-        self.shape = (problem.tokens, problem.hidden)
-        self.specs: list[plans.Spec] = [(self.shape, problem.dtype)]
+        self.specs: list[plans.Spec] = [*FUSED_MOE.results(problem).values()]
+        self.shape = self.specs[0][0]
 
     def run(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
         """The call: the output from the caller's library, then the kernels or the NumPy back end."""
@@ -201,7 +198,7 @@ class _Plan:
         else:
             pointers = (out_view.ptr,)
         if self.problem.tokens:
-            self.ready = plans.gpu().fused_moe(self.problem, views, pointers)
+            self.ready = plans.gpu().run(FUSED_MOE, self.problem, views, pointers)
             plans.queued(views)
         return out
 
@@ -209,7 +206,7 @@ class _Plan:
         """`run` for plain arrays on a GPU like these; None: there is none, as far as is known."""
         if self.short is None and self.ready is not None:
             spec = self.shape, (self.problem.hidden, 1), given[0].dtype
-            overlap = self.overlap if self.places[-1] > len(_NAMES) else None  # the last one is out
+            overlap = self.overlap if self.places[-1] > len(FUSED_MOE.arguments) else None  # the last one is out
             self.short = plans.short_way(quick, self.ready, self.places, [spec], overlap)
         return self.short
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Generic
 from flashmoe_cupy.arrays import View, view
-from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.names import no_argument, strict
+from flashmoe_cupy.ops.operations import PERMUTE
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
 from flashmoe_cupy.plan.options import integer
@@ -80,10 +80,8 @@ class _Plan:
     __slots__ = ("problem", "specs")
 
     def __init__(self, problem: PermuteProblem) -> None:
-        p = problem
-        self.problem = p
-        shapes = ((p.num_experts + 1,), (p.tokens * p.top_k,), (p.tokens, p.top_k))
-        self.specs: list[plans.Spec] = [(shape, INT32) for shape in shapes]
+        self.problem = problem
+        self.specs: list[plans.Spec] = [*PERMUTE.results(problem).values()]
 
     def run(self, views: tuple[View, View | None]) -> MoEPermutation[Any]:
         """The call: outputs from the caller's library, then the kernels or the NumPy back end."""
@@ -92,7 +90,7 @@ class _Plan:
             return self._run_on_host(views)
         made, pointers = plans.allocate(ids, self.specs)
         if p.tokens:
-            plans.gpu().permute(p, views, pointers)
+            plans.gpu().run(PERMUTE, p, views, pointers)
             plans.queued(views)
         else:
             arrays.fill(ids, made[0], 0)

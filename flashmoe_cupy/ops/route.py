@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Generic, Route, Scoring
 from flashmoe_cupy.arrays import View, view
-from flashmoe_cupy.dtypes import FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.names import no_argument, strict
+from flashmoe_cupy.ops.operations import ROUTE
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.moe_problem import RouteProblem, route_problem
 from flashmoe_cupy.plan.options import exact, exact_types
@@ -169,13 +169,10 @@ class _Plan:
     __slots__ = ("problem", "ready", "short", "specs")
 
     def __init__(self, problem: RouteProblem) -> None:
-        p = problem
-        self.problem = p
+        self.problem = problem
         self.ready: Ready | None = None  # of the last call
         self.short: plans.ShortWay | None = None  # made of it
-        self.specs: list[plans.Spec] = [((p.tokens, p.top_k), FP32), ((p.tokens, p.top_k), INT32)]
-        if p.return_stats:
-            self.specs += [((p.num_experts,), INT32), ((p.num_experts,), INT32), ((), FP32), ((), FP32)]
+        self.specs: list[plans.Spec] = [*ROUTE.results(problem).values()]
 
     def run(self, views: tuple[View, View | None]) -> Any:
         """The call: outputs from the caller's library, then the kernels or the NumPy back end."""
@@ -184,7 +181,7 @@ class _Plan:
             return self._run_on_host(views)
         made, pointers = plans.allocate(logits, self.specs)
         if self.problem.tokens:
-            self.ready = plans.gpu().route(self.problem, views, pointers)
+            self.ready = plans.gpu().run(ROUTE, self.problem, views, pointers)
             plans.queued(views)
         else:
             for array in made[2:]:

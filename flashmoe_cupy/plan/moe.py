@@ -169,7 +169,8 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
     }
     partial = same("partial_probabilities", "partial_counts", "partial_z") if stats else {}
     chosen = same("topk_weights", "topk_ids")
-    steps = [ROUTER.step(config, blocks, same("logits", "bias") | chosen | partial, values)]
+    read = {"logits": "logits", "bias": "e_score_correction_bias"}
+    steps = [ROUTER.step(config, blocks, read | chosen | partial, values)]
     limited = 0 <= p.capacity < p.tokens
     if stats:
         results = same("expert_counts", "dropped", "load_balancing_loss", "z_loss")
