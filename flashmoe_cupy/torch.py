@@ -26,7 +26,7 @@ from flashmoe_cupy.torch_reasons import instead, no_strides
 
 # Where a call cannot be traced, as with `out`, torch.compile goes on with the functions inside. These read memory that
 # it does not see and write what its translation of NumPy loses: they run as they are.
-for _module in ("cpu", "arrays", "jit"):
+for _module in ("cpu", "arrays", "jit", "ops.quick"):
     trace_rules.add(f"flashmoe_cupy.{_module}")
 
 __all__ = ["flash_attention", "flash_attention_varlen", "fused_moe", "grouped_gemm", "moe_permute", "moe_route"]

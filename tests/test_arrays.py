@@ -408,7 +408,7 @@ def test_jax_results(name: str) -> None:
     import jax.numpy as jnp
 
     dtype = dtypes.from_name(name)
-    like = view(jnp.ones(2), "q")
+    like = view(jax.device_put(jnp.ones(2), jax.devices("cpu")[0]), "q")
     buffer = empty(like, (2, 3), dtype)
     assert isinstance(buffer, np.ndarray) and buffer.dtype == dtypes.to_numpy(dtype)
     y = from_numpy(like, numbers((3, 2), dtype).T)

@@ -284,7 +284,12 @@ def test_lengths_from_shapes_that_change(strict: bool) -> None:
         return random("cpu", n, 2, 16), torch.tensor([0, n], dtype=torch.int32)
 
     sizes = ({0: torch.export.Dim("n", min=4, max=4096)}, None)
-    program = torch.export.export(Used(), given(20), dynamic_shapes=sizes, strict=strict).module()
+    try:
+        program = torch.export.export(Used(), given(20), dynamic_shapes=sizes, strict=strict).module()
+    except torch._dynamo.exc.Unsupported as error:
+        if "builtin operator `is_`" in str(error):
+            pytest.skip("this torch cannot trace whether a tuple of sizes is another one")
+        raise
     same(tuple(program(*given(31))), Used()(*given(31)))
 
 

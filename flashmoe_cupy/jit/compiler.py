@@ -57,6 +57,7 @@ class Compiled(NamedTuple):
 
 
 _lock = threading.Lock()
+_CACHES = (12, 9)  # the first NVRTC with a cache of its own
 _nvrtc_module: ModuleType | None = None
 _version: tuple[int, int] | None = None
 
@@ -110,7 +111,9 @@ def _run(tu: str, headers: Mapping[str, str], options: tuple[str, ...]) -> tuple
     program = nvrtc.createProgram(tu, _FILE, [headers[n].encode() for n in names], [n.encode() for n in names])
     try:
         try:
-            nvrtc.compileProgram(program, options)
+            # What comes from NVRTC's own cache, kept where there is a driver, has no log: no registers, no spills.
+            own = ("--no-cache",) if nvrtc_version() >= _CACHES else ()
+            nvrtc.compileProgram(program, (*options, *own))
         except nvrtc.NVRTCError as error:
             raise CompileError(str(error), nvrtc.getProgramLog(program).rstrip("\0 \n")) from None
         cubin = b"" if options[0].startswith("-arch=compute_") else bytes(nvrtc.getCUBIN(program))

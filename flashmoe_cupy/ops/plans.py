@@ -14,7 +14,8 @@ from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops.quick import Recent, compiled, find
+from flashmoe_cupy.ops.compiled import compiled
+from flashmoe_cupy.ops.quick import Recent, find, is_traced
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.checks import asked
 
@@ -204,7 +205,7 @@ def adapter(x: Any) -> Any:
         from flashmoe_cupy import jax
 
         return jax
-    if known == "torch subclass" or (known and _is_traced()):
+    if known == "torch subclass" or (known and is_traced()):
         return _compiled_adapter(x)
     return None
 
@@ -217,20 +218,6 @@ def _library(x: Any) -> str:
     if hasattr(torch, "Tensor") and isinstance(x, torch.Tensor):
         return "torch" if type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ else "torch subclass"
     return ""
-
-
-def _is_traced() -> bool:
-    """Whether something records what happens to plain tensors: a dispatch mode, make_fx, torch.jit.trace.
-
-    Where torch runs an operator for it, that is off, so the operator itself may read them.
-    """
-    torch: Any = sys.modules["torch"]
-    if not _recorders:
-        _recorders.extend(map(torch._C._dispatch_key_parse, ("Python", "Tracer", "PreDispatch")))
-    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _recorders))
-
-
-_recorders: list[Any] = []  # dispatch keys of torch
 
 
 def gpu() -> Any:

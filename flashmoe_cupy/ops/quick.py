@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashmoe_cupy.ops.compiled import compiled, nothing
 from flashmoe_cupy.plan import kernels
 
 Key = tuple[Any, ...]
@@ -104,20 +105,7 @@ def find(kind: type) -> Quick | None:
     return quick
 
 
-def compiled(instead: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: torch.compile traces `instead` where the function is called, as it does for its own wrappers.
-
-    Nothing of it is seen in eager code, neither time nor an import of torch.
-    """
-
-    def mark(function: Any) -> Any:
-        function._torchdynamo_inline = instead
-        return function
-
-    return mark
-
-
-find = compiled(lambda _: None)(find)  # what is traced has no memory, and so no short way
+find = compiled(nothing)(find)  # what is traced has no memory, and so no short way
 
 
 def _numpy() -> Quick:
@@ -314,3 +302,17 @@ def _cupy(cupy: Any) -> Quick:
         key, keys, operator.attrgetter("data.ptr"), empty, float32, int32, uint8, device, stream, maker, recorder,
         graph_pool=False, guard=guard, guards=single,
     )  # fmt: skip
+
+
+def is_traced() -> bool:
+    """Whether something records what happens to plain tensors: a dispatch mode, make_fx, torch.jit.trace.
+
+    Where torch runs an operator for it, that is off, so the operator itself may read them.
+    """
+    torch: Any = sys.modules["torch"]
+    if not _recorders:
+        _recorders.extend(map(torch._C._dispatch_key_parse, ("Python", "Tracer", "PreDispatch")))
+    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _recorders))
+
+
+_recorders: list[Any] = []  # dispatch keys of torch
