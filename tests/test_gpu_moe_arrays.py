@@ -418,6 +418,18 @@ def test_products_beyond_32_bits(room: None) -> None:
     assert judge(grouped_gemm(**t)[mine], known, torch.bfloat16) == []
 
 
+def test_libraries_take_turns() -> None:
+    """Calls with the same shapes and options, of two libraries one after the other, several times."""
+    case = MoECase(20, 64, 64, 4, 2)
+    t = tensors(case, "cuda")
+    there = {name: to_cupy(x) for name, x in t.items()}
+    logits = torch.randn(20, 4, device="cuda")
+    want, routed = fused_moe(**t), moe_route(logits, top_k=2)
+    for given, arrays in ((to_cupy(logits), there), (logits, t)) * 3:
+        assert same_bits(as_torch(fused_moe(**arrays)), want)
+        assert all(map(same_bits, map(as_torch, moe_route(given, top_k=2)), routed))
+
+
 @pytest.mark.alone
 def test_router_beyond_32_bits(room: None) -> None:
     logits = torch.randn((2_100_001, 1024), device="cuda", dtype=torch.bfloat16)

@@ -98,6 +98,14 @@ def test_tensors_without_strides_have_no_short_way(access: Quick, at: int) -> No
     assert not guard(*plain[:at], x.numpy(), *plain[at + 1 :])
 
 
+def test_a_guard_of_tensors_refuses_what_is_none(access: Quick) -> None:
+    """The same options may come with another library's arrays: that is no error, and not the same plan."""
+    for arrays in ((torch.rand(6, 8),), (torch.rand(6, 8), torch.rand(3))):
+        guard = access.guard(arrays)
+        assert guard is not None and guard(*arrays)
+        assert guard(*[x.numpy() for x in arrays]) is False
+
+
 def test_a_gradient_that_is_not_recorded_is_none(access: Quick) -> None:
     x = torch.rand(3, requires_grad=True)
     with torch.no_grad():
