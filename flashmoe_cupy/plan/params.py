@@ -146,6 +146,8 @@ def _members(body: str) -> list[tuple[int, str, list[str]]]:
 def _text(header: str, name: str) -> tuple[str, str]:
     """(name of the base or "", what stands between the braces) of a struct, without comments."""
     for text in source.headers_for(f'#include "{header}"\n').values():
+        if f"struct {name}" not in text:
+            continue
         code = re.sub(r"//[^\n]*", "", text)
         if found := re.search(rf"struct {name}\s*(?::\s*(\w+)\s*)?\{{(.*?)\}};", code, re.S):
             return found[1] or "", found[2]
