@@ -30,8 +30,8 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.cpu.attention import attention as cpu_attention
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import DependencyError, UnsupportedProblem
+from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.plan.options import exact
-from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 __all__ = ["flash_attention", "flash_attention_varlen"]
 _MOE = ("fused_moe", "grouped_gemm", "moe_permute", "moe_route")  # in jax_moe.py, and names of this module too

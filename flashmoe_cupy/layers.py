@@ -17,7 +17,8 @@ from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.route import RouterStats, moe_route
 from flashmoe_cupy.plan.checks import SHORT, asked, check_dtypes, check_last, check_places, count
 from flashmoe_cupy.plan.hints import hint, layer
-from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
+from flashmoe_cupy.plan.moe.problem import ACTIVATIONS, GATED, moe_problem
+from flashmoe_cupy.plan.moe.routing import route_problem
 from flashmoe_cupy.torch_reasons import no_strides
 
 _HELD = ("router_weight", "router_bias", "shared_gate_weight", "w_gate_up", "w_down")  # arrays that are attributes

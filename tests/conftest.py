@@ -198,7 +198,8 @@ def _await_kernels(config: pytest.Config) -> None:
 def _compile_all(capability: tuple[int, int]) -> None:
     from compile_kit import compile_all
 
-    from flashmoe_cupy.plan.kernels import KERNELS, arch_for
+    from flashmoe_cupy.plan.archs import arch_for
+    from flashmoe_cupy.plan.kernels import KERNELS
 
     with contextlib.suppress(Exception):  # the tests show what does not compile
         compile_all(list(KERNELS.values()), arch_for(capability))
@@ -229,7 +230,8 @@ def _seeds() -> Iterator[None]:
 @pytest.fixture(params=["chosen", "attention_fwd_sm80"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     """For GPU tests: once with the kernels that the library chooses, once with the general one where it has a rival."""
-    from flashmoe_cupy.plan.kernels import arch_for, of_task, only
+    from flashmoe_cupy.plan.archs import arch_for
+    from flashmoe_cupy.plan.kernels import of_task, only
 
     if request.param == "chosen":
         yield
@@ -247,7 +249,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(params=["chosen", "grouped_gemm_sm80"])
 def product_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same for mixtures of experts, whose kernels differ in their products."""
-    from flashmoe_cupy.plan.kernels import arch_for, of_task, only
+    from flashmoe_cupy.plan.archs import arch_for
+    from flashmoe_cupy.plan.kernels import of_task, only
 
     if request.param == "chosen":
         yield

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from flashmoe_cupy import reference
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan.config import Config
+from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
+from flashmoe_cupy.plan.attention.tiles import Config
 from flashmoe_cupy.plan.kernels import KERNELS
-from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.testing import TOLERANCES, Case, VarlenCase, compare_lse, within_tolerance
 
 SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"

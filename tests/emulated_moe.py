@@ -11,11 +11,12 @@ from emulate import guarded, run, tensor_map
 from numpy.typing import NDArray
 
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.kernels import KERNELS
-from flashmoe_cupy.plan.moe_problem import grouped_gemm_problem, moe_problem, permute_problem, route_problem
-from flashmoe_cupy.plan.product import GemmConfig, GroupedGemmSm90, Product
+from flashmoe_cupy.plan.moe import steps as moe
+from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
+from flashmoe_cupy.plan.moe.products import GemmConfig, GroupedGemmSm90, Product
+from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
 
 Array = NDArray[Any]
 Steps = Sequence[Step]

@@ -19,8 +19,9 @@ import numpy as np
 
 import flashmoe_cupy
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan.kernels import arch_for, of_task, only
-from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
+from flashmoe_cupy.plan.archs import arch_for
+from flashmoe_cupy.plan.attention.problem import attention_problem, varlen_problem
+from flashmoe_cupy.plan.kernels import of_task, only
 from flashmoe_cupy.testing import AttentionCase, VarlenCase
 
 DIMS = ((64, 64), (40, 40), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 256), (64, 512), (8, 24))

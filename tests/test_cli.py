@@ -16,7 +16,8 @@ import flashmoe_cupy
 from flashmoe_cupy import _env, service
 from flashmoe_cupy.cli import commands, main, measure, show
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, of_op
+from flashmoe_cupy.plan.archs import ARCHS
+from flashmoe_cupy.plan.kernels import KERNELS, of_op
 
 ATTENTION = of_op("attention")
 NO_GPU = service.backend()[0] == "numpy"

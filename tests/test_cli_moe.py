@@ -17,8 +17,10 @@ from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import launches, moe_gpu
 from flashmoe_cupy.ops.operations import OPERATIONS
-from flashmoe_cupy.plan import moe_problem
-from flashmoe_cupy.plan.kernels import ARCHS, of_op, of_task
+from flashmoe_cupy.plan.archs import ARCHS
+from flashmoe_cupy.plan.kernels import of_op, of_task
+from flashmoe_cupy.plan.moe import problem as moe_problem
+from flashmoe_cupy.plan.moe import routing
 from flashmoe_cupy.service import warm
 from flashmoe_cupy.service.plans import absent_arrays
 
@@ -41,12 +43,12 @@ def problems(seed: int, count: int) -> list[Any]:
         k, d, n = min(experts, one(1, 2, 8)), one(8, 64, 2048), one(8, 40, 768)
         logits = array(one(kind, dtypes.FP32), tokens, experts)
         found.append(
-            moe_problem.route_problem(
+            routing.route_problem(
                 logits, None, top_k=k, return_stats=one(False, True), capacity_factor=one(None, 0.5)
             )
         )
         ids = array(one(dtypes.INT32, dtypes.INT64), tokens, k)
-        found.append(moe_problem.permute_problem(ids, None, num_experts=experts))
+        found.append(routing.permute_problem(ids, None, num_experts=experts))
         w, rows = array(kind, experts, n, d), tokens * k
         if one(False, True):
             lists: dict[str, Any] = {"group_sizes": array(dtypes.INT32, experts)}
@@ -189,7 +191,7 @@ def test_explain_says_what_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
             batch_invariant=more.get("batch_invariant", False), swiglu_limit=more.get("swiglu_limit"),
             **(optional if shared else {}),
         )  # fmt: skip
-        prepare(moe_problem.route_problem(array(dtypes.FP32, tokens, 128), None, top_k=8))
+        prepare(routing.route_problem(array(dtypes.FP32, tokens, 128), None, top_k=8))
         prepare(problem)
         said = [
             (EVERY[c.kernel].source(next(x for x in EVERY[c.kernel].configs("sm_90a") if x.name == c.config)))

@@ -12,8 +12,9 @@ from test_cli import run, run_json
 from flashmoe_cupy import _env, service
 from flashmoe_cupy.cli import commands, options
 from flashmoe_cupy.errors import DependencyError
-from flashmoe_cupy.plan.kernels import ARCHS, of_op
-from flashmoe_cupy.plan.moe_problem import ACTIVATIONS
+from flashmoe_cupy.plan.archs import ARCHS
+from flashmoe_cupy.plan.kernels import of_op
+from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
 
 Capture = pytest.CaptureFixture[str]
 

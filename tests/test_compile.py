@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from flashmoe_cupy.jit import cache, compiler, source
-from flashmoe_cupy.plan.config import MAX_SMEM
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, arch_for
+from flashmoe_cupy.plan.archs import ARCHS, MAX_SMEM, arch_for
+from flashmoe_cupy.plan.kernels import KERNELS
 
 pytest.importorskip("cupy")
 pytestmark = pytest.mark.compile

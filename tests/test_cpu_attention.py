@@ -18,7 +18,7 @@ from flashmoe_cupy.cpu import attention as module
 from flashmoe_cupy.cpu import small, tile
 from flashmoe_cupy.cpu.attention import attention
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
+from flashmoe_cupy.plan.attention.problem import attention_problem, varlen_problem
 from flashmoe_cupy.testing import AttentionCase, VarlenCase
 
 Array = Any  # NumPy arrays; Any, so that dicts of arguments may be unpacked

@@ -17,7 +17,7 @@ from flashmoe_cupy import flash_attention, flash_attention_varlen, moe_route
 from flashmoe_cupy.arrays import view
 from flashmoe_cupy.cpu import attention, moe, small, threads, tile
 from flashmoe_cupy.cpu.tile import Sequences
-from flashmoe_cupy.plan.problem import attention_problem
+from flashmoe_cupy.plan.attention.problem import attention_problem
 
 Array = Any
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from emulated_attention import SM80, SM90, attention, faults, outcomes
 
-from flashmoe_cupy.plan.config import Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.attention.tiles import Config, Sm80Config, Sm90Config
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
 
 pytestmark = [

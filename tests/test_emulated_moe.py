@@ -14,10 +14,10 @@ from emulated_moe import Machine, bf16
 from flashmoe_cupy import reference
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
-from flashmoe_cupy.plan import moe
 from flashmoe_cupy.plan.kernels import linked
-from flashmoe_cupy.plan.moe_problem import PermuteProblem
-from flashmoe_cupy.plan.product import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
+from flashmoe_cupy.plan.moe import steps as moe
+from flashmoe_cupy.plan.moe.products import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
+from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 

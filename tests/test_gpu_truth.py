@@ -21,7 +21,8 @@ import pytest
 from compile_kit import compile_sources
 
 import flashmoe_cupy
-from flashmoe_cupy.plan.kernels import arch_for, of_task, only
+from flashmoe_cupy.plan.archs import arch_for
+from flashmoe_cupy.plan.kernels import of_task, only
 from flashmoe_cupy.testing import (
     TOLERANCES,
     AttentionCase,
@@ -280,7 +281,7 @@ def problem(case: Case) -> Any:
     """The library's own problem for contiguous GPU arrays of this case, which need not exist."""
     from flashmoe_cupy import dtypes
     from flashmoe_cupy.arrays import View
-    from flashmoe_cupy.plan.problem import attention_problem, varlen_problem
+    from flashmoe_cupy.plan.attention.problem import attention_problem, varlen_problem
 
     address = iter(range(1 << 40, 1 << 50, 1 << 40))  # far apart, so that no two arrays seem to overlap
 

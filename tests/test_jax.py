@@ -19,7 +19,7 @@ import pytest
 from flashmoe_cupy import reference
 from flashmoe_cupy.cpu.attention import attention as cpu_attention
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.problem import attention_problem
+from flashmoe_cupy.plan.attention.problem import attention_problem
 from flashmoe_cupy.testing import TOLERANCES, AttentionCase, VarlenCase, compare_lse, within_tolerance
 
 jax = pytest.importorskip("jax")

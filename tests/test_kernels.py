@@ -12,11 +12,12 @@ from test_problem import array, dense, packed
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.plan import kernels, softcap
-from flashmoe_cupy.plan.attention import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90
-from flashmoe_cupy.plan.config import MAX_SMEM
-from flashmoe_cupy.plan.kernels import ARCHS, KERNELS, choose, of_task, only
-from flashmoe_cupy.plan.problem import AttentionProblem
+from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.archs import ARCHS, MAX_SMEM
+from flashmoe_cupy.plan.attention import softcap
+from flashmoe_cupy.plan.attention.forward import AttentionFwd, AttentionFwdSm80, AttentionFwdSm90
+from flashmoe_cupy.plan.attention.problem import AttentionProblem
+from flashmoe_cupy.plan.kernels import KERNELS, choose, of_task, only
 
 SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"
 hopper = AttentionFwdSm90()

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from moe_plans import ProductCase, configurations, every_configuration, kernel_names, registered
 from test_gpu_arrays import Dlpack, to_jax, to_numpy
 
-from flashmoe_cupy.plan.kernels import ARCHS
+from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
 torch: Any = pytest.importorskip("torch")

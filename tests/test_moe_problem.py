@@ -19,17 +19,9 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.operations import FUSED_MOE, Operation
 from flashmoe_cupy.plan.kernels import KERNELS
-from flashmoe_cupy.plan.moe import moe_steps
-from flashmoe_cupy.plan.moe_problem import (
-    GroupedGemmProblem,
-    MoEProblem,
-    PermuteProblem,
-    RouteProblem,
-    grouped_gemm_problem,
-    moe_problem,
-    permute_problem,
-    route_problem,
-)
+from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem, grouped_gemm_problem, moe_problem
+from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem, permute_problem, route_problem
+from flashmoe_cupy.plan.moe.steps import moe_steps
 
 T, D, N, E, K = 5, 64, 48, 6, 2
 

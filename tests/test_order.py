@@ -1,7 +1,7 @@
 """The order in which the Hopper kernel's blocks take tiles: every tile once, even work, keys that fit in L2.
 
-`taken` plays the device functions of cuda_src/tile/scheduler.cuh one tile at a time, in plain Python; plan/order.py
-says the same in NumPy.
+`taken` plays the device functions of cuda_src/tile/scheduler.cuh one tile at a time, in plain Python;
+plan/attention/order.py says the same in NumPy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pytest
 from test_problem import array, dense
 
 from flashmoe_cupy.dtypes import BF16
-from flashmoe_cupy.plan import order
-from flashmoe_cupy.plan.attention import AttentionFwdSm90
-from flashmoe_cupy.plan.problem import AttentionProblem
+from flashmoe_cupy.plan.attention import order
+from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
+from flashmoe_cupy.plan.attention.problem import AttentionProblem
 
 hopper = AttentionFwdSm90()
 Tile = tuple[int, int]  # (m_block, group)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, BOOL, FP8_E4M3, FP16, FP32, FP64, INT32, INT64, DType
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
+from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
 
 _addresses = itertools.count(1 << 30, 1 << 30)
 

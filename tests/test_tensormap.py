@@ -15,9 +15,9 @@ from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import launch, tensormap
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.ops import attention
-from flashmoe_cupy.plan.attention import AttentionFwdSm90
+from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
+from flashmoe_cupy.plan.attention.problem import AttentionProblem
 from flashmoe_cupy.plan.kernels import only
-from flashmoe_cupy.plan.problem import AttentionProblem
 
 MAP = TensorMap(BF16, (64, 400, 2, 3), (256, 128, 102400), (64, 96, 1, 1))
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
-from flashmoe_cupy.plan.kernels import ARCHS
-from flashmoe_cupy.plan.moe_problem import ACTIVATIONS
+from flashmoe_cupy.plan.archs import ARCHS
+from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
 from flashmoe_cupy.service import DTYPES, OPS
 
 _NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)

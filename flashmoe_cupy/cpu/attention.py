@@ -19,7 +19,7 @@ from flashmoe_cupy.cpu.tile import Sequences, Tile, worker
 from flashmoe_cupy.errors import UnsupportedProblem
 
 if TYPE_CHECKING:
-    from flashmoe_cupy.plan.problem import AttentionProblem
+    from flashmoe_cupy.plan.attention.problem import AttentionProblem
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]

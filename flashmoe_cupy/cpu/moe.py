@@ -21,7 +21,8 @@ from flashmoe_cupy.cpu.offsets import repair, warn
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 
 if TYPE_CHECKING:
-    from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, RouteProblem
+    from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
+    from flashmoe_cupy.plan.moe.routing import RouteProblem
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]

@@ -26,7 +26,7 @@ from flashmoe_cupy.cpu.convert import widened
 from flashmoe_cupy.cpu.threads import SINGLE, SINGLE_VECTOR
 
 if TYPE_CHECKING:
-    from flashmoe_cupy.plan.problem import AttentionProblem
+    from flashmoe_cupy.plan.attention.problem import AttentionProblem
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]

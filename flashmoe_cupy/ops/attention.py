@@ -22,9 +22,9 @@ from flashmoe_cupy.ops.plans import adapter, check_overlap
 from flashmoe_cupy.ops.quick import Quick, Recent, find
 from flashmoe_cupy.ops.unreadable import told, unreadable
 from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.plan.kernel import Step, same
 from flashmoe_cupy.plan.options import exact, is_window
-from flashmoe_cupy.plan.problem import AttentionProblem, attention_problem, varlen_problem
 
 if TYPE_CHECKING:
     from flashmoe_cupy.jit.launch import Launch

@@ -16,7 +16,7 @@ from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.operations import GROUPED_GEMM
 from flashmoe_cupy.ops.unreadable import unreadable
 from flashmoe_cupy.plan.checks import asked
-from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, grouped_gemm_problem
+from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, grouped_gemm_problem
 
 Views = tuple[View, View, View | None, View | None, View | None, View | None]
 

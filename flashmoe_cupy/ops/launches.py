@@ -7,6 +7,7 @@ from flashmoe_cupy.dtypes import FP32
 from flashmoe_cupy.jit import launch as gpu
 from flashmoe_cupy.jit.launch import Launch
 from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.archs import arch_for
 from flashmoe_cupy.plan.kernel import EMPTY, Step
 
 _warned: set[str] = set()  # reasons whose slowness was mentioned
@@ -18,7 +19,7 @@ def prepare(step: Step, device: int, stream: int | None, aligned: bool) -> tuple
     stream: where a graph may be recorded, in which nothing can be compiled; None: nowhere. aligned: the arrays that go
     by rows start at multiples of 16 bytes.
     """
-    arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
+    arch, sms = arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     problem = step.problem
     aligned = aligned and problem.rows_aligned
     kernel = kernels.choose(step.task, problem, arch, aligned)

@@ -21,6 +21,7 @@ from flashmoe_cupy.jit.series import NULL, Place, Series
 from flashmoe_cupy.ops.launches import prepare
 from flashmoe_cupy.ops.operations import Operation
 from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.archs import arch_for
 
 Views = Sequence[View | None]
 
@@ -98,7 +99,7 @@ def _prepare(operation: Operation, problem: Any, device: int, stream: int | None
     places = operation.places(problem)
     place: dict[str, Place] = {"": NULL} | {name: (i, 0) for name, i in places.items()}
     place |= {name: (1 + len(places), offset) for name, offset in work.offsets.items()}
-    arch, sms = kernels.arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
+    arch, sms = arch_for(gpu.compute_capability(device)), gpu.multiprocessors(device)
     launches = []
     for step in kernels.linked(steps, arch, aligned, sms):
         ready, pointers = prepare(step, device, stream, aligned)

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 from flashmoe_cupy.dtypes import FP32, INT32, DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import plans
-from flashmoe_cupy.plan import moe, moe_problem
 from flashmoe_cupy.plan.kernel import Step
-from flashmoe_cupy.plan.moe import Workspace
-from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.moe import problem as moe_problem
+from flashmoe_cupy.plan.moe import routing
+from flashmoe_cupy.plan.moe import steps as moe
+from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
+from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.moe.steps import Workspace
 
 Form = tuple[tuple[int, ...], DType]  # shape and dtype of an array
 Named = dict[str, Any]  # arrays by name
@@ -62,7 +65,7 @@ def _check_nothing(p: Any, fetch: Callable[[str], Any]) -> None:
 
 
 def _make_route(logits: Any, e_score_correction_bias: Any = None, **options: Any) -> RouteProblem:
-    return moe_problem.route_problem(logits, e_score_correction_bias, **options)
+    return routing.route_problem(logits, e_score_correction_bias, **options)
 
 
 def _route_results(p: RouteProblem) -> dict[str, Form]:
@@ -82,7 +85,7 @@ def _route_host(p: RouteProblem, given: Named, made: Named) -> None:
 
 
 def _make_permute(topk_ids: Any, expert_map: Any = None, **options: Any) -> PermuteProblem:
-    return moe_problem.permute_problem(topk_ids, expert_map, **options)
+    return routing.permute_problem(topk_ids, expert_map, **options)
 
 
 def _permute_results(p: PermuteProblem) -> dict[str, Form]:

@@ -15,7 +15,7 @@ from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.operations import PERMUTE
 from flashmoe_cupy.ops.unreadable import unreadable
-from flashmoe_cupy.plan.moe_problem import PermuteProblem, permute_problem
+from flashmoe_cupy.plan.moe.routing import PermuteProblem, permute_problem
 from flashmoe_cupy.plan.options import integer
 
 

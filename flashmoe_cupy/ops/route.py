@@ -15,7 +15,7 @@ from flashmoe_cupy.ops import plans
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.operations import ROUTE
 from flashmoe_cupy.ops.unreadable import unreadable
-from flashmoe_cupy.plan.moe_problem import RouteProblem, route_problem
+from flashmoe_cupy.plan.moe.routing import RouteProblem, route_problem
 from flashmoe_cupy.plan.options import exact, exact_types
 
 if TYPE_CHECKING:

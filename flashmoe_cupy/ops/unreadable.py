@@ -13,9 +13,10 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.checks import show
 
 _PROBLEMS = {
-    "flash_attention": "problem.attention_problem", "flash_attention_varlen": "problem.varlen_problem",
-    "moe_route": "moe_problem.route_problem", "moe_permute": "moe_problem.permute_problem",
-    "grouped_gemm": "moe_problem.grouped_gemm_problem", "fused_moe": "moe_problem.moe_problem",
+    "flash_attention": "attention.problem.attention_problem",
+    "flash_attention_varlen": "attention.problem.varlen_problem",
+    "moe_route": "moe.routing.route_problem", "moe_permute": "moe.routing.permute_problem",
+    "grouped_gemm": "moe.problem.grouped_gemm_problem", "fused_moe": "moe.problem.moe_problem",
 }  # fmt: skip
 _RENAMED = {("moe_route", "bias"): "e_score_correction_bias"}  # parameters of problems whose arguments have other names
 
@@ -85,7 +86,7 @@ def told(op: str, given: Mapping[str, Any]) -> str:
 
 
 def _problem(op: str) -> Callable[..., Any]:
-    module, _, function = _PROBLEMS[op].partition(".")
+    module, _, function = _PROBLEMS[op].rpartition(".")
     return getattr(import_module(f"flashmoe_cupy.plan.{module}"), function)  # type: ignore[no-any-return]
 
 

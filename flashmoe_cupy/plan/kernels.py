@@ -10,13 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.attention import AttentionFwdSm80, AttentionFwdSm90
+from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
 from flashmoe_cupy.plan.kernel import Kernel, Step
-from flashmoe_cupy.plan.moe import SMALL_KERNELS
-from flashmoe_cupy.plan.product import GroupedGemmSm80, GroupedGemmSm90
-
-# Every kernel compiles for these, or has no configuration there, without a spill; the test suite checks it.
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+from flashmoe_cupy.plan.moe.products import GroupedGemmSm80, GroupedGemmSm90
+from flashmoe_cupy.plan.moe.small import SMALL_KERNELS
 
 # Of the kernels of one task, the first that takes a problem runs it: special ones come before general ones.
 KERNELS: dict[str, Kernel[Any, Any]] = {
@@ -36,12 +33,6 @@ def of_task(task: str) -> dict[str, Kernel[Any, Any]]:
 def of_op(op: str) -> dict[str, Kernel[Any, Any]]:
     """The kernels of a family, "attention" or "moe", by name."""
     return {name: kernel for name, kernel in KERNELS.items() if kernel.op == op}
-
-
-def arch_for(compute_capability: tuple[int, int]) -> str:
-    """The compilation target of a device. Only 9.0 has an `a` target here: its own kernels use wgmma."""
-    major, minor = compute_capability
-    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
 def choose(task: str, problem: Any, arch: str, aligned: bool) -> Kernel[Any, Any]:

@@ -53,7 +53,7 @@ def devices() -> tuple[Device, ...]:
 
 
 def _ask_driver() -> Driver:
-    from flashmoe_cupy.plan.kernels import arch_for
+    from flashmoe_cupy.plan.archs import arch_for
 
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

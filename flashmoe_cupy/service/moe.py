@@ -36,8 +36,9 @@ def explain_moe(
     of a shared expert, 0 for none. bytes: weights of no more experts than there are assignments.
     """
     from flashmoe_cupy import dtypes
-    from flashmoe_cupy.plan import moe
-    from flashmoe_cupy.plan.moe_problem import ACTIVATIONS, GATED, moe_problem, route_problem
+    from flashmoe_cupy.plan.moe import steps as moe
+    from flashmoe_cupy.plan.moe.problem import ACTIVATIONS, GATED, moe_problem
+    from flashmoe_cupy.plan.moe.routing import route_problem
 
     check_sizes({"tokens": tokens, "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k,
                  "shared": shared}, {})  # fmt: skip

@@ -75,7 +75,7 @@ class Explanation(NamedTuple):
 def explain(op: str = "attention", *, arch: str | Sequence[str] | None = None, **sizes: Any) -> Explanation:
     """Say which kernels and configurations would run a problem, per arch, and why not the others. Needs no GPU.
 
-    arch: one or several of plan.kernels.ARCHS; None = FLASHMOE_ARCH, else those of the devices here, else all.
+    arch: one or several of plan.archs.ARCHS; None = FLASHMOE_ARCH, else those of the devices here, else all.
     sizes: of the problem, by name; those not given have the defaults that `explain_attention` and `explain_moe` say.
     "attention": batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
         softmax_scale, softcap, alibi, bias, sinks, varlen.
@@ -172,7 +172,7 @@ def _problem(
 ) -> Any:  # fmt: skip
     """The problem that a call with contiguous arrays of these sizes would make; the arrays do not exist."""
     from flashmoe_cupy import dtypes
-    from flashmoe_cupy.plan import problem
+    from flashmoe_cupy.plan.attention import problem
 
     check_sizes(
         {"batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "heads_q": heads_q, "heads_k": heads_k,
@@ -274,8 +274,7 @@ def _of_gpu(name: str) -> str:
 
 def named_arch(name: str) -> str:
     """The arch that is meant by sm_90a, sm_90, sm90 or 9.0. Raises ValueError for one that is not known."""
-    from flashmoe_cupy.plan.config import MAX_SMEM
-    from flashmoe_cupy.plan.kernels import ARCHS, arch_for
+    from flashmoe_cupy.plan.archs import ARCHS, MAX_SMEM, arch_for
 
     known = tuple(dict.fromkeys((*ARCHS, *MAX_SMEM)))
     numbers = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", name.strip().lower())
@@ -292,7 +291,7 @@ def require_known(what: str, name: str, known: Sequence[str]) -> None:
 
 def target_archs(arch: str | Sequence[str] | None) -> tuple[str, ...]:
     """The archs that are meant: given, from FLASHMOE_ARCH, of the devices here, else all. Raises ValueError."""
-    from flashmoe_cupy.plan.kernels import ARCHS
+    from flashmoe_cupy.plan.archs import ARCHS
 
     chosen = arch if arch is not None else _env.get().arch
     if chosen is not None:
@@ -310,7 +309,7 @@ def kernels(
     arch, op, dtype, head_dim: only these; a head_dim means attention. Raises as `specialisations` does, and ValueError
     for an unknown arch or op.
     """
-    from flashmoe_cupy.plan.kernels import ARCHS
+    from flashmoe_cupy.plan.archs import ARCHS
 
     if op is not None:
         require_known("op", op, OPS)

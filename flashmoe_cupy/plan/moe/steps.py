@@ -1,19 +1,24 @@
-"""The small kernels of the mixture of experts as the host sees them, and how the operations are made of launches.
-
-A step is one launch: a kernel's source, its grid, and its Params as bytes with places for addresses. No GPU, no CuPy.
-"""
+"""How the operations of the mixture of experts are made of launches. No GPU, no CuPy."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from flashmoe_cupy.dtypes import FP32, INT32, DType
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Arguments, Kernel, Step, Values, same
-from flashmoe_cupy.plan.moe_problem import GroupedGemmProblem, MoEProblem, PermuteProblem, RouteProblem
-from flashmoe_cupy.plan.params import Params
-from flashmoe_cupy.plan.product import Product
+from flashmoe_cupy.plan.kernel import Step, Values, same
+from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
+from flashmoe_cupy.plan.moe.products import Product
+from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.moe.small import (
+    CAPACITY,
+    CLEAR,
+    COMBINE,
+    PER_LANE,
+    PERMUTE_COUNT,
+    PERMUTE_PLACE,
+    ROUTER,
+    ROUTER_STATS,
+    SmallProblem,
+)
 
-_PER_LANE = (1, 2, 4, 8, 16, 32)  # experts that a lane of the router holds, by compiled sizes
 _WARPS_ROUTER = 4
 _WARPS_PERMUTE = 16
 _ONE_BLOCK = 4096  # assignments that one block of the permutation places
@@ -21,108 +26,6 @@ FEW = 32  # assignments, one for each lane of a warp, whose order the products f
 _BLOCKS_PERMUTE = 256  # at most, of the permutation
 _ROWS_OF_STATS = 512  # warps of a router that keeps statistics, at most
 _SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
-
-
-class SmallConfig(NamedTuple):
-    """One specialisation of a kernel whose template arguments are written out."""
-
-    name: str
-    struct: str  # the C++ type inside namespace fm
-    threads: int
-    smem_bytes: int
-    min_blocks: int = 1
-    cluster: int = 1
-
-
-class SmallProblem(NamedTuple):
-    """One launch of a small kernel, whose configuration and grid the operation knows."""
-
-    kernel: str
-    config: SmallConfig
-    blocks: int
-    dtype: DType = FP32
-    rows_aligned: bool = True
-
-    def describe(self) -> str:
-        """The name of the kernel."""
-        return self.kernel
-
-
-class SmallKernel(Kernel[SmallProblem, SmallConfig]):
-    """A kernel whose configurations are the same on every architecture; the only one of its task."""
-
-    op = "moe"
-    waits = True
-
-    def __init__(self, name: str, header: str, summary: str, params: str, *configs: SmallConfig) -> None:
-        self.name = self.task = name
-        self.header, self.summary, self.params, self.all_configs = header, summary, Params(header, params), configs
-
-    def configs(self, arch: str) -> tuple[SmallConfig, ...]:  # noqa: ARG002
-        return self.all_configs
-
-    def why_not(self, problem: SmallProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
-        if int(arch[3:].rstrip("a")) < 80:
-            return [f"{arch} is not supported: the kernels need compute capability 8.0 or newer"]
-        return []
-
-    def choose(
-        self, problem: SmallProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
-    ) -> SmallConfig:  # fmt: skip
-        return problem.config
-
-    def grid(self, problem: SmallProblem, config: SmallConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        return problem.blocks
-
-    def values(
-        self, problem: SmallProblem, config: SmallConfig, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
-    ) -> Values:  # fmt: skip
-        return {"aligned": int(aligned)} if "aligned" in self.params.fields else {}
-
-    def fields(self, config: SmallConfig) -> dict[str, Any]:  # noqa: ARG002
-        return {}
-
-    def title(self, config: SmallConfig) -> str:
-        return f"{self.name} {config.name}"
-
-    def step(self, config: SmallConfig, blocks: int, arguments: Arguments, values: Values) -> Step:
-        """A launch of it."""
-        return Step(self.task, SmallProblem(self.name, config, blocks), arguments, values)
-
-
-ROUTER = SmallKernel(
-    "moe_router", "moe/router.cuh", "top-k experts and their weights", "MoeRouterParams",
-    *[
-        SmallConfig(f"{32 * n} experts{' stats' * s}", f"MoeRouter<{n}, {'true' if s else 'false'}>", 128, 0)
-        for s in (False, True)
-        for n in _PER_LANE
-    ],
-)  # fmt: skip
-ROUTER_STATS = SmallKernel(
-    "moe_router_stats", "moe/router.cuh", "counts and losses of a router", "MoeRouterStatsParams",
-    SmallConfig("stats", "MoeRouterStats", 1024, 8192),
-)  # fmt: skip
-CAPACITY = SmallKernel(
-    "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams",
-    SmallConfig("capacity", "MoeCapacity", 256, 0),
-)  # fmt: skip
-PERMUTE_COUNT = SmallKernel(
-    "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams",
-    SmallConfig("count", "MoePermuteCount", 512, 16384),
-)  # fmt: skip
-PERMUTE_PLACE = SmallKernel(
-    "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams",
-    SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),
-)  # fmt: skip
-COMBINE = SmallKernel(
-    "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams",
-    *[SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")],
-)  # fmt: skip
-CLEAR = SmallKernel(
-    "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams",
-    SmallConfig("clear", "GroupedClear", 256, 0),
-)  # fmt: skip
-SMALL_KERNELS = (ROUTER, ROUTER_STATS, CAPACITY, PERMUTE_COUNT, PERMUTE_PLACE, COMBINE, CLEAR)
 
 
 class Workspace:
@@ -151,8 +54,8 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
         work.add("partial_probabilities", 4 * rows * p.num_experts)
         work.add("partial_counts", 4 * rows * p.num_experts)
         work.add("partial_z", 4 * rows)
-    size = next(i for i, n in enumerate(_PER_LANE) if 32 * n >= p.num_experts)
-    config = ROUTER.all_configs[size + (len(_PER_LANE) if stats else 0)]
+    size = next(i for i, n in enumerate(PER_LANE) if 32 * n >= p.num_experts)
+    config = ROUTER.all_configs[size + (len(PER_LANE) if stats else 0)]
     values: Values = {
         "logits_stride": p.logits_stride,
         "tokens": p.tokens,

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 
 from flashmoe_cupy.dtypes import BF16, DType
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.plan import order, softcap
-from flashmoe_cupy.plan.config import MAX_SMEM, Config, Sm80Config, Sm90Config
+from flashmoe_cupy.plan.archs import MAX_SMEM
+from flashmoe_cupy.plan.attention import order, softcap
+from flashmoe_cupy.plan.attention.problem import AttentionProblem
+from flashmoe_cupy.plan.attention.tiles import Config, Sm80Config, Sm90Config
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, Values
 from flashmoe_cupy.plan.params import Params
-from flashmoe_cupy.plan.problem import AttentionProblem
 
 _VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 _PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
@@ -271,7 +272,7 @@ class AttentionFwdSm90(AttentionFwd):
         return min(sms, self.tiles(problem, config))
 
     def section(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
-        """How many heads are worked on together; see plan/order.py. Packed sequences have an order of their own."""
+        """How many heads are worked on together; see order.py. Packed sequences have an order of their own."""
         if p.varlen or max(_window(p.window_left, p), _window(p.window_right, p)) < 0:
             return 1
         m_blocks, v_blocks = self.blocks(p, config)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.plan.config import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, Values
-from flashmoe_cupy.plan.moe_problem import PermuteProblem
+from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.params import Params
 
 _SORTED_BYTES = 128  # the order of few assignments, as a warp has found it

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Shared memory that one block may use, in bytes (CUDA C programming guide, specifications per compute capability).
-MAX_SMEM = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_87": 163 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90a": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_103": 227 * 1024,
-    "sm_110": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "sm_121": 99 * 1024,
-}
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
 
 
 class Sm80Config(NamedTuple):

@@ -1,0 +1,1 @@
+"""Attention: which problems there are, which kernels run them, and in what tiles."""
