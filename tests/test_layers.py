@@ -223,12 +223,12 @@ def test_the_walker_sees_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     (tmp_path / "plan").mkdir()
-    bad = tmp_path / "plan" / "problem.py"
+    bad = tmp_path / "plan" / "options.py"
     bad.write_text("def f():\n    import cupy.cuda\n    from ..jit import cache\n    from flashmoe_cupy.ops import x\n")
     good = tmp_path / "dtypes.py"
     good.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nimport numpy\n")
-    modules = {"", "plan", "plan.problem", "jit", "jit.cache", "ops", "dtypes"}
-    assert framework_faults(bad) == ["plan/problem.py:2 imports cupy.cuda"]
+    modules = {"", "plan", "plan.options", "jit", "jit.cache", "ops", "dtypes"}
+    assert framework_faults(bad) == ["plan/options.py:2 imports cupy.cuda"]
     assert {f.split(" imports ")[1] for f in import_faults(bad, modules)} == {
         "flashmoe_cupy.jit",
         "flashmoe_cupy.jit.cache",
