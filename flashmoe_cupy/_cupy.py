@@ -18,6 +18,7 @@ import threading
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import DependencyError
@@ -29,6 +30,7 @@ _PARTS = {  # of each extra, where no metadata tells
     "13": ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"),
 }
 _lock = threading.Lock()
+_working: Any = None  # CuPy, once a driver answered it
 
 
 def load(what: str = "a GPU") -> ModuleType:
@@ -53,6 +55,19 @@ def load(what: str = "a GPU") -> ModuleType:
         else:
             said = f"{what} needs CuPy, and {wheels[0]} does not import ({type(error).__name__}: {error})"
         raise DependencyError(f"{said}; repair: {repair()}") from error
+
+
+def with_driver() -> Any:
+    """CuPy on a machine with a driver. Raises DependencyError where one of the two is missing."""
+    global _working
+    if _working is None:
+        cupy: Any = load("an array on a GPU")
+        try:
+            cupy.cuda.runtime.getDeviceCount()
+        except RuntimeError as error:  # the base of CuPy's own errors
+            raise DependencyError(f"GPU arrays need a working NVIDIA driver ({error}); NumPy arrays do not") from error
+        _working = cupy
+    return _working
 
 
 def installed() -> list[str]:

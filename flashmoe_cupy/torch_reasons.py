@@ -1,4 +1,4 @@
-"""Why a torch tensor cannot be read as it is. Text alone: the quick checks are in arrays.py."""
+"""Why a torch tensor cannot be read as it is. Text alone: the fast checks are in arrays/readers.py."""
 
 from __future__ import annotations
 

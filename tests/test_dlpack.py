@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from test_arrays import cuts, numbers, refused
 
-from flashmoe_cupy import arrays, dtypes
+from flashmoe_cupy import _cupy, arrays, dtypes
 from flashmoe_cupy.arrays import View, as_numpy, stream, view
 from flashmoe_cupy.dtypes import ALL, BF16, FP16, FP32, DType
 from flashmoe_cupy.errors import DependencyError
@@ -205,7 +205,7 @@ def test_read_only_and_copied_flags() -> None:
 
 
 class FakeCuda:
-    """The few names of CuPy that arrays.py uses; remembers what was done."""
+    """The few names of CuPy that arrays/ uses; remembers what was done."""
 
     def __init__(self, current: int = 0) -> None:
         self.log: list[tuple[Any, ...]] = []
@@ -247,7 +247,7 @@ class FakeCuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(arrays, "_cupy", lambda: fake)
+    monkeypatch.setattr(_cupy, "with_driver", lambda: fake)
     return fake
 
 
@@ -293,7 +293,7 @@ def test_export_errors() -> None:
 
 def test_gpu_stranger_without_cupy_or_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     producer = Producer(np.ones(3, np.float32), device=(2, 0))
-    monkeypatch.setattr(arrays, "_gpu", None)
+    monkeypatch.setattr(_cupy, "_working", None)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(DependencyError, match="pip install"):
         view(producer, "q")

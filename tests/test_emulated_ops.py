@@ -115,7 +115,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return made
 
     fake = Machine(request.param)
-    monkeypatch.setitem(arrays._adapters, Resident, adapt)
+    monkeypatch.setitem(arrays.readers._adapters, Resident, adapt)
     monkeypatch.setattr(arrays, "empty", empty)
     monkeypatch.setattr(arrays, "stream", lambda v: 5)
     for module in (moe_gpu, launches):

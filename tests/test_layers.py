@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("_xla_ffi.py", ()),
     ("dtypes.py", ()),
     ("torch_reasons.py", ("dtypes",)),
-    ("arrays.py", ("_cupy", "dtypes", "errors", "torch_reasons")),
+    ("arrays/", ("arrays", "_cupy", "dtypes", "errors", "torch_reasons")),
     ("reference/", ("reference",)),
     ("testing", ("reference", "testing")),
     ("_types.py", ()),
@@ -67,7 +67,7 @@ LATE: dict[str, tuple[str, ...]] = {"ops/": ("jax", "torch")}
 
 # Frameworks, and the only rooms that may name them in an import statement, at whatever depth.
 FRAMEWORKS: dict[str, tuple[str, ...]] = {
-    "cupy": ("_cupy.py", "arrays.py", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
+    "cupy": ("_cupy.py", "arrays/", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "cuda": ("jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "torch": ("torch.py", "integrations/", "cli/"),
     "jax": ("jax.py", "jax_moe.py", "cli/"),

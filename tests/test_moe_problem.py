@@ -310,7 +310,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    monkeypatch.setitem(arrays._adapters, OnDevice, lambda x, name: x.view)
+    monkeypatch.setitem(arrays.readers._adapters, OnDevice, lambda x, name: x.view)
     monkeypatch.setattr(arrays, "empty", lambda like, shape, dtype: OnDevice(shape, dtype))
     found = Recorder()
     monkeypatch.setattr(arrays, "fill", lambda like, a, value: found.filled.append((a, value)))
