@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flashmoe_cupy._version import __version__
+
 if TYPE_CHECKING:
     from flashmoe_cupy import errors, reference
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from flashmoe_cupy.ops.permute import MoEPermutation, moe_permute
     from flashmoe_cupy.ops.route import RouterStats, moe_route
     from flashmoe_cupy.service import clear_cache, explain, show_config, stats, warmup
-
-__version__ = "0.1.0"
 
 _PLACE = {
     "flash_attention": "ops.attention",

@@ -22,7 +22,7 @@ from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import problem as moe_problem
 from flashmoe_cupy.plan.moe import routing
 from flashmoe_cupy.service import warm
-from flashmoe_cupy.service.plans import absent_arrays
+from flashmoe_cupy.service.choices import absent_arrays
 
 cache_dir = test_cli.cache_dir  # pytest looks for fixtures among the names of the module
 EVERY = of_op("moe")

@@ -24,6 +24,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("_env.py", ()),
     ("_cupy.py", ("_env", "errors")),
     ("_xla_ffi.py", ()),
+    ("_version.py", ()),
     ("dtypes.py", ()),
     ("torch_reasons.py", ("dtypes",)),
     ("arrays/", ("arrays", "_cupy", "dtypes", "errors", "torch_reasons")),

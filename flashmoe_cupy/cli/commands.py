@@ -14,6 +14,7 @@ from typing import Any
 from flashmoe_cupy import service
 from flashmoe_cupy.cli import measure, measure_moe, show
 from flashmoe_cupy.cli.options import Misuse
+from flashmoe_cupy.cli.self_test import self_test
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.testing_moe import MoECase
 
@@ -21,7 +22,7 @@ from flashmoe_cupy.testing_moe import MoECase
 def info(args: argparse.Namespace) -> int:
     data = service.show_config()
     gpu = data["backend"]["name"] == "cuda"
-    tests = [] if args.no_test else measure.self_test(gpu)
+    tests = [] if args.no_test else self_test(gpu)
     data["cache"] = service.show_config()["cache"]  # again: the self-test may have added to it
     failed = any(not test["passed"] for test in tests)
     if args.json:

@@ -1,4 +1,4 @@
-"""The measured side of the command line: the cases of `demo`, the built-in `bench`, the self-test of `info`."""
+"""The measured attentions of `demo` and `bench`, and the clocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashmoe_cupy import service
-from flashmoe_cupy.errors import FlashMoEError
 
 CHECKED_QUERIES = 64  # the float64 reference runs on the last queries only; under the band masks they see all keys
 
@@ -216,7 +215,7 @@ def _stream() -> int:
     return int(cupy.cuda.get_current_stream().ptr)
 
 
-# ---------------------------------------------------------------------------------------------------- bench, self-test
+# -------------------------------------------------------------------------------------------------------------- bench
 
 
 def sweep(gpu: bool, dtype: str, head_dim: int, heads: int, causal: bool, longest: int) -> Iterator[Result]:
@@ -227,47 +226,3 @@ def sweep(gpu: bool, dtype: str, head_dim: int, heads: int, causal: bool, longes
         sizes = (max(1, tokens // length), length, length, heads, heads, head_dim, head_dim)
         yield run(Case("causal" if causal else "full", sizes, dtype, {"causal": causal}), gpu)
         length *= 2
-
-
-def self_test(gpu: bool) -> list[dict[str, Any]]:
-    """Small proofs that each installed part works: name, passed, what was seen."""
-    from flashmoe_cupy import _cupy
-    from flashmoe_cupy.jit import compiler
-
-    rows = []
-
-    def check(name: str, work: Callable[[], str]) -> None:
-        try:
-            rows.append({"name": name, "passed": True, "detail": work()})
-        except Exception as error:  # the report is for exactly the errors that nobody foresaw
-            rows.append({"name": name, "passed": False, "detail": f"{type(error).__name__}: {error}"})
-
-    def attention(on_gpu: bool) -> str:
-        kind = "bfloat16" if on_gpu else "float32"
-        return seen(run(Case("self-test", (2, 65, 129, 4, 2, 64, 64), kind, {"causal": True}), on_gpu))
-
-    def seen(result: Result) -> str:
-        if not result.passed:
-            raise FlashMoEError(f"wrong result: error {result.error:.3g}, allowed {result.allowed:.3g}")
-        return f"error {result.error:.2g} to float64, first call {result.first_ms:.0f} ms"
-
-    def experts(on_gpu: bool) -> str:
-        from flashmoe_cupy.cli import measure_moe
-        from flashmoe_cupy.testing_moe import MoECase
-
-        kind = "bfloat16" if on_gpu else "float32"
-        layer = measure_moe.Layer("self-test", MoECase(40, 64, 32, 8, 2, kind))
-        return seen(measure_moe.run(layer, on_gpu))
-
-    def nvrtc() -> str:
-        made = compiler.compile_cubin('extern "C" __global__ void fm_entry(int* p) { *p = 1; }', {}, "sm_80")
-        return f"{len(made.cubin)} bytes for sm_80 in {made.milliseconds:.0f} ms"
-
-    check("NumPy attention", lambda: attention(False))
-    check("NumPy mixture of experts", lambda: experts(False))
-    if _cupy.installed():
-        check("NVRTC compiles", nvrtc)
-    if gpu:
-        check("CUDA attention", lambda: attention(True))
-        check("CUDA mixture of experts", lambda: experts(True))
-    return rows

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
+from flashmoe_cupy._version import __version__
 from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
 from flashmoe_cupy.service import DTYPES, OPS
@@ -47,8 +48,6 @@ def joined(words: Sequence[str]) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    from flashmoe_cupy import __version__
-
     parser = Parser(
         prog="flashmoe-cupy",
         description="Exact attention and mixtures of experts on NVIDIA GPUs for NumPy, CuPy, PyTorch and JAX arrays.",

@@ -5,22 +5,12 @@ Nothing here is on the hot path, and all of it but the loading half of `warmup` 
 
 from __future__ import annotations
 
+from flashmoe_cupy.service.attention import explain_attention, visible_pairs
+from flashmoe_cupy.service.choices import Choice, Explanation
 from flashmoe_cupy.service.machine import Device, Driver, backend, devices, driver, show_config
 from flashmoe_cupy.service.moe import explain_moe
-from flashmoe_cupy.service.plans import (
-    DTYPES,
-    OPS,
-    Choice,
-    Explanation,
-    explain,
-    explain_attention,
-    kernels,
-    named_arch,
-    named_dtype,
-    registry,
-    specialisations,
-    visible_pairs,
-)
+from flashmoe_cupy.service.names import DTYPES, OPS, named_arch, named_dtype
+from flashmoe_cupy.service.plans import explain, kernels, registry, specialisations
 from flashmoe_cupy.service.warm import Stats, Warmed, clear_cache, stats, warmup
 
 __all__ = [

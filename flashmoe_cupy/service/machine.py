@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from flashmoe_cupy import _cupy, _env
+from flashmoe_cupy._version import __version__
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "transformers", "cuda-bindings", "cuda-pathfinder")
@@ -106,13 +107,11 @@ def backend() -> tuple[str, str]:
 
 def show_config() -> dict[str, Any]:
     """Everything about this installation that a bug report needs, as plain data. Imports CuPy when it is installed."""
-    import flashmoe_cupy
-
     # As it was given: the import of CuPy may set a variable.
     environment = {name: os.environ.get(name) for name in (*_env.VARIABLES, *_FOREIGN_VARIABLES)}
     seen = driver()
     return {
-        "flashmoe_cupy": {"version": flashmoe_cupy.__version__, **_sources()},
+        "flashmoe_cupy": {"version": __version__, **_sources()},
         "system": {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "backend": dict(zip(("name", "why"), backend(), strict=True)),
         "driver": {"cuda": seen.version, "release": _driver_release(), "error": seen.error},

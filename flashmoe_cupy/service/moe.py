@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_sizes, choice
 from flashmoe_cupy.service.machine import backend, devices
-from flashmoe_cupy.service.plans import Explanation, absent_arrays, check_sizes, choice, named_dtype, target_archs
+from flashmoe_cupy.service.names import named_dtype, target_archs
 
 _STEPS = {  # by the array that a product writes, or by the task
     "activation": "gate and up", "y": "down", "shared_activation": "shared gate and up", "shared": "shared down",
@@ -67,9 +68,3 @@ def explain_moe(
     flops = 2 * (assignments * one + tokens * all_shared)
     moved = size * (min(experts, assignments) * one + (all_shared if tokens else 0) + 2 * tokens * hidden)
     return Explanation(problem.describe(), backend()[1], flops, moved + 8 * assignments, tuple(choices))
-
-
-def element(config: Any) -> str:
-    """The element type that a configuration is for, as CUDA names it; "" for one that serves all."""
-    first = str(getattr(config, "element", config.name.split()[0]))
-    return first if first in ("bf16", "fp16", "fp32") else ""

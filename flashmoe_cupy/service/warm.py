@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from flashmoe_cupy import _cupy, _env
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.machine import backend, devices
-from flashmoe_cupy.service.plans import OPS, require_known, specialisations, target_archs
+from flashmoe_cupy.service.names import OPS, require_known, target_archs
+from flashmoe_cupy.service.plans import specialisations
 
 
 class Warmed(NamedTuple):
