@@ -108,50 +108,58 @@ def test_warp_instructions(seed: int, rng: np.random.Generator) -> None:
 
 PRODUCTS = unit(
     """
-  // a (64 x 64) and b (128 x 64) K-major, c (64 x 128) with its second dimension along the rows, in two panels.
-  const u32 s_a = s_base, s_b = s_base + 8192, s_c = s_b + 16384, s_full = s_c + 16384;
+  // A tile of x (64 x 64) and one of c (64 x 128) in both layouts: as rows of an operand, or as its columns.
+  using TileA = SmemTile<bf16, 64, 64>;
+  using TileB = SmemTile<bf16, 128, 64>;
+  using TileC = SmemTile<bf16, 64, 128>;
+  const u32 s_a = s_base, s_b = s_a + TileA::kBytes, s_c = s_b + TileB::kBytes, s_full = s_c + TileC::kBytes;
   if (thread == 0) mbarrier_init(s_full, 1), fence_mbarrier_init();
   __syncthreads();
   if (thread == 0) {
-    mbarrier_arrive_expect_tx(s_full, 8192 + 16384 + 16384);
+    mbarrier_arrive_expect_tx(s_full, TileA::kBytes + TileB::kBytes + TileC::kBytes);
     tma_load_2d(s_a, p.maps[0], s_full, 0, p.which, -2);
     for (int i = 0; i < 2; ++i) tma_load_2d(s_b + i * 8192, p.maps[0], s_full, 0, 0, 64 * i);
     for (int i = 0; i < 2; ++i) tma_load_2d(s_c + i * 8192, p.maps[1], s_full, 0, 64 * i, 0);
   }
   mbarrier_wait_parity(s_full, 0);
-  auto operand = [](u32 s_address) { return wgmma_descriptor(s_address, 8192); };  // panels 8 KiB apart
-  float d[2][16][4];
+  float d[4][1][16][4];
   u32 r[4][4];
   for (int k = 0; k < 4; ++k)
     ldmatrix_x4(r[k], s_a + (thread / 32 * 16 + lane % 16) * 128 + (((k * 2 + lane / 16) ^ (lane & 7)) << 4));
+  int calls = 0;
   wgmma_fence();
-  for (int k = 0; k < 4; ++k) Wgmma<bf16, 128, false>::ss(d[0], operand(s_a + k * 32), operand(s_b + k * 32), k != 0);
+  multiply<bf16, 64>(d[0], KMajor<TileA>(s_a), KMajor<TileB>(s_b), true);
   wgmma_commit_group();
-  for (int k = 0; k < 4; ++k) Wgmma<bf16, 128, true>::rs(d[1], r[k], operand(s_c + k * 2048), k != 0);
+  multiply<bf16, 1>(d[1][0], r, MNMajor<TileC>(s_c), true, [&] { ++calls; });
   wgmma_commit_group();
-  wgmma_wait_group<1>(d[0]);
-  wgmma_wait_group<0>(d[1]);
-  put(p.at[0], d[0]), put(p.at[1], d[1]);
+  multiply<bf16, 64>(d[2], MNMajor<TileA>(s_a), KMajor<TileB>(s_b), true);
+  wgmma_commit_group();
+  multiply<bf16, 64>(d[3], MNMajor<TileA>(s_a), MNMajor<TileC>(s_c), true);
+  multiply<bf16, 64>(d[3], MNMajor<TileA>(s_a), MNMajor<TileC>(s_c), calls != 1);
+  wgmma_commit_group();
+  wait_for_products<3>(d[0]);
+  for (int i = 1; i < 4; ++i) wait_for_products<0>(d[i]);
+  for (int i = 0; i < 4; ++i) put(p.at[i], d[i][0]);
 """,
-    "ptx/tma.cuh", "ptx/mbarrier.cuh", "ptx/wgmma.cuh", "ptx/ldmatrix.cuh",
+    "ptx/tma.cuh", "ptx/mbarrier.cuh", "ptx/ldmatrix.cuh", "tile/warpgroup_gemm.cuh",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_products_and_bulk_loads(seed: int, rng: np.random.Generator) -> None:
-    """Both layouts of B, A from both places; boxes that begin before the tensor and end behind it; strides."""
+    """Both layouts of A and B, A from both places; boxes that begin before the tensor and end behind it; strides."""
     x, c = random_bf16(rng, 120, 72)[:, :64], random_bf16(rng, 60, 128)
     maps = (TensorMap(BF16, (64, 120), (144,), (64, 64)), TensorMap(BF16, (128, 60), (256,), (64, 64)))
-    d = [guarded(np.zeros((64, 128), np.float32)) for _ in range(2)]
+    d = [guarded(np.zeros((64, 128), np.float32)) for _ in range(4)]
     encoded = (tensor_map(maps[0], x.ctypes.data), tensor_map(maps[1], c.ctypes.data))
     launch(PRODUCTS, *d, maps=encoded, which=8, seed=seed)
-    whole, rows = x.astype(np.float64), np.zeros((128, 128))
+    whole, rows = x.astype(np.float64), np.zeros((64, 128))
     a = np.zeros((64, 64))
     a[2:, :56] = whole[:62, 8:]
     b = np.vstack([whole, np.zeros((8, 64))])
     rows[:60] = c.astype(np.float64)
-    assert np.allclose(d[0], a @ b.T, rtol=1e-5, atol=1e-4)
-    assert np.allclose(d[1], a @ rows[:64], rtol=1e-5, atol=1e-4)
+    for got, want in zip(d, (a @ b.T, a @ rows, a.T @ b.T, 2 * (a.T @ rows)), strict=True):
+        assert np.allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
 GATHER = unit(

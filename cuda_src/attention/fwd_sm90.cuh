@@ -24,12 +24,12 @@
 #include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
-#include "ptx/wgmma.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/gemm.cuh"
 #include "tile/mask.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/smem.cuh"
+#include "tile/warpgroup_gemm.cuh"
 
 namespace fm {
 
@@ -200,7 +200,7 @@ struct AttentionFwdSm90 {
     skip_k(rings, k, consumer, steps.skip_before);
     rings.k.wait_full(k);
     wgmma_fence();
-    multiply_qk(r_s[0], s_base, consumer, q, k);
+    multiply_qk(r_s, s_base, consumer, q, k);
     skip_v(rings, v, steps.skip_before);
     wgmma_wait_group<0>(r_s[0]);
     release(rings.k.empty(k.stage));
@@ -209,7 +209,7 @@ struct AttentionFwdSm90 {
     change_scores(p, s_works[0], steps, r_s, tile_row, n);
     if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
     exponentiate(p, softmax, s_works[0], steps, r_s, tile_row, n);
-    pack_scores(r_p, r_s[0]);
+    pack_operand<Element>(r_p, r_s[0]);
 
     float out_scale[2], lse[2];              // of the tile that is about to be written
     int tail = tail_rows(p, s_works[0], n);  // rows of the next V tile behind the last key
@@ -242,7 +242,7 @@ struct AttentionFwdSm90 {
       const bool v_here = rings.v.is_full(v);
       if constexpr (kInTurn) barrier_sync(kTurn + consumer, 256);
       wgmma_fence();
-      multiply_qk(r_s[0], s_base, consumer, q, k);
+      multiply_qk(r_s, s_base, consumer, q, k);
       if (!kPlain && pending) {
         if constexpr (kInTurn) barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
         write_output(output_of(p, s_works[done.stage], tile_row), s_base, tile_row, r_out[0], out_scale, lse);
@@ -275,7 +275,7 @@ struct AttentionFwdSm90 {
       skip_v(rings, v, skip);
       if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
       exponentiate<kPlain>(p, softmax, s_works[here], steps, r_s, tile_row, n);
-      pack_scores(r_p, r_s[0]);
+      pack_operand<Element>(r_p, r_s[0]);
       tail = last ? tail_rows(p, s_works[here], n) : 0;
       fresh = pending = last;
       now = here;
@@ -335,14 +335,10 @@ struct AttentionFwdSm90 {
     if (lane_id() == 0) mbarrier_arrive(s_barrier);
   }
 
-  FM_DEVICE static void multiply_qk(float (&r_s)[kBlockN / 8][4], u32 s_base, int consumer, const RingQ& q, const RingKV& k) {
+  FM_DEVICE static void multiply_qk(float (&r_s)[1][kBlockN / 8][4], u32 s_base, int consumer, const RingQ& q, const RingKV& k) {
     u32 s_q = s_base + Smem::kQ + (q.stage * kConsumers + consumer) * TileQ::kBytes;
     keep_register(s_q);  // or every step of the product gets registers of its own, for the whole loop
-    const u64 a = wgmma_descriptor(s_q, 0);
-    const u64 b = wgmma_descriptor(s_base + Smem::kK + k.stage * TileK::kBytes, 0);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i)
-      Wgmma<Element, kBlockN, false>::ss(r_s, a + ((i / 4 * TileQ::kPanelBytes + i % 4 * 32) >> 4), b + ((i / 4 * TileK::kPanelBytes + i % 4 * 32) >> 4), i != 0);
+    multiply<Element, kHeadDim>(r_s, KMajor<TileQ>(s_q), KMajor<TileK>(s_base + Smem::kK + k.stage * TileK::kBytes), true);
     wgmma_commit_group();
   }
 
@@ -350,12 +346,7 @@ struct AttentionFwdSm90 {
   template <class F>
   FM_DEVICE static void multiply_pv(float (&r_out)[kHeadDimV / 8][4], const u32 (&r_p)[kBlockN / 16][4], u32 s_base, const RingKV& v, bool fresh,
                                     F&& pass_turn) {
-    const u64 b = wgmma_descriptor(s_base + Smem::kV + v.stage * TileV::kBytes, TileV::kPanelBytes);
-#pragma unroll
-    for (int i = 0; i < kBlockN / 16; ++i) {
-      if (i == kBlockN / 16 - 2) pass_turn();
-      Wgmma<Element, kHeadDimV, true>::rs(r_out, r_p[i], b + (i * 16 * TileV::kRowBytes >> 4), i != 0 || !fresh);
-    }
+    multiply<Element, 2>(r_out, r_p, MNMajor<TileV>(s_base + Smem::kV + v.stage * TileV::kBytes), fresh, pass_turn);
     wgmma_commit_group();
   }
 
@@ -371,14 +362,6 @@ struct AttentionFwdSm90 {
         st_shared_v4_b32(s_end + panel * TileV::kPanelBytes - 16 * (i + 1), 0, 0, 0, 0);
     fence_proxy_async();
     barrier_sync(kTailCleared + consumer, 128);
-  }
-
-  // Two neighbouring 16 x 8 accumulator tiles are, value for value, one 16 x 16 A operand.
-  FM_DEVICE static void pack_scores(u32 (&r_p)[kBlockN / 16][4], const float (&r_s)[kBlockN / 8][4]) {
-#pragma unroll
-    for (int i = 0; i < kBlockN / 16; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) r_p[i][j] = pack2<Element>(r_s[2 * i + j / 2][j % 2 * 2], r_s[2 * i + j / 2][j % 2 * 2 + 1]);
   }
 
   template <int kN>

@@ -30,10 +30,10 @@
 #include "ptx/shared_memory.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
-#include "ptx/wgmma.cuh"
 #include "tile/epilogue.cuh"
 #include "tile/pipeline.cuh"
 #include "tile/smem.cuh"
+#include "tile/warpgroup_gemm.cuh"
 
 namespace fm {
 
@@ -377,16 +377,10 @@ struct GroupedGemmSm90 {
       rings.steps.wait_full(at);
       if constexpr (kGather) fence_proxy_async();  // what cp.async has written, for the tensor cores
       if (step == steps - 1) pass_turn(consumer);
-      const u64 a = wgmma_descriptor(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes, 0);
-      const u64 b = wgmma_descriptor(s_base + Smem::kW + at.stage * 2 * TileW::kBytes, 0);
+      const KMajor<TileX> x(s_base + Smem::kX + at.stage * TileX::kBytes + first_row * TileX::kRowBytes);
+      const KMajor<TileW, 2> w(s_base + Smem::kW + at.stage * 2 * TileW::kBytes);
       wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < kBlockK / 16; ++i)
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          const int x = i / 4 * TileX::kPanelBytes + part * 64 * TileX::kRowBytes + i % 4 * 32, w = i / 4 * 2 * TileW::kPanelBytes + i % 4 * 32;
-          Wgmma<Element, kBlockN, false>::ss(r_out[part], a + (x >> 4), b + (w >> 4), step != 0 || i != 0);
-        }
+      fm::multiply<Element, kBlockK>(r_out, x, w, step == 0);
       wgmma_commit_group();
       if (step == min(steps - 1, 1)) meanwhile();
       if (step != 0) {
@@ -398,13 +392,6 @@ struct GroupedGemmSm90 {
     }
     wait_for_products<0>(r_out);
     release(rings, before);
-  }
-
-  template <int kPending>
-  FM_DEVICE static void wait_for_products(float (&r_out)[kParts][kBlockN / 8][4]) {
-    wgmma_wait_group<kPending>(r_out[0]);
-#pragma unroll
-    for (int part = 1; part < kParts; ++part) wgmma_fence_operand(r_out[part]);
   }
 
   // One lane per warp reports that the warp is done with a step, to all who load it.

@@ -63,12 +63,13 @@ struct Wgmma;
 #define FM_WGMMA(kType, TYPE, N, REGS, BINDINGS, I0, I1, I2, I3, I4, I5, I6)                                                            \
   template <bool kTransB>                                                                                                               \
   struct Wgmma<kType, N, kTransB> {                                                                                                     \
-    /* D = A B + (accumulate ? D : 0), A in shared memory (K-major) */                                                                  \
+    /* D = A B + (accumulate ? D : 0), A in shared memory */                                                                            \
+    template <bool kTransA = false>                                                                                                     \
     FM_DEVICE static void ss(float (&d)[N / 8][4], u64 a, u64 b, int accumulate) {                                                      \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" I2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGS \
-                   "}, %" I0 ", %" I1 ", p, 1, 1, 0, %" I3 ";\n}\n"                                                                     \
+                   "}, %" I0 ", %" I1 ", p, 1, 1, %" I3 ", %" I4 ";\n}\n"                                                                \
                    : BINDINGS                                                                                                           \
-                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransB)));                                                               \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kTransA)), "n"(int(kTransB)));                                            \
     }                                                                                                                                   \
     /* the same with A in registers, in the layout of an mma.sync A operand */                                                          \
     FM_DEVICE static void rs(float (&d)[N / 8][4], const u32 (&a)[4], u64 b, int accumulate) {                                          \

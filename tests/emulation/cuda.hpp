@@ -73,7 +73,7 @@ void store_wait(u32 pending, bool read_only);
 
 struct ProductShape {
   u32 n;
-  bool half, transposed, registers;  // fp16; B is MN-major; A comes from registers
+  bool half, transposed_a, transposed_b, registers;  // fp16; A, B are MN-major; A comes from registers
 };
 void product(const ProductShape& shape, float* d, const u32* a_registers, u64 a, u64 b, bool accumulate);
 void product_fence();

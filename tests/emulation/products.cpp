@@ -58,7 +58,8 @@ void mma_tf32(MmaItem& item) {
 // ---- warpgroups ----
 
 static bool same(const Product& x, const Product& y) {
-  return x.shape.n == y.shape.n && x.shape.half == y.shape.half && x.shape.transposed == y.shape.transposed &&
+  return x.shape.n == y.shape.n && x.shape.half == y.shape.half && x.shape.transposed_a == y.shape.transposed_a &&
+         x.shape.transposed_b == y.shape.transposed_b &&
          x.shape.registers == y.shape.registers && x.a == y.a && x.b == y.b && x.accumulate == y.accumulate;
 }
 
@@ -167,11 +168,13 @@ void execute(Block& block, u32 group, const Product& product) {
     }
   } else {
     const Operand operand(block, product.a, half);
-    for (u32 row = 0; row < 64; ++row)
+    for (u32 k = 0; product.shape.transposed_a && k < 16; ++k)
+      for (u32 row = 0; row < 64; row += 8) operand.read(operand.start + k / 8 * operand.stride + k % 8 * 128 + row * 2, &a[row][k], 16);
+    for (u32 row = 0; !product.shape.transposed_a && row < 64; ++row)
       for (u32 k = 0; k < 16; k += 8) operand.read(operand.start + row / 8 * operand.stride + row % 8 * 128 + k * 2, &a[row][k], 1);
   }
   const Operand operand(block, product.b, half);
-  if (product.shape.transposed) {
+  if (product.shape.transposed_b) {
     for (u32 k = 0; k < 16; ++k)
       for (u32 column = 0; column < n; column += 8)
         operand.read(operand.start + column / 64 * operand.leading + k / 8 * operand.stride + k % 8 * 128 + column % 64 * 2, &b[k][column], 1);

@@ -22,11 +22,12 @@ template <class E, int kN, bool kTransB>
 struct Wgmma {
   static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256);
   static constexpr bool kHalf = is_same<E, fp16>;
+  template <bool kTransA = false>
   static void ss(float (&d)[kN / 8][4], u64 a, u64 b, int accumulate) {
-    emu::product({kN, kHalf, kTransB, false}, d[0], nullptr, a, b, accumulate != 0);
+    emu::product({kN, kHalf, kTransA, kTransB, false}, d[0], nullptr, a, b, accumulate != 0);
   }
   static void rs(float (&d)[kN / 8][4], const u32 (&a)[4], u64 b, int accumulate) {
-    emu::product({kN, kHalf, kTransB, true}, d[0], a, 0, b, accumulate != 0);
+    emu::product({kN, kHalf, false, kTransB, true}, d[0], a, 0, b, accumulate != 0);
   }
 };
 
