@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,34 +121,39 @@ def test_params_lie_where_they_were_read(kernel: str) -> None:
     assert spec.params.pointers, "what a call stores anew comes first"
 
 
-# A call of every wrapper of cuda_src/ptx that no kernel above uses.
+# What no kernel above uses yet, or only beside much else: wrappers of cuda_src/ptx, and products of A transposed.
 WRAPPERS = """
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/global_memory.cuh"
 #include "ptx/tma.cuh"
-#include "ptx/warp.cuh"
+#include "tile/warpgroup_gemm.cuh"
 using namespace fm;
 extern "C" __global__ void fm_entry(const __grid_constant__ TensorMap m, u32* g, float* f) {
-  u32 r[4];
   griddepcontrol_wait(), griddepcontrol_launch_dependents();
-  ld_global_nc_no_allocate_v4_b32(r, g), st_global_v4_b32(g + 4, r[0], r[1], r[2], r[3]);
-  g[0] = ld_acquire_gpu_u32(g) + atom_add_acq_rel_gpu_u32(g, 1) + atom_add_u32(g, 2);
-  st_release_gpu_u32(g, 1), red_add_release_gpu_u32(g, 1), red_add_u32(g, 3), red_add_f32(f, 1.f);
-  g[1] = redux_sync_max_u32(g[2]) + redux_sync_min_u32(g[2]) + redux_sync_add_u32(g[2]) + match_any_sync_b32(g[2]);
+  g[0] = ld_acquire_gpu_u32(g) + atom_add_u32(g, 2);
+  red_add_release_gpu_u32(g, 1), red_add_f32(f, 1.f);
   barrier_cluster_arrive(), barrier_cluster_wait(), mbarrier_arrive_cluster(mapa(1024, cluster_ctarank() ^ 1));
   cp_async_mbarrier_arrive_noinc(64);
-  tma_load_2d(0, m, 64, 0, 1, 2), tma_load_3d(0, m, 64, 0, 1, 2, 3), tma_load_2d_multicast(0, m, 64, 3, 0, 1, 2);
-  tma_load_3d_multicast(0, m, 64, 3, 0, 1, 2, 3), tma_load_4d_multicast(0, m, 64, 3, 0, 1, 2, 3, 4);
-  tma_store_2d(m, 0, 1, 2), tma_store_3d(m, 0, 1, 2, 3), bulk_commit_group(), bulk_wait_group<0>();
+  tma_load_2d(0, m, 64, 0, 1, 2), tma_load_2d_multicast(0, m, 64, 3, 0, 1, 2);
+  tma_load_4d_multicast(0, m, 64, 3, 0, 1, 2, 3, 4);
+  tma_store_2d(m, 0, 1, 2), bulk_commit_group(), bulk_wait_group<0>();
+  using Tile = SmemTile<bf16, 64, 64>;
+  float d[2][8][4];
+  wgmma_fence();
+  multiply<bf16, 64>(d, MNMajor<Tile>(0), KMajor<Tile>(8192), true);
+  multiply<bf16, 64>(d, MNMajor<Tile>(0), MNMajor<Tile>(8192), false);
+  wgmma_commit_group(), wait_for_products<0>(d);
+  f[threadIdx.x] = d[0][0][0] + d[1][7][3];
 }
 """
 
 
 def test_wrappers_assemble() -> None:
     ptx = compiler.compile_cubin(WRAPPERS, source.headers_for(WRAPPERS), "sm_90a").ptx
-    for word in ("multicast::cluster", "redux.sync.max.u32", "mapa.shared::cluster", "griddepcontrol.wait", "noinc"):
+    for word in ("multicast::cluster", "red.add.relaxed", "mapa.shared::cluster", "griddepcontrol.wait", "noinc"):
         assert word in ptx
+    assert len(re.findall(r"p, 1, 1, 1, 0;", ptx)) == len(re.findall(r"p, 1, 1, 1, 1;", ptx)) == 8
 
 
 CAPABILITIES = [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 0), "sm_120")]

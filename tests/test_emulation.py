@@ -75,14 +75,14 @@ WARP = unit(
   const u32* in = static_cast<const u32*>(p.at[0]);
   u32* out = static_cast<u32*>(p.at[1]) + thread * 12;
   const u32 x = in[thread];
-  out[0] = redux_sync_max_u32(x), out[1] = redux_sync_min_u32(x), out[2] = redux_sync_add_u32(x);
-  out[3] = match_any_sync_b32(x & 3), out[4] = __ballot_sync(0xffffffffu, x & 1);
-  out[5] = __shfl_sync(0xffffffffu, x, 7), out[6] = __shfl_xor_sync(0xffffffffu, x, 5);
+  out[0] = __reduce_max_sync(0xffffffffu, x), out[1] = __reduce_min_sync(0xffffffffu, x);
+  out[2] = __reduce_add_sync(0xffffffffu, x), out[3] = __match_any_sync(0xffffffffu, x & 3);
+  out[4] = __ballot_sync(0xffffffffu, x & 1), out[5] = __shfl_sync(0xffffffffu, x, 7);
+  out[6] = __shfl_xor_sync(0xffffffffu, x, 5);
   out[7] = __shfl_up_sync(0xffffffffu, x, 3), out[8] = __shfl_down_sync(0xffffffffu, x, 3, 16);
   out[9] = __any_sync(0xffffffffu, x == in[0]), out[10] = __reduce_or_sync(0xffffffffu, x);
-  out[11] = lane < 16 ? redux_sync_add_u32(x, 0x0000ffffu) : redux_sync_max_u32(x, 0xffff0000u);
-""",
-    "ptx/warp.cuh",
+  out[11] = lane < 16 ? __reduce_add_sync(0x0000ffffu, x) : __reduce_max_sync(0xffff0000u, x);
+"""
 )
 
 
@@ -328,7 +328,7 @@ MISTAKES = (
         r"wgmma: 16 bytes at shared \+0x10000",
     ),
     ("prefetch_tensormap(p.maps[1]);", "these 128 bytes are no tensor map"),
-    ("tma_store_3d(p.maps[0], s_base, 0, 0, 0);", "a copy of 3 dimensions with a tensor map of 2"),
+    ("tma_store_4d(p.maps[0], s_base, 0, 0, 0, 0);", "a copy of 4 dimensions with a tensor map of 2"),
     ("tma_store_2d(p.maps[0], s_base + 64, 0, 0);", r"a bulk store: shared \+0x40 is no multiple of 128"),
     ("init(s_full, 1); if (thread == 0) load(1024);", "ends while a bulk copy of thread 0 into its shared memory"),
     (

@@ -34,14 +34,6 @@ FM_DEVICE void tma_load_2d(u32 s_target, const TensorMap& map, u32 s_barrier, u6
       : "memory");
 }
 
-FM_DEVICE void tma_load_3d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1, int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(
-          s_target),
-      "l"(&map), "r"(s_barrier), "l"(policy), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-
 FM_DEVICE void tma_load_4d(u32 s_target, const TensorMap& map, u32 s_barrier, u64 policy, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(
@@ -72,14 +64,6 @@ FM_DEVICE void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_b
       : "memory");
 }
 
-FM_DEVICE void tma_load_3d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64 policy, int c0, int c1, int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7}], "
-      "[%2], %3, %4;" ::"r"(s_target),
-      "l"(&map), "r"(s_barrier), "h"(blocks), "l"(policy), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-
 FM_DEVICE void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64 policy, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7, %8}], "
@@ -91,10 +75,6 @@ FM_DEVICE void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_b
 // A box from shared memory to the tensor; what lies outside of it is not written. Stores belong to the thread's current bulk group.
 FM_DEVICE void tma_store_2d(const TensorMap& map, u32 s_source, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1)
-               : "memory");
-}
-FM_DEVICE void tma_store_3d(const TensorMap& map, u32 s_source, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(s_source), "r"(c0), "r"(c1), "r"(c2)
                : "memory");
 }
 FM_DEVICE void tma_store_4d(const TensorMap& map, u32 s_source, int c0, int c1, int c2, int c3) {

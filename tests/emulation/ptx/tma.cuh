@@ -22,9 +22,6 @@ inline void tma_store(const TensorMap& map, u32 s_source, C... c) {
 }
 
 inline void tma_load_2d(u32 s_target, const TensorMap& map, u32 s_barrier, u64, int c0, int c1) { tma_load(s_target, map, s_barrier, 0, c0, c1); }
-inline void tma_load_3d(u32 s_target, const TensorMap& map, u32 s_barrier, u64, int c0, int c1, int c2) {
-  tma_load(s_target, map, s_barrier, 0, c0, c1, c2);
-}
 inline void tma_load_4d(u32 s_target, const TensorMap& map, u32 s_barrier, u64, int c0, int c1, int c2, int c3) {
   tma_load(s_target, map, s_barrier, 0, c0, c1, c2, c3);
 }
@@ -35,15 +32,11 @@ inline void tma_prefetch_4d(const TensorMap& map, int, int, int, int) { emu::tma
 inline void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64, int c0, int c1) {
   tma_load(s_target, map, s_barrier, blocks, c0, c1);
 }
-inline void tma_load_3d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64, int c0, int c1, int c2) {
-  tma_load(s_target, map, s_barrier, blocks, c0, c1, c2);
-}
 inline void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64, int c0, int c1, int c2, int c3) {
   tma_load(s_target, map, s_barrier, blocks, c0, c1, c2, c3);
 }
 
 inline void tma_store_2d(const TensorMap& map, u32 s_source, int c0, int c1) { tma_store(map, s_source, c0, c1); }
-inline void tma_store_3d(const TensorMap& map, u32 s_source, int c0, int c1, int c2) { tma_store(map, s_source, c0, c1, c2); }
 inline void tma_store_4d(const TensorMap& map, u32 s_source, int c0, int c1, int c2, int c3) { tma_store(map, s_source, c0, c1, c2, c3); }
 inline void bulk_commit_group() { emu::store_commit(); }
 template <int kPending>
