@@ -15,8 +15,9 @@ from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
-from flashmoe_cupy.plan.moe.products import GemmConfig, GroupedGemmSm90, Product
+from flashmoe_cupy.plan.moe.products import Product, TileCounter
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
+from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_128X192_PING_PONG, GemmConfig
 
 Array = NDArray[Any]
 Steps = Sequence[Step]
@@ -30,7 +31,7 @@ class Machine:
         self.product, self.config, self.seed, self.sms = product, config, seed, 3
         self.used: list[str] = []
         self.headers: dict[str, str] = {}  # in place of the files of these names
-        self.announced: list[int] = []  # of each product
+        self.counts: list[int] = []  # of each product: how often it counts a row that it has written
         self.left: dict[str, Array] = {}  # the workspace of the last operation
 
     def fused_moe(self, arrays: dict[str, Any], **options: Any) -> Array:
@@ -84,7 +85,7 @@ class Machine:
         for (name, start), end in zip(work.offsets.items(), sizes[1:], strict=True):
             arrays[name] = guarded(np.full(end - start, _POISON, np.uint8), name)
         addresses = {"": 0} | {n: x.ctypes.data for n, x in (arrays | made).items()}
-        announced = 0
+        counts = 0
         for step in steps:
             product = step.task == "grouped_gemm"
             kernel: Any = KERNELS[self.product if product else step.task]
@@ -99,10 +100,13 @@ class Machine:
             config = kernel.choose(problem, arch, aligned, self.sms)
             if product:
                 config = self._config(config, problem)
-                if problem.counters:  # the second waits for the rows of the first, whether it would be chosen or not
-                    announced = announced if problem.early else kernel.announces(problem, config)
-                    problem = problem._replace(announced=announced)
-                self.announced.append(kernel.announces(problem, config))
+                # The second waits for the rows of the first, whether that would be chosen or not.
+                if problem.tile_counter is TileCounter.FIRST:
+                    counts = kernel.counts_per_row(problem, config)
+                    problem = problem._replace(counts_rows=counts > 0)
+                elif problem.tile_counter is TileCounter.SECOND:
+                    problem = problem._replace(counts_of_x=counts)
+                self.counts.append(kernel.counts_per_row(problem, config))
             params, maps_at = bytearray(kernel.params.size), kernel.params.maps_at
             kernel.params.pack_pointers(params, 0, *pointers)
             values = kernel.values(problem, config, aligned, self.sms) | (step.values or {})
@@ -119,7 +123,7 @@ class Machine:
 
     def _config(self, chosen: GemmConfig, product: Product) -> GemmConfig:
         """The configuration that was asked for, where it can run the product."""
-        plain_only = self.config is not None and self.config[1:7] in (GroupedGemmSm90.plain, GroupedGemmSm90.thin)
+        plain_only = self.config is not None and self.config[1:7] in (TILE_128X192_PING_PONG, TILE_64X64)
         if self.config is None or (plain_only and (product.gather or product.gated)):
             return chosen
         wanted = {n: getattr(chosen, n) for n in ("gather", "gated", "clamped") if hasattr(chosen, n)}

@@ -14,24 +14,33 @@ from emulated_moe import Machine, bf16
 from flashmoe_cupy import reference
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
-from flashmoe_cupy.plan.kernels import linked
+from flashmoe_cupy.plan.kernels import with_counted_rows
 from flashmoe_cupy.plan.moe import steps as moe
-from flashmoe_cupy.plan.moe.products import GemmSm80Config, GemmSm90Config, GroupedGemmSm80, GroupedGemmSm90
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
+from flashmoe_cupy.plan.moe.tiles import (
+    TILE_64X64,
+    TILE_64X128,
+    TILE_128X192_PING_PONG,
+    TILE_128X256,
+    TILES_SM80,
+    TILES_SM80_FP32,
+    GemmSm80Config,
+    GemmSm90Config,
+)
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
 SEEDS = (0, 1, 4, 7)
-ALONE = (*GroupedGemmSm90.wide[:4], 1, False)  # the same without a cluster
-TILES = (GroupedGemmSm90.wide, ALONE, GroupedGemmSm90.slim)
+ALONE = (*TILE_128X256[:4], 1, False)  # the same without a cluster
+TILES = (TILE_128X256, ALONE, TILE_64X128)
 HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in TILES]
 PLAIN, THIN = (  # of second products only
-    GemmSm90Config("bf16", *tile, gather=False, gated=False) for tile in (GroupedGemmSm90.plain, GroupedGemmSm90.thin)
+    GemmSm90Config("bf16", *tile, gather=False, gated=False) for tile in (TILE_128X192_PING_PONG, TILE_64X64)
 )
-PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in GroupedGemmSm80.tiles_16]
-PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in GroupedGemmSm80.tiles_fp32]
+PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in TILES_SM80]
+PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in TILES_SM80_FP32]
 CLAMPING: list[GemmSm90Config | GemmSm80Config] = [HOPPER[-1], PORTABLE[2], PORTABLE[-1]]  # those that run clamps
 
 
@@ -329,7 +338,7 @@ def test_rows_are_counted(config: GemmSm90Config, columns: int) -> None:
     case = MoECase(300, 72, columns, 5, 2, routing="zipf", sentinels=0.2)
     arrays, here = case.random(), machine(config)
     here.fused_moe(arrays, **case.options())
-    per_tile = here.announced[0]
+    per_tile = here.counts[0]
     assert per_tile == -(-columns // (config.block_n // 2))
     counts = np.bincount(arrays["topk_ids"].reshape(-1).clip(-1, 5) + 1, minlength=7)[1:6]
     done = here.left["counters"].view(np.uint32)[2:7]
@@ -338,7 +347,7 @@ def test_rows_are_counted(config: GemmSm90Config, columns: int) -> None:
 
 FAULTS = {
     "a step is released before its products are done": ("wait_for_products<1>(r_out);", ""),
-    "rows are announced before they have landed": (
+    "rows are reported before they have landed": (
         "cp_async_mbarrier_arrive_noinc(rings.steps.full(at.stage));", "mbarrier_arrive(rings.steps.full(at.stage));",
     ),
     "no fence between copies and products": ("if constexpr (kGather) fence_proxy_async();", ""),
@@ -396,5 +405,5 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
 )  # fmt: skip
 def test_groups_are_awaited_where_there_are_many(case: MoECase, arch: str, aligned: bool, counts: int) -> None:
     steps, _ = moe_plans.steps(case)
-    found = [s.problem.announced for s in linked(steps, arch, aligned, 132) if s.task == "grouped_gemm"]
-    assert found == [counts, counts]
+    products = [s.problem for s in with_counted_rows(steps, arch, aligned, 132) if s.task == "grouped_gemm"]
+    assert [(p.counts_rows, p.counts_of_x) for p in products] == [(counts > 0, 0), (False, counts)]

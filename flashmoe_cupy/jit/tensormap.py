@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from flashmoe_cupy.dtypes import BF16, FP16, DType
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 
-BYTES = 128
+BYTES = 128  # of a map
+MAX_STRIDE = 2**40  # bytes; every stride is less (CUDA driver API, cuTensorMapEncodeTiled)
 
 _CODES = {FP16: 6, BF16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B = 3  # CUtensorMapSwizzle

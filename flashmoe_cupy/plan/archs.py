@@ -17,7 +17,11 @@ MAX_SMEM = {
     "sm_120": 99 * 1024,
     "sm_121": 99 * 1024,
 }
+SM90_SMEM_PER_SM = 228 * 1024  # bytes that the blocks of a multiprocessor share on sm_90a (the same table) ...
+RESERVED_SMEM = 1024  # ... of which the driver takes so many for each block
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# What one warp of a Hopper kernel stages of its output: two panels of 16 x 64 values of 16 bits (tile/epilogue.cuh).
+WARP_STORE_BYTES = 2 * 16 * 64 * 2
 
 
 def arch_for(compute_capability: tuple[int, int]) -> str:

@@ -8,11 +8,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit import source
-from flashmoe_cupy.jit.tensormap import TensorMap
+from flashmoe_cupy.jit.tensormap import MAX_STRIDE, TensorMap
 from flashmoe_cupy.plan.params import Params
 
 DEFAULT_SMS = 132  # multiprocessors of an H100, where no device is at hand
 EMPTY = "a dimension is 0: the copy engine has no empty arrays"  # why a fast kernel does not run; nothing is slow then
+MAX_TILES = 2**31 - 2**16  # tiles of a launch: a block counts them in 32 bits, up to one grid beyond the last
 Values = dict[str, float | Sequence[float]]  # of Params, by name
 Arguments = dict[str, str]  # pointer of Params: array whose address it holds. Others are null
 
@@ -149,6 +150,15 @@ class Step(NamedTuple):
     problem: Any  # of the task's kernels
     arguments: Arguments
     values: Values | None = None
+
+
+def far_strides(names: Sequence[str], maps: Sequence[TensorMap]) -> list[str]:
+    """Why the copy engine cannot fetch or store these arrays; empty: it can."""
+    return [
+        f"{name} has a stride that is negative, or 1 TiB or more: the copy engine cannot follow it"
+        for name, of in zip(names, maps, strict=True)
+        if min(of.strides) < 0 or max(of.strides) >= MAX_STRIDE
+    ]
 
 
 def same(*names: str) -> Arguments:

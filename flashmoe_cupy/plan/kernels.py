@@ -59,22 +59,27 @@ def passed_over(kernel: Kernel[Any, Any], problem: Any, arch: str, aligned: bool
     return why
 
 
-def linked(steps: Sequence[Step], arch: str, aligned: bool, sms: int) -> list[Step]:
-    """The steps, where the second of two products begins with groups whose rows the first has counted, if that pays."""
-    pair = [i for i, step in enumerate(steps) if step.task == "grouped_gemm" and step.problem.counters]
+def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int) -> list[Step]:
+    """The steps, where the first of two products counts its rows and the second waits for the counts, if that pays."""
+    pair = [i for i, step in enumerate(steps) if step.task == "grouped_gemm" and step.problem.tile_counter]
     found = list(steps)
     if len(pair) != 2:
         return found
-    counted = []
-    for product in (steps[i].problem for i in pair):
+    chosen = []
+    for i in pair:
+        product = steps[i].problem
         fits = aligned and product.rows_aligned
         kernel: Any = choose("grouped_gemm", product, arch, fits)
-        config = kernel.choose(product, arch, fits, sms)
-        counted.append((kernel.announces(product, config), kernel.awaits(product, config)))
-    if counted[1][1]:
-        for i in pair:
-            found[i] = steps[i]._replace(problem=steps[i].problem._replace(announced=counted[0][0]))
+        chosen.append((kernel, product, kernel.choose(product, arch, fits, sms)))
+    (first, counting, config), (second, waiting, its_config) = chosen
+    counts = first.counts_per_row(counting, config)
+    if counts and second.waits_for_counts(waiting, its_config):
+        found[pair[0]] = steps[pair[0]]._replace(problem=counting._replace(counts_rows=True))
+        found[pair[1]] = steps[pair[1]]._replace(problem=waiting._replace(counts_of_x=counts))
     return found
+
+
+linked = with_counted_rows  # the name that ops/ has for it
 
 
 @contextmanager

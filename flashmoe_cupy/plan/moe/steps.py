@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from flashmoe_cupy.dtypes import FP32, INT32, DType
-from flashmoe_cupy.plan.kernel import Step, Values, same
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Step, Values, same
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
-from flashmoe_cupy.plan.moe.products import Product
+from flashmoe_cupy.plan.moe.products import Activation, Bias, Product, Rows, RowWeights, TileCounter, Weights
 from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem
 from flashmoe_cupy.plan.moe.small import (
     CAPACITY,
@@ -18,14 +18,16 @@ from flashmoe_cupy.plan.moe.small import (
     ROUTER_STATS,
     SmallProblem,
 )
+from flashmoe_cupy.plan.moe.tiles import SELF_SORTED
 
-_WARPS_ROUTER = 4
-_WARPS_PERMUTE = 16
-_ONE_BLOCK = 4096  # assignments that one block of the permutation places
-FEW = 32  # assignments, one for each lane of a warp, whose order the products find by themselves
-_BLOCKS_PERMUTE = 256  # at most, of the permutation
-_ROWS_OF_STATS = 512  # warps of a router that keeps statistics, at most
-_SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
+_ROUTER_WARPS = 4  # of a block
+_STATS_WARPS = 512  # of a router that keeps statistics, at most: each writes a row that MoeRouterStats adds up
+_PERMUTE_WARPS = 16  # of a block
+_PERMUTE_ALONE = 4096  # assignments that one block places alone: without the kernel that counts for several blocks
+_PERMUTE_PER_BLOCK = 2048  # assignments of one of several blocks, as long as there are no more blocks than ...
+_PERMUTE_BLOCKS = 256
+_COMBINE_BLOCKS = 2**16  # at most; then each block goes through several stretches
+_SCORING = ("softmax", "sigmoid", "sqrtsoftplus")  # in the order of enum ScoringFunc of moe/params.cuh
 
 
 class Workspace:
@@ -45,11 +47,11 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
     """The launches of `moe_route`; arrays: logits, bias, the outputs by their names, and those of the workspace."""
     work = Workspace()
     stats = p.return_stats
-    tokens_per_block = _WARPS_ROUTER
+    tokens_per_block = _ROUTER_WARPS
     if stats:
-        tokens_per_block = max(tokens_per_block, -(-p.tokens // (_ROWS_OF_STATS // _WARPS_ROUTER)))
+        tokens_per_block = max(tokens_per_block, -(-p.tokens // (_STATS_WARPS // _ROUTER_WARPS)))
     blocks = -(-p.tokens // tokens_per_block)
-    rows = blocks * _WARPS_ROUTER
+    rows = blocks * _ROUTER_WARPS
     if stats:
         work.add("partial_probabilities", 4 * rows * p.num_experts)
         work.add("partial_counts", 4 * rows * p.num_experts)
@@ -85,7 +87,8 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
         assignments = p.tokens * p.top_k
         arguments = same("offsets", "inverse_indices") | chosen
         values = {"assignments": assignments, "capacity": p.capacity}
-        steps.append(CAPACITY.step(CAPACITY.all_configs[0], -(-assignments // 256), arguments, values))
+        config = CAPACITY.all_configs[0]
+        steps.append(CAPACITY.step(config, -(-assignments // config.threads), arguments, values))
     return steps, work
 
 
@@ -96,9 +99,9 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters
         work.add("offsets", 4 * (p.num_experts + 1))
         work.add("sorted_indices", 4 * assignments)
         work.add("inverse_indices", 4 * assignments)
-    blocks = 1 if assignments <= _ONE_BLOCK else min(-(-assignments // 2048), _BLOCKS_PERMUTE)
-    per_warp = -(-assignments // (blocks * _WARPS_PERMUTE * 32)) * 32
-    blocks = -(-assignments // (per_warp * _WARPS_PERMUTE))
+    blocks = 1 if assignments <= _PERMUTE_ALONE else min(-(-assignments // _PERMUTE_PER_BLOCK), _PERMUTE_BLOCKS)
+    per_warp = -(-assignments // (blocks * _PERMUTE_WARPS * 32)) * 32
+    blocks = -(-assignments // (per_warp * _PERMUTE_WARPS))
     if blocks > 1:
         work.add("counts", 4 * blocks * p.num_experts)
     values: Values = {
@@ -125,23 +128,24 @@ def grouped_gemm_steps(p: GroupedGemmProblem) -> list[Step]:
         rows = p.rows * (p.num_experts if p.masked else 1)
         chunks = p.n * p.dtype.itemsize // 16
         values: Values = {"row_chunks": chunks, "groups": p.num_experts, "rows": rows, "max_rows": p.rows}
-        grid = min(-(-rows * chunks // 256), 264)  # two blocks for each of an H100's multiprocessors
-        arguments = same("out", "offsets", "group_sizes")
-        steps.insert(0, CLEAR.step(CLEAR.all_configs[0], grid, arguments, values))
+        config = CLEAR.all_configs[0]
+        grid = min(-(-rows * chunks // config.threads), 2 * DEFAULT_SMS)  # two blocks a multiprocessor keep memory busy
+        steps.insert(0, CLEAR.step(config, grid, same("out", "offsets", "group_sizes"), values))
     return steps
 
 
 def _grouped_gemm_step(p: GroupedGemmProblem) -> Step:
-    x_row, out_row, x_group, out_group, rows, rows_x = p.x_strides[1], p.out_strides[1], 0, 0, p.rows, p.x_rows
-    expected = p.rows / max(p.num_experts, 1)
     if p.masked:
         (x_row, x_group), (out_row, out_group) = _rows(p, p.x_strides), _rows(p, p.out_strides)
-        rows, rows_x = (max(p.num_experts - 1, 0) * group + p.rows for group in (out_group, x_group))
-        expected = float(p.rows)
+        behind = max(p.num_experts - 1, 0)  # groups; the last one has its p.rows
+        x, out = (Rows(behind * group + p.rows, row, group) for row, group in ((x_row, x_group), (out_row, out_group)))
+        mean_rows = float(p.rows)
+    else:
+        x, out = Rows(p.x_rows, p.x_strides[1]), Rows(p.rows, p.out_strides[1])
+        mean_rows = p.rows / max(p.num_experts, 1)
     product = Product(
-        p.dtype, p.num_experts, rows, rows_x, p.rows if p.masked else 0, p.d, p.n, "", False, p.gather, 1, x_row,
-        p.w_strides, 0, out_row, p.bias_dtype, (p.bias_stride, 1, 0), None, 0, 0.0, 0.0, out_group, x_group - out_group,
-        expected, False,
+        dtype=p.dtype, groups=p.num_experts, k=p.d, n=p.n, x=x, w=Weights(*p.w_strides), out=out, mean_rows=mean_rows,
+        max_rows=p.rows if p.masked else 0, bias=Bias(p.bias_dtype, p.bias_stride, 1), gather=p.gather,
     )  # fmt: skip
     return Step("grouped_gemm", product, same("x", "w", "out", "bias", "offsets", "group_sizes", "gather_indices"))
 
@@ -168,65 +172,98 @@ def rows_apart(p: GroupedGemmProblem) -> list[str]:
 def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
     """The launches of `fused_moe`: dispatch, two products, the shared expert's two, and the sum."""
     work = Workspace()
-    assignments, size, n, d = p.tokens * p.top_k, p.dtype.itemsize, p.intermediate, p.hidden
+    assignments, size = p.tokens * p.top_k, p.dtype.itemsize
     chosen = PermuteProblem(p.topk_ids_dtype, p.tokens, p.top_k, p.topk_ids_stride, p.num_experts, p.num_global)
-    # So few assignments that the products find their groups by themselves: one launch less, which counts for one token.
-    few = assignments <= FEW and not p.weight_on_input
+    # The products sort a few assignments by themselves: one launch less, which counts for one token.
+    self_sorted = chosen if assignments <= SELF_SORTED and not p.weight_on_input else None
     steps: list[Step] = []
-    if few:
+    if self_sorted is not None:
         work.add("inverse_indices", 4 * assignments)
+        order = same("topk_ids", *["expert_map"] * (p.num_global >= 0))
     else:
         work.add("counters", 4 * (2 + p.num_experts))
         steps += permute_steps(chosen, work, counters=True)
-    # How both products find the rows of their groups.
-    found = same("topk_ids", *["expert_map"] * (p.num_global >= 0)) if few else same("offsets", "counters")
-    work.add("activation", assignments * n * size)
-    work.add("y", assignments * d * size)
-    # a gated w_gate_up has n gate rows, then n up rows, or takes turns
-    row, half = (2, 1) if p.interleaved else (1, n)
-    if not p.gated:
-        row, half = 1, 0
-    expert, stride = p.w_gate_up_strides
-    weights_dtype = p.topk_weights_dtype if p.weight_on_input else None
-    expected = assignments / max(p.num_experts, 1)
-    first = Product(
-        p.dtype, p.num_experts, assignments, p.tokens, 0, d, n, p.activation, p.gated, True, p.top_k, p.x_stride,
-        (expert, stride * row), stride * half, n, p.b_gate_up_dtype, (p.b_gate_up_stride, row, half), weights_dtype,
-        p.topk_weights_stride, p.swiglu_alpha, p.swiglu_limit, 0, 0, expected, p.batch_invariant,
-        False, chosen if few else None, not few,
-    )  # fmt: skip
-    arguments = {"x": "x", "w": "w_gate_up", "out": "activation", "bias": "b_gate_up"} | found
-    arguments |= same("inverse_indices") if few else {"gather_indices": "sorted_indices"}
+        order = same("offsets", "counters")
+    work.add("activation", assignments * p.intermediate * size)
+    work.add("y", assignments * p.hidden * size)
+    first, second = _expert_products(p, self_sorted)
+    arguments = {"x": "x", "w": "w_gate_up", "out": "activation", "bias": "b_gate_up"} | order
+    arguments |= same("inverse_indices") if self_sorted is not None else {"gather_indices": "sorted_indices"}
     if p.weight_on_input:
         arguments["row_weights"] = "topk_weights"
     steps.append(Step("grouped_gemm", first, arguments))
-    second = Product(
-        p.dtype, p.num_experts, assignments, assignments, 0, n, d, "", False, False, 1, n, p.w_down_strides, 0, d,
-        p.b_down_dtype, (p.b_down_stride, 1, 0), None, 0, 0.0, 0.0, 0, 0, expected, p.batch_invariant, True,
-        chosen if few else None, not few,
-    )  # fmt: skip
-    steps.append(Step("grouped_gemm", second, {"x": "activation", "w": "w_down", "out": "y", "bias": "b_down"} | found))
+    steps.append(Step("grouped_gemm", second, {"x": "activation", "w": "w_down", "out": "y", "bias": "b_down"} | order))
     if p.shared:
-        s = p.shared
-        work.add("shared_activation", p.tokens * s * size)
-        work.add("shared", p.tokens * d * size)
-        stride, half = p.shared_w_gate_up_stride, (half if half <= 1 else s)
-        one = first._replace(
-            groups=1, rows=p.tokens, max_rows=p.tokens, n=s, gather=False, gather_divisor=1,
-            w_strides=(0, stride * row), w_stride_half=stride * half, out_stride=s, bias_dtype=None,
-            bias_strides=(0, 0, 0), row_weights_dtype=None, row_weights_stride=0, group_stride=p.tokens,
-            expected=float(p.tokens), few=None, counters=False,
-        )  # fmt: skip
-        steps.append(Step("grouped_gemm", one, {"x": "x", "w": "shared_w_gate_up", "out": "shared_activation"}))
-        two = second._replace(
-            groups=1, rows=p.tokens, rows_x=p.tokens, max_rows=p.tokens, k=s, x_stride=s,
-            w_strides=(0, p.shared_w_down_stride), bias_dtype=None, bias_strides=(0, 0, 0), group_stride=p.tokens,
-            expected=float(p.tokens), few=None, counters=False,
-        )  # fmt: skip
-        steps.append(Step("grouped_gemm", two, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
+        work.add("shared_activation", p.tokens * p.shared * size)
+        work.add("shared", p.tokens * p.hidden * size)
+        first, second = _shared_products(p)
+        steps.append(Step("grouped_gemm", first, {"x": "x", "w": "shared_w_gate_up", "out": "shared_activation"}))
+        steps.append(Step("grouped_gemm", second, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
+    steps.append(_combine_step(p))
+    return steps, work
+
+
+def _expert_products(p: MoEProblem, self_sorted: PermuteProblem | None) -> tuple[Product, Product]:
+    """Of each assignment the activation of its token, then its result. Only sorted assignments have counters."""
+    assignments, n, d = p.tokens * p.top_k, p.intermediate, p.hidden
+    expert, row = p.w_gate_up_strides
+    column, half = _gate_and_up(p, n)
+    counters = TileCounter.FIRST, TileCounter.SECOND
+    if self_sorted is not None:
+        counters = TileCounter.NONE, TileCounter.NONE
+    weights = RowWeights(p.topk_weights_dtype if p.weight_on_input else None, p.topk_weights_stride)
+    first = Product(
+        dtype=p.dtype, groups=p.num_experts, k=d, n=n, x=Rows(p.tokens, p.x_stride),
+        w=Weights(expert, row * column, row * half), out=Rows(assignments, n),
+        bias=Bias(p.b_gate_up_dtype, p.b_gate_up_stride, column, half), activation=_activation(p), row_weights=weights,
+        gather=True, gather_divisor=p.top_k, mean_rows=assignments / max(p.num_experts, 1),
+        batch_invariant=p.batch_invariant, self_sorted=self_sorted, tile_counter=counters[0],
+    )  # fmt: skip
+    second = Product(
+        dtype=p.dtype, groups=p.num_experts, k=n, n=d, x=Rows(assignments, n), w=Weights(*p.w_down_strides),
+        out=Rows(assignments, d), bias=Bias(p.b_down_dtype, p.b_down_stride, 1), mean_rows=first.mean_rows,
+        batch_invariant=p.batch_invariant, groups_known_early=True, self_sorted=self_sorted, tile_counter=counters[1],
+    )  # fmt: skip
+    return first, second
+
+
+def _shared_products(p: MoEProblem) -> tuple[Product, Product]:
+    """The shared expert's: one group, which all tokens belong to."""
+    tokens, s, d = p.tokens, p.shared, p.hidden
+    row = p.shared_w_gate_up_stride
+    column, half = _gate_and_up(p, s)
+    x, inside, out = (Rows(tokens, stride, group_stride=tokens) for stride in (p.x_stride, s, d))
+    first = Product(
+        dtype=p.dtype, groups=1, k=d, n=s, x=x, w=Weights(0, row * column, row * half), out=inside,
+        mean_rows=float(tokens), max_rows=tokens, activation=_activation(p), batch_invariant=p.batch_invariant,
+    )  # fmt: skip
+    second = Product(
+        dtype=p.dtype, groups=1, k=s, n=d, x=inside, w=Weights(0, p.shared_w_down_stride), out=out,
+        mean_rows=float(tokens), max_rows=tokens, batch_invariant=p.batch_invariant, groups_known_early=True,
+    )  # fmt: skip
+    return first, second
+
+
+def _activation(p: MoEProblem) -> Activation:
+    return Activation(p.activation, p.gated, p.swiglu_alpha, p.swiglu_limit)
+
+
+def _gate_and_up(p: MoEProblem, n: int) -> tuple[int, int]:
+    """Rows of w_gate_up from a column of the activation to the next one, and from its gate to its up.
+
+    A gated w_gate_up has n gate rows, then n up rows, or takes turns.
+    """
+    if not p.gated:
+        return 1, 0
+    return (2, 1) if p.interleaved else (1, n)
+
+
+def _combine_step(p: MoEProblem) -> Step:
+    """The weighted sum of a token's experts."""
+    size = p.dtype.itemsize
     config = next(c for c in COMBINE.all_configs if c.name == p.dtype.cuda)
-    chunks = p.tokens * (d // (16 // size))
-    grid = min(-(-chunks // 256), 2**16)
+    chunks = p.tokens * (p.hidden // (16 // size))
+    grid = min(-(-chunks // config.threads), _COMBINE_BLOCKS)
     arguments = same("y", "inverse_indices", "out", *["topk_weights"] * (not p.weight_on_input))
     arguments |= same(*["shared"] * bool(p.shared), *["shared_gate"] * (p.shared_gate_dtype is not None))
     values: Values = {
@@ -241,8 +278,7 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
         "gate_dtype": _code(p.shared_gate_dtype),
     }
     aligned = p.tokens <= 1 or p.out_stride * size % 16 == 0
-    steps.append(Step(COMBINE.task, SmallProblem(COMBINE.name, config, grid, rows_aligned=aligned), arguments, values))
-    return steps, work
+    return Step(COMBINE.task, SmallProblem(COMBINE.name, config, grid, rows_aligned=aligned), arguments, values)
 
 
 def _code(dtype: DType | None) -> int:
