@@ -35,8 +35,12 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("plan/hints.py", ("dtypes",)),
     ("plan/checks.py", ("plan.options", "arrays", "dtypes")),
     ("plan/archs.py", ()),
-    ("plan/attention/problem.py", ("plan.checks", "plan.hints", "plan.options", "arrays", "dtypes", "errors")),
-    ("plan/attention/tiles.py", ("plan.archs",)),
+    ("plan/attention/checks.py", ("plan.checks", "plan.hints", "plan.options", "arrays", "dtypes")),
+    (
+        "plan/attention/problem.py",
+        ("plan.attention.checks", "plan.checks", "plan.hints", "plan.options", "arrays", "dtypes", "errors"),
+    ),
+    ("plan/attention/tiles.py", ("plan.archs", "plan.attention.softcap")),
     ("plan/moe/layouts.py", ("plan.checks", "arrays", "dtypes")),
     ("plan/moe/routing.py", ("plan.checks", "plan.hints", "plan.options", "arrays", "dtypes", "errors")),
     (

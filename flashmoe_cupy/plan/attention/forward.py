@@ -1,4 +1,4 @@
-"""The attention forward kernels as the host sees them: configurations, who may use them, and how Params are packed.
+"""The attention forward kernels as the host sees them: which problems they run, in which tiles, and what Params hold.
 
 One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything in this file runs anywhere.
 """
@@ -12,67 +12,35 @@ from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
-from flashmoe_cupy.plan.attention.tiles import Config, Sm80Config, Sm90Config
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, Values
+from flashmoe_cupy.plan.attention.tiles import (
+    BIAS,
+    PLAIN,
+    SCORES,
+    TILES_FP32,
+    TILES_SM80,
+    TILES_SM90,
+    UNALIGNED,
+    VARIANTS,
+    Config,
+    Sm80Config,
+    Sm90Config,
+    Tile,
+    tile_sm80,
+    tiles_sm90,
+)
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, Values, far_strides
 from flashmoe_cupy.plan.params import Params
 
-_VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
-_PLAIN, _UNALIGNED, _SCORES, _BIAS = _VARIANTS
 _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
 
-# (block_m, block_n, warps) by compiled head dims. Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
-_TILES_SM80: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {
-    (64, 64): {_PLAIN: (128, 128, 4), _SCORES: (128, 64, 4), _BIAS: (64, 64, 4)},
-    (96, 96): {_PLAIN: (128, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
-    (128, 128): {_PLAIN: (128, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
-    (192, 128): {_PLAIN: (128, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
-    (256, 256): {_PLAIN: (64, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
-    (64, 256): {_PLAIN: (64, 64, 4), _SCORES: (64, 64, 4), _BIAS: (64, 64, 4)},
-}
-# Where another architecture's register allocation would spill with the tile above, under some NVRTC from 12.4 to 13.5.
-_TILES_SM80_ON: dict[tuple[str, tuple[int, int], str], tuple[int, int, int]] = {
-    **{(arch, (64, 64), _PLAIN): (128, 64, 4) for arch in ("sm_100", "sm_120")},
-    ("sm_100", (128, 128), _PLAIN): (128, 48, 4),
-    ("sm_120", (128, 128), _PLAIN): (128, 32, 4),
-    **{(arch, (192, 128), _PLAIN): (128, 48, 4) for arch in ("sm_100", "sm_120")},
-    **{(arch, (64, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
-    **{(arch, (256, 256), _BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
-}
-_SIBLINGS = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}  # the same instructions
-# fp32 has one variant, which does everything: its speed comes second. Wider values run as blocks of 128.
-_TILES_FP32 = {
-    (64, 64): (64, 32, 4),
-    (96, 96): (64, 32, 4),
-    (128, 128): (64, 32, 4),
-    (192, 128): (64, 32, 4),
-    (256, 128): (64, 16, 4),
-}
-
-_Tile = tuple[int, int, int]
-# (block_m, block_n, stages) of the Hopper kernel by compiled head dims; of two, the second is for short sequences.
-# Measured on an H100; benchmarks/NOTEBOOK.md has the candidates.
-_TILES_SM90: dict[tuple[int, int], tuple[_Tile, ...]] = {
-    (64, 64): ((192, 128, 3), (256, 64, 4), (128, 128, 3)),
-    (96, 96): ((128, 160, 2), (128, 128, 2)),
-    (128, 128): ((128, 160, 2), (128, 128, 2)),
-    (192, 128): ((128, 112, 2),),
-    (192, 192): ((128, 96, 2),),
-    (256, 256): ((128, 64, 2),),
-    (64, 256): ((128, 64, 2),),
-}
-# Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly.
-_TILES_SM90_FOR: dict[tuple[tuple[int, int], str], tuple[_Tile, ...]] = {
-    ((64, 64), _SCORES): ((256, 64, 4), (128, 128, 3)),
-    ((64, 64), softcap.BOUNDED): ((192, 112, 3), (256, 64, 4), (128, 128, 3)),
-    ((96, 96), _SCORES): ((128, 128, 2),),
-    ((128, 128), _SCORES): ((128, 128, 2),),
-    **{(dims, _BIAS): ((128, 64, 2),) for dims in _TILES_SM90},
-}
-_MOST_PACKED = 4  # 2**4 heads: the rows of one store of the Hopper kernel
-_WORTH_PACKING = 0.9  # tiles of packed heads to those of single ones, at most
-_MOST_TILES = 2**31 - 2**16  # a block counts up to one grid beyond the last tile
-_MANY_KEYS = 4096  # keys that a query sees on average, from which wider tiles of keys pay
-_WIDE_TILE_KEYS = 1024  # the same, at d 64, for 192 queries by 128 keys against 256 by 64
+_MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
+_MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
+_WORTH_PACKING = 0.9  # heads are packed if that leaves no larger a share of their tiles
+# Which of the tiles in tiles.py is the fastest; measured on an H100, benchmarks/NOTEBOOK.md has the candidates.
+_WIDE_KEYS = 4096  # keys that a query sees on average, from which on the wider of two tiles of keys is
+_ROW_TIME = {256: 1.0, 192: 1.03, 128: 1.12}  # at head dims of 64: time of one row of a tile, by the tile's rows ...
+_ROW_TIME_LONG = _ROW_TIME | {192: 0.93}  # ... and where a query sees so many keys or more:
+_ROW_TIME_LONG_KEYS = 1024
 
 
 class AttentionFwd(Kernel[AttentionProblem, Config]):
@@ -90,13 +58,13 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
             why.append(f"head_dim_v is cut into blocks of {config.head_dim_v}, each with its own pass over the scores")
         if config.element == "fp32":
             why.append("fp32 runs as three tf32 products with one variant for all features")
-        elif config.variant == _PLAIN:
+        elif config.variant == PLAIN:
             why.append("scores are only scaled and masked, so the scale folds into the exponent")
-        elif config.variant == _UNALIGNED:
+        elif config.variant == UNALIGNED:
             why.append("rows do not start at multiples of 16 bytes, or lie 16 MiB apart: elements load one by one")
         elif config.variant in softcap.VARIANTS:
             why.append("softcap alone is part of the exponent: a polynomial where its tanh stays small")
-        elif config.variant == _SCORES:
+        elif config.variant == SCORES:
             why.append("softcap, ALiBi or a scale <= 0 changes the scores")
         else:
             why.append("a bias is added to the scores")
@@ -112,7 +80,7 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
         return -(-(p.seqlen_q << self.pack_bits(p)) // config.block_m), -(-p.head_dim_v // config.head_dim_v)
 
     def pack_bits(self, p: AttentionProblem) -> int:  # noqa: ARG002
-        """2**pack_bits heads that share keys lie side by side in a tile: each query as so many rows."""
+        """A tile takes 2**pack_bits heads that share keys; each query is as many rows, side by side. 0: one head."""
         return 0
 
     def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
@@ -157,12 +125,12 @@ class AttentionFwdSm80(AttentionFwd):
 
     def configs(self, arch: str) -> list[Sm80Config]:
         found = [
-            Sm80Config(element, *dims, *_tile_sm80(arch, dims, variant), variant)
+            Sm80Config(element, *dims, *tile_sm80(arch, dims, variant), variant)
             for element in ("bf16", "fp16")
-            for dims in _TILES_SM80
-            for variant in _VARIANTS
+            for dims in TILES_SM80
+            for variant in VARIANTS
         ]
-        found += [Sm80Config("fp32", *dims, *tile, _BIAS) for dims, tile in _TILES_FP32.items()]
+        found += [Sm80Config("fp32", *dims, *tile, BIAS) for dims, tile in TILES_FP32.items()]
         return found
 
     def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
@@ -184,13 +152,13 @@ class AttentionFwdSm80(AttentionFwd):
         element = problem.dtype.cuda
         if element == "fp32":
             head_dim, head_dim_v = problem.head_dim, min(problem.head_dim_v, 128)
-            dims = next((d, v) for d, v in _TILES_FP32 if head_dim <= d and head_dim_v <= v)
-            return Sm80Config(element, *dims, *_TILES_FP32[dims], _BIAS)
-        dims = _compiled_dims(problem, _TILES_SM80)
+            dims = next((d, v) for d, v in TILES_FP32 if head_dim <= d and head_dim_v <= v)
+            return Sm80Config(element, *dims, *TILES_FP32[dims], BIAS)
+        dims = _compiled_dims(problem, TILES_SM80)
         variant = _variant(problem)
-        if variant == _PLAIN and not aligned:
-            variant = _UNALIGNED
-        return Sm80Config(element, *dims, *_tile_sm80(arch, dims, variant), variant)
+        if variant == PLAIN and not aligned:
+            variant = UNALIGNED
+        return Sm80Config(element, *dims, *tile_sm80(arch, dims, variant), variant)
 
     def slow(self, problem: AttentionProblem, aligned: bool) -> str:  # noqa: ARG002
         return "" if aligned else f"{_UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
@@ -211,10 +179,10 @@ class AttentionFwdSm90(AttentionFwd):
         return [
             Sm90Config(element, *dims, *tile, variant)
             for element in ("bf16", "fp16")
-            for dims in _TILES_SM90
-            for variant in (_PLAIN, *softcap.VARIANTS, _SCORES, _BIAS)
+            for dims in TILES_SM90
+            for variant in (PLAIN, *softcap.VARIANTS, SCORES, BIAS)
             if variant != softcap.BOUNDED or element == "bf16"
-            for tile in _tiles_sm90(dims, variant)
+            for tile in tiles_sm90(dims, variant)
         ]
 
     def why_not(self, problem: AttentionProblem, arch: str, aligned: bool = True) -> list[str]:
@@ -231,29 +199,27 @@ class AttentionFwdSm90(AttentionFwd):
         if why:
             return why
         config = self.choose(p, arch, aligned)
-        for name, of in zip(("q", "k", "v", "out"), self.map_arguments(p, config), strict=True):
-            if min(of.strides) < 0 or max(of.strides) >= 2**40:
-                why.append(f"{name} has a stride that is negative, or 1 TiB or more: the copy engine cannot follow it")
+        why = far_strides(("q", "k", "v", "out"), self.map_arguments(p, config))
         tiles = self.tiles(p, config)
-        if tiles >= _MOST_TILES:
+        if tiles >= MAX_TILES:
             why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
         return why
 
     def choose(
         self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> Sm90Config:  # fmt: skip
-        dims, variant = _compiled_dims(problem, _TILES_SM90), _variant_sm90(problem)
+        dims, variant = _compiled_dims(problem, TILES_SM90), _variant_sm90(problem)
         tile = _tile_for(problem, dims, variant, self.pack_bits(problem))
         return Sm90Config(problem.dtype.cuda, *dims, *tile, variant)
 
     def pack_bits(self, p: AttentionProblem) -> int:
-        """As many heads as make fewer tiles; none where a score depends on its head (`AttentionFwd.pack_bits`)."""
+        """As many heads as make fewer tiles; one head where a score depends on it."""
         group = _heads_per_key(p)
-        bits = min((group & -group).bit_length() - 1, _MOST_PACKED)
-        if bits <= 0 or _variant_sm90(p) not in (_PLAIN, *softcap.VARIANTS) or p.seqlen_q >= 2**26:
+        bits = min((group & -group).bit_length() - 1, _MAX_PACK_BITS)
+        if bits <= 0 or _variant_sm90(p) not in (PLAIN, *softcap.VARIANTS) or p.seqlen_q >= _MAX_PACKED_QUERIES:
             return 0
         rows = _mean(p.seqlen_q, p.total_q, p)
-        # Of sequences whose lengths only the device knows, each ends with half a tile, on average.
+        # Only the device knows the lengths of packed sequences: each ends with half a tile, on average.
         single, packed = (r / 128 + 0.5 if p.varlen else -(-r // 128) for r in (rows, rows << bits))
         return bits if packed <= _WORTH_PACKING * single * 2**bits else 0
 
@@ -261,7 +227,7 @@ class AttentionFwdSm90(AttentionFwd):
         why = super().reasons(problem, config)
         if bits := self.pack_bits(problem):
             why.append(f"{2**bits} heads that share keys lie side by side, since a head has few queries for a tile")
-        tiles = _tiles_sm90((config.head_dim, config.head_dim_v), config.variant)
+        tiles = tiles_sm90((config.head_dim, config.head_dim_v), config.variant)
         if len(tiles) > 1:
             others = ", ".join(f"{m}x{n}" for m, n, _ in tiles if (m, n) != (config.block_m, config.block_n))
             why.append(f"tiles of {config.block_m}x{config.block_n} rather than {others}, by the lengths and the mask")
@@ -279,19 +245,19 @@ class AttentionFwdSm90(AttentionFwd):
         if m_blocks >= 2 * sms:
             return 1  # one head fills two rounds
         bits = self.pack_bits(p)
-        steps = [_key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # opening a tile costs about one more
-        shared = _heads_per_key(p) / 2**bits * v_blocks  # that many tiles of a row read the same keys
-        per_head = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
-        return order.section(steps, self.tiles(p, config) // m_blocks, sms, per_head)
+        costs = [_key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # to begin a tile takes about a step
+        shared = _heads_per_key(p) / 2**bits * v_blocks  # groups of tiles that read the same keys
+        per_group = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
+        return order.section(costs, self.tiles(p, config) // m_blocks, sms, per_group)
 
     def values(self, p: AttentionProblem, config: Config, aligned: bool, sms: int = DEFAULT_SMS) -> Values:
-        """The operation may change clear_rest: 1 to write the rows of no sequence in out, 2 in lse, 3 in both."""
+        """A step may set clear_rest. Rows of no sequence become 0 in out: 1, -inf in lse: 2, both: 3; 0: they stay."""
         return super().values(p, config, aligned, sms) | {
             "tiles": self.tiles(p, config),
             "batch": p.batch,
             "section": self.section(p, config, sms),
             "ragged": int(p.varlen),
-            "tile_counter": 0,  # each launch stores its own
+            "tile_counter": 0,  # the launch stores the address of one
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": 0,
             "pack_bits": self.pack_bits(p),
@@ -299,7 +265,7 @@ class AttentionFwdSm90(AttentionFwd):
         }
 
     def counter_at(self, p: AttentionProblem) -> int:
-        """Only the device knows the lengths of packed sequences: no order of the host's could be even."""
+        """Packed sequences want one: only the device knows their lengths, so no order of the host's could be even."""
         return self.params.fields["tile_counter"].at if p.varlen else 0
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
@@ -319,30 +285,20 @@ class AttentionFwdSm90(AttentionFwd):
         )
 
 
-def _tile_sm80(arch: str, dims: tuple[int, int], variant: str) -> _Tile:
-    if variant == _UNALIGNED:  # the same key tiles as the aligned one, which makes the same bits; fewer registers
-        return 64, _tile_sm80(arch, dims, _PLAIN)[1], 4
-    return _TILES_SM80_ON.get((_SIBLINGS.get(arch, arch), dims, variant)) or _TILES_SM80[dims][variant]
-
-
-def _tiles_sm90(dims: tuple[int, int], variant: str) -> tuple[_Tile, ...]:
-    return _TILES_SM90_FOR.get((dims, variant)) or _TILES_SM90[dims]
-
-
-def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits: int) -> _Tile:
+def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits: int) -> Tile:
     """The tile of the Hopper kernel: lengths only choose among the tiles that the table, and so the warm-up, has."""
-    tiles, keys = _tiles_sm90(dims, variant), _mean_keys(problem)
+    tiles, keys = tiles_sm90(dims, variant), _mean_keys(problem)
     if len({m for m, _, _ in tiles}) == 1:
-        return tiles[keys < _MANY_KEYS] if len(tiles) > 1 else tiles[0]
+        return tiles[keys < _WIDE_KEYS] if len(tiles) > 1 else tiles[0]
 
     rows = _mean(problem.seqlen_q, problem.total_q, problem) << pack_bits
+    row_time = _ROW_TIME_LONG if keys >= _ROW_TIME_LONG_KEYS else _ROW_TIME
 
-    def cost(tile: _Tile) -> float:  # rows, the empty ones of a last tile included, by the time that a row takes
+    def time(tile: Tile) -> float:
         m = tile[0]
-        relative = {256: 1.0, 192: 0.93 if keys >= _WIDE_TILE_KEYS else 1.03, 128: 1.12}
-        return -(-rows // m) * m * relative[m]
+        return -(-rows // m) * m * row_time[m]  # the rows that a last tile lacks take as long as the others
 
-    return min(tiles, key=cost)
+    return min(tiles, key=time)
 
 
 def _mean(seqlen: int, total: int, p: AttentionProblem) -> int:
@@ -372,14 +328,14 @@ def _key_tiles(p: AttentionProblem, config: Config, m_block: int, pack_bits: int
 def _variant(problem: AttentionProblem) -> str:
     """What happens to the scores, for rows that are aligned."""
     if problem.bias_dtype is not None:
-        return _BIAS
+        return BIAS
     # A scale that is not positive would turn the order of the scores, on which the folded exponent relies.
-    return _SCORES if problem.softcap or problem.alibi or problem.softmax_scale <= 0 else _PLAIN
+    return SCORES if problem.softcap or problem.alibi or problem.softmax_scale <= 0 else PLAIN
 
 
 def _variant_sm90(p: AttentionProblem) -> str:
     variant = _variant(p)
-    if variant == _SCORES and p.softcap and not p.alibi and p.softmax_scale > 0:
+    if variant == SCORES and p.softcap and not p.alibi and p.softmax_scale > 0:
         return softcap.variant(p.softmax_scale, p.softcap, p.dtype is BF16)
     return variant
 
@@ -412,7 +368,7 @@ def _heads_per_key(p: AttentionProblem) -> int:
 
 
 def _window(size: int, p: AttentionProblem) -> int:
-    """A window that hides nothing is unlimited: row + window then stays far from 2**31."""
+    """A window as the kernels take it: -1, unlimited, if it hides nothing; so row + window stays far from 2**31."""
     return -1 if size >= p.seqlen_q + p.seqlen_k else size
 
 

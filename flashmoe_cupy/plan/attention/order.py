@@ -10,20 +10,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_FEW_TILES = 4  # tiles of queries up to which heads may go one by one, so that their keys are read once
-_L2_BYTES = 36 << 20  # keys and values that the heads of a section may have; an H100 has 50 MiB of L2
-_ROUNDS = (2, 1, 3, 4, 5, 6, 8)  # rounds that the tiles of a section may fill; the first that is good enough
-_GOOD_ENOUGH = 0.01  # of the whole time
-_WORTH_ONE_READ = 0.03  # of it, for keys that are read from memory only once
-_MOST_TILES = 1 << 18  # beyond, the order hardly matters, and looking at it takes time
+# Measured on an H100; benchmarks/NOTEBOOK.md.
+_ONE_BY_ONE_TILES = 4  # tiles of queries of a group, up to which groups may go one by one: their keys are read once
+_L2_BYTES = 36 << 20  # keys and values that the groups of a section may have; an H100 has 50 MiB of L2
+_ROUNDS = (2, 1, 3, 4, 5, 6, 8)  # rounds that the tiles of a section may fill, in the order of preference
+_GOOD_ENOUGH = 0.01  # share of the whole time that a section may lose against the best one
+_WORTH_ONE_READ = 0.03  # share of it that reading keys from memory only once is worth
+_MAX_SIMULATED = 1 << 18  # tiles: with more the order hardly matters, and a simulation takes time
 
 
-def loads(steps: Sequence[float], groups: int, blocks: int, section: int) -> np.ndarray:
-    """Work of each block. steps: cost of each tile of queries of a group (a head); section: groups worked on together.
+def loads(costs: Sequence[float], groups: int, blocks: int, section: int) -> np.ndarray:
+    """Work of each block, in steps of keys.
 
-    section 0 is one group after the other (`group_by_group`), else `by_sections` in rounds to and fro (`snake`).
+    costs: of each tile of queries of a group, which is one head or several that are packed. section: groups that are
+    worked on together, in rounds to and fro (`by_sections`, `snake`); 0: one group after the other (`group_by_group`).
     """
-    m_blocks, cost = len(steps), np.asarray(steps)
+    m_blocks, cost = len(costs), np.asarray(costs)
     rounds = -(-m_blocks * groups // blocks)
     index, block = np.arange(rounds * blocks), np.tile(np.arange(blocks), rounds)
     if section == 0:
@@ -44,20 +46,24 @@ def loads(steps: Sequence[float], groups: int, blocks: int, section: int) -> np.
     return np.bincount(block, weights=cost[row], minlength=blocks)
 
 
-def section(steps: Sequence[float], groups: int, blocks: int, bytes_per_group: float) -> int:
-    """The section under which blocks have even work and L2 holds the keys. Arguments as for `loads`."""
-    m_blocks = len(steps)
+def section(costs: Sequence[float], groups: int, blocks: int, bytes_per_group: float) -> int:
+    """The section with which blocks have even work and L2 holds the keys; the other arguments are those of `loads`.
+
+    bytes_per_group: of keys and values.
+    """
+    m_blocks = len(costs)
     sizes = [max(1, min(groups, round(k * blocks / m_blocks))) for k in _ROUNDS]
     sizes = [size for size in sizes if size * bytes_per_group <= _L2_BYTES] or sizes[:1]
-    few = m_blocks <= _FEW_TILES
-    if m_blocks * groups > _MOST_TILES:
-        return 0 if few else sizes[0]
-    uneven = [_uneven(steps, groups, blocks, size) for size in sizes]
-    if few and _uneven(steps, groups, blocks, 0) <= min(uneven) + _WORTH_ONE_READ:
+    one_by_one = m_blocks <= _ONE_BY_ONE_TILES
+    if m_blocks * groups > _MAX_SIMULATED:
+        return 0 if one_by_one else sizes[0]
+    uneven = [_uneven(costs, groups, blocks, size) for size in sizes]
+    if one_by_one and _uneven(costs, groups, blocks, 0) <= min(uneven) + _WORTH_ONE_READ:
         return 0
     return next(size for size, found in zip(sizes, uneven, strict=True) if found <= min(uneven) + _GOOD_ENOUGH)
 
 
-def _uneven(steps: Sequence[float], groups: int, blocks: int, size: int) -> float:
-    work = loads(steps, groups, blocks, size)
+def _uneven(costs: Sequence[float], groups: int, blocks: int, size: int) -> float:
+    """The work of the block that has most, against the mean."""
+    work = loads(costs, groups, blocks, size)
     return float(work.max() / work.mean())

@@ -9,24 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from flashmoe_cupy.plan.checks import FLOAT_MAX
+
 UNBOUNDED = "SoftcapScores"  # the Hopper kernel's variant where a softcap is all that changes the scores
-BOUNDED = "BoundedSoftcapScores"  # the same in bf16, for a softcap that leaves no exponent too large
+BOUNDED = "BoundedSoftcapScores"  # the same in bf16, for a softcap so small that no maximum has to be subtracted
 VARIANTS = (UNBOUNDED, BOUNDED)
 
-_FLOAT_MAX = 3.4028234663852886e38
-_MOST = 56.0  # softcap of BOUNDED
+_MAX_BOUNDED = 56.0  # softcap of BOUNDED, at most: its least weight, exp(-1.5 softcap), is then normal in float32
 _TANH = {
     UNBOUNDED: (0.99999946, -0.33326318, 0.13190296, -0.0444022),  # relative error 6e-7 up to u = 0.5
     BOUNDED: (0.99999785, -0.33314044, 0.13057898, -0.0409302),  # 2e-6 up to 0.6
 }
-_MOST_SHORT = 0.3  # |argument| of tanh below which BOUNDED may take two coefficients ...
-_SHORT_ERROR = 8e-4  # ... and the largest error of an exponent that they may make
+_MAX_SHORT = 0.3  # |argument| of tanh up to which BOUNDED may take two coefficients ...
+_SHORT_ERROR = 8e-4  # ... if they change no exponent by more; a weight is rounded to bf16 by up to 4e-3
 
 
 def variant(softmax_scale: float, softcap: float, bf16: bool) -> str:
     """The variant for a positive scale and a softcap."""
     scaled = _query_scale(softmax_scale / softcap, softcap) if softmax_scale / softcap > 0 else 0.0
-    return BOUNDED if bf16 and softcap <= _MOST and 2.0**-24 <= scaled <= 1.0 else UNBOUNDED
+    return BOUNDED if bf16 and softcap <= _MAX_BOUNDED and 2.0**-24 <= scaled <= 1.0 else UNBOUNDED
 
 
 def _query_scale(to_tanh: float, softcap: float) -> float:
@@ -34,7 +35,7 @@ def _query_scale(to_tanh: float, softcap: float) -> float:
 
     They leave u^5 / 60 of tanh(u) at the end of their range (2 u^5 / 15, of which a best line in u^2 leaves an eighth).
     """
-    most = min(_MOST_SHORT, (_SHORT_ERROR * 60 * math.log(2) / softcap) ** 0.2)
+    most = min(_MAX_SHORT, (_SHORT_ERROR * 60 * math.log(2) / softcap) ** 0.2)
     return float(2.0 ** min(max(math.ceil(math.log2(2 * to_tanh / most)), -1000), 1000))
 
 
@@ -66,5 +67,5 @@ def fields(kind: str, softmax_scale: float, softcap: float) -> dict[str, float |
 
 
 def float32(x: float) -> float:
-    """The nearest number that a float32 holds."""
-    return max(-_FLOAT_MAX, min(_FLOAT_MAX, x))
+    """x, or the end of float32's range that it lies beyond."""
+    return max(-FLOAT_MAX, min(FLOAT_MAX, x))
