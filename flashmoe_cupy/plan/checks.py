@@ -25,13 +25,14 @@ Named = Sequence[tuple[str, "View"]]
 
 
 def check_ranks(why: list[str], rank: int, named: Named) -> None:
+    """The number of dimensions of each array."""
     for name, x in named:
         if len(x.shape) != rank:
             why.append(f"{name} must have {rank} dimensions, but its shape is {x.shape}")
 
 
 def check_last(why: list[str], name: str, x: View) -> None:
-    """Empty arrays and dimensions of size 1 may have any stride."""
+    """The last dimension has stride 1; empty arrays and dimensions of size 1 may have any."""
     if x.shape and x.shape[-1] > 1 and x.strides[-1] != 1 and 0 not in x.shape:
         have = f"but its stride is {x.strides[-1]} elements"
         repair = "" if name == "out" else f"; {copy(name, x)}"  # a copy of out would keep the result to itself
@@ -95,6 +96,7 @@ def check_small(
 
 
 def check_list(why: list[str], name: str, x: View) -> None:
+    """An int32 array with one dimension."""
     if x.dtype is not INT32:
         why.append(f"{name} has dtype {x.dtype}, which must be int32; {cast(name, x, 'int32')}")
     check_ranks(why, 1, ((name, x),))
@@ -102,6 +104,7 @@ def check_list(why: list[str], name: str, x: View) -> None:
 
 
 def check_eights(why: list[str], *sizes: tuple[str, int, str]) -> None:
+    """Sizes that are multiples of 8: name, size, and which arrays to pad."""
     for name, n, what in sizes:
         if n % 8 or n < 8:
             pad = f" (pad {what} with zeros to {-(-n // 8) * 8})" if n else ""
@@ -112,6 +115,7 @@ def check_eights(why: list[str], *sizes: tuple[str, int, str]) -> None:
 
 
 def count(why: list[str], name: str, value: object) -> int:
+    """The value as an int from 1 on; 0 where it is none."""
     n = integer(value)
     if n is None or not 1 <= n <= INT_MAX:
         why.append(f"{name} must be an int from 1 on, but is {show(value)}")
@@ -120,6 +124,7 @@ def count(why: list[str], name: str, value: object) -> int:
 
 
 def flag(why: list[str], name: str, value: object) -> bool:
+    """The value as a bool; False where it is none."""
     if boolean(value) is None:
         why.append(f"{name} must be a bool, but is {have(value)}")
         return False
@@ -188,6 +193,7 @@ _MODULES = {"torch": "torch", "jax": "jnp", "cupy": "cupy", "numpy": "np"}
 
 
 def place(x: View) -> str:
+    """Whose array it is and where it lies, in words."""
     owner: Any = getattr(x.owner, "source", x.owner)  # arrays taken by DLPack keep their producer there
     kind = f"{type(owner).__module__.partition('.')[0]}.{type(owner).__name__}"
     way = {"dlpack": " by DLPack", "cai": " by __cuda_array_interface__", "jax": " of JAX"}.get(x.library, "")
@@ -195,7 +201,7 @@ def place(x: View) -> str:
 
 
 def show(value: object) -> str:
-    """repr for numbers and short things; only the type for arrays, whose repr could copy from a GPU."""
+    """A value in an error: repr of numbers and short tuples, the type of an array, whose repr could copy from a GPU."""
     if value is None or isinstance(value, (bool, int, float, str, bytes, numbers.Number)):
         return repr(value)
     if isinstance(value, (tuple, list)) and len(value) <= 4:
@@ -207,7 +213,7 @@ def show(value: object) -> str:
 
 
 def have(value: object) -> str:
-    """`show` for what is no number: an array without dimensions comes with the word that makes it one."""
+    """`show` of what should be a number; an array without dimensions comes with the word that makes it one."""
     said = show(value)
     scalar = said.startswith("a ") and hasattr(value, "item") and getattr(value, "shape", None) == ()
     return f"{said} without dimensions; its .item() is a Python value" if scalar else said

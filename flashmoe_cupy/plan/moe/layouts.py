@@ -9,7 +9,8 @@ from flashmoe_cupy.plan.checks import check_eights, check_ranks, check_small, sh
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
 
-_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 2, 0), (2, 1, 0), (1, 0, 2), (2, 0, 1))  # axis i of an array is axis _[i] of ours
+# Orders of three axes, the likely ones first: order[i] is which of our axes stands at place i of an array.
+_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 2, 0), (2, 1, 0), (1, 0, 2), (2, 0, 1))
 
 
 def _ours(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
@@ -70,7 +71,7 @@ def check_weights(
             why.append(f"{said}, or both are transposed")
         else:
             why.append(f"{said}; w_gate_up comes first")
-            gate_up, down = down, gate_up  # all else is told of them in their places
+            gate_up, down = down, gate_up  # further reasons speak of them in their places
     for first in _ORDERS:
         experts, m, width = _ours(gate_up.shape, first)
         for second in _ORDERS:

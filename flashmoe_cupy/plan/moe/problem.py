@@ -41,26 +41,22 @@ ACTIVATIONS = (*GATED, "gelu", "gelu_tanh", "relu", "relu2")
 
 
 class GroupedGemmProblem(NamedTuple):
-    """Everything but the pointers of `grouped_gemm`.
+    """Everything but the pointers of `grouped_gemm`."""
 
-    masked: x and out are (E, rows, ·) and group_sizes tells how many rows count; else they are (x_rows, d) and
-    (rows, n) and offsets tells whose they are.
-    """
-
-    dtype: DType
+    dtype: DType  # of x, w and out
     num_experts: int
-    rows: int  # of out, per expert when masked
-    x_rows: int  # of x, per expert when masked
-    n: int
-    d: int
-    masked: bool
-    gather: bool
-    new_out: bool  # rows of no group become 0; in a given out they stay
-    x_strides: tuple[int, int]  # (expert or 0, row), like out's
-    w_strides: tuple[int, int]  # (expert, row)
-    out_strides: tuple[int, int]
-    bias_dtype: DType | None
-    bias_stride: int
+    rows: int  # of out: of all experts, or of each one when masked
+    x_rows: int  # of x, in the same way
+    n: int  # columns of out
+    d: int  # columns of x
+    masked: bool  # x and out are (E, rows, ·) and group_sizes says how many count; else (rows, ·), offsets says whose
+    gather: bool  # gather_indices says which row of x a row of out reads
+    new_out: bool  # no out was given, so rows of no group become 0; in a given out they stay
+    x_strides: tuple[int, int]  # from expert to expert (0 unless masked), from row to row
+    w_strides: tuple[int, int]  # from expert to expert, from row to row
+    out_strides: tuple[int, int]  # as x_strides
+    bias_dtype: DType | None  # None: there is no bias
+    bias_stride: int  # from expert to expert
 
     def describe(self) -> str:
         """One line, for example "grouped gemm bf16 e8 rows4096 n1024 d2048 gather bias"."""
@@ -75,36 +71,36 @@ class GroupedGemmProblem(NamedTuple):
 class MoEProblem(NamedTuple):
     """Everything but the pointers of `fused_moe`."""
 
-    dtype: DType
+    dtype: DType  # of x, the weights and out
     tokens: int
     hidden: int  # d
-    intermediate: int  # n
+    intermediate: int  # n of each expert
     num_experts: int  # whose weights are here
     top_k: int
-    x_stride: int  # from token to token, like out's
-    w_gate_up_strides: tuple[int, int]  # (expert, row)
+    x_stride: int  # from token to token
+    w_gate_up_strides: tuple[int, int]  # from expert to expert, from row to row
     w_down_strides: tuple[int, int]
-    out_stride: int
+    out_stride: int  # from token to token
     topk_weights_dtype: DType
-    topk_weights_stride: int
+    topk_weights_stride: int  # from token to token
     topk_ids_dtype: DType
-    topk_ids_stride: int
+    topk_ids_stride: int  # from token to token
     activation: str
-    interleaved: bool
+    interleaved: bool  # gate and up rows of w_gate_up take turns; else all gate rows come first
     swiglu_alpha: float  # of swigluoai; else 0
     swiglu_limit: float  # of swigluoai, and of swiglu where it clamps; else 0
-    b_gate_up_dtype: DType | None
+    b_gate_up_dtype: DType | None  # None: there is none
     b_gate_up_stride: int  # from expert to expert
     b_down_dtype: DType | None
     b_down_stride: int
-    num_global: int  # length of expert_map, -1 without one
-    weight_on_input: bool
-    shared: int  # s, intermediate size of the shared expert; 0 = there is none
+    num_global: int  # length of expert_map; -1: there is none
+    weight_on_input: bool  # a token's weight multiplies x, before the first product, instead of the expert's result
+    shared: int  # s, the intermediate size of the shared expert; 0: there is none
     shared_w_gate_up_stride: int  # from row to row
     shared_w_down_stride: int
-    shared_gate_dtype: DType | None
-    shared_gate_stride: int
-    batch_invariant: bool
+    shared_gate_dtype: DType | None  # None: the shared expert counts with 1
+    shared_gate_stride: int  # from token to token
+    batch_invariant: bool  # nothing that a token gets may depend on how many there are
 
     @property
     def gated(self) -> bool:
@@ -127,7 +123,7 @@ class MoEProblem(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the four validations
+# the two validations
 
 
 def grouped_gemm_problem(
@@ -181,10 +177,12 @@ def grouped_gemm_problem(
     if why:
         refuse("grouped_gemm", named, [], why, GROUPED_GEMM)
     contiguous = (rows * n, n) if masked else (0, n)
+    bias_dtype, bias_stride = _bias(bias)
     return GroupedGemmProblem(
-        x.dtype, experts, rows, x_rows, n, d, masked, gather_indices is not None, out is None,
-        _two(x), (w.strides[0], w.strides[1]), contiguous if out is None else _two(out),
-        None if bias is None else bias.dtype, 0 if bias is None else bias.strides[0],
+        dtype=x.dtype, num_experts=experts, rows=rows, x_rows=x_rows, n=n, d=d, masked=masked,
+        gather=gather_indices is not None, new_out=out is None, x_strides=_two(x),
+        w_strides=(w.strides[0], w.strides[1]), out_strides=contiguous if out is None else _two(out),
+        bias_dtype=bias_dtype, bias_stride=bias_stride,
     )  # fmt: skip
 
 
@@ -245,7 +243,7 @@ def moe_problem(
     if topk_ids.dtype.name.startswith(("float", "bfloat")) and topk_weights.dtype in (INT32, INT64):
         swapped = f"topk_weights is {topk_weights.dtype} and topk_ids is {topk_ids.dtype}"
         why.append(f"{swapped}: they look swapped; topk_weights comes first")
-        topk_weights, topk_ids = topk_ids, topk_weights  # all else is told of them in their places
+        topk_weights, topk_ids = topk_ids, topk_weights  # further reasons speak of them in their places
     tokens, k = check_ids(why, topk_ids)
     if hidden is not None and len(topk_ids.shape) == 2 and x.shape[0] != tokens:
         why.append(f"x has {x.shape[0]} tokens, but topk_ids has {tokens}")
@@ -275,23 +273,29 @@ def moe_problem(
             ("batch_invariant", batch_invariant, False),
         ]  # fmt: skip
         refuse("fused_moe", named, options, why, moe(factor))
+    b_gate_up_dtype, b_gate_up_stride = _bias(b_gate_up)
+    b_down_dtype, b_down_stride = _bias(b_down)
+    shared_gate_dtype, shared_gate_stride = _bias(shared_gate)
     return MoEProblem(
-        x.dtype, tokens, hidden or 0, n, experts, k, x.strides[0], (w_gate_up.strides[0], w_gate_up.strides[1]),
-        (w_down.strides[0], w_down.strides[1]), (hidden or 0) if out is None else out.strides[0],
-        topk_weights.dtype, topk_weights.strides[0], topk_ids.dtype, topk_ids.strides[0], str(name),
-        is_interleaved, alpha, limit, *_bias(b_gate_up),
-        *_bias(b_down), num_global, on_input, s, shared_w_gate_up.strides[0] if shared_w_gate_up else 0,
-        shared_w_down.strides[0] if shared_w_down else 0, *_bias(shared_gate), invariant,
+        dtype=x.dtype, tokens=tokens, hidden=hidden or 0, intermediate=n, num_experts=experts, top_k=k,
+        x_stride=x.strides[0], w_gate_up_strides=(w_gate_up.strides[0], w_gate_up.strides[1]),
+        w_down_strides=(w_down.strides[0], w_down.strides[1]),
+        out_stride=(hidden or 0) if out is None else out.strides[0], topk_weights_dtype=topk_weights.dtype,
+        topk_weights_stride=topk_weights.strides[0], topk_ids_dtype=topk_ids.dtype,
+        topk_ids_stride=topk_ids.strides[0], activation=str(name), interleaved=is_interleaved, swiglu_alpha=alpha,
+        swiglu_limit=limit, b_gate_up_dtype=b_gate_up_dtype, b_gate_up_stride=b_gate_up_stride,
+        b_down_dtype=b_down_dtype, b_down_stride=b_down_stride, num_global=num_global, weight_on_input=on_input,
+        shared=s, shared_w_gate_up_stride=shared_w_gate_up.strides[0] if shared_w_gate_up else 0,
+        shared_w_down_stride=shared_w_down.strides[0] if shared_w_down else 0, shared_gate_dtype=shared_gate_dtype,
+        shared_gate_stride=shared_gate_stride, batch_invariant=invariant,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checks
-
-
 def _two(x: View) -> tuple[int, int]:
+    """Strides from expert to expert (0 without an axis for them) and from row to row."""
     return (0, x.strides[0]) if len(x.shape) == 2 else (x.strides[0], x.strides[1])
 
 
 def _bias(x: View | None) -> tuple[DType | None, int]:
+    """The dtype and first stride of an array that may be missing."""
     return (None, 0) if x is None else (x.dtype, x.strides[0])

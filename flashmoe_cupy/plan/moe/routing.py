@@ -42,18 +42,18 @@ SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
 class RouteProblem(NamedTuple):
     """Everything but the pointers of `moe_route`. The results are contiguous."""
 
-    dtype: DType
+    dtype: DType  # of logits
     tokens: int
     num_experts: int
     top_k: int
-    logits_stride: int  # from token to token
-    scoring_func: str
+    logits_stride: int  # elements from token to token
+    scoring_func: str  # one of SCORING
     renormalize: bool
     routed_scaling_factor: float
-    bias_dtype: DType | None
-    num_expert_group: int
-    topk_group: int
-    capacity: int  # assignments that an expert keeps, -1 = all
+    bias_dtype: DType | None  # of e_score_correction_bias; None: there is none
+    num_expert_group: int  # 1: experts are not grouped
+    topk_group: int  # groups that take part
+    capacity: int  # assignments that an expert keeps; -1: all
     return_stats: bool
 
     def describe(self) -> str:
@@ -79,13 +79,13 @@ class PermuteProblem(NamedTuple):
     ids_dtype: DType
     tokens: int
     top_k: int
-    ids_stride: int  # from token to token
-    num_experts: int
-    num_global: int  # length of expert_map, -1 without one
+    ids_stride: int  # elements from token to token
+    num_experts: int  # that are here
+    num_global: int  # length of expert_map; -1: there is none
 
     @property
     def ids(self) -> int:
-        """Ids from 0 on that name an expert, or an entry of the map."""
+        """How many ids, from 0 on, name an expert or an entry of expert_map."""
         return self.num_experts if self.num_global < 0 else self.num_global
 
     def describe(self) -> str:
@@ -159,8 +159,10 @@ def route_problem(
         refuse("moe_route", named, options, why, ROUTE)
     capacity = -1 if factor is None else min(math.ceil(min(factor * tokens * k / experts, INT_MAX)), INT_MAX)
     return RouteProblem(
-        logits.dtype, tokens, experts, k, logits.strides[0], str(scoring), normed, scale or 0.0,
-        None if bias is None else bias.dtype, groups, kept, capacity, stats,
+        dtype=logits.dtype, tokens=tokens, num_experts=experts, top_k=k, logits_stride=logits.strides[0],
+        scoring_func=str(scoring), renormalize=normed, routed_scaling_factor=scale or 0.0,
+        bias_dtype=None if bias is None else bias.dtype, num_expert_group=groups, topk_group=kept, capacity=capacity,
+        return_stats=stats,
     )  # fmt: skip
 
 
@@ -183,10 +185,12 @@ def permute_problem(topk_ids: View, expert_map: View | None = None, *, num_exper
 def refuse(
     op: str, named: Sequence[tuple[str, View]], options: list[Option], why: list[str], topics: Topics
 ) -> NoReturn:
+    """Raise the reasons, with the call they are about and what would run."""
     raise UnsupportedProblem(asked(op, named, options), why, hint(why, topics))
 
 
 def check_map(why: list[str], expert_map: View | None) -> int:
+    """num_global of the problems: the length of expert_map; -1: there is none."""
     if expert_map is None:
         return -1
     check_list(why, "expert_map", expert_map)
@@ -210,5 +214,6 @@ def check_ids(why: list[str], topk_ids: View) -> tuple[int, int]:
 
 
 def check_assignments(why: list[str], tokens: int, k: int) -> None:
+    """Kernels count assignments in 32 bits."""
     if tokens * max(k, 1) > INT_MAX:
         why.append(f"{tokens} tokens with {k} experts each make more than 2**31 - 1 assignments; split the tokens")

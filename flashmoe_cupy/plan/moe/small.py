@@ -14,22 +14,22 @@ PER_LANE = (1, 2, 4, 8, 16, 32)  # experts that a lane of the router holds, by c
 class SmallConfig(NamedTuple):
     """One specialisation of a kernel whose template arguments are written out."""
 
-    name: str
+    name: str  # for people, and different from all others of its kernel
     struct: str  # the C++ type inside namespace fm
-    threads: int
-    smem_bytes: int
-    min_blocks: int = 1
-    cluster: int = 1
+    threads: int  # of a block
+    smem_bytes: int  # of a block; `Smem::kBytes` of the struct
+    min_blocks: int = 1  # per SM, that the compiler must leave registers for
+    cluster: int = 1  # blocks of a cluster
 
 
 class SmallProblem(NamedTuple):
     """One launch of a small kernel, whose configuration and grid the operation knows."""
 
-    kernel: str
+    kernel: str  # its name
     config: SmallConfig
-    blocks: int
-    dtype: DType = FP32
-    rows_aligned: bool = True
+    blocks: int  # of the grid
+    dtype: DType = FP32  # the kernel has no faster one for others
+    rows_aligned: bool = True  # see plan/kernel.py's Problem
 
     def describe(self) -> str:
         """The name of the kernel."""
