@@ -132,11 +132,12 @@ def test_any_mix_in_any_tiling(
         seqlen_q, seqlen_k, batch=batch, heads_q=heads[0], heads_k=heads[1], head_dim=8, dtype="float32", causal=causal,
         window_size=(left, right), bias=bias, bias_dtype="bool" if seed % 2 else "float32", sinks=sinks,
     )  # fmt: skip
-    sizes = {"_QUERIES": max(2, rows // 4), "_KEYS": keys, "_SCORES": rows * keys, "_VALUES": 8 * keys, "_FEW": 2}
+    sizes = {"_QUERIES": max(2, rows // 4), "_KEYS": keys, "_SCORES": rows * keys, "_VALUES": 8 * keys}
+    sizes["_TRANSPOSED_ROWS"] = 2
     with pytest.MonkeyPatch.context() as patch:  # small tiles, so that small problems cross their edges
         for name, value in sizes.items():
             patch.setattr(tile, name, value)
-        for name, value in {"_ROWS": rows, "_FEWEST_ROWS": 2, "_VALUES": 8 * keys, "_ALONE": seed % 3 * 1000}.items():
+        for name, value in {"_ROWS": rows, "_MIN_ROWS": 2, "_VALUES": 8 * keys, "_ONE_THREAD": seed % 3 * 1000}.items():
             patch.setattr(module, name, value)
         check_case(case, seed)
 

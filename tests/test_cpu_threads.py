@@ -25,8 +25,8 @@ Array = Any
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Any:
     """few(n): from now on n threads, however small the problem is."""
-    monkeypatch.setattr(attention, "_ALONE", 0)
-    monkeypatch.setattr(moe, "_ALONE", 0)
+    monkeypatch.setattr(attention, "_ONE_THREAD", 0)
+    monkeypatch.setattr(moe, "_ONE_THREAD", 0)
     monkeypatch.setattr(moe, "_SCORES", 1 << 10)
     return lambda n: monkeypatch.setattr(threads, "count", lambda: n)
 

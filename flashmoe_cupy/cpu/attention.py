@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
 
-_ROWS = 512  # query rows of a tile, all heads and batch entries together
-_FEWEST_ROWS = 64  # and of the tiles of a small problem, which are more than one so that threads have work
-_TILES = 16  # tiles that a problem is cut into, as long as they have so many rows
-_VALUES = 1 << 20  # elements of keys or values in float32 that the batch entries and heads of a tile may have together
-_ALONE = 1 << 24  # products of single numbers in a call that one thread has done before a second one is awake
+_ROWS = 512  # query rows of a tile at most, of all its heads and batch entries together
+_MIN_ROWS = 64  # query rows of a tile at least, where there are so many
+_TILES = 16  # tiles that a problem is cut into at least, if they still have _MIN_ROWS: so that threads have work
+_VALUES = 1 << 20  # elements of keys, or of values, in float32 of all heads and batch entries of a tile, at most
+_ONE_THREAD = 1 << 24  # multiplications of a call, up to which one thread is done before a second one is awake
 
 
 def attention(
@@ -80,11 +80,11 @@ def attention(
             work += _tiles(Sequences(problem, *own, own_lse, None, own_slopes, sink))
     pairs = sum(t.pairs() for t in work)
     work.reverse()  # under a causal mask the last tiles take the longest
-    threads.each(worker, work, alone=pairs * (problem.head_dim + problem.head_dim_v) < _ALONE)
+    threads.each(worker, work, alone=pairs * (problem.head_dim + problem.head_dim_v) < _ONE_THREAD)
 
 
 def _four(bias: Array | None) -> Array | None:
-    """bias with all four axes; those it is spread over have size 1."""
+    """bias with all four axes; along those of size 1 it is the same everywhere."""
     return None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
 
 
@@ -93,7 +93,7 @@ def _spans(
 ) -> list[slice]:
     """The used rows of each sequence. The offsets are in host memory here, so they are checked.
 
-    why: gets each reason against them, and what would run.
+    why: each reason against them is added, with what would run.
     """
     total, longest = (problem.total_q, problem.seqlen_q) if side == "q" else (problem.total_k, problem.seqlen_k)
     ends: list[int] = [] if cu_seqlens is None else cu_seqlens.tolist()
@@ -116,12 +116,12 @@ def _spans(
 # ------------------------------------------------------------------------------------------------------------- tiling
 
 
-def _steps(s: Sequences) -> tuple[int, int, int]:
-    """Batch entries, key heads and queries of a tile: full tiles, few of them, but some for every thread."""
+def _tile_sizes(s: Sequences) -> tuple[int, int, int]:
+    """Batch entries, key heads and queries of a tile: large tiles, but enough of them that every thread has work."""
     batch, seqlen_q, heads_q, dim = s.q.shape
     seqlen_k, heads_k, dim_v = s.v.shape[1:]
     group = heads_q // heads_k
-    most = min(_ROWS, max(_FEWEST_ROWS, batch * heads_q * seqlen_q // _TILES))
+    most = min(_ROWS, max(_MIN_ROWS, batch * heads_q * seqlen_q // _TILES))
     rows = max(1, min(seqlen_q, most // group))
     matrices = max(1, min(most // (rows * group), _VALUES // (max(1, seqlen_k) * max(dim, dim_v))))
     heads = min(heads_k, matrices)
@@ -133,11 +133,11 @@ def _tiles(s: Sequences) -> Iterator[Tile]:
     batch, seqlen_q, heads_q, _ = s.q.shape
     heads_k = s.v.shape[2]
     group = heads_q // heads_k
-    step_b, step_h, step_q = _steps(s)
-    for b in range(0, batch, step_b):
-        for h in range(0, heads_k, step_h):
-            heads_k_tile = slice(h, min(h + step_h, heads_k))
+    size_b, size_h, size_q = _tile_sizes(s)
+    for b in range(0, batch, size_b):
+        for h in range(0, heads_k, size_h):
+            heads_k_tile = slice(h, min(h + size_h, heads_k))
             heads_q_tile = slice(h * group, heads_k_tile.stop * group)
-            for i in range(0, seqlen_q, step_q):
-                rows = slice(i, min(i + step_q, seqlen_q))
-                yield Tile(s, slice(b, min(b + step_b, batch)), heads_k_tile, heads_q_tile, rows)
+            for i in range(0, seqlen_q, size_q):
+                rows = slice(i, min(i + size_q, seqlen_q))
+                yield Tile(s, slice(b, min(b + size_b, batch)), heads_k_tile, heads_q_tile, rows)

@@ -9,13 +9,13 @@ expert without tokens are never read. The router's blocks of tokens go to thread
 from __future__ import annotations
 
 import itertools
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe_cupy.cpu import threads
+from flashmoe_cupy.cpu.activation import activate
 from flashmoe_cupy.cpu.convert import widened
 from flashmoe_cupy.cpu.offsets import repair, warn
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
@@ -28,11 +28,13 @@ Array = NDArray[Any]
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
-_SCORES = 1 << 16  # scores of a block of tokens in the router: 256 KB; more and smaller steps make threads wait
-_ALONE = 1 << 16  # scores of a router that one thread has done before a second one is awake
-_ROWS = 1 << 22  # elements of the widest intermediate result of some rows of an expert: 16 MB
-_WEIGHTS = 1 << 20  # elements of a block of weights in float32: 4 MB
-_RESULTS = 1 << 24  # elements that the experts of a block of tokens give before they are summed
+# Elements of arrays that exist at one time.
+_SCORES = 1 << 16  # of the router, for a block of tokens: 256 KB; with smaller blocks threads wait for each other
+_ROWS = 1 << 22  # of the widest intermediate result, for some rows of an expert: 16 MB
+_WEIGHTS = 1 << 20  # of weights in float32: 4 MB
+_RESULTS = 1 << 24  # of the experts' results before they are summed, for a block of tokens
+
+_ONE_THREAD = 1 << 16  # scores of a router, up to which one thread is done before a second one is awake
 _FLOAT_MAX = np.finfo(np.float32).max
 
 
@@ -58,7 +60,7 @@ def route(
         if found is not None:
             parts[place] = found
 
-    threads.each(lambda: block, range(len(parts)), alone=p.tokens * p.num_experts < _ALONE)
+    threads.each(lambda: block, range(len(parts)), alone=p.tokens * p.num_experts < _ONE_THREAD)
     probabilities, squares = np.zeros(p.num_experts), 0.0
     for part in parts if p.return_stats else ():  # in one order, whichever thread was first
         probabilities += part[0]
@@ -82,8 +84,9 @@ def _route_block(
     """Write experts and weights of some tokens, whose logits x are overwritten; for statistics, the two sums."""
     np.copyto(x, -_FLOAT_MAX, where=np.isnan(x))
     np.clip(x, -_FLOAT_MAX, _FLOAT_MAX, out=x)
-    alone = p.renormalize and p.scoring_func == "softmax" and shift is None and not p.return_stats
-    scores = x if alone else _scores(p.scoring_func, x)  # weights of the logits alone need no other's
+    # Weights that are a softmax of the chosen logits need no scores of the others.
+    chosen_only = p.renormalize and p.scoring_func == "softmax" and shift is None and not p.return_stats
+    scores = x if chosen_only else _scores(p.scoring_func, x)
     # The scores rise with the logits, and where they underflow to one value only the logits tell the order.
     choice = x if shift is None else scores + shift
     ids = _choose(p, choice, with_bias=shift is not None)
@@ -97,7 +100,7 @@ def _route_block(
     return share.sum(axis=0, dtype=np.float64), float(squares)
 
 
-_TINY = np.float32(1e-20)  # keeps a sum of weights that underflowed from being a divisor
+_TINY = np.float32(1e-20)  # is added to a sum of weights before it divides: the sum may be 0 by underflow
 
 
 def _scores(name: str, x: F32) -> F32:
@@ -135,7 +138,7 @@ def _best(choice: F32, k: int) -> NDArray[np.intp]:
     return np.sort(keys, axis=1) & 0xFFFFFFFF
 
 
-_NAN = 0x7FC00000  # the bits of a NaN, which as an integer are above those of infinity
+_NAN = 0x7FC00000  # the bits of a NaN; as an integer larger than those of infinity
 
 
 def _choose(p: RouteProblem, choice: F32, with_bias: bool) -> NDArray[np.intp]:
@@ -203,7 +206,7 @@ def permute(topk_ids: Array, num_experts: int, expert_map: Array | None) -> tupl
     if expert_map is not None and limit:
         place = expert_map[place]
         inside &= (place >= 0) & (place < num_experts)
-    # The last place is that of the skipped ones. NumPy sorts 16 bits by their digits, which is ten times faster.
+    # Skipped assignments come last. NumPy sorts 16-bit integers by their digits, which is ten times faster.
     place = np.where(inside, place, num_experts).astype(np.uint16 if num_experts < 1 << 16 else np.int64)
     order = np.argsort(place, kind="stable")
     counts = np.bincount(place, minlength=num_experts + 1)
@@ -288,61 +291,6 @@ def _linear(x: F32, w: Array, bias: Array | None, row_by_row: bool = False) -> F
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- activation
-
-
-def _activate(name: str, h: F32, interleaved: bool, alpha: float, limit: float) -> F32:
-    """The activation of rows of w_gate_up's products: (rows, 2n) gated, else (rows, n), to (rows, n). limit 0: none."""
-    if name in ("relu", "relu2"):
-        positive: F32 = np.maximum(h, 0)
-        return np.square(positive) if name == "relu2" else positive
-    if name in ("gelu", "gelu_tanh"):
-        return _gelu(h) if name == "gelu" else _gelu_tanh(h)
-    n = h.shape[1] // 2
-    g, u = (h[:, 0::2], h[:, 1::2]) if interleaved else (h[:, :n], h[:, n:])
-    result: F32
-    if name == "geglu":
-        result = _gelu(g) * u
-    elif name == "geglu_tanh":
-        result = _gelu_tanh(g) * u
-    else:
-        if limit:
-            g, u = np.minimum(g, np.float32(limit)), np.clip(u, np.float32(-limit), np.float32(limit))
-        if name == "swiglu":
-            return np.asarray(g / (np.exp(-g) + 1) * u)
-        result = (u + 1) * (g / (np.exp(np.float32(-alpha) * g) + 1))
-    return result
-
-
-def _gelu_tanh(x: F32) -> F32:
-    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    result: F32 = np.float32(0.5) * x * (1 + np.tanh(inner))
-    return result
-
-
-# The normal distribution and its density at multiples of 1/64 from -14 to 6; float32 knows nothing between beyond.
-_PER_UNIT, _LOW, _HIGH = 64, -14, 6
-_POINTS = [i / _PER_UNIT for i in range(_LOW * _PER_UNIT, _HIGH * _PER_UNIT + 1)]
-_NORMAL = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in _POINTS], np.float32)
-_DENSITY = np.array([math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in _POINTS], np.float32)
-_NORMAL[0] = _DENSITY[0] = 0.0  # so that every x below gives 0
-
-
-def _gelu(x: F32) -> F32:
-    """x times the normal distribution, by its Taylor series around the nearest point of the table.
-
-    NumPy has no error function. The first term left out is d^4/24 (3 x - x^3) density, d at most 1/128.
-    """
-    t = np.fmin(np.fmax(x, np.float32(_LOW)), np.float32(_HIGH))  # a NaN becomes a number here and comes back below
-    nearest = np.rint(t * _PER_UNIT)
-    index = nearest.astype(np.int32) - _LOW * _PER_UNIT
-    point = nearest / np.float32(_PER_UNIT)
-    d = t - point
-    series = d * (1 - d * point / 2 + d * d * (point * point - 1) / 6)
-    result: F32 = x * (_NORMAL[index] + _DENSITY[index] * series)
-    return result
-
-
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
@@ -422,5 +370,5 @@ def _pass(
         if factors is not None:
             rows *= factors[part, None]
         h = _linear(rows, expert.w_gate_up, expert.b_gate_up, p.batch_invariant)
-        a = widened(_activate(p.activation, h, p.interleaved, p.swiglu_alpha, p.swiglu_limit).astype(x.dtype))
+        a = widened(activate(p.activation, h, p.interleaved, p.swiglu_alpha, p.swiglu_limit).astype(x.dtype))
         y[places[part]] = _linear(a, expert.w_down, expert.b_down, p.batch_invariant)

@@ -1,4 +1,4 @@
-"""Offsets of packed rows, which the NumPy back end can read: running sums, for which lengths are often mistaken."""
+"""Offsets of packed rows, which the NumPy back end can read. They are running sums; often lengths are given instead."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def like_lengths(values: list[int], rows: int) -> bool:
 
 
 def repair(values: list[int], rows: int) -> str:
-    """What to add to the words about offsets that cannot be; "" where they are no lengths either."""
+    """What to add to an error about wrong offsets: how to make them of lengths, if they look like lengths; else ""."""
     if not like_lengths(values, rows):
         return ""
     return f": {values[:8]} look like lengths, whose running sums are np.cumsum([0, *lengths], dtype=np.int32)"
 
 
 def warn(name: str, values: list[int], rows: int) -> None:
-    """Rows in front of the first sequence and behind the last are allowed, so offsets that look like lengths run."""
+    """Warn once, for each name, of offsets that look like lengths. They run, for some rows may be in no sequence."""
     if name not in _warned and like_lengths(values, rows):
         _warned.add(name)
         _env.log.warning(

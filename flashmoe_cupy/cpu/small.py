@@ -1,4 +1,4 @@
-"""Attention of few queries and keys on the CPU: all scores at once, in as few steps of NumPy as there can be."""
+"""Small attention on the CPU: all scores at once, in as few calls of NumPy as possible."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
 
-_SCORES = 1 << 14  # most scores
-_KEYS = 512  # most keys: BLAS adds key after key, and its error grows with their number
+_SCORES = 1 << 14  # scores of a small problem, at most
+_KEYS = 512  # keys of one, at most: BLAS adds key after key, and its error grows with their number
 
 
 def attend_small(p: AttentionProblem, q: Array, k: Array, v: Array, out: Array, lse: F32 | None) -> bool:
@@ -66,7 +66,7 @@ def attend_small(p: AttentionProblem, q: Array, k: Array, v: Array, out: Array, 
 
 @lru_cache(maxsize=64)
 def _hidden(seqlen_q: int, seqlen_k: int, left: int, right: int) -> tuple[NDArray[np.bool_] | None, bool]:
-    """The pairs that a window hides (None: none), and whether a query sees no key at all."""
+    """The pairs that a window hides (None: it hides none), and whether a query sees no key at all."""
     i, j = np.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q), np.arange(seqlen_k)
     hidden = np.zeros((seqlen_q, seqlen_k), np.bool_)
     if right >= 0:

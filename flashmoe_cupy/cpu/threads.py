@@ -40,12 +40,13 @@ _lock = threading.Lock()
 
 
 def _forget() -> None:
+    """In a forked child: the pool's threads are the parent's."""
     global _pool, _workers, _lock
     _pool, _workers, _lock = None, 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)  # threads do not live on in a child
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _helpers(wanted: int) -> ThreadPoolExecutor:
@@ -58,11 +59,10 @@ def _helpers(wanted: int) -> ThreadPoolExecutor:
 
 
 def each(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item], alone: bool = False) -> None:
-    """Call what worker() gives, once for each thread, with every item in any order, floating-point warnings off.
+    """Make one function with worker() in each thread, and call one of them with every item; warnings of NumPy are off.
 
-    alone: all in this thread.
-
-    Raises what a call raised first. Then pieces that nobody has taken yet are left out.
+    Items are taken in their order, by whichever thread is free. alone: this thread does all.
+    Raises what a call raised first; items that no thread has taken by then are left out.
     """
     queue = deque(items)
     failed: list[BaseException] = []
@@ -86,7 +86,7 @@ def each(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item], al
         try:
             pool = _helpers(helpers)
             others = [pool.submit(work) for _ in range(helpers)]
-        except RuntimeError:  # the interpreter ends, or no thread can be started: those that are there do it
+        except RuntimeError:  # the interpreter ends, or no thread can be started: the others do the work
             pass
     work()
     for other in others:

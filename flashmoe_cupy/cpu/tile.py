@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
 
-_QUERIES = 64  # rows of a product
-_KEYS = 512  # most keys of a product: BLAS adds key after key, and its error grows with their number
+_QUERIES = 64  # rows of a product, at most
+_KEYS = 512  # keys of a product, at most: BLAS adds key after key, and its error grows with their number
 _SCORES = 1 << 16  # elements of a block of scores: 256 KB, which stay in a core's second-level cache
-_VALUES = 1 << 18  # elements of keys or values that are float32 at once: 1 MB
-_FEW = 16  # up to so many rows, BLAS computes k @ q^T faster than q @ k^T
+_VALUES = 1 << 18  # elements of keys, or of values, that exist in float32 at one time: 1 MB
+_TRANSPOSED_ROWS = 16  # rows of a product, up to which BLAS computes k @ q^T faster than q @ k^T
 
 
 class Sequences(NamedTuple):
-    """Sequences of equal lengths: q, k, v, out (batch, seqlen, heads, dim), lse (batch, heads, seqlen)."""
+    """Sequences of equal lengths. None: the call has no such array."""
 
     problem: AttentionProblem
-    q: Array
+    q: Array  # (batch, seqlen_q, heads_q, head_dim), k, v and out in the same order
     k: Array
     v: Array
     out: Array
-    lse: F32 | None
-    bias: Array | None  # 4-D
+    lse: F32 | None  # (batch, heads_q, seqlen_q)
+    bias: Array | None  # (batch, heads_q, seqlen_q, seqlen_k), or 1 along axes where it is the same
     slopes: F32 | None  # (batch, heads_q)
     sink: F32 | None  # (heads_q,)
 
@@ -59,12 +59,14 @@ class Tile(NamedTuple):
     batch: slice
     heads_k: slice
     heads_q: slice
-    rows: slice
+    rows: slice  # queries
 
     def offset(self) -> int:
+        """The key at which the first query of a sequence stands; the last one stands at the last key."""
         return int(self.of.k.shape[1] - self.of.q.shape[1])
 
     def keys(self) -> tuple[int, int]:
+        """First and last + 1 key that some query of the tile may see."""
         p = self.of.problem
         return key_range(self.rows, self.offset(), p.window_left, p.window_right, self.of.k.shape[1])
 
@@ -93,15 +95,16 @@ class _Cut(NamedTuple):
 
     batch: int
     heads_k: int
-    heads: int
-    strips: int
-    stack: int
-    queries: int
+    heads: int  # products side by side for the query heads of a key head
+    strips: int  # products side by side for the queries
+    stack: int  # query heads of a product
+    queries: int  # of each of these heads in a product
     keys: int  # of a product
     column: bool  # q, k and v have one more column
 
     @property
     def rows(self) -> tuple[int, int, int, int, int]:
+        """The shape of an array with a value for each row of all products."""
         return self.batch, self.heads_k, self.heads, self.strips, self.stack * self.queries
 
 
@@ -124,13 +127,13 @@ def _cut(t: Tile) -> _Cut:
 
 
 class Space:
-    """Memory of one thread, used again from tile to tile: what is new costs the kernel a page at a time."""
+    """Memory of one thread that all its tiles use: the system hands out new memory page by page, which takes time."""
 
     def __init__(self) -> None:
         self._kept: dict[str, F32] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> F32:
-        """An array of this shape with any values; the last one of this name is gone."""
+        """An array of this shape with any values. It takes the memory of the last array of this name."""
         size = math.prod(shape)
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
@@ -139,7 +142,7 @@ class Space:
 
 
 def worker() -> Callable[[Tile], None]:
-    """attend_tile for one thread."""
+    """`attend_tile` with memory of its own, for one thread."""
     return partial(attend_tile, Space())
 
 
@@ -155,15 +158,15 @@ def attend_tile(space: Space, t: Tile) -> None:
     wide = s.q[t.batch, t.rows, t.heads_q].transpose(0, 2, 1, 3)
     np.multiply(widened(wide) if wide.dtype != np.float32 else wide, np.float32(scale), out=q[:, :, :queries, :dim])
     q = q.reshape(*c.rows, -1)
-    # A bias or slopes may make the first block's scores so small, or the last one's, that all rows would be done twice.
-    careful = s.slopes is not None or (s.bias is not None and s.bias.dtype != np.bool_)
-    m, sums = _walk(space, t, c, q, careful)
-    if not careful and not np.isfinite(sums).all():
+    # A bias or slopes may make scores of one block so small against another's that all rows would be computed twice.
+    running_maximum = s.slopes is not None or (s.bias is not None and s.bias.dtype != np.bool_)
+    m, sums = _walk(space, t, c, q, running_maximum)
+    if not running_maximum and not np.isfinite(sums).all():
         bad = ~np.isfinite(sums).all(axis=5)
         if c.column:
             q[..., dim] = 0.0
-        again, sums_again = _walk(space, t, c, q, True)
-        m[bad], sums[bad] = again[bad], sums_again[bad]
+        right_m, right_sums = _walk(space, t, c, q, True)
+        m[bad], sums[bad] = right_m[bad], right_sums[bad]
     m = m.reshape(shape)[:, :, :queries]
     sums = sums.reshape(*shape, -1)[:, :, :queries]
     total = sums[..., dim_v]
@@ -179,7 +182,7 @@ def attend_tile(space: Space, t: Tile) -> None:
 
 
 def _finite(m: F32) -> F32:
-    """m as an exponent: rows without keys have exp(-inf - 0), not exp(-inf + inf)."""
+    """m, but 0 in rows without keys: exp(-inf - 0) is 0 there, and exp(-inf + inf) would be NaN."""
     return np.where(m == -np.inf, np.float32(0.0), m)
 
 
@@ -225,9 +228,10 @@ def _with_ones(space: Space, name: str, block: Array) -> F32:
 
 
 def _strips(t: Tile, c: _Cut, first: int, last: int) -> tuple[int, int, int, int]:
-    """Of the strips of queries and the keys first to last - 1: the first and last + 1 strip that may see some of them,
-    then how many strips in front do not see all because of the right edge of the band, and the first that does not
-    because of the left edge.
+    """Strips of queries against the keys first to last - 1, as (here, end, front, behind).
+
+    Strips here to end - 1 see some of these keys. Of strips below front the right edge of the window hides some keys,
+    of strips from behind on the left edge.
     """
     p = t.of.problem
     here, end, front, behind = 0, c.strips, 0, c.strips
@@ -243,17 +247,18 @@ def _strips(t: Tile, c: _Cut, first: int, last: int) -> tuple[int, int, int, int
     return here, end, front, behind
 
 
-def _walk(space: Space, t: Tile, c: _Cut, q: F32, careful: bool) -> tuple[F32, F32]:
+def _walk(space: Space, t: Tile, c: _Cut, q: F32, running_maximum: bool) -> tuple[F32, F32]:
     """The exponent m of each row, and the sums of exp(score - m) * v and, in the last column, of exp(score - m).
 
-    q (*c.rows, dim): its last column, if c.column, comes as 0. careful: m is the maximum of all scores.
+    q: (*c.rows, dim), whose last column is 0 if c.column. running_maximum: m is the largest score of all blocks so far,
+    else of the first block that a row sees.
     """
     s = t.of
     dim_v = s.v.shape[3]
     m = np.full(c.rows, -np.inf, np.float32)
     sums = np.zeros((*c.rows, dim_v + 1), np.float32)
-    known = [False] * c.strips  # whether m of every row of a strip is there to stay
-    subtract = careful or not c.column or bool(s.problem.softcap)
+    known = [False] * c.strips  # by strip: m of all its rows will not change any more
+    subtract = running_maximum or not c.column or bool(s.problem.softcap)
     sink = None
     if s.sink is not None:
         sink = np.repeat(s.sink[t.heads_q].reshape(c.heads_k, c.heads, 1, c.stack), c.queries, axis=3)
@@ -268,19 +273,19 @@ def _walk(space: Space, t: Tile, c: _Cut, q: F32, careful: bool) -> tuple[F32, F
         _scores(q[:, :, :, here:end, None], k[:, :, None, None], x)
         hides = _modify(x, t, c, first, (here, end, front, behind))
         old = m[:, :, :, here:end]
-        if careful or not all(known[here:end]):
+        if running_maximum or not all(known[here:end]):
             top = x.max(axis=6).max(axis=4)
             if sink is not None:
                 np.maximum(top, sink, out=top)
-            new = np.maximum(old, top) if careful else np.where(old == -np.inf, top, old)
+            new = np.maximum(old, top) if running_maximum else np.where(old == -np.inf, top, old)
             shift = _finite(new)
-            if careful:
+            if running_maximum:
                 sums[:, :, :, here:end] *= np.exp(old - shift)[..., None]
             elif not subtract:
                 x -= np.where(old == -np.inf, shift, np.float32(0.0))[..., None, :, None]
                 np.negative(shift, out=q[:, :, :, here:end, :, -1])
             m[:, :, :, here:end] = old = new
-            if not careful:
+            if not running_maximum:
                 known[here:end] = np.all(new > -np.inf, axis=(0, 1, 2, 4)).tolist()
         if subtract:
             x -= _finite(old)[..., None, :, None]
@@ -292,7 +297,7 @@ def _walk(space: Space, t: Tile, c: _Cut, q: F32, careful: bool) -> tuple[F32, F
 
 def _scores(q: F32, k: F32, x: F32) -> None:
     """Write q @ k^T into x."""
-    if q.shape[5] <= _FEW:
+    if q.shape[5] <= _TRANSPOSED_ROWS:
         x[...] = np.matmul(k, q.swapaxes(5, 6)).swapaxes(5, 6)
     else:
         np.matmul(q, k.swapaxes(5, 6), out=x)
