@@ -79,7 +79,7 @@ _BY_NUMPY: dict[np.dtype[Any], DType] = {n: d for d, n in _TO_NUMPY.items()}
 
 
 def accepted(argument: str) -> str:
-    """The dtypes that run for an array argument of the public functions."""
+    """The dtypes that an array argument of the public functions may have, in words."""
     if argument == "topk_ids":
         return "int32 or int64"
     if argument.startswith(("cu_seqlens", "seqused")) or argument in _LISTS:

@@ -11,7 +11,7 @@ import pytest
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import CompileError
-from flashmoe_cupy.jit import cache, compiler, source
+from flashmoe_cupy.jit import cache, compiler, disk, source
 
 HEADERS = {
     "toy/kernel.cuh": '#pragma once\n#include "toy/params.cuh"\nnamespace fm { template <int N> struct Toy {\n'
@@ -50,7 +50,7 @@ def fresh() -> None:
     """As a new process would start: nothing remembered, counters at zero, variables parsed again."""
     cache._forget()
     cache._stats = cache.Stats()
-    cache._warned = False
+    disk._warned = False
     _env.reload()
 
 

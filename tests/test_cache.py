@@ -21,7 +21,7 @@ from cache_kit import HEADERS, TU, Fake, child_env, counts, fresh, get, key, toy
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import CompileError
-from flashmoe_cupy.jit import cache, compiler, source
+from flashmoe_cupy.jit import cache, compiler, disk, source
 
 folder, fake = cache_kit.folder, cache_kit.fake  # pytest looks for fixtures among the names of the module
 
@@ -65,7 +65,7 @@ def test_bytes_cannot_move_between_parts() -> None:
 
 def test_the_key_is_written_down() -> None:
     # Changing it throws away every user's cache: raise SCHEMA and this number together, and on purpose.
-    assert cache.SCHEMA == 1
+    assert disk.SCHEMA == 1
     expected = hashlib.sha256()
     for part in ("1", "12.9", "sm_80", "2", "-x", "-y", "source", "a.cuh", "A", "b.cuh", "B"):
         expected.update(len(part).to_bytes(8, "little") + part.encode())
@@ -139,8 +139,8 @@ def test_headers_come_from_cuda_src_unless_given(fake: Fake, monkeypatch: pytest
 
 
 def test_nothing_is_made_before_the_first_write(fake: Fake, folder: Path) -> None:
-    assert (cache.entries(), cache.clear(), cache.prune(0)) == ([], 0, 0)
-    assert cache.cache_dir() == folder
+    assert (disk.entries(), cache.clear(), cache.prune(0)) == ([], 0, 0)
+    assert disk.cache_dir() == folder
     assert not folder.exists()
     fake.log = "no"
     with pytest.raises(CompileError):
@@ -297,7 +297,7 @@ def test_eight_processes_compile_once(folder: Path, tmp_path: Path) -> None:
     assert len({result[0] for result in results}) == 1
     assert sum(result[4] for result in results) == 1, results
     assert sum(result[3] for result in results) == 7, results
-    (stored,) = cache.entries()
+    (stored,) = disk.entries()
     assert str(stored.path) == results[0][1]
     assert stored.info["nvrtc"] == ".".join(map(str, compiler.nvrtc_version()))
     # this process is the ninth: the real bytes, from disk, equal to what it would compile itself
@@ -324,7 +324,7 @@ def lock_held_elsewhere(path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def lock_path(folder: Path) -> Path:
-    return cache._stem(folder, key(options=cache.options())).with_suffix(".lock")
+    return disk.stem(folder, key(options=cache.options())).with_suffix(".lock")
 
 
 @pytest.mark.alone

@@ -20,7 +20,7 @@ from cache_kit import TU, Fake, child_env, counts, fresh, get, toy
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import CompileError
-from flashmoe_cupy.jit import cache
+from flashmoe_cupy.jit import cache, disk
 
 folder, fake = cache_kit.folder, cache_kit.fake  # pytest looks for fixtures among the names of the module
 
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_exist_is_survived(fake: Fake, tmp_path: Path, monk
     assert get().path is None
     assert get().path is None
     assert fake.count == 1
-    assert (cache.entries(), cache.prune(0), cache.clear()) == ([], 0, 0)
+    assert (disk.entries(), cache.prune(0), cache.clear()) == ([], 0, 0)
 
 
 def test_no_home_is_survived(fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,10 +100,10 @@ def test_no_home_is_survived(fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     fresh()
-    assert cache.cache_dir() is None
+    assert disk.cache_dir() is None
     assert get().path is None
     assert get(toy(2)).path is None
-    assert (cache.entries(), cache.prune(0), cache.clear()) == ([], 0, 0)
+    assert (disk.entries(), cache.prune(0), cache.clear()) == ([], 0, 0)
     assert fake.count == 2
     assert caplog.text.count("memory only") == 1
     assert not Path("~").exists()
@@ -112,25 +112,25 @@ def test_no_home_is_survived(fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog
 def test_the_order_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache.cache_dir() == folder
+    assert disk.cache_dir() == folder
     monkeypatch.delenv("FLASHMOE_CACHE_DIR")
     fresh()
-    assert cache.cache_dir() == tmp_path / "xdg" / "flashmoe_cupy"
+    assert disk.cache_dir() == tmp_path / "xdg" / "flashmoe_cupy"
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", "~/mine")
     fresh()
-    assert cache.cache_dir() == tmp_path / "home" / "mine"
+    assert disk.cache_dir() == tmp_path / "home" / "mine"
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", " ")
     fresh()
-    assert cache.cache_dir() == tmp_path / "xdg" / "flashmoe_cupy"
+    assert disk.cache_dir() == tmp_path / "xdg" / "flashmoe_cupy"
     if sys.platform == "linux":
         for relative in ("", "not/absolute"):
             monkeypatch.setenv("XDG_CACHE_HOME", relative)
-            found = cache.cache_dir()
+            found = disk.cache_dir()
             assert found is not None
             assert found.is_absolute()
             assert "not" not in found.parts
         monkeypatch.delenv("XDG_CACHE_HOME")
-        assert cache.cache_dir() == tmp_path / "home" / ".cache" / "flashmoe_cupy"
+        assert disk.cache_dir() == tmp_path / "home" / ".cache" / "flashmoe_cupy"
 
 
 @pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
@@ -265,7 +265,7 @@ def test_entries_prune_and_clear(folder: Path) -> None:
     for age, entry in zip((40, 10, 30, 20), made, strict=True):
         assert entry.path is not None
         os.utime(entry.path, (time.time() - age,) * 2)
-    stored = cache.entries()
+    stored = disk.entries()
     assert [entry.name for entry in stored] == ["toy 0", "toy 2", "toy 3", "toy 1"]
     one = stored[0]
     assert one.size == sum(one.path.with_suffix(suffix).stat().st_size for suffix in (".cubin", ".cu", ".json"))
@@ -274,10 +274,10 @@ def test_entries_prune_and_clear(folder: Path) -> None:
     total = sum(entry.size for entry in stored)
     assert cache.prune(total) == 0
     assert cache.prune(total - 1) == 1
-    assert [entry.name for entry in cache.entries()] == ["toy 2", "toy 3", "toy 1"]
+    assert [entry.name for entry in disk.entries()] == ["toy 2", "toy 3", "toy 1"]
     assert not list(folder.rglob(f"{made[0].key}.*"))
     assert cache.prune(stored[3].size) == 2
-    assert [entry.name for entry in cache.entries()] == ["toy 1"]
+    assert [entry.name for entry in disk.entries()] == ["toy 1"]
     with pytest.raises(ValueError, match="max_bytes"):
         cache.prune(-1)
 
@@ -285,7 +285,7 @@ def test_entries_prune_and_clear(folder: Path) -> None:
     for path in strangers:
         path.write_text("")
     assert cache.clear() == 1
-    assert cache.entries() == []
+    assert disk.entries() == []
     assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(strangers)
     get(toy(1))
     assert cache.stats().compiled == 5  # memory was forgotten too
@@ -306,15 +306,15 @@ def test_prune_removes_what_a_killed_process_left() -> None:
     assert not orphan.exists()
     assert new.exists()  # perhaps being written right now
     assert made.path.with_suffix(".lock").exists()
-    assert len(cache.entries()) == 1
+    assert len(disk.entries()) == 1
 
 
 @pytest.mark.usefixtures("fake")
 def test_damaged_kernels_are_not_listed() -> None:
     for n in range(3):
         get(toy(n))
-    paths = [stored.path for stored in cache.entries()]
+    paths = [stored.path for stored in disk.entries()]
     paths[0].with_suffix(".json").write_text("{")
     paths[1].unlink()
-    assert [stored.path for stored in cache.entries()] == [paths[2]]
+    assert [stored.path for stored in disk.entries()] == [paths[2]]
     assert cache.clear() == 2

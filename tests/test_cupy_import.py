@@ -16,7 +16,7 @@ from cache_kit import Fake, fresh, get, toy
 from test_cache_folders import no_rights, open_tmp
 
 from flashmoe_cupy import _cupy, _env, service
-from flashmoe_cupy.jit import cache
+from flashmoe_cupy.jit import disk
 
 ROOT = Path(__file__).resolve().parent.parent
 NOWHERE = "/proc/nope"  # cannot be made, not even by root
@@ -147,17 +147,17 @@ def test_info_tries_the_folders_inside_too(folder: Path, fake: Fake) -> None:
     """A file in place of a folder of kernels stands for whatever others leave there."""
     del fake
     made = get()
-    assert cache.why_not_writable() == "" and made.path is not None
+    assert disk.why_not_writable() == "" and made.path is not None
     for name in ("v1/ab", "v1"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).write_text("")
-        assert name in cache.why_not_writable()
+        assert name in disk.why_not_writable()
         (folder / name).unlink()
-    assert cache.why_not_writable() == ""
+    assert disk.why_not_writable() == ""
 
 
 def test_a_trial_leaves_nothing(folder: Path) -> None:
-    assert cache.why_not_writable() == "" and not folder.exists()
+    assert disk.why_not_writable() == "" and not folder.exists()
     assert _env.why_not_writable(folder / "a" / "b", keep=True) == ""
     assert list((folder / "a" / "b").iterdir()) == []
 
@@ -178,7 +178,7 @@ def test_a_folder_of_someone_else(
         seen = service.show_config()["cache"]
         assert seen["writable"] == (os.geteuid() != 0 and os.getuid() != 0)  # closed to all but the owner
         if not seen["writable"]:
-            assert get(toy(2)).path is None and cache.entries() == []
+            assert get(toy(2)).path is None and disk.entries() == []
     assert fake.count >= 1
 
 
@@ -189,7 +189,7 @@ def test_a_relative_folder_stays_where_it_is(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", "mine")
     fresh()
     monkeypatch.chdir(tmp_path / "other")
-    assert cache.cache_dir() == tmp_path / "mine"
+    assert disk.cache_dir() == tmp_path / "mine"
     assert get().path is not None and not (tmp_path / "other" / "mine").exists()
 
 
@@ -201,7 +201,7 @@ def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     gone.rmdir()
     monkeypatch.setenv("FLASHMOE_CACHE_DIR", "mine")
     fresh()
-    assert get().path is None and cache.why_not_writable() and cache.entries() == []
+    assert get().path is None and disk.why_not_writable() and disk.entries() == []
     monkeypatch.chdir(tmp_path)
 
 

@@ -233,10 +233,11 @@ def warmup(args: argparse.Namespace) -> int:
 
 
 def cache(args: argparse.Namespace) -> int:
-    from flashmoe_cupy.jit import cache as store
+    from flashmoe_cupy.jit import cache as kernels_cache
+    from flashmoe_cupy.jit import disk
 
     out = show.Output()
-    folder = store.cache_dir()
+    folder = disk.cache_dir()
     if args.action == "path":
         if args.json:
             show.emit_json({"path": folder})
@@ -244,7 +245,7 @@ def cache(args: argparse.Namespace) -> int:
             out.line(str(folder) if folder is not None else "(memory only)")
         return 0
     if args.action == "list":
-        stored = store.entries()
+        stored = disk.entries()
         if args.json:
             show.emit_json([entry._asdict() for entry in stored])
             return 0
@@ -261,10 +262,10 @@ def cache(args: argparse.Namespace) -> int:
         out.line(f"{len(stored)} configurations, {total}, in {folder or '(memory only)'}")
         return 0
     if args.action == "clear":
-        removed = store.clear()
+        removed = kernels_cache.clear()
     else:
         try:
-            removed = store.prune(show.parse_size(args.max_size))
+            removed = kernels_cache.prune(show.parse_size(args.max_size))
         except ValueError:
             raise Misuse(f"--max-size {args.max_size!r} is not a size, for example 200M or 1GB") from None
     if args.json:

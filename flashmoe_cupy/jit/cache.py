@@ -1,23 +1,14 @@
 """Compiled kernels in memory and on disk: each one is compiled once per machine, whoever asks first.
 
-Steps of `get`: dict -> file, checked -> lock between processes -> look again -> compile -> write -> dict.
+What `get` does: dict -> file, checked -> lock between processes -> file once more -> compile -> write -> dict.
 The key is a hash of everything that decides the cubin, and of nothing else: no path, no time, no package version.
-
-    <folder>/v1/ab/<key>.cubin   the kernel
-    <folder>/v1/ab/<key>.cu      its source, for reading
-    <folder>/v1/ab/<key>.json    name, arch, registers, spills, versions, and the cubin's size and SHA-256
-    <folder>/v1/ab/<key>.lock    empty; held while one process compiles
-
-A damaged or half-written kernel is a miss. A folder that cannot be written costs one warning and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import secrets
 import sys
 import threading
 import time
@@ -28,27 +19,18 @@ from typing import Any, NamedTuple
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import CompileError
-from flashmoe_cupy.jit import compiler, source
+from flashmoe_cupy.jit import compiler, disk, source
+from flashmoe_cupy.jit.disk import Entry as Entry  # what `get` returns
 
-SCHEMA = 1
-LOCK_TIMEOUT = 120.0  # seconds; after that the process compiles for itself
+LOCK_TIMEOUT = 120.0  # seconds that a process waits for another one's compile before it compiles for itself
 NOTICE_AFTER = 0.5  # seconds of compiling before a terminal gets one line
 WARMUP = "FLASHMOE_JIT=1 python -m flashmoe_cupy warmup --arch {arch}"
 
 _log = _env.log
 
 
-class Entry(NamedTuple):
-    """One kernel. path is the cubin on disk, None when it is only in memory; info is the sidecar's content."""
-
-    key: str
-    cubin: bytes
-    path: Path | None
-    info: dict[str, Any]
-
-
 class Stats(NamedTuple):
-    """Counts of this process; milliseconds is the time spent in the compiler."""
+    """Counts of this process: kernels found in memory, found on disk, compiled; milliseconds in the compiler."""
 
     hits_memory: int = 0
     hits_disk: int = 0
@@ -56,30 +38,16 @@ class Stats(NamedTuple):
     milliseconds: float = 0.0
 
 
-class Stored(NamedTuple):
-    """One kernel on disk. size: bytes of its three files; written: seconds since the epoch."""
-
-    key: str
-    name: str
-    arch: str
-    path: Path
-    size: int
-    written: float
-    info: dict[str, Any]
-
-
 _guard = threading.Lock()  # for the four names below
-_memory: dict[str, Entry] = {}
-_keys: dict[tuple[str, str, tuple[str, ...]], str] = {}  # (tu, arch, options) -> key: a memory hit hashes no header
-_busy: dict[str, threading.Lock] = {}
+_memory: dict[str, Entry] = {}  # by key
+_keys: dict[tuple[str, str, tuple[str, ...]], str] = {}  # by (tu, arch, options): no header is hashed again
+_busy: dict[str, threading.Lock] = {}  # by key: held by the thread that looks on the disk or compiles
 _stats = Stats()
-
-_warned = False
 
 
 def cache_key(tu: str, headers: Mapping[str, str], arch: str, options: Sequence[str], nvrtc: tuple[int, int]) -> str:
     """SHA-256 (hex) over length-prefixed parts: schema, NVRTC version, arch, ordered options, TU, sorted headers."""
-    parts = [str(SCHEMA), f"{nvrtc[0]}.{nvrtc[1]}", arch, str(len(options)), *options, tu]
+    parts = [str(disk.SCHEMA), f"{nvrtc[0]}.{nvrtc[1]}", arch, str(len(options)), *options, tu]
     for name in sorted(headers):
         parts += [name, headers[name]]
     digest = hashlib.sha256()
@@ -133,45 +101,14 @@ def stats() -> Stats:
     return _stats
 
 
-def cache_dir() -> Path | None:
-    """The folder of the kernels, made at the first write; None when no place is known (see _env.cache_dir)."""
-    return _env.cache_dir()
-
-
-def why_not_writable() -> str:
-    """"" when kernels can be kept in the folder, else why not; tried, and what was made for it is removed again."""
-    folder = cache_dir()
-    if folder is None:
-        return "no home and no FLASHMOE_CACHE_DIR"
-    error = _env.why_not_writable(folder)
-    for path in (folder / f"v{SCHEMA}", *(folder / f"v{SCHEMA}" / f"{n:02x}" for n in range(256))):
-        if not error and os.path.lexists(path):  # made by someone else, perhaps
-            error = _env.why_not_writable(path)
-    return error
-
-
-def entries() -> list[Stored]:
-    """The kernels on disk, oldest first. Damaged ones are left out."""
-    found = []
-    for json_path in _files("*.json"):
-        cubin = json_path.with_suffix(".cubin")
-        try:
-            info = json.loads(json_path.read_bytes())
-            size = sum(json_path.with_suffix(s).stat().st_size for s in (".json", ".cubin", ".cu"))
-            found.append(Stored(info["key"], info["name"], info["arch"], cubin, size, cubin.stat().st_mtime, info))
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-    return sorted(found, key=lambda stored: (stored.written, stored.key))
-
-
 def clear() -> int:
     """Forget every kernel, in memory and on disk; returns how many went from the disk. Loaded kernels keep running."""
     _forget()
-    count = len(_files("*.cubin"))
-    for path in _files("*"):
-        if path.suffix in _OURS:
-            _unlink(path)
-    return count - len(_files("*.cubin"))
+    count = len(disk.files("*.cubin"))
+    for path in disk.files("*"):
+        if path.suffix in disk.SUFFIXES:
+            disk.remove(path)
+    return count - len(disk.files("*.cubin"))
 
 
 def prune(max_bytes: int) -> int:
@@ -181,11 +118,11 @@ def prune(max_bytes: int) -> int:
     """
     if max_bytes < 0:
         raise ValueError(f"max_bytes must be 0 or more, got {max_bytes}")
-    kept = entries()
+    kept = disk.entries()
     whole = {stored.key for stored in kept}
-    for path in _files("*"):
+    for path in disk.files("*"):
         with suppress(OSError):
-            if path.suffix in _OURS and path.stem not in whole and time.time() - path.stat().st_mtime > 3600:
+            if path.suffix in disk.SUFFIXES and path.stem not in whole and time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
     total = sum(stored.size for stored in kept)
     removed = 0
@@ -193,7 +130,7 @@ def prune(max_bytes: int) -> int:
         if total <= max_bytes:
             break
         for suffix in (".cubin", ".json", ".cu", ".lock"):
-            _unlink(stored.path.with_suffix(suffix))
+            disk.remove(stored.path.with_suffix(suffix))
         if os.path.lexists(stored.path):  # someone else's
             continue
         with _guard:
@@ -203,106 +140,21 @@ def prune(max_bytes: int) -> int:
     return removed
 
 
-# ---- disk -----------------------------------------------------------------------------------------------------------
-
-_OURS = (".cubin", ".cu", ".json", ".lock", ".tmp")
-
-
-def _files(pattern: str) -> list[Path]:
-    folder = cache_dir()
-    if folder is None:
-        return []
-    try:
-        return sorted(folder.glob(f"v{SCHEMA}/[0-9a-f][0-9a-f]/{pattern}"))
-    except OSError:
-        return []
-
-
-def _stem(folder: Path, key: str) -> Path:
-    return folder / f"v{SCHEMA}" / key[:2] / key
+# ---- compiling ------------------------------------------------------------------------------------------------------
 
 
 def _from_disk(key: str, name: str) -> Entry | None:
-    """The checked entry, counted as a hit; None when it is not there, not readable or damaged."""
-    folder = cache_dir()
-    if folder is None:
-        return None
-    stem = _stem(folder, key)
-    path = stem.with_suffix(".cubin")
-    try:
-        info = json.loads(stem.with_suffix(".json").read_bytes())
-        cubin = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        _log.info("cannot use the cached %s at %s: %s", name, path, error)
-        return None
-    if not (
-        isinstance(info, dict)
-        and info.get("key") == key
-        and info.get("size") == len(cubin)
-        and cubin.startswith(b"\x7fELF")
-        and info.get("sha256") == hashlib.sha256(cubin).hexdigest()
-    ):
-        _log.info("the cached %s at %s is damaged; it is compiled again", name, path)
-        return None
-    _count(hits_disk=1)
-    _log.debug("%s for %s from %s", name, info.get("arch"), path)
-    return Entry(key, cubin, path, info)
-
-
-def _store(key: str, tu: str, cubin: bytes, info: dict[str, Any]) -> Path | None:
-    """Write the three files, the cubin last; returns its path, or None after one warning when that is not possible."""
-    folder = cache_dir()
-    if folder is None:
-        _warn(why_not_writable())
-        return None
-    stem = _stem(folder, key)
-    try:
-        _replace(stem.with_suffix(".cu"), tu.encode())
-        _replace(stem.with_suffix(".json"), json.dumps(info, indent=1).encode())
-        _replace(stem.with_suffix(".cubin"), cubin)
-    except OSError as error:
-        _warn(f"{folder} cannot be written ({error})")
-        return None
-    return stem.with_suffix(".cubin")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that readers see all of it or nothing; its mode follows umask, so a cache can be shared."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(6)}.tmp")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        _unlink(temporary)
-        raise
-
-
-def _unlink(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-def _warn(why: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        _log.warning("compiled kernels stay in memory only: %s; FLASHMOE_CACHE_DIR names a folder for them", why)
-
-
-# ---- compiling ------------------------------------------------------------------------------------------------------
+    """The kernel of a key from the disk, counted as a hit; None where there is no sound one."""
+    entry = disk.read(key, name)
+    if entry is not None:
+        _count(hits_disk=1)
+    return entry
 
 
 def _make(key: str, tu: str, headers: Mapping[str, str], name: str, arch: str, chosen: tuple[str, ...]) -> Entry:
     if not _env.get().jit:
         raise CompileError(
-            f"{name} for {arch} is not in the kernel cache ({cache_dir() or 'no folder'}) and FLASHMOE_JIT=0 "
+            f"{name} for {arch} is not in the kernel cache ({disk.cache_dir() or 'no folder'}) and FLASHMOE_JIT=0 "
             f"forbids compiling; run `{WARMUP.format(arch=arch)}` with the same FLASHMOE_CACHE_DIR first"
         )
     with _between_processes(key, name) as made:
@@ -316,13 +168,13 @@ def _between_processes(key: str, name: str) -> Iterator[Entry | None]:
     No lock to be had (read-only folder, file system without locks, timeout) also means compile now: the work may be
     done twice, the result is the same.
     """
-    folder = cache_dir()
+    folder = disk.cache_dir()
     if folder is None:
         yield None
         return
     import filelock  # 30 ms; only a process that compiles needs it
 
-    path = _stem(folder, key).with_suffix(".lock")
+    path = disk.stem(folder, key).with_suffix(".lock")
     lock = filelock.FileLock(path)
     made: Entry | None = None
     held = False
@@ -331,7 +183,7 @@ def _between_processes(key: str, name: str) -> Iterator[Entry | None]:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # made here, so that its mode follows umask
         deadline = time.monotonic() + LOCK_TIMEOUT
         while not held and made is None and (left := deadline - time.monotonic()) > 0:
-            # look between tries: a lock can be stuck after the kernel was written
+            # The file is looked for between two tries: a lock can stay held after the kernel was written.
             with suppress(filelock.Timeout):
                 lock.acquire(timeout=min(2.0, left), poll_interval=0.02)
                 held = True
@@ -379,7 +231,7 @@ def _compile(key: str, tu: str, headers: Mapping[str, str], name: str, arch: str
         "remarks": list(made.remarks),
         "log": made.log,
     }
-    return Entry(key, made.cubin, _store(key, tu, made.cubin, info), info)
+    return Entry(key, made.cubin, disk.write(key, tu, made.cubin, info), info)
 
 
 @contextmanager
@@ -412,7 +264,7 @@ def _dump(key: str, name: str, arch: str, files: Mapping[str, bytes]) -> Path | 
     stem = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:80]}.{arch}.{key[:12]}"
     try:
         for suffix, data in files.items():
-            _replace(folder.absolute() / f"{stem}.{suffix}", data)
+            disk.write_whole(folder.absolute() / f"{stem}.{suffix}", data)
     except OSError as error:
         _log.warning("FLASHMOE_DUMP=%s cannot be written: %s", folder, error)
         return None

@@ -29,7 +29,7 @@ OPTIONS: tuple[str, ...] = (
 )
 
 MINIMUM = (12, 4)  # older versions do not assemble fp8 mma.sync
-_FILE = "fm_entry.cu"  # constant: the program's name must not reach the cubin's bytes
+_FILE = "fm_entry.cu"  # of every program: the name stands in the cubin, which must not depend on it
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SMEM = re.compile(r"(\d+) bytes smem")
@@ -42,22 +42,22 @@ _PTX_LINE = re.compile(r"ptx input, line (\d+);")
 
 
 class Compiled(NamedTuple):
-    """One cubin and what ptxas reported about its entry. Sizes in bytes; milliseconds is the whole NVRTC call."""
+    """One cubin and what ptxas reported about its entry."""
 
     cubin: bytes
     log: str
-    registers: int
-    spill_stores: int
+    registers: int  # of a thread
+    spill_stores: int  # bytes, like the next three
     spill_loads: int
     stack: int
     static_smem: int
-    milliseconds: float
-    remarks: tuple[str, ...]  # lines with a C75xx code: wgmma was serialised or got extra waits
+    milliseconds: float  # of the whole NVRTC call
+    remarks: tuple[str, ...]  # lines with a C75xx code: ptxas serialised wgmma or added waits
     ptx: str = ""
 
 
 _lock = threading.Lock()
-_CACHES = (12, 9)  # the first NVRTC with a cache of its own
+_FIRST_WITH_CACHE = (12, 9)  # the first NVRTC with a cache of its own
 _nvrtc_module: ModuleType | None = None
 _version: tuple[int, int] | None = None
 
@@ -112,7 +112,7 @@ def _run(tu: str, headers: Mapping[str, str], options: tuple[str, ...]) -> tuple
     try:
         try:
             # What comes from NVRTC's own cache, kept where there is a driver, has no log: no registers, no spills.
-            own = ("--no-cache",) if nvrtc_version() >= _CACHES else ()
+            own = ("--no-cache",) if nvrtc_version() >= _FIRST_WITH_CACHE else ()
             nvrtc.compileProgram(program, (*options, *own))
         except nvrtc.NVRTCError as error:
             raise CompileError(str(error), nvrtc.getProgramLog(program).rstrip("\0 \n")) from None

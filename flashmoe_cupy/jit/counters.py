@@ -12,28 +12,31 @@ from typing import Any, NamedTuple
 
 from flashmoe_cupy.jit import tensormap
 
-_COUNTERS = 16384  # of a device
+_COUNTERS = 16384  # of a device: 128 KB; more streams and recorded launches than that get none
 _BYTES = 8  # of one
 
 
 class _Pool(NamedTuple):
+    """The counters of one device."""
+
     address: int
-    taken: list[int]  # how many are handed out
+    taken: list[int]  # one number: how many are handed out
 
 
-_pools: dict[int, _Pool] = {}
-_of_stream: dict[tuple[int, int], int] = {}
+_pools: dict[int, _Pool] = {}  # by device
+_of_stream: dict[tuple[int, int], int] = {}  # by device and the driver's id of a stream: the address
 _lock = threading.Lock()
 
 
 def counter(runtime: Any, device: int, stream: int) -> int:
     """The address of the counter for one launch on a stream of a device, which is the current one.
 
-    0 when there is none: all are handed out, or the first one of all is asked for while a graph is recorded.
+    0: there is none, because all are handed out or the device has no pool yet and a graph is being recorded.
     """
     if runtime.streamIsCapturing(stream):
         return _take(_pools.get(device))
-    unique = ctypes.c_ulonglong()  # handles of streams are used again, and threads share that of their default streams
+    # Two streams can have the same handle, one after the other, or as default streams of two threads; never this id.
+    unique = ctypes.c_ulonglong()
     if tensormap.driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(unique)):
         return 0
     key = device, unique.value

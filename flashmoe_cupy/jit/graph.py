@@ -1,11 +1,16 @@
-"""Launches that follow each other as one CUDA graph: queued in less than half of the time that the single ones take.
+"""Several launches, one behind the other, as one CUDA graph: it is queued in less than half of their time.
 
-A graph belongs to a thread, a stream and the kernels in it. Grids and parameters are set anew before it is launched
-where they are others than the last time, so every shape that needs the same kernels shares it; what is already queued
-or running keeps its own.
+A graph belongs to a thread, a stream and the kernels in it. Before it is launched it gets the grids and parameters of
+this call, if they differ from those of the last one. So all shapes that need the same kernels share a graph. What is
+already queued or running keeps its own parameters.
 
-A graph does not overlap with what lies in front of it on the stream, as the first of single launches does (programmatic
-dependent launch): 1 us of the device. Where that counts a caller records a graph, and gets single launches in it.
+A graph waits for the end of what is in front of it on the stream; the first of single launches may start earlier
+(programmatic dependent launch). That costs 1 us of the device. A caller to whom it matters records a graph of his own,
+in which the launches are single.
+
+The driver is called by ctypes, with structs that are packed here and kept, for CuPy has no such functions. Those of
+cuda-bindings would be no faster (both 0.4 to 0.9 us around a driver that does nothing), their import takes 0.13 s, they
+differ between its majors, and torch asks for the major of its own CUDA.
 """
 
 from __future__ import annotations
@@ -23,22 +28,23 @@ from flashmoe_cupy.jit.launch import Launch
 
 # CUDA_KERNEL_NODE_PARAMS_v2: function, grid, block, shared memory, parameters, extra, kernel, context
 _NODE = struct.Struct("Q7I4xQQQQ")
-_EDGE = struct.Struct("3B5x")  # CUgraphEdgeData: port of the first, port of the second, type
-_WHOLE, _EARLY = _EDGE.pack(0, 0, 0), _EDGE.pack(1, 0, 1)  # the second may start when the first one lets it
-_MOST = 1024  # graphs that are alive: each has memory of the driver's
-_MOST_OF_A_THREAD = 64
-_CALLS = 3  # of the same kernels on a stream, until a graph is worth making
+_EDGE = struct.Struct("3B5x")  # CUgraphEdgeData: port of the first node, port of the second, type
+# The second node starts at the end of the first; or when the first lets it (programmatic dependent launch).
+_WHOLE, _EARLY = _EDGE.pack(0, 0, 0), _EDGE.pack(1, 0, 1)
+_MOST = 1024  # graphs of the process that exist at one time: each has memory of the driver's
+_MOST_OF_A_THREAD = 64  # pairs of stream and kernels that a thread remembers
+_CALLS = 3  # with the same kernels on a stream: in the last of these a graph is made
 _FUNCTIONS = {
     "cuGraphCreate": 2, "cuGraphAddKernelNode_v2": 5, "cuGraphAddDependencies_v2": 5, "cuGraphInstantiateWithFlags": 3,
     "cuGraphExecKernelNodeSetParams_v2": 3, "cuGraphLaunch": 2, "cuGraphExecDestroy": 1, "cuGraphDestroy": 1,
 }  # fmt: skip
 _alive = 0
 
-Settings = list[tuple[Any, ...]]  # arguments of the driver that give the nodes of a graph their parameters
+Settings = list[tuple[Any, ...]]  # for each node the arguments of cuGraphExecKernelNodeSetParams
 
 
 def node(one: Launch, parameters: int) -> Any:
-    """What a launch's node is: memory that `Graph` reads. parameters: the address of the pointer to its Params."""
+    """The struct of a launch's node, in memory that `Graph` reads. parameters: address of the pointer to Params."""
     sizes = one.grid, 1, 1, one.threads, 1, 1, one.smem
     return ctypes.create_string_buffer(_NODE.pack(one.function, *sizes, parameters, 0, 0, 0), _NODE.size)
 
@@ -49,9 +55,9 @@ class Graph:
     __slots__ = ("_addresses", "_destroy", "_exec", "_graph", "_handle", "_launch", "_nodes", "_set")
 
     def __init__(self, nodes: Sequence[Any], early: Sequence[bool]) -> None:
-        """early: whether a node may start within the one in front of it. Raises FlashMoEError."""
+        """early: for each node whether it may start before the end of the one in front of it. Raises FlashMoEError."""
         global _alive
-        _alive += 1  # __del__ runs for what could not be made, too
+        _alive += 1  # here, for __del__ also runs for a graph that could not be made
         self._addresses: object = None
         self._graph, self._exec = ctypes.c_void_p(), ctypes.c_void_p()
         call = _functions()
@@ -66,7 +72,7 @@ class Graph:
                 ends = ctypes.byref(self._nodes[i - 1]), ctypes.byref(made)
                 _must(call["cuGraphAddDependencies_v2"](self._graph, *ends, edge, 1))
         _must(call["cuGraphInstantiateWithFlags"](ctypes.byref(self._exec), self._graph, 0))
-        self._handle = self._exec.value  # quicker to read
+        self._handle = self._exec.value  # an attribute of ctypes takes longer to read
 
     def settings(self, nodes: Sequence[Any]) -> Settings:
         """What `run` takes to give the graph these nodes, whose kernels are those that it was made of."""
@@ -76,7 +82,7 @@ class Graph:
         ]
 
     def run(self, settings: Settings, addresses: object, stream: int) -> None:
-        """Queue all. addresses: the same object as the last time only if settings and all Params are the same."""
+        """Queue all. addresses: stands for settings and all Params; another object whenever any of them changed."""
         if addresses is not self._addresses:
             self._addresses, set_params = None, self._set
             for one in settings:
@@ -100,7 +106,8 @@ class Graph:
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        # By stream and kernels, the latest last: the graph, or how many calls there were; None where none can be made.
+        # By stream and kernels, in the order of their first calls: the graph; how many calls there were, as long as
+        # there is none; None where none can be made.
         self.known: dict[tuple[int, tuple[int, ...]], Graph | int | None] = {}
 
 
@@ -108,7 +115,7 @@ _local = _Local()
 
 
 def find(stream: int, kernels: tuple[int, ...], nodes: Sequence[Any], early: Sequence[bool]) -> Graph | None:
-    """The thread's graph of these kernels on a stream. None: launch them one by one, at least this time."""
+    """The thread's graph of these kernels on a stream; None: launch them one by one in this call."""
     known, key = _local.known, (stream, kernels)
     found = known.get(key, 0)
     if isinstance(found, int):

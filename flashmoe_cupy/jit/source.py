@@ -80,13 +80,13 @@ def headers_for(text: str) -> dict[str, str]:
     """
     root = source_root()
     names = tuple(_INCLUDE.findall(text))
-    found = _found.get((str(root), names))
+    found = _closures.get((str(root), names))
     if found is None:
-        found = _found[str(root), names] = _closure(root, names)  # two threads may both do it: the same result
+        found = _closures[str(root), names] = _closure(root, names)  # two threads may both do it: the same result
     return dict(found)
 
 
-_found: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+_closures: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}  # by folder and the names that a text includes
 
 
 def _closure(root: Path | Traversable, names: tuple[str, ...]) -> dict[str, str]:

@@ -171,9 +171,9 @@ def _compiler() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    from flashmoe_cupy.jit import cache
+    from flashmoe_cupy.jit import cache, disk
 
-    folder, stored, error = cache.cache_dir(), cache.entries(), cache.why_not_writable()
+    folder, stored, error = disk.cache_dir(), disk.entries(), disk.why_not_writable()
     return {
         "path": None if folder is None else str(folder),
         "writable": not error,

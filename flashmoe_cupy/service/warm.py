@@ -51,7 +51,7 @@ def warmup(
     Raises CompileError, DependencyError, and UnsupportedProblem when nothing matches or there is no device and no arch.
     """
     global _compiled_when_warm
-    from flashmoe_cupy.jit import cache
+    from flashmoe_cupy.jit import cache, disk
 
     require_known("op", op, OPS)
     here = devices()
@@ -64,7 +64,7 @@ def warmup(
         ordinals = tuple(device.ordinal for device in here if device.arch == name)
         found = specialisations(name, op=op, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
         jobs += [(kernel, config, name, ordinals) for kernel, config in found]
-    _made.update(stored.key for stored in cache.entries())
+    _made.update(stored.key for stored in disk.entries())
 
     def make(job: tuple[Any, Any, str, tuple[int, ...]]) -> Warmed:
         kernel, config, name, ordinals = job
