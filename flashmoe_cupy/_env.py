@@ -31,7 +31,7 @@ _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false"
 
 
 class Env(NamedTuple):
-    """The parsed variables. Paths are absolute, with `~` expanded; None means not set."""
+    """The parsed variables. Paths are absolute, with `~` expanded; None: the variable is not set."""
 
     cache_dir: Path | None = None
     log: str = "warning"

@@ -16,13 +16,13 @@ CHECKED_QUERIES = 64  # the float64 reference runs on the last queries only; und
 
 
 class Case(NamedTuple):
-    """One attention to show. Sizes are (batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v)."""
+    """One attention to show."""
 
     title: str
-    sizes: tuple[int, int, int, int, int, int, int]
+    sizes: tuple[int, int, int, int, int, int, int]  # batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v
     dtype: str
-    options: dict[str, Any]
-    sinks: bool = False
+    options: dict[str, Any]  # of `flash_attention`
+    sinks: bool = False  # the call has sinks
 
     @property
     def flops(self) -> int:
@@ -39,18 +39,18 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one case gave. error: relative to float64, in norm; rate in FLOP/s; compile_ms is 0 without a compile."""
+    """What one case gave."""
 
-    case: str
-    sizes: str
+    case: str  # its title
+    sizes: str  # for people
     dtype: str
-    backend: str
-    error: float
+    backend: str  # "cuda" or "numpy"
+    error: float  # of the norm, against float64
     allowed: float
     passed: bool
-    milliseconds: float
-    first_ms: float
-    compile_ms: float
+    milliseconds: float  # of a call
+    first_ms: float  # of the first call
+    compile_ms: float  # in the compiler during the first call
     flops_per_second: float
     op: str = "attention"
 

@@ -80,7 +80,7 @@ def attention(
             work += _tiles(Sequences(problem, *own, own_lse, None, own_slopes, sink))
     pairs = sum(t.pairs() for t in work)
     work.reverse()  # under a causal mask the last tiles take the longest
-    threads.each(worker, work, alone=pairs * (problem.head_dim + problem.head_dim_v) < _ONE_THREAD)
+    threads.each(worker, work, one_thread=pairs * (problem.head_dim + problem.head_dim_v) < _ONE_THREAD)
 
 
 def _four(bias: Array | None) -> Array | None:

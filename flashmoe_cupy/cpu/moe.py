@@ -60,7 +60,7 @@ def route(
         if found is not None:
             parts[place] = found
 
-    threads.each(lambda: block, range(len(parts)), alone=p.tokens * p.num_experts < _ONE_THREAD)
+    threads.each(lambda: block, range(len(parts)), one_thread=p.tokens * p.num_experts < _ONE_THREAD)
     probabilities, squares = np.zeros(p.num_experts), 0.0
     for part in parts if p.return_stats else ():  # in one order, whichever thread was first
         probabilities += part[0]
@@ -174,9 +174,9 @@ def _drop(capacity: int, routed: NDArray[np.intp], topk_weights: F32, topk_ids: 
     flat = topk_ids.reshape(-1)  # a view: the results are contiguous
     order = np.argsort(flat, kind="stable")
     rank = np.arange(flat.size) - np.repeat(np.cumsum(routed) - routed, routed)  # place among those of the same expert
-    late = order[rank >= capacity]
-    topk_weights.reshape(-1)[late] = 0.0
-    flat[late] = -1
+    beyond = order[rank >= capacity]
+    topk_weights.reshape(-1)[beyond] = 0.0
+    flat[beyond] = -1
 
 
 def check_ids(ids: Array, limit: int) -> None:

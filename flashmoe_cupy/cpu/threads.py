@@ -58,10 +58,10 @@ def _helpers(wanted: int) -> ThreadPoolExecutor:
         return _pool
 
 
-def each(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item], alone: bool = False) -> None:
+def each(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item], one_thread: bool = False) -> None:
     """Make one function with worker() in each thread, and call one of them with every item; warnings of NumPy are off.
 
-    Items are taken in their order, by whichever thread is free. alone: this thread does all.
+    Items are taken in their order, by whichever thread is free. one_thread: this thread does all.
     Raises what a call raised first; items that no thread has taken by then are left out.
     """
     queue = deque(items)
@@ -81,7 +81,7 @@ def each(worker: Callable[[], Callable[[Item], None]], items: Iterable[Item], al
                     failed.append(error)
 
     others: list[Future[None]] = []
-    helpers = 0 if alone or len(queue) < 2 else min(count(), len(queue)) - 1
+    helpers = 0 if one_thread or len(queue) < 2 else min(count(), len(queue)) - 1
     if helpers:
         try:
             pool = _helpers(helpers)

@@ -130,14 +130,14 @@ def _parts(model: type) -> Iterator[tuple[Any, list[tuple[str, Any]]]]:
     import torch
     from transformers import PreTrainedModel
 
-    seen, todo = {model}, [model]
+    visited, todo = {model}, [model]
     while todo:
         part = todo.pop()
         named = list(_named_by_constructor(part, set(PreTrainedModel.__mro__)))
         yield part, named
         for _, value in named:
-            if isinstance(value, type) and issubclass(value, torch.nn.Module) and value not in seen:
-                seen.add(value)
+            if isinstance(value, type) and issubclass(value, torch.nn.Module) and value not in visited:
+                visited.add(value)
                 if not issubclass(value, PreTrainedModel) and not value.__module__.startswith("torch."):
                     todo.append(value)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAME, TESTED = "fmc_experts", "5.17.0"
 _GATED, _PLAIN = ("swiglu", "geglu", "geglu_tanh", "swigluoai"), ("relu2", "relu", "gelu", "gelu_tanh")
-_SAME = 1e-5  # of two activations; gelu and its tanh form are 5e-4 apart
+_TOLERANCE = 1e-5  # within which two activations are the same; gelu and its tanh form differ by 5e-4
 
 
 def register(name: Any = NAME) -> str:
@@ -137,8 +137,8 @@ def _kind(module: torch.nn.Module) -> _Kind:
     values = torch.linspace(-9, 8.5, 1024, device="cpu").sinh()
     given = values[torch.arange(1024, device="cpu") * 389 % 1024].reshape(64, 16)
     with torch.no_grad():
-        theirs = module._apply_gate if module.has_gate else module.act_fn
-        want = theirs(given.to(module.down_proj.device)).float().cpu()
+        activate = module._apply_gate if module.has_gate else module.act_fn
+        want = activate(given.to(module.down_proj.device)).float().cpu()
         alpha, limit = _number(module, "alpha"), _number(module, "limit")
         names = _GATED if module.has_gate else _PLAIN
         options: list[tuple[str, float | None, float | None]] = [(name, None, None) for name in names]
@@ -147,7 +147,7 @@ def _kind(module: torch.nn.Module) -> _Kind:
         for activation, *numbers in options:
             for interleaved in (False, True) if module.has_gate else (False,):
                 kind = _Kind(activation, interleaved, *numbers)
-                if torch.allclose(_ours(given, kind), want, rtol=_SAME, atol=_SAME):
+                if torch.allclose(_ours(given, kind), want, rtol=_TOLERANCE, atol=_TOLERANCE):
                     return kind
     act = getattr(module, "act_fn", None)
     reason = f"its activation ({'no act_fn' if act is None else act}, limit {getattr(module, 'limit', None)}) is none "

@@ -60,8 +60,8 @@ def visible_pairs(seqlen_q: int, seqlen_k: int, left: int = -1, right: int = -1)
         inside = (low + high) * (high - low + 1) // 2 if high >= low else 0
         return inside + seqlen_k * min(max(first + seqlen_q - max(seqlen_k, first), 0), seqlen_q)
 
-    seen = before(right + 1) if right >= 0 else seqlen_q * seqlen_k
-    return seen - (before(-left) if left >= 0 else 0)
+    visible = before(right + 1) if right >= 0 else seqlen_q * seqlen_k
+    return visible - (before(-left) if left >= 0 else 0)
 
 
 def problem_of(

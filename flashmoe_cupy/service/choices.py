@@ -13,35 +13,28 @@ if TYPE_CHECKING:
 
 
 class Choice(NamedTuple):
-    """What one arch would run, and why. kernel and config are empty when nothing runs.
-
-    fields: the configuration's numbers. because: why this one. rejected: (kernel, reason) of the others.
-    step: which of an operation's launches this is; "" where there is one.
-    """
+    """What one arch would run for one launch, and why."""
 
     arch: str
-    kernel: str
-    config: str
-    fields: dict[str, Any]
-    because: tuple[str, ...]
-    rejected: tuple[tuple[str, str], ...]
-    step: str = ""
+    kernel: str  # its name; "": nothing runs
+    config: str  # the configuration's name; "": nothing runs
+    fields: dict[str, Any]  # the configuration's numbers
+    because: tuple[str, ...]  # why this configuration, in sentences
+    rejected: tuple[tuple[str, str], ...]  # (name, reason) of the other kernels
+    step: str = ""  # which launch of the operation it is; "": there is one
 
 
 class Explanation(NamedTuple):
-    """What would run for a problem. flops and bytes count what must be computed once, and each array once.
+    """What would run for a problem."""
 
-    here: the back end that this machine would take for GPU and CPU arrays, in words.
-    """
-
-    problem: str
-    here: str
-    flops: int
-    bytes: int
-    choices: tuple[Choice, ...]
+    problem: str  # in one line
+    here: str  # the back end that this machine would take for GPU and CPU arrays, in words
+    flops: int  # of what must be computed, each result once
+    bytes: int  # of the arrays, each once
+    choices: tuple[Choice, ...]  # by arch, then by launch
 
     def blocks(self) -> list[tuple[Choice, tuple[str, ...]]]:
-        """Each answer once, step by step: a choice, and the archs that share it."""
+        """Every different choice, in the order of launches, with the archs that share it."""
         archs: dict[str, list[str]] = {}
         first: dict[str, Choice] = {}
         for choice in self.choices:

@@ -14,27 +14,29 @@ from flashmoe_cupy._version import __version__
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "transformers", "cuda-bindings", "cuda-pathfinder")
+# CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _SHARED_MEMORY_OPTIN = 75, 76, 16, 97
 _FOREIGN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUPY_CACHE_DIR", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
 
 
 class Device(NamedTuple):
-    """One GPU as the driver shows it. arch: the target we compile for, "" when the device is older than sm_80."""
+    """One GPU as the driver shows it."""
 
     ordinal: int
     name: str
     compute_capability: tuple[int, int]
-    arch: str
+    arch: str  # what kernels are compiled for; "": the device is older than sm_80
     multiprocessors: int
-    memory: int
-    shared_memory: int
+    memory: int  # bytes
+    shared_memory: int  # bytes that one block may use
 
 
 class Driver(NamedTuple):
-    """version: the newest CUDA that the driver runs, "" without one; error says why no driver or device is here."""
+    """The driver of this machine."""
 
-    version: str
+    version: str  # the newest CUDA that it runs; "": there is no driver
     devices: tuple[Device, ...]
-    error: str
+    error: str  # why there is no driver or no device; "": there is one
 
 
 _driver: Driver | None = None
@@ -81,26 +83,25 @@ def _ask_driver() -> Driver:
             cuda.cuDeviceGetAttribute(ctypes.byref(value), which, handle)
             return value.value
 
-        capability = attribute(75), attribute(76)  # COMPUTE_CAPABILITY_MAJOR, _MINOR
+        capability = attribute(_CAPABILITY_MAJOR), attribute(_CAPABILITY_MINOR)
         arch = arch_for(capability) if capability >= (8, 0) else ""
-        # 16 MULTIPROCESSOR_COUNT, 97 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        shape = attribute(16), memory.value, attribute(97)
+        shape = attribute(_MULTIPROCESSORS), memory.value, attribute(_SHARED_MEMORY_OPTIN)
         found.append(Device(ordinal, name.value.decode(errors="replace"), capability, arch, *shape))
     return Driver(newest, tuple(found), "" if found else "the driver shows no device (see CUDA_VISIBLE_DEVICES)")
 
 
 def backend() -> tuple[str, str]:
     """("cuda", in words) when GPU arrays can run here, else ("numpy", why not). Does not import CuPy."""
-    seen = driver()
-    if not seen.devices:
-        return "numpy", f"NumPy back end: {seen.error}"
+    machine = driver()
+    if not machine.devices:
+        return "numpy", f"NumPy back end: {machine.error}"
     wheels = _cupy.installed()
-    major = "13" if seen.version.startswith("13") else "12"
+    major = "13" if machine.version.startswith("13") else "12"
     if not wheels:
         return "numpy", f"NumPy back end: a GPU, but no CuPy; repair: {_cupy.repair(major)}"
-    usable = [device for device in seen.devices if device.arch]
+    usable = [device for device in machine.devices if device.arch]
     if not usable:
-        return "numpy", f"NumPy back end: {seen.devices[0].name} is older than sm_80 (Ampere)"
+        return "numpy", f"NumPy back end: {machine.devices[0].name} is older than sm_80 (Ampere)"
     names = ", ".join(dict.fromkeys(f"{device.name} ({device.arch})" for device in usable))
     return "cuda", f"CUDA back end for GPU arrays on {names}; NumPy back end for CPU arrays"
 
@@ -109,14 +110,14 @@ def show_config() -> dict[str, Any]:
     """Everything about this installation that a bug report needs, as plain data. Imports CuPy when it is installed."""
     # As it was given: the import of CuPy may set a variable.
     environment = {name: os.environ.get(name) for name in (*_env.VARIABLES, *_FOREIGN_VARIABLES)}
-    seen = driver()
+    machine = driver()
     return {
         "flashmoe_cupy": {"version": __version__, **_sources()},
         "system": {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "backend": dict(zip(("name", "why"), backend(), strict=True)),
-        "driver": {"cuda": seen.version, "release": _driver_release(), "error": seen.error},
-        "devices": [device._asdict() for device in seen.devices],
-        "kernels": _kernels(seen.devices),
+        "driver": {"cuda": machine.version, "release": _driver_release(), "error": machine.error},
+        "devices": [device._asdict() for device in machine.devices],
+        "kernels": _kernels(machine.devices),
         "compiler": _compiler(),
         "cache": _cache(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -143,14 +144,14 @@ def _driver_release() -> str:
     return next((word for word in words if word[:1].isdigit() and "." in word), "")
 
 
-def _kernels(seen: tuple[Device, ...]) -> dict[str, Any]:
+def _kernels(here: tuple[Device, ...]) -> dict[str, Any]:
     """Each kernel in the order of preference, and the devices for which it has a configuration."""
     from flashmoe_cupy.plan.kernels import KERNELS
 
     return {
         name: {
             "summary": kernel.summary,
-            "devices": [device.ordinal for device in seen if device.arch and kernel.configs(device.arch)],
+            "devices": [device.ordinal for device in here if device.arch and kernel.configs(device.arch)],
         }
         for name, kernel in KERNELS.items()
     }

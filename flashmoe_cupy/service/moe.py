@@ -9,7 +9,7 @@ from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_size
 from flashmoe_cupy.service.machine import backend, devices
 from flashmoe_cupy.service.names import named_dtype, target_archs
 
-_STEPS = {  # by the array that a product writes, or by the task
+_TITLES = {  # of a launch, by the array that a product writes, else by the task
     "activation": "gate and up", "y": "down", "shared_activation": "shared gate and up", "shared": "shared down",
     "moe_router": "route", "moe_permute_count": "count", "moe_permute_place": "permute", "moe_combine": "sum",
 }  # fmt: skip
@@ -61,7 +61,7 @@ def explain_moe(
     for name in target_archs(arch):
         sms = next((device.multiprocessors for device in devices() if device.arch == name), None)
         for step in steps:
-            title = _STEPS[step.arguments["out"] if step.task == "grouped_gemm" else step.task]
+            title = _TITLES[step.arguments["out"] if step.task == "grouped_gemm" else step.task]
             choices.append(choice(step.task, step.problem, name, sms, title))
     assignments, size = tokens * top_k, kind.itemsize
     one, all_shared = (rows + 1) * intermediate * hidden, (rows + 1) * shared * hidden  # weights

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flashmoe_cupy.dtypes import DType
 
 OPS = ("attention", "moe")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as configurations and problems are printed: name
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # dtypes by their short names, which are printed
 
 
 def named_dtype(name: str) -> DType:
@@ -58,6 +58,7 @@ def named_arch(name: str) -> str:
 
 
 def require_known(what: str, name: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a name that is none of the known ones. what: it is a name of, for the error."""
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 

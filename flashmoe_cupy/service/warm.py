@@ -16,20 +16,20 @@ from flashmoe_cupy.service.plans import specialisations
 
 
 class Warmed(NamedTuple):
-    """One specialisation that is now ready. source: "compiled" just now, or "cache". devices: where it is loaded."""
+    """One specialisation that need not be compiled any more."""
 
     kernel: str
     config: str
     arch: str
-    source: str
-    milliseconds: float
-    registers: int
-    spills: int
-    devices: tuple[int, ...]
+    source: str  # "compiled": just now; "cache": before
+    milliseconds: float  # to compile or find it, and to load it
+    registers: int  # of a thread
+    spills: int  # bytes that a thread stores and loads because it lacks registers
+    devices: tuple[int, ...]  # where it is loaded; (): nowhere
 
 
-_made: set[str] = set()  # keys that earlier warm-ups of this process made, also where there is no disk
-_compiled_when_warm: int | None = None
+_made: set[str] = set()  # keys of kernels on disk, or made by earlier warm-ups of this process, which may have no disk
+_compiled_when_warm: int | None = None  # compiles of this process at the end of the last warm-up; None: there was none
 
 
 def warmup(
@@ -95,22 +95,22 @@ def warmup(
 
 
 class Stats(NamedTuple):
-    """Counts of this process. compiled_after_warmup: compiles since the last `warmup`; a server wants 0."""
+    """Counts of this process."""
 
-    hits_memory: int
-    hits_disk: int
+    hits_memory: int  # kernels that were found in memory
+    hits_disk: int  # that were found on disk
     compiled: int
-    milliseconds: float
-    compiled_after_warmup: int
+    milliseconds: float  # in the compiler
+    compiled_after_warmup: int  # compiles since the last `warmup`, 0 if there was none; a server wants 0
 
 
 def stats() -> Stats:
-    """What this process has found and compiled so far; milliseconds is the time spent in the compiler."""
+    """What this process has found and compiled so far."""
     from flashmoe_cupy.jit import cache
 
     now = cache.stats()
-    late = 0 if _compiled_when_warm is None else now.compiled - _compiled_when_warm
-    return Stats(now.hits_memory, now.hits_disk, now.compiled, now.milliseconds, late)
+    since = 0 if _compiled_when_warm is None else now.compiled - _compiled_when_warm
+    return Stats(now.hits_memory, now.hits_disk, now.compiled, now.milliseconds, since)
 
 
 def clear_cache() -> int:

@@ -64,9 +64,11 @@ def check_weights(
     """(E, n) of the experts' weights; n is 0 when the shapes do not tell it."""
     rows = "2n" if factor == 2 else "n"
     found = None
-    mine, its = gate_up.shape, down.shape
-    if mine == (its[0], hidden, its[1] // factor) and its[2] == hidden != mine[2] and its[1] % factor == 0:
-        said = f"w_gate_up has shape {mine} and w_down {its}: each has the other's, so they look swapped"
+    m, columns = down.shape[1:]  # of w_gate_up, if the two are swapped
+    swapped = gate_up.shape == (down.shape[0], hidden, m // factor) and m % factor == 0
+    if swapped and columns == hidden != gate_up.shape[2]:
+        said = f"w_gate_up has shape {gate_up.shape} and w_down {down.shape}: each has the other's, so they look "
+        said += "swapped"
         if factor == 1:
             why.append(f"{said}, or both are transposed")
         else:
@@ -123,16 +125,16 @@ def check_shared(
     rows = "2s" if factor == 2 else "s"
     check_ranks(why, 2, (("shared_w_gate_up", gate_up), ("shared_w_down", down)))
     if hidden is not None and len(gate_up.shape) == len(down.shape) == 2:
-        wide, long = gate_up.shape[1] == hidden, down.shape[0] == hidden
-        if not wide and gate_up.shape[0] == hidden:
+        columns_fit, rows_fit = gate_up.shape[1] == hidden, down.shape[0] == hidden
+        if not columns_fit and gate_up.shape[0] == hidden:
             why.append(_transposed("shared_w_gate_up", gate_up, (1, 0), (rows, "hidden")))
-        elif not wide:
+        elif not columns_fit:
             why.append(f"shared_w_gate_up must have shape ({rows}, {hidden}), but has {gate_up.shape}")
-        if not long and down.shape[1] == hidden:
+        if not rows_fit and down.shape[1] == hidden:
             why.append(_transposed("shared_w_down", down, (1, 0), ("hidden", "s")))
-        elif not long:
+        elif not rows_fit:
             why.append(f"shared_w_down must have shape ({hidden}, s), but has {down.shape}")
-        if wide and long:
+        if columns_fit and rows_fit:
             s = down.shape[1]
             if gate_up.shape[0] != factor * s:
                 have = f"has {gate_up.shape[0]} rows, but shared_w_down has s = {s} columns"

@@ -23,7 +23,7 @@ from flashmoe_cupy.plan.moe.tiles import SELF_SORTED
 _ROUTER_WARPS = 4  # of a block
 _STATS_WARPS = 512  # of a router that keeps statistics, at most: each writes a row that MoeRouterStats adds up
 _PERMUTE_WARPS = 16  # of a block
-_PERMUTE_ALONE = 4096  # assignments that one block places alone: without the kernel that counts for several blocks
+_PERMUTE_ONE_BLOCK = 4096  # assignments, up to which one block places all and no kernel has to count before it
 _PERMUTE_PER_BLOCK = 2048  # assignments of one of several blocks, as long as there are no more blocks than ...
 _PERMUTE_BLOCKS = 256
 _COMBINE_BLOCKS = 2**16  # at most; then each block goes through several stretches
@@ -99,7 +99,7 @@ def permute_steps(p: PermuteProblem, work: Workspace, own: bool = True, counters
         work.add("offsets", 4 * (p.num_experts + 1))
         work.add("sorted_indices", 4 * assignments)
         work.add("inverse_indices", 4 * assignments)
-    blocks = 1 if assignments <= _PERMUTE_ALONE else min(-(-assignments // _PERMUTE_PER_BLOCK), _PERMUTE_BLOCKS)
+    blocks = 1 if assignments <= _PERMUTE_ONE_BLOCK else min(-(-assignments // _PERMUTE_PER_BLOCK), _PERMUTE_BLOCKS)
     per_warp = -(-assignments // (blocks * _PERMUTE_WARPS * 32)) * 32
     blocks = -(-assignments // (per_warp * _PERMUTE_WARPS))
     if blocks > 1:
