@@ -71,6 +71,7 @@ TILES: dict[str, Config] = {
     SM90: Sm90Config("bf16", 64, 64, 128, 64, 2, "PlainScores"),
 }
 _80, _90, _OUT = "attention/fwd_sm80.cuh", "attention/fwd_sm90.cuh", "tile/epilogue.cuh"
+_KEYS = "attention/keys.cuh"
 _WRONG = r"^(relative error|lse error)"
 
 
@@ -125,7 +126,7 @@ FAULTS = {
         _90, "(at.stage), Tile::kBytes);", "(at.stage), Tile::kBytes + 128);", r"deadlock(.|\n)*and 128 bytes"
     ),
     "the wrong panel": Fault(
-        _90, "s_tile + panel * TileQ::kPanelBytes", "s_tile + 64 + panel * TileQ::kPanelBytes", "no multiple of 128"
+        _KEYS, "Tile::kPanelBytes, p.q_map", "Tile::kPanelBytes + 64, p.q_map", "no multiple of 128"
     ),
     "no turn to begin with": Fault(
         _90, "if (kInTurn && consumer == 0) barrier_arrive(kTurn, 256);", "",

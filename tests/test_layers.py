@@ -92,7 +92,10 @@ INCLUDES: dict[str, tuple[str, ...]] = {
     "tile": ("prelude.cuh", "ptx/", "math/", "tile/"),
 }
 # What the kernels of one family share; a kernel never includes another one.
-SHARED = ("activation.cuh", "assignments.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "variant.cuh")
+SHARED = (
+    "activation.cuh", "assignments.cuh", "epilogue_sm90.cuh", "keys.cuh", "params.cuh", "schedule.cuh",
+    "schedule_sm90.cuh", "variant.cuh",
+)  # fmt: skip
 
 
 def python_files() -> list[Path]:

@@ -12,6 +12,7 @@
 // One block takes kBlockM queries and walks over the keys in tiles of kBlockN. K and V have one buffer each; K of the next tile
 // travels while V is used, V while K is used (FlashAttention-2's order), and two blocks per SM hide each other's barriers.
 #pragma once
+#include "attention/keys.cuh"
 #include "attention/params.cuh"
 #include "attention/variant.cuh"
 #include "math/softmax.cuh"
@@ -25,6 +26,7 @@ template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBloc
 struct AttentionFwdSm80 {
   using Element = Element_;
   using Variant = Variant_;
+  using Keys = RowKeys;  // where queries and keys lie (attention/keys.cuh)
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kM = kBlockM / (16 * kWarps);  // accumulator tiles of 16 rows that a warp owns
@@ -60,23 +62,14 @@ struct AttentionFwdSm80 {
     w.batch = index / p.heads_q;
     w.m0 = m_block * kBlockM;
 
-    i64 k_row = 0;
-    int seqlen_q = p.seqlen_q, seqlen_k = p.seqlen_k;
-    w.q_row = w.m0;
-    if (p.cu_seqlens_q != nullptr) {
-      const int q_begin = p.cu_seqlens_q[w.batch], k_begin = p.cu_seqlens_k[w.batch];
-      seqlen_q = p.cu_seqlens_q[w.batch + 1] - q_begin;
-      seqlen_k = p.cu_seqlens_k[w.batch + 1] - k_begin;
-      w.q_row += q_begin, k_row = k_begin;
-    }
-    if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[w.batch]);
-    if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[w.batch]);
-    if (w.m0 >= seqlen_q) return false;
-    w.band = BandMask{seqlen_q, seqlen_k, seqlen_k - seqlen_q, p.window_left, p.window_right, 0};
+    const SequenceOf<i64> found = Keys::sequence_from(p, w.batch, w.m0);
+    if (w.m0 >= found.seqlen_q) return false;
+    w.q_row = found.q_row;
+    w.band = BandMask{found.seqlen_q, found.seqlen_k, found.seqlen_k - found.seqlen_q, p.window_left, p.window_right, 0};
 
     const int head_k = w.head / p.heads_per_key;
-    w.g_k = static_cast<const Element*>(p.k) + w.batch * p.k_stride_b + k_row * p.k_stride_s + head_k * p.k_stride_h;
-    w.g_v = static_cast<const Element*>(p.v) + w.batch * p.v_stride_b + k_row * p.v_stride_s + head_k * p.v_stride_h + w.v_block * kHeadDimV;
+    w.g_k = static_cast<const Element*>(p.k) + w.batch * p.k_stride_b + found.k_row * p.k_stride_s + head_k * p.k_stride_h;
+    w.g_v = static_cast<const Element*>(p.v) + w.batch * p.v_stride_b + found.k_row * p.v_stride_s + head_k * p.v_stride_h + w.v_block * kHeadDimV;
     return true;
   }
 

@@ -17,6 +17,8 @@
 // Where heads that share keys have few queries, 2^pack_bits of them lie side by side in a tile, each query as so many rows: keys are
 // read once for all of them, and tiles are full. The tensor maps of q and out put the rows in that order and back.
 #pragma once
+#include "attention/epilogue_sm90.cuh"
+#include "attention/keys.cuh"
 #include "attention/params.cuh"
 #include "attention/schedule_sm90.cuh"
 #include "attention/variant.cuh"
@@ -54,7 +56,9 @@ struct AttentionFwdSm90 {
   using TileK = SmemTile<Element, kBlockN, div_up(kHeadDim, 64) * 64>;
   using TileV = SmemTile<Element, kBlockN, div_up(kHeadDimV, 64) * 64>;
 
-  using Schedule = AttentionScheduleSm90<kBlockM, kBlockN, kStages>;
+  using Keys = RowKeys;  // where queries and keys lie (attention/keys.cuh)
+  using Schedule = AttentionSchedulerSm90<kBlockM, kBlockN, kStages, Keys>;
+  using Epilogue = AttentionEpilogueSm90<Element, kHeadDimV, Keys>;
   using Work = typename Schedule::Work;
   using Steps = typename Schedule::Steps;
   static constexpr int kWorks = Schedule::kWorks;
@@ -103,7 +107,7 @@ struct AttentionFwdSm90 {
       setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) produce(p, smem, rings, s_base);
       if (warp == 1) Schedule::run(p, reinterpret_cast<Work*>(smem + Smem::kWork), rings.work);
-      if (warp == 2 && p.clear_rest != 0) clear_rest_of_rows<Element>(p);
+      if (warp == 2 && p.clear_rest != kClearNothing) Epilogue::clear_rest(p);
     } else {
       setmaxnreg_inc<kConsumerRegisters>();
       consume(p, smem, rings, s_base, warp / 4 - 1);
@@ -144,18 +148,13 @@ struct AttentionFwdSm90 {
     if (n_before >= 0) load_v(s_works[before], n_before);
   }
 
-  FM_DEVICE static int batch_coordinate(const Params& p, const Work& w) { return p.cu_seqlens_q == nullptr ? w.batch : 0; }
-
   FM_DEVICE static void load_q(const Params& p, const Work& w, const Rings& rings, u32 s_base, RingQ& q) {
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       const u32 s_full = rings.q(i).full(q.stage), s_tile = s_base + Smem::kQ + (q.stage * kConsumers + i) * TileQ::kBytes;
       rings.q(i).wait_empty(q);
       mbarrier_arrive_expect_tx(s_full, TileQ::kBytes);
-#pragma unroll
-      for (int panel = 0; panel < TileQ::kPanels; ++panel)
-        tma_load_5d(s_tile + panel * TileQ::kPanelBytes, p.q_map, s_full, createpolicy_evict_first(), panel * 64, w.head % p.heads_per_key,
-                    w.q_row + (i * 64 >> p.pack_bits), w.head_k, batch_coordinate(p, w));
+      Keys::load_queries<TileQ>(p, w, s_tile, s_full, i * 64);
     }
     q.advance();
   }
@@ -166,10 +165,7 @@ struct AttentionFwdSm90 {
                                   int col, int n) {
     ring.wait_empty(at);
     mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes);
-#pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel)
-      tma_load_4d(s_tiles + at.stage * Tile::kBytes + panel * Tile::kPanelBytes, map, ring.full(at.stage), createpolicy_evict_last(),
-                  col + panel * 64, w.k_row + n * kBlockN, w.head_k, batch_coordinate(p, w));
+    Keys::load_keys<Tile>(p, w, map, s_tiles + at.stage * Tile::kBytes, ring.full(at.stage), col, n);
     at.advance();
   }
 
@@ -245,7 +241,7 @@ struct AttentionFwdSm90 {
       multiply_qk(r_s, s_base, consumer, q, k);
       if (!kPlain && pending) {
         if constexpr (kInTurn) barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
-        write_output(output_of(p, s_works[done.stage], tile_row), s_base, tile_row, r_out[0], out_scale, lse);
+        Epilogue::write(Epilogue::output_of(p, s_works[done.stage], tile_row), s_base + Smem::kOut + tile_row / 16 * 4096, r_out[0], out_scale, lse);
         mbarrier_arrive(rings.work.empty(done.stage));
         done.advance();
       }
@@ -256,7 +252,7 @@ struct AttentionFwdSm90 {
         if (kInTurn && (kPlain || !pending)) barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
       });
       if (last) {
-        softmax.finish(Variant::exponent(p), sinks_of(p, s_works[now]).of, out_scale, lse);
+        softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[now]).of, out_scale, lse);
         softmax = Softmax();
       }
       wgmma_wait_group<1>(r_s[0]);
@@ -295,9 +291,9 @@ struct AttentionFwdSm90 {
         wgmma_fence();
         multiply_pv(r_out[0], r_p, s_base, v, fresh, [] {});
         wgmma_wait_group<0>(r_out[0]);
-        softmax.finish(Variant::exponent(p), sinks_of(p, s_works[now]).of, out_scale, lse);
+        softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[now]).of, out_scale, lse);
       }
-      write_output(output_of(p, s_works[finished ? now : done.stage], tile_row), s_base, tile_row, r_out[0], out_scale, lse);
+      Epilogue::write(Epilogue::output_of(p, s_works[finished ? now : done.stage], tile_row), s_base + Smem::kOut + tile_row / 16 * 4096, r_out[0], out_scale, lse);
       if (finished) break;
     }
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
@@ -400,44 +396,6 @@ struct AttentionFwdSm90 {
     }
     fence_proxy_async();
     barrier_sync(kQueriesScaled + consumer, 128);
-  }
-
-  // Heads that are packed differ from row to row.
-  FM_DEVICE static int head_of(const Params& p, int row) { return row & ((1 << p.pack_bits) - 1); }
-  struct Sinks {
-    float of[2];
-  };
-  FM_DEVICE static Sinks sinks_of(const Params& p, const Work& w) {
-    if (p.sinks == nullptr) return {-infinity(), -infinity()};
-    const int row = lane_id() >> 2;
-    return {load_float(p.sinks, w.head + head_of(p, row), p.sinks_dtype), load_float(p.sinks, w.head + head_of(p, row + 8), p.sinks_dtype)};
-  }
-
-  // Where a warp's rows of a tile go.
-  struct Output {
-    RowsOut<Element> rows;
-    float* g_lse;  // null: not wanted
-    i64 lse_stride_h;
-  };
-  FM_DEVICE static Output output_of(const Params& p, const Work& w, int tile_row) {
-    const int q_row = w.q_row + (tile_row >> p.pack_bits), rows = w.band.rows - w.m0 - tile_row;
-    const bool lse = p.lse != nullptr && w.v_block == 0;
-    const i64 first = w.batch * p.out_stride_b + q_row * p.out_stride_s + w.head * p.out_stride_h + w.v_block * kHeadDimV;
-    return {{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride_s, p.out_stride_h, rows,
-             p.head_dim_v - w.v_block * kHeadDimV, w.v_block * kHeadDimV, w.head, q_row, batch_coordinate(p, w), p.pack_bits},
-            lse ? p.lse + w.lse_offset + (tile_row >> p.pack_bits) : nullptr, p.lse_stride_h};
-  }
-
-  FM_DEVICE static void write_output(const Output& to, u32 s_base, int tile_row, const float (&r_out)[kHeadDimV / 8][4], const float (&out_scale)[2],
-                                     const float (&lse)[2]) {
-    store_accumulator_rows(to.rows, s_base + Smem::kOut + tile_row / 16 * 4096, r_out, out_scale);
-    if (to.g_lse != nullptr && (lane_id() & 3) == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = i * 8 + (lane_id() >> 2);
-        if (row < to.rows.rows) to.g_lse[to.rows.offset(row, 1, to.lse_stride_h)] = lse[i];
-      }
-    }
   }
 };
 

@@ -4,6 +4,9 @@
 
 namespace fm {
 
+// Bits of AttentionFwdSm90Params::clear_rest: rows of no sequence become 0 in out, -inf in lse, or are left alone.
+enum ClearRest : int { kClearNothing = 0, kClearOut = 1, kClearLse = 2 };
+
 struct AttentionFwdParams {
   const void *q, *k, *v;
   void* out;
@@ -31,7 +34,7 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int ragged;            // rows that exist may follow the last key of a sequence
   int* tile_counter;     // two zeros, which the kernel leaves as zeros; null: every block knows its tiles from the start
   int total_q;           // packed sequences: rows of q and out
-  int clear_rest;        // rows of no sequence get 0 in out (1), -inf in lse (2), both (3) or are left alone (0)
+  int clear_rest;        // bits of ClearRest
   int pack_bits;         // 2^pack_bits heads of a group share tiles: row r of a tile is query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];  // of SoftcapExponent in math/softmax.cuh
   float softcap_short[2], query_scale; // of BoundedSoftcapExponent; what queries are multiplied by first

@@ -1,7 +1,7 @@
 // Who works on what in the Hopper kernels: one warp of every block finds the block's tiles of queries, and how each consumer
 // warpgroup goes through their keys. It runs ahead of the others, so that nobody waits for the arithmetic.
 #pragma once
-#include "attention/params.cuh"
+#include "attention/keys.cuh"
 #include "math/reduce.cuh"
 #include "tile/mask.cuh"
 #include "tile/pipeline.cuh"
@@ -32,24 +32,29 @@ struct AttentionScheduleSm90 {
     Steps steps[kConsumers];
   };
 
+};
+
+// The warp of a block that finds its tiles.
+template <int kBlockM, int kBlockN, int kStages, class Keys>
+struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages> {
+  using Schedule = AttentionScheduleSm90<kBlockM, kBlockN, kStages>;
+  using typename Schedule::Params, typename Schedule::Steps, typename Schedule::Work;
+  using Schedule::kConsumers, Schedule::kWorks;
+
   // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes look at one tile.
   struct Cursor {
     int round = 0;
     int next_batch = 0, tiles_seen = 0;  // sequences looked at so far, and the tiles of them all
-    int q_row = 0, k_row = 0, seqlen_q, seqlen_k, begin = 0, end = 0;  // the lane's sequence, and the numbers of its tiles
+    Sequence mine;                       // the lane's, whose tiles have the numbers begin .. end - 1
+    int begin = 0, end = 0;
 
-    FM_DEVICE explicit Cursor(const Params& p) : seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {}
+    FM_DEVICE explicit Cursor(const Params& p) : mine(Keys::each(p)) {}
     FM_DEVICE void next_sequences(const Params& p) {
       const int batch = next_batch + lane_id();
       next_batch += 32;
-      seqlen_q = seqlen_k = 0;
-      if (batch < p.batch) {
-        q_row = p.cu_seqlens_q[batch], k_row = p.cu_seqlens_k[batch];
-        seqlen_q = p.cu_seqlens_q[batch + 1] - q_row, seqlen_k = p.cu_seqlens_k[batch + 1] - k_row;
-        if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[batch]);
-        if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[batch]);
-      }
-      const int tiles = div_up(seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
+      mine.seqlen_q = mine.seqlen_k = 0;
+      if (batch < p.batch) mine = Keys::sequence(p, batch);
+      const int tiles = div_up(mine.seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
       end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
       tiles_seen = __shfl_sync(0xffffffffu, end, 31);
     }
@@ -95,12 +100,13 @@ struct AttentionScheduleSm90 {
     const u32 index = next_index(p, at.round++);
     u32 group;  // v_block and head
     int seqlen_q;
-    if (p.cu_seqlens_q == nullptr) {
+    if (Keys::even(p)) {
       if (index >= p.tiles) return w.n_end = 0, false;
       const TileIndex place = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
       w.batch = place.group / heads, group = place.group % heads;
-      w.m0 = place.m_block * kBlockM, w.q_row = w.m0 >> p.pack_bits, w.k_row = 0;
-      w.band.cols = p.seqlen_k, seqlen_q = p.seqlen_q;
+      const Sequence found = Keys::each(p);
+      w.m0 = place.m_block * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + found.q_row, w.k_row = found.k_row;
+      w.band.cols = found.seqlen_k, seqlen_q = found.seqlen_q;
     } else {
       // Sequence by sequence, in each the last rows first and all heads of a row together.
       while (index >= at.tiles_seen) {
@@ -110,8 +116,8 @@ struct AttentionScheduleSm90 {
       const int lane = __popc(__ballot_sync(0xffffffffu, index >= at.end));
       auto of_lane = [&](int x) { return __shfl_sync(0xffffffffu, x, lane); };
       w.batch = at.next_batch - 32 + lane, group = (index - of_lane(at.begin)) % heads;
-      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + of_lane(at.q_row), w.k_row = of_lane(at.k_row);
-      w.band.cols = of_lane(at.seqlen_k), seqlen_q = of_lane(at.seqlen_q);
+      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + of_lane(at.mine.q_row), w.k_row = of_lane(at.mine.k_row);
+      w.band.cols = of_lane(at.mine.seqlen_k), seqlen_q = of_lane(at.mine.seqlen_q);
     }
     w.v_block = group % p.v_blocks, w.head = group / p.v_blocks << p.pack_bits;
     w.head_k = w.head / p.heads_per_key;
@@ -135,25 +141,5 @@ struct AttentionScheduleSm90 {
     return {w.n_begin + after, w.n_end - before, before, after, whole.first, whole.last};
   }
 };
-
-// One warp of each block. Rows of packed arrays that are no sequence's: before and between the used parts of sequences, and behind them.
-template <class Element>
-FM_DEVICE void clear_rest_of_rows(const AttentionFwdSm90Params& p) {
-  for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x) {
-    int row = 0;
-    if (gap > 0) {
-      const int begin = p.cu_seqlens_q[gap - 1], rows = p.cu_seqlens_q[gap] - begin;
-      row = begin + (p.seqused_q == nullptr ? rows : min(rows, p.seqused_q[gap - 1]));
-    }
-    const int end = gap < p.batch ? p.cu_seqlens_q[gap] : p.total_q;
-    for (; row < end; ++row)
-      for (int head = 0; head < p.heads_q; ++head) {
-        uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + row * p.out_stride_s + head * p.out_stride_h);
-        if (p.clear_rest & 1)
-          for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32) g_row[chunk] = make_uint4(0, 0, 0, 0);
-        if ((p.clear_rest & 2) && lane_id() == 0) p.lse[head * p.lse_stride_h + row] = -infinity();
-      }
-  }
-}
 
 }  // namespace fm
