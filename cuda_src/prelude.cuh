@@ -1,4 +1,5 @@
-// What every other header stands on: integer names, the three element types, small constexpr helpers. No toolkit header.
+// What every other header stands on: integer names, the three element types, limits of the hardware, small
+// constexpr helpers. No toolkit header.
 #pragma once
 #include "ptx/scalar.cuh"
 
@@ -23,6 +24,14 @@ using fp32 = float;
 // CUtensorMap: what the host tells the copy engine about a tensor. Nothing here looks inside.
 struct alignas(128) TensorMap {
   u64 opaque[16];
+};
+
+// What a Hopper SM gives to one block (CUDA C programming guide, table of the compute capabilities). An enum,
+// as most constants that are new here: constexpr variables stand in every cubin.
+enum HopperLimits : int {
+  kMaxSmemBytes = 227 * 1024,
+  kWarpgroupRegisters = 65536 / 128,  // that one thread of each warpgroup may have, all warpgroups together
+  kNamedBarriers = 16                 // 0 is __syncthreads
 };
 
 template <class A, class B>
@@ -52,7 +61,8 @@ FM_DEVICE u32 shift_left(u32 x, int n) { return shl_b32(x, n); }
 
 FM_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
-// threadIdx.x, read anew at every use: what follows from it is then computed where it is needed instead of kept in registers.
+// threadIdx.x, read anew at every use: what follows from it is then computed where it is needed instead of
+// kept in registers.
 FM_DEVICE int thread_index() { return static_cast<int>(mov_tid_x() & 1023); }
 FM_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 // Tells the compiler that a value is the same in the whole warp.
@@ -60,7 +70,9 @@ FM_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 FM_DEVICE int warp_id() { return uniform(static_cast<int>(threadIdx.x) >> 5); }
 
 // Shared memory is addressed by 32-bit offsets, as ldmatrix, cp.async and mbarrier want it.
-FM_DEVICE u32 smem_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+FM_DEVICE u32 smem_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
 
 // Two floats to one register of two 16-bit values, first argument in the low half; rounds to nearest even.
 template <class E>

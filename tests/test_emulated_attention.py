@@ -108,15 +108,15 @@ FAULTS = {
         r"a write to .*0 bytes behind the end of out",
     ),
     "K given back before its product": Fault(
-        _90, "wgmma_wait_group<1>(r_s[0]);\n      release(rings.k.empty(k.stage));",
-        "release(rings.k.empty(k.stage));\n      wgmma_wait_group<1>(r_s[0]);",
+        _90, "wgmma_wait_group<1>(r_s[0]);\n      rings.k.release(at.k);",
+        "rings.k.release(at.k);\n      wgmma_wait_group<1>(r_s[0]);",
     ),
     "V given back before its product": Fault(
-        _90, "wgmma_wait_group<0>(r_out[0]);\n      release(rings.v.empty(v.stage));",
-        "release(rings.v.empty(v.stage));\n      wgmma_wait_group<0>(r_out[0]);",
+        _90, "wgmma_wait_group<0>(r_out[0]);\n      rings.v.release(at.v);",
+        "rings.v.release(at.v);\n      wgmma_wait_group<0>(r_out[0]);",
     ),
-    "V not waited for": Fault(_90, "if (!v_here) rings.v.wait_full(v);", "", "more than 1 arrivals|relative error"),
-    "a product not waited for": Fault(_90, "wgmma_wait_group<0>(r_out[0]);\n      release", "release"),
+    "V not waited for": Fault(_90, "if (!v_here) rings.v.wait_full(at.v);", "", "more than 1 arrivals|relative error"),
+    "a product not waited for": Fault(_90, "wgmma_wait_group<0>(r_out[0]);\n      rings", "rings"),
     "the wrong parity": Fault("tile/pipeline.cuh", "at.parity ^ 1", "at.parity", r"deadlock(.|\n)*warp 1: mbarrier"),
     "too few arrivals": Fault(_90, "kUsers = 4 * kConsumers;", "kUsers = 4 * kConsumers - 1;"),
     "too few bytes": Fault(
@@ -129,7 +129,7 @@ FAULTS = {
         _KEYS, "Tile::kPanelBytes, p.q_map", "Tile::kPanelBytes + 64, p.q_map", "no multiple of 128"
     ),
     "no turn to begin with": Fault(
-        _90, "if (kInTurn && consumer == 0) barrier_arrive(kTurn, 256);", "",
+        _90, "if (consumer == 0) pass_turn(kConsumers - 1);", "",
         r"deadlock(.|\n)*barrier 1, where 128 of 256",
     ),
     "barriers not fenced": Fault(_90, "fence_mbarrier_init();", "", "without fence.mbarrier_init"),

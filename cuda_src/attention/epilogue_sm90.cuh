@@ -1,4 +1,5 @@
-// What the Hopper kernels do with a finished tile: sinks, the rows of out and lse, and the rows that belong to no sequence.
+// What the Hopper kernels do with a finished tile: sinks, the rows of out and lse, and the rows that belong
+// to no sequence.
 #pragma once
 #include "attention/keys.cuh"
 #include "tile/epilogue.cuh"
@@ -9,7 +10,8 @@ template <class Element, int kHeadDimV, class Keys>
 struct AttentionEpilogueSm90 {
   using Params = AttentionFwdSm90Params;
 
-  // The sinks of a thread's two rows, in natural units; -inf: none. Heads that are packed differ from row to row.
+  // The sinks of a thread's two rows, in natural units; -inf: none. Heads that are packed differ from row to
+  // row.
   struct Sinks {
     float of[2];
   };
@@ -17,7 +19,8 @@ struct AttentionEpilogueSm90 {
   FM_DEVICE static Sinks sinks_of(const Params& p, const Work& w) {
     if (p.sinks == nullptr) return {-infinity(), -infinity()};
     const int row = lane_id() >> 2;
-    return {load_float(p.sinks, w.head + head_of(p, row), p.sinks_dtype), load_float(p.sinks, w.head + head_of(p, row + 8), p.sinks_dtype)};
+    return {load_float(p.sinks, w.head + head_of(p, row), p.sinks_dtype),
+            load_float(p.sinks, w.head + head_of(p, row + 8), p.sinks_dtype)};
   }
   FM_DEVICE static int head_of(const Params& p, int row) { return row & ((1 << p.pack_bits) - 1); }
 
@@ -31,15 +34,18 @@ struct AttentionEpilogueSm90 {
   FM_DEVICE static Output output_of(const Params& p, const Work& w, int tile_row) {
     const int q_row = w.q_row + (tile_row >> p.pack_bits), rows = w.band.rows - w.m0 - tile_row;
     const bool lse = p.lse != nullptr && w.v_block == 0;
-    const i64 first = w.batch * p.out_stride_b + q_row * p.out_stride_s + w.head * p.out_stride_h + w.v_block * kHeadDimV;
+    const i64 first =
+        w.batch * p.out_stride_b + q_row * p.out_stride_s + w.head * p.out_stride_h + w.v_block * kHeadDimV;
     return {{&p.out_map, static_cast<Element*>(p.out) + first, p.out_stride_s, p.out_stride_h, rows,
-             p.head_dim_v - w.v_block * kHeadDimV, w.v_block * kHeadDimV, w.head, q_row, Keys::map_batch(p, w.batch), p.pack_bits},
-            lse ? p.lse + w.lse_offset + (tile_row >> p.pack_bits) : nullptr, p.lse_stride_h};
+             p.head_dim_v - w.v_block * kHeadDimV, w.v_block * kHeadDimV, w.head, q_row,
+             Keys::map_batch(p, w.batch), p.pack_bits},
+            lse ? p.lse + w.lse_offset + (tile_row >> p.pack_bits) : nullptr,
+            p.lse_stride_h};
   }
 
   // s_panels: kStagedBytes of the warp's own.
-  FM_DEVICE static void write(const Output& to, u32 s_panels, const float (&r_out)[kHeadDimV / 8][4], const float (&out_scale)[2],
-                              const float (&lse)[2]) {
+  FM_DEVICE static void write(const Output& to, u32 s_panels, const float (&r_out)[kHeadDimV / 8][4],
+                              const float (&out_scale)[2], const float (&lse)[2]) {
     store_accumulator_rows(to.rows, s_panels, r_out, out_scale);
     if (to.g_lse != nullptr && (lane_id() & 3) == 0) {
 #pragma unroll
@@ -55,9 +61,11 @@ struct AttentionEpilogueSm90 {
     for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x) {
       for (auto [row, end] = PackedKeys::gap(p, gap); row < end; ++row)
         for (int head = 0; head < p.heads_q; ++head) {
-          uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + row * p.out_stride_s + head * p.out_stride_h);
+          uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + row * p.out_stride_s +
+                                                  head * p.out_stride_h);
           if (p.clear_rest & kClearOut)
-            for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32) g_row[chunk] = make_uint4(0, 0, 0, 0);
+            for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32)
+              g_row[chunk] = make_uint4(0, 0, 0, 0);
           if ((p.clear_rest & kClearLse) && lane_id() == 0) p.lse[head * p.lse_stride_h + row] = -infinity();
         }
     }

@@ -1,16 +1,18 @@
 // Attention forward for every GPU from sm_80 on.
 //
-//   S = scores(q k^T), masked to the band that causal, window and sequence ends leave    P = softmax(S)    out = P v
-//   lse = log sum exp S (natural logarithm), sinks included
+//   S = scores(q k^T), masked to the band that causal, window and sequence ends leave
+//   P = softmax(S)    out = P v    lse = log sum exp S (natural logarithm), sinks included
 //
-// q (batch, seqlen_q, heads_q, head_dim), k, v (batch, seqlen_k, heads_k, ...), any strides with a contiguous last dimension, or
-// packed tokens with cu_seqlens. Query head h reads key head h / heads_per_key. head_dim and head_dim_v are multiples of 8 up to
-// the compiled sizes; the rest of a row is filled with zeros in shared memory. A head_dim_v beyond the compiled size is cut into
-// v_blocks, each with its own pass over the scores. Overwrites the rows of out and lse that exist, touches no others.
-// A row that sees no key gives out 0 and lse -inf. Same bits in every run: one block owns a row from first key to last.
+// q (batch, seqlen_q, heads_q, head_dim), k, v (batch, seqlen_k, heads_k, ...), any strides with a contiguous
+// last dimension, or packed tokens with cu_seqlens. Query head h reads key head h / heads_per_key. head_dim
+// and head_dim_v are multiples of 8 up to the compiled sizes; the rest of a row is filled with zeros in
+// shared memory. A head_dim_v beyond the compiled size is cut into v_blocks, each with its own pass over the
+// scores. Overwrites the rows of out and lse that exist, touches no others. A row that sees no key gives out
+// 0 and lse -inf. Same bits in every run: one block owns a row from first key to last.
 //
-// One block takes kBlockM queries and walks over the keys in tiles of kBlockN. K and V have one buffer each; K of the next tile
-// travels while V is used, V while K is used (FlashAttention-2's order), and two blocks per SM hide each other's barriers.
+// One block takes kBlockM queries and walks over the keys in tiles of kBlockN. K and V have one buffer each;
+// K of the next tile travels while V is used, V while K is used (FlashAttention-2's order), and two blocks
+// per SM hide each other's barriers.
 #pragma once
 #include "attention/keys.cuh"
 #include "attention/params.cuh"
@@ -22,7 +24,8 @@
 
 namespace fm {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kWarps_, class Variant_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kBlockM_, int kBlockN_, int kWarps_,
+          class Variant_>
 struct AttentionFwdSm80 {
   using Element = Element_;
   using Variant = Variant_;
@@ -53,7 +56,7 @@ struct AttentionFwdSm80 {
 
   FM_DEVICE static bool find_work(const AttentionFwdParams& p, Work& w) {
     int index = static_cast<int>(blockIdx.x);
-    // Late queries see the most keys under a causal mask: they start first, and the short blocks fill the tail.
+    // Late queries see the most keys under a causal mask: they start first, the short blocks fill the tail.
     const int m_block = p.m_blocks - 1 - index % p.m_blocks;
     index /= p.m_blocks;
     w.v_block = index % p.v_blocks;
@@ -65,28 +68,34 @@ struct AttentionFwdSm80 {
     const SequenceOf<i64> found = Keys::sequence_from(p, w.batch, w.m0);
     if (w.m0 >= found.seqlen_q) return false;
     w.q_row = found.q_row;
-    w.band = BandMask{found.seqlen_q, found.seqlen_k, found.seqlen_k - found.seqlen_q, p.window_left, p.window_right, 0};
+    const int shift = found.seqlen_k - found.seqlen_q;
+    w.band = BandMask{found.seqlen_q, found.seqlen_k, shift, p.window_left, p.window_right, 0};
 
     const int head_k = w.head / p.heads_per_key;
-    w.g_k = static_cast<const Element*>(p.k) + w.batch * p.k_stride_b + found.k_row * p.k_stride_s + head_k * p.k_stride_h;
-    w.g_v = static_cast<const Element*>(p.v) + w.batch * p.v_stride_b + found.k_row * p.v_stride_s + head_k * p.v_stride_h + w.v_block * kHeadDimV;
+    w.g_k = static_cast<const Element*>(p.k) + w.batch * p.k_stride_b + found.k_row * p.k_stride_s +
+            head_k * p.k_stride_h;
+    w.g_v = static_cast<const Element*>(p.v) + w.batch * p.v_stride_b + found.k_row * p.v_stride_s +
+            head_k * p.v_stride_h + w.v_block * kHeadDimV;
     return true;
   }
 
   FM_DEVICE static void load_q(const AttentionFwdParams& p, const Work& w, u32 s_base) {
-    const Element* g_q = static_cast<const Element*>(p.q) + w.batch * p.q_stride_b + w.q_row * p.q_stride_s + w.head * p.q_stride_h;
-    load_tile<TileQ, kThreads, kAligned>(s_base + Smem::kQ, g_q, p.q_stride_s, w.band.rows - w.m0, p.head_dim / TileQ::kPerChunk, p.aligned != 0);
+    const Element* g_q = static_cast<const Element*>(p.q) + w.batch * p.q_stride_b + w.q_row * p.q_stride_s +
+                         w.head * p.q_stride_h;
+    load_tile<TileQ, kThreads, kAligned>(s_base + Smem::kQ, g_q, p.q_stride_s, w.band.rows - w.m0,
+                                         p.head_dim / TileQ::kPerChunk, p.aligned != 0);
   }
 
   FM_DEVICE static void load_k(const AttentionFwdParams& p, const Work& w, u32 s_base, int n0) {
-    load_tile<TileK, kThreads, kAligned>(s_base + Smem::kK, w.g_k + n0 * p.k_stride_s, p.k_stride_s, w.band.cols - n0,
-                                         p.head_dim / TileK::kPerChunk, p.aligned != 0);
+    load_tile<TileK, kThreads, kAligned>(s_base + Smem::kK, w.g_k + n0 * p.k_stride_s, p.k_stride_s,
+                                         w.band.cols - n0, p.head_dim / TileK::kPerChunk, p.aligned != 0);
     cp_async_commit_group();
   }
 
   FM_DEVICE static void load_v(const AttentionFwdParams& p, const Work& w, u32 s_base, int n0) {
-    load_tile<TileV, kThreads, kAligned>(s_base + Smem::kV, w.g_v + n0 * p.v_stride_s, p.v_stride_s, w.band.cols - n0,
-                                         p.head_dim_v / TileV::kPerChunk - w.v_block * TileV::kChunks, p.aligned != 0);
+    load_tile<TileV, kThreads, kAligned>(
+        s_base + Smem::kV, w.g_v + n0 * p.v_stride_s, p.v_stride_s, w.band.cols - n0,
+        p.head_dim_v / TileV::kPerChunk - w.v_block * TileV::kChunks, p.aligned != 0);
     cp_async_commit_group();
   }
 
@@ -134,7 +143,8 @@ struct AttentionFwdSm80 {
   }
 
   template <int kN>
-  FM_DEVICE static void change_scores(const AttentionFwdParams& p, const Work& w, float (&r_s)[kM][kN][4], int row, int col) {
+  FM_DEVICE static void change_scores(const AttentionFwdParams& p, const Work& w, float (&r_s)[kM][kN][4],
+                                      int row, int col) {
     const BandMask band = w.band;
     if constexpr (Variant::kScore) Variant::apply(p, r_s, w.batch, w.head, row, col, band);
     if (!band.template cuts<16 * kM, kBlockN>(row, col)) return;
@@ -144,7 +154,8 @@ struct AttentionFwdSm80 {
   }
 
   FM_DEVICE static void write_output(const AttentionFwdParams& p, const Work& w, u32 s_base, int warp_row,
-                                     const float (&r_out)[kM][kHeadDimV / 8][4], const OnlineSoftmax<kM>& softmax) {
+                                     const float (&r_out)[kM][kHeadDimV / 8][4],
+                                     const OnlineSoftmax<kM>& softmax) {
     const float sink = p.sinks == nullptr ? -infinity() : load_float(p.sinks, w.head, p.sinks_dtype);
     float out_scale[2 * kM], lse[2 * kM];
     float sinks[2 * kM];
@@ -155,9 +166,11 @@ struct AttentionFwdSm80 {
     store_accumulator<Element, TileO>(s_base + Smem::kO, warp_row, r_out, out_scale);
     __syncwarp();
     const int rows = w.band.rows - w.m0;
-    Element* g_out = static_cast<Element*>(p.out) + w.batch * p.out_stride_b + w.q_row * p.out_stride_s + w.head * p.out_stride_h + w.v_block * kHeadDimV;
-    store_rows<TileO, 16 * kM, kAligned>([=](int row) { return g_out + row * p.out_stride_s; }, s_base + Smem::kO, warp_row, rows,
-                                         p.head_dim_v / TileO::kPerChunk - w.v_block * TileO::kChunks, p.aligned != 0);
+    Element* g_out = static_cast<Element*>(p.out) + w.batch * p.out_stride_b + w.q_row * p.out_stride_s +
+                     w.head * p.out_stride_h + w.v_block * kHeadDimV;
+    store_rows<TileO, 16 * kM, kAligned>(
+        [=](int row) { return g_out + row * p.out_stride_s; }, s_base + Smem::kO, warp_row, rows,
+        p.head_dim_v / TileO::kPerChunk - w.v_block * TileO::kChunks, p.aligned != 0);
     if (p.lse != nullptr && w.v_block == 0 && (lane_id() & 3) == 0) {
       float* g_lse = p.lse + w.batch * p.lse_stride_b + w.head * p.lse_stride_h + w.q_row;
 #pragma unroll

@@ -1,26 +1,26 @@
-// Where the queries and keys of a sequence lie in their arrays. An attention kernel has one type Keys. It asks that type, and looks neither
-// at cu_seqlens nor at the coordinates of a tensor map itself:
+// Where the queries and keys of a sequence lie in their arrays. An attention kernel has one type Keys. It
+// asks that type, and looks neither at cu_seqlens nor at the coordinates of a tensor map itself:
 //
-//   Keys::even(p)               every sequence is like Keys::each(p), so that the number of a tile says where it lies
-//   Keys::sequence(p, batch)    the rows of one sequence, where they differ
-//   Keys::map_batch(p, batch)   its last coordinate in the tensor maps of q, k, v and out
-//   Keys::load_queries<Tile>(p, work, s_tile, s_full, row)               one thread lets the copy engine fetch rows of queries
-//   Keys::load_keys<Tile>(p, work, map, s_tile, s_full, col, n)          or tile n of the sequence's keys (or values), from column `col` on
+//   even(p)              every sequence is like each(p): then a tile's number says where it lies
+//   sequence(p, batch)   the rows of one sequence, where they differ
+//   map_batch(p, batch)  its last coordinate in the tensor maps of q, k, v and out
+//   load_queries<Tile>(p, work, s_tile, s_full, row)         one thread lets the copy engine fetch queries,
+//   load_keys<Tile>(p, work, map, s_tile, s_full, col, n)    or tile n of the sequence's keys or values
 //
-// `work` is the tile of queries that is worked on: its batch, head, head_k, q_row (of its first query) and k_row (of the sequence's first
-// key). A load announces nothing: the caller has told the barrier s_full of Tile::kBytes bytes.
+// `work` is the tile of queries that is worked on: its batch, head, head_k, q_row (of its first query) and
+// k_row (of the sequence's first key). The caller has told the barrier s_full of Tile::kBytes bytes.
 //
-// RowKeys answers for all arrays that there are today. Keys in pages of a block table are another type, whose load_keys fetches one box
-// for each page that tile n touches. Where values are the first columns of the keys (latent attention), load_keys fetches nothing for V
-// and the two rings of the kernel have the same buffers.
+// RowKeys answers for all arrays that there are today. Keys in pages of a block table are another type, whose
+// load_keys fetches a box for each page that tile n touches. Where values are the first columns of the keys
+// (latent attention), load_keys fetches nothing for V, and the two rings of the kernel share their buffers.
 #pragma once
 #include "attention/params.cuh"
 #include "ptx/tma.cuh"
 
 namespace fm {
 
-// Where the first query and the first key of a sequence lie, in rows of the arrays, and how many of each there are. Row: i64 where rows
-// become addresses, int where they become coordinates.
+// Where the first query and the first key of a sequence lie, in rows of the arrays, and how many of each
+// there are. Row: i64 where rows become addresses, int where they become coordinates.
 template <class Row>
 struct SequenceOf {
   Row q_row, k_row;
@@ -34,7 +34,8 @@ struct DenseKeys {
   FM_DEVICE static int map_batch(int batch) { return batch; }
 };
 
-// All sequences in one array of tokens: rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 are those of sequence b, the first seqused[b] count.
+// All sequences in one array of tokens: rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 are those of sequence b,
+// the first seqused[b] count.
 struct PackedKeys {
   FM_DEVICE static Sequence sequence(const AttentionFwdParams& p, int batch) {
     Sequence found = rows(p, batch);
@@ -52,8 +53,8 @@ struct PackedKeys {
   }
   FM_DEVICE static int map_batch(int) { return 0; }
 
-  // The rows begin .. end - 1 of q and out that are no sequence's: gap 0 lies before the first sequence, gap b behind what counts of
-  // sequence b - 1.
+  // The rows begin .. end - 1 of q and out that are no sequence's: gap 0 lies before the first sequence, gap
+  // b behind what counts of sequence b - 1.
   struct Rows {
     int begin, end;
   };
@@ -71,7 +72,9 @@ struct PackedKeys {
 struct RowKeys {
   FM_DEVICE static bool even(const AttentionFwdParams& p) { return p.cu_seqlens_q == nullptr; }
   FM_DEVICE static Sequence each(const AttentionFwdParams& p) { return DenseKeys::each(p); }
-  FM_DEVICE static Sequence sequence(const AttentionFwdParams& p, int batch) { return PackedKeys::sequence(p, batch); }
+  FM_DEVICE static Sequence sequence(const AttentionFwdParams& p, int batch) {
+    return PackedKeys::sequence(p, batch);
+  }
   // For kernels that ask for one sequence and not for all in turn: q_row is that of its query m0.
   FM_DEVICE static SequenceOf<i64> sequence_from(const AttentionFwdParams& p, int batch, int m0) {
     SequenceOf<i64> found = {m0, 0, p.seqlen_q, p.seqlen_k};
@@ -88,19 +91,21 @@ struct RowKeys {
 
   // row: of the tile of queries, whose rows are those of packed heads.
   template <class Tile, class Work>
-  FM_DEVICE static void load_queries(const AttentionFwdSm90Params& p, const Work& w, u32 s_tile, u32 s_full, int row) {
+  FM_DEVICE static void load_queries(const AttentionFwdSm90Params& p, const Work& w, u32 s_tile, u32 s_full,
+                                     int row) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
-      tma_load_5d(s_tile + panel * Tile::kPanelBytes, p.q_map, s_full, createpolicy_evict_first(), panel * 64, w.head % p.heads_per_key,
-                  w.q_row + (row >> p.pack_bits), w.head_k, map_batch(p, w.batch));
+      tma_load_5d(s_tile + panel * Tile::kPanelBytes, p.q_map, s_full, createpolicy_evict_first(), panel * 64,
+                  w.head % p.heads_per_key, w.q_row + (row >> p.pack_bits), w.head_k, map_batch(p, w.batch));
   }
 
   template <class Tile, class Work>
-  FM_DEVICE static void load_keys(const AttentionFwdSm90Params& p, const Work& w, const TensorMap& map, u32 s_tile, u32 s_full, int col, int n) {
+  FM_DEVICE static void load_keys(const AttentionFwdSm90Params& p, const Work& w, const TensorMap& map,
+                                  u32 s_tile, u32 s_full, int col, int n) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
-      tma_load_4d(s_tile + panel * Tile::kPanelBytes, map, s_full, createpolicy_evict_last(), col + panel * 64,
-                  w.k_row + n * Tile::kRows, w.head_k, map_batch(p, w.batch));
+      tma_load_4d(s_tile + panel * Tile::kPanelBytes, map, s_full, createpolicy_evict_last(),
+                  col + panel * 64, w.k_row + n * Tile::kRows, w.head_k, map_batch(p, w.batch));
   }
 };
 

@@ -1,5 +1,6 @@
-// Who works on what in the Hopper kernels: one warp of every block finds the block's tiles of queries, and how each consumer
-// warpgroup goes through their keys. It runs ahead of the others, so that nobody waits for the arithmetic.
+// Who works on what in the Hopper kernels: one warp of every block finds the block's tiles of queries, and
+// how each consumer warpgroup goes through their keys. It runs ahead of the others, so that nobody waits for
+// the arithmetic.
 #pragma once
 #include "attention/keys.cuh"
 #include "math/reduce.cuh"
@@ -13,25 +14,33 @@ template <int kBlockM, int kBlockN, int kStages>
 struct AttentionScheduleSm90 {
   using Params = AttentionFwdSm90Params;
   static constexpr int kConsumers = kBlockM / 64;
-  static constexpr int kWorks = 4;  // tiles that the scheduler may be ahead, and those that a consumer still needs
+  static constexpr int kWorks = 4;  // records: of tiles ahead, and of those that a consumer still needs
 
-  // A consumer's part of a tile: the steps begin <= n < end. The others of the tile, where all its rows are masked, it lets pass, so
-  // many before and after its own; in steps first_whole <= n < last_whole no score of its rows is masked.
+  // A consumer's part of a tile, a step being one tile of keys. It walks down from step end - 1 to step
+  // begin. Where all its rows are masked, it lets steps pass: skip_high of them above its own, and so before
+  // them, and skip_low below. In steps first_whole .. last_whole - 1 no score of its rows is masked.
   struct Steps {
-    int begin, end, skip_before, skip_after, first_whole, last_whole;
+    int begin, end, skip_high, skip_low, first_whole, last_whole;
     FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
     FM_DEVICE bool any_whole() const { return first_whole < last_whole; }
   };
   // One tile of queries. Written by this warp, read by all.
   struct Work {
     BandMask band;
-    int batch, head, head_k, m0, v_block;  // head: the first of those packed; m0: in rows of tiles, as the band's
+    int batch, head, head_k;  // head: the first of those packed
+    int m0, v_block;     // the tile's first row, counted as the band counts rows; block along head_dim_v
     int q_row, k_row;    // rows of the arrays where the tile's first query and the sequence's first key lie
     int n_begin, n_end;  // key tiles; n_end 0: there is no more work
     i64 lse_offset;      // elements of lse before the tile's first
     Steps steps[kConsumers];
-  };
 
+    // By a whole warp.
+    FM_DEVICE Steps steps_of(int consumer) const {
+      const Steps& s = steps[consumer];
+      return {uniform(s.begin),    uniform(s.end),         uniform(s.skip_high),
+              uniform(s.skip_low), uniform(s.first_whole), uniform(s.last_whole)};
+    }
+  };
 };
 
 // The warp of a block that finds its tiles.
@@ -41,7 +50,8 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
   using typename Schedule::Params, typename Schedule::Steps, typename Schedule::Work;
   using Schedule::kConsumers, Schedule::kWorks;
 
-  // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes look at one tile.
+  // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes
+  // look at one tile.
   struct Cursor {
     int round = 0;
     int next_batch = 0, tiles_seen = 0;  // sequences looked at so far, and the tiles of them all
@@ -54,7 +64,8 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       next_batch += 32;
       mine.seqlen_q = mine.seqlen_k = 0;
       if (batch < p.batch) mine = Keys::sequence(p, batch);
-      const int tiles = div_up(mine.seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
+      const int tiles =
+          div_up(mine.seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
       end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
       tiles_seen = __shfl_sync(0xffffffffu, end, 31);
     }
@@ -73,24 +84,28 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       __syncwarp();
       if (consumer < kConsumers) {
         w.steps[consumer] = steps_in(w, consumer, skipped);
-        skipped = w.steps[consumer].skip_after;
+        skipped = w.steps[consumer].skip_low;
       }
       mbarrier_arrive(ring.full(works.stage));
     }
     finish_counting(p);
   }
 
-  // The number of the block's next tile. Lengths that only the device knows give no even order: blocks then take the next that is free.
+  // The number of the block's next tile. Where only the device knows the lengths, no order made before is
+  // even: blocks then take the next tile that is free.
   FM_DEVICE static u32 next_index(const Params& p, int round) {
     const u32 blocks = gridDim.x, block = blockIdx.x;
-    if (p.tile_counter == nullptr) return p.section == 0 ? round * blocks + block : snake(round, block, blocks);
+    if (p.tile_counter == nullptr)
+      return p.section == kHeadByHead ? round * blocks + block : snake(round, block, blocks);
     if (round == 0) return block;
     return blocks + __shfl_sync(0xffffffffu, lane_id() == 0 ? atomicAdd(p.tile_counter, 1) : 0, 0);
   }
 
   // The last block that has taken all its numbers leaves the counter as it was.
   FM_DEVICE static void finish_counting(const Params& p) {
-    if (p.tile_counter == nullptr || lane_id() != 0 || atomicAdd(p.tile_counter + 1, 1) != static_cast<int>(gridDim.x) - 1) return;
+    if (p.tile_counter == nullptr || lane_id() != 0 ||
+        atomicAdd(p.tile_counter + 1, 1) != static_cast<int>(gridDim.x) - 1)
+      return;
     p.tile_counter[0] = p.tile_counter[1] = 0;
   }
 
@@ -102,7 +117,8 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
     int seqlen_q;
     if (Keys::even(p)) {
       if (index >= p.tiles) return w.n_end = 0, false;
-      const TileIndex place = p.section == 0 ? group_by_group(index, p.m_blocks, blocks) : by_sections(index, p.m_blocks, heads * p.batch, p.section);
+      const TileIndex place = p.section == kHeadByHead ? group_by_group(index, p.m_blocks, blocks)
+                                             : by_sections(index, p.m_blocks, heads * p.batch, p.section);
       w.batch = place.group / heads, group = place.group % heads;
       const Sequence found = Keys::each(p);
       w.m0 = place.m_block * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + found.q_row, w.k_row = found.k_row;
@@ -116,7 +132,8 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       const int lane = __popc(__ballot_sync(0xffffffffu, index >= at.end));
       auto of_lane = [&](int x) { return __shfl_sync(0xffffffffu, x, lane); };
       w.batch = at.next_batch - 32 + lane, group = (index - of_lane(at.begin)) % heads;
-      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + of_lane(at.mine.q_row), w.k_row = of_lane(at.mine.k_row);
+      w.m0 = (of_lane(at.end) - 1 - index) / heads * kBlockM;
+      w.q_row = (w.m0 >> p.pack_bits) + of_lane(at.mine.q_row), w.k_row = of_lane(at.mine.k_row);
       w.band.cols = of_lane(at.mine.seqlen_k), seqlen_q = of_lane(at.mine.seqlen_q);
     }
     w.v_block = group % p.v_blocks, w.head = group / p.v_blocks << p.pack_bits;
@@ -135,10 +152,11 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
   FM_DEVICE static Steps steps_in(const Work& w, int consumer, int skipped) {
     // What is let pass between two products with V holds buffers: one has to stay free.
     const int row = w.m0 + consumer * 64, seen = div_up(max(w.band.last(row + 63) + 1, 0), kBlockN);
-    const int before = max(0, min(min(w.n_end - seen, w.n_end - 1 - w.n_begin), kStages - 1 - skipped));
-    const int after = min(max(0, min(w.n_end - before - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
+    const int high = max(0, min(min(w.n_end - seen, w.n_end - 1 - w.n_begin), kStages - 1 - skipped));
+    const int low =
+        min(max(0, min(w.n_end - high - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
     const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
-    return {w.n_begin + after, w.n_end - before, before, after, whole.first, whole.last};
+    return {w.n_begin + low, w.n_end - high, high, low, whole.first, whole.last};
   }
 };
 

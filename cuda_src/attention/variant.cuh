@@ -5,7 +5,8 @@
 //   apply(...)  changes the tile of scores a thread holds, through for_each_score (kScore only)
 //   kWide       true: scores may come near the end of fp32's range
 //   kAligned    true: only inputs whose rows start at multiples of 16 bytes
-//   kBounded    true: exponents are so small that nothing needs to be subtracted from them; queries are scaled by p.query_scale
+//   kBounded    true: exponents are so small that nothing needs to be subtracted from them; queries are
+//               multiplied by p.query_scale first
 // A new expression on scores is a new struct here (or in a generated translation unit); no kernel changes.
 #pragma once
 #include "attention/params.cuh"
@@ -25,7 +26,8 @@ FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) 
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) f(r_s[m][n][2 * i + e], row + m * 16 + i * 8 + g, col + n * 8 + 2 * t + e);
+        for (int e = 0; e < 2; ++e)
+          f(r_s[m][n][2 * i + e], row + m * 16 + i * 8 + g, col + n * 8 + 2 * t + e);
 }
 
 struct PlainScores {
@@ -37,13 +39,17 @@ struct PlainScores {
 // Softcap alone, and a positive scale: the scores stay q.k, the cap is part of the exponent.
 struct SoftcapScores {
   static constexpr bool kScore = false, kWide = false, kAligned = true, kBounded = false;
-  FM_DEVICE static SoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent}; }
+  FM_DEVICE static SoftcapExponent exponent(const AttentionFwdSm90Params& p) {
+    return {p.softcap, p.to_tanh, p.softcap_exponent};
+  }
 };
 
 // The same for bf16 and a softcap up to 56.
 struct BoundedSoftcapScores : SoftcapScores {
   static constexpr bool kBounded = true;
-  FM_DEVICE static BoundedSoftcapExponent exponent(const AttentionFwdSm90Params& p) { return {p.softcap, p.to_tanh, p.softcap_exponent, p.softcap_short}; }
+  FM_DEVICE static BoundedSoftcapExponent exponent(const AttentionFwdSm90Params& p) {
+    return {p.softcap, p.to_tanh, p.softcap_exponent, p.softcap_short};
+  }
 };
 
 // The same bits as PlainScores, for rows that start anywhere.
@@ -55,20 +61,26 @@ struct PlainScoresUnaligned : PlainScores {
 template <bool kBias>
 struct ModifiedScores {
   static constexpr bool kScore = true, kWide = kBias, kAligned = false, kBounded = false;
-  // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be added in those units.
-  FM_DEVICE static bool folds(const AttentionFwdParams& p) { return !kBias && p.softcap == 0.f && p.softmax_scale > 0.f; }
+  // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be
+  // added in those units.
+  FM_DEVICE static bool folds(const AttentionFwdParams& p) {
+    return !kBias && p.softcap == 0.f && p.softmax_scale > 0.f;
+  }
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return folds(p) ? p.softmax_scale : 1.f; }
   FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams& p) { return {scale(p)}; }
 
   template <int kM, int kN>
-  FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head, int row, int col, const BandMask& band) {
+  FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
+                              int row, int col, const BandMask& band) {
     if (!folds(p)) for_each_score(r_s, row, col, [&](float& s, int, int) { s *= p.softmax_scale; });
     if (p.softcap > 0.f) {
       const float inverse = 1.f / p.softcap;
       for_each_score(r_s, row, col, [&](float& s, int, int) { s = p.softcap * tanh_exp2(s * inverse); });
     }
     if (p.alibi_slopes != nullptr) {
-      const float slope = static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head] / scale(p);
+      const float slope =
+          static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head] /
+          scale(p);
       // Distances from the thread's first score: one conversion to float for all.
       const float first = static_cast<float>(row + (lane_id() >> 2) + band.shift - col - 2 * (lane_id() & 3));
 #pragma unroll
@@ -76,14 +88,17 @@ struct ModifiedScores {
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) r_s[m][n][e] = fmaf(-slope, fabsf(first + static_cast<float>(m * 16 + e / 2 * 8 - n * 8 - e % 2)), r_s[m][n][e]);
+          for (int e = 0; e < 4; ++e)
+            r_s[m][n][e] = fmaf(-slope, fabsf(first + static_cast<float>(m * 16 + e / 2 * 8 - n * 8 - e % 2)),
+                                r_s[m][n][e]);
     }
     if constexpr (kBias) {
       if (p.bias != nullptr) {
         const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h;
         auto add = [&](auto* g_bias, auto convert) {
           for_each_score(r_s, row, col, [&](float& s, int i, int j) {
-            if (i < band.rows && j < band.cols) s = convert(s, g_bias[base + i * p.bias_stride_q + j * p.bias_stride_k]);
+            if (i < band.rows && j < band.cols)
+              s = convert(s, g_bias[base + i * p.bias_stride_q + j * p.bias_stride_k]);
           });
         };
         auto plus = [](float s, auto x) { return s + to_float(x); };

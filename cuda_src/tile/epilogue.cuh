@@ -10,21 +10,29 @@ namespace fm {
 template <class E>
 struct RowsOut {
   const TensorMap* map;  // (columns, heads, rows, batch): boxes of 64 columns by 16 rows of tiles
-  E* g_rows;             // the warp's first row at the first column, which lies at coordinates (col, head, row, batch) of the map
+  E* g_rows;             // the warp's first row at the first column; (col, head, row, batch) in the map
   i64 stride_row, stride_head;
   int rows, cols;        // rows and columns that exist from there on
   int col, head, row, batch;
-  int pack_bits;         // 2^pack_bits heads lie side by side: row r of a tile is row r >> pack_bits of head r % 2^pack_bits
+  // 2^pack_bits heads lie side by side: row r of a tile is row r >> pack_bits of head r % 2^pack_bits.
+  int pack_bits;
 
   // Where row r of a tile is in an array with such strides.
-  FM_DEVICE i64 offset(int r, i64 row_stride, i64 head_stride) const { return (r >> pack_bits) * row_stride + (r & ((1 << pack_bits) - 1)) * head_stride; }
+  FM_DEVICE i64 offset(int r, i64 row_stride, i64 head_stride) const {
+    return (r >> pack_bits) * row_stride + (r & ((1 << pack_bits) - 1)) * head_stride;
+  }
 };
 
-// One warp writes its 16 x (8 kN) accumulator (or the first kTiles tiles of 8 columns), scaled per row, as 16-bit values, two panels of 64 columns at a time, through 4 KiB of
-// its own at s_panels (a multiple of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one
-// may begin, go by ordinary stores. One fence for two panels: it waits for all that the warp has under way.
+// Shared memory through which one warp writes: two panels of 16 rows x 64 values of 16 bits.
+enum : int { kStagedBytes = 2 * 16 * 64 * 2 };
+
+// One warp writes its 16 x (8 kN) accumulator (or the first kTiles tiles of 8 columns), scaled per row, as
+// 16-bit values, two panels of 64 columns at a time, through kStagedBytes of its own at s_panels (a multiple
+// of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one may
+// begin, go by ordinary stores. One fence for two panels: it waits for all that the warp has under way.
 template <int kTiles = 0, int kN, class E>
-FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4], const float (&row_scale)[2]) {
+FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4],
+                                      const float (&row_scale)[2]) {
   using Panel = SmemTile<E, 16, 64>;
   static_assert(sizeof(E) == 2);
   constexpr int kUsed = kTiles == 0 ? kN : kTiles, kPanels = div_up(kUsed, 8);
@@ -36,8 +44,10 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
     __syncwarp();
 #pragma unroll
     for (int n = first * 8; n < min_of(kUsed, first * 8 + 16); n += 2) {
-      const u32 r[4] = {pack2<E>(d[n][0] * row_scale[0], d[n][1] * row_scale[0]), pack2<E>(d[n][2] * row_scale[1], d[n][3] * row_scale[1]),
-                        pack2<E>(d[n + 1][0] * row_scale[0], d[n + 1][1] * row_scale[0]), pack2<E>(d[n + 1][2] * row_scale[1], d[n + 1][3] * row_scale[1])};
+      const u32 r[4] = {pack2<E>(d[n][0] * row_scale[0], d[n][1] * row_scale[0]),
+                        pack2<E>(d[n][2] * row_scale[1], d[n][3] * row_scale[1]),
+                        pack2<E>(d[n + 1][0] * row_scale[0], d[n + 1][1] * row_scale[0]),
+                        pack2<E>(d[n + 1][2] * row_scale[1], d[n + 1][3] * row_scale[1])};
       stmatrix_x4(s_panels + (n / 8 & 1) * Panel::kBytes + Panel::offset(row, n % 8 + chunk), r);
     }
     if (to.rows >= 16) {
@@ -46,7 +56,8 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
       if (lane == 0) {
 #pragma unroll
         for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
-          tma_store_4d(*to.map, s_panels + (panel & 1) * Panel::kBytes, to.col + panel * 64, to.head, to.row, to.batch);
+          tma_store_4d(*to.map, s_panels + (panel & 1) * Panel::kBytes, to.col + panel * 64, to.head, to.row,
+                       to.batch);
         bulk_commit_group();
       }
     } else {
@@ -55,8 +66,9 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
       for (int row = 0; row < to.rows; row += 4)
 #pragma unroll
         for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
-          store_rows<Panel, 4, true>([&](int r) { return to.g_rows + to.offset(r, to.stride_row, to.stride_head) + panel * 64; },
-                                     s_panels + (panel & 1) * Panel::kBytes, row, to.rows, to.cols / 8 - panel * 8, true);
+          store_rows<Panel, 4, true>(
+              [&](int r) { return to.g_rows + to.offset(r, to.stride_row, to.stride_head) + panel * 64; },
+              s_panels + (panel & 1) * Panel::kBytes, row, to.rows, to.cols / 8 - panel * 8, true);
       __syncwarp();
     }
   }

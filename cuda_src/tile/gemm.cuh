@@ -1,5 +1,6 @@
-// Products of one warp on mma.sync. A step is a slice of 32 bytes of the summed dimension: 16 values of 16 bits, or 8 of fp32.
-// fp32 runs as three tf32 products (hi*hi + hi*lo + lo*hi), which keeps about 21 bits of each factor.
+// Products of one warp on mma.sync. A step is a slice of 32 bytes of the summed dimension: 16 values of 16
+// bits, or 8 of fp32. fp32 runs as three tf32 products (hi*hi + hi*lo + lo*hi), which keeps about 21 bits of
+// each factor.
 #pragma once
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma_sync.cuh"
@@ -51,8 +52,8 @@ struct Step<fp32> {
   }
 };
 
-// D(16 kM x 8 kTiles) += A * B^T: A rows from `a_row` of tile TA, B rows from s_b on of tile TB; both hold the summed dimension along
-// their rows. D is the tiles from kFirst on of d.
+// D(16 kM x 8 kTiles) += A * B^T: A rows from `a_row` of tile TA, B rows from s_b on of tile TB; both hold
+// the summed dimension along their rows. D is the tiles from kFirst on of d.
 template <class E, class TA, class TB, int kFirst, int kTiles, int kM, int kN>
 FM_DEVICE void gemm_ss_nt_onto(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
   const int lane = lane_id();
@@ -93,8 +94,8 @@ FM_DEVICE void gemm_ss_nt(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
   gemm_ss_nt_onto<E, TA, TB, 0, kN>(d, s_a, a_row, s_b);
 }
 
-// D += A * B^T as one of many steps, on the kTiles tiles from kFirst on. The tensor core truncates when it adds, so fp32 sums each step
-// apart and adds it with rounding.
+// D += A * B^T as one of many steps, on the kTiles tiles from kFirst on. The tensor core truncates when it
+// adds, so fp32 sums each step apart and adds it with rounding.
 template <class E, class TA, class TB, int kFirst, int kTiles, int kM, int kN>
 FM_DEVICE void gemm_ss_nt_step(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b) {
   if constexpr (sizeof(E) == 4) {
@@ -111,7 +112,8 @@ FM_DEVICE void gemm_ss_nt_step(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_
   }
 }
 
-// D(16 kM x 8 kND) += P * B: P is an accumulator of an earlier product, B the rows of tile TB, the summed dimension across its rows.
+// D(16 kM x 8 kND) += P * B: P is an accumulator of an earlier product, B the rows of tile TB, the summed
+// dimension across its rows.
 template <class E, class TB, int kM, int kN, int kND>
 FM_DEVICE void gemm_rs_nn(float (&d)[kM][kND][4], const float (&p)[kM][kN][4], u32 s_b) {
   const int lane = lane_id();
@@ -123,8 +125,10 @@ FM_DEVICE void gemm_rs_nn(float (&d)[kM][kND][4], const float (&p)[kM][kN][4], u
       typename Step<E>::A a[kM];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const u32 raw[4] = {pack2<E>(p[m][2 * k][0], p[m][2 * k][1]), pack2<E>(p[m][2 * k][2], p[m][2 * k][3]),
-                            pack2<E>(p[m][2 * k + 1][0], p[m][2 * k + 1][1]), pack2<E>(p[m][2 * k + 1][2], p[m][2 * k + 1][3])};
+        const u32 raw[4] = {pack2<E>(p[m][2 * k][0], p[m][2 * k][1]),
+                            pack2<E>(p[m][2 * k][2], p[m][2 * k][3]),
+                            pack2<E>(p[m][2 * k + 1][0], p[m][2 * k + 1][1]),
+                            pack2<E>(p[m][2 * k + 1][2], p[m][2 * k + 1][3])};
         a[m].set(raw);
       }
 #pragma unroll
@@ -139,15 +143,17 @@ FM_DEVICE void gemm_rs_nn(float (&d)[kM][kND][4], const float (&p)[kM][kN][4], u
       }
     }
   } else {
-    // Summed index t of the mma stands for row 2t, t + 4 for row 2t + 1: then the accumulator is the A operand without a shuffle.
-    // The tensor core truncates when it adds, so a long sum would drift: each tile is summed apart and added by an FADD, which rounds.
+    // Summed index t of the mma stands for row 2t, t + 4 for row 2t + 1: then the accumulator is the A
+    // operand without a shuffle. The tensor core truncates when it adds, so a long sum would drift: each tile
+    // is summed apart and added by an FADD, which rounds.
     const int g = lane >> 2, t = lane & 3;
     typename Step<E>::A a[kM][kN];
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        const u32 raw[4] = {__float_as_uint(p[m][k][0]), __float_as_uint(p[m][k][2]), __float_as_uint(p[m][k][1]), __float_as_uint(p[m][k][3])};
+        const u32 raw[4] = {__float_as_uint(p[m][k][0]), __float_as_uint(p[m][k][2]),
+                            __float_as_uint(p[m][k][1]), __float_as_uint(p[m][k][3])};
         a[m][k].set(raw);
       }
 #pragma unroll
@@ -190,10 +196,11 @@ FM_DEVICE void scale_rows(float (&d)[kM][kN][4], const float (&row_scale)[2 * kM
       for (int i = 0; i < 4; ++i) d[m][n][i] *= row_scale[2 * m + i / 2];
 }
 
-// An accumulator, scaled per row, to rows `row` .. and columns `col` .. (a multiple of 8) of tile T as elements of type E; of d the
-// kTiles tiles from kFirst on, or all.
+// An accumulator, scaled per row, to rows `row` .. and columns `col` .. (a multiple of 8) of tile T as
+// elements of type E; of d the kTiles tiles from kFirst on, or all.
 template <class E, class T, int kFirst = 0, int kTiles = 0, int kM, int kN>
-FM_DEVICE void store_accumulator(u32 s_base, int row, const float (&d)[kM][kN][4], const float (&row_scale)[2 * kM], int col = 0) {
+FM_DEVICE void store_accumulator(u32 s_base, int row, const float (&d)[kM][kN][4],
+                                 const float (&row_scale)[2 * kM], int col = 0) {
   constexpr int kUsed = kTiles == 0 ? kN : kTiles;
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
@@ -201,7 +208,8 @@ FM_DEVICE void store_accumulator(u32 s_base, int row, const float (&d)[kM][kN][4
     const int r = row + i / 2 * 16 + (i & 1) * 8 + g;
 #pragma unroll
     for (int n = 0; n < kUsed; ++n) {
-      const float x = d[i / 2][kFirst + n][(i & 1) * 2] * row_scale[i], y = d[i / 2][kFirst + n][(i & 1) * 2 + 1] * row_scale[i];
+      const float x = d[i / 2][kFirst + n][(i & 1) * 2] * row_scale[i];
+      const float y = d[i / 2][kFirst + n][(i & 1) * 2 + 1] * row_scale[i];
       if constexpr (sizeof(E) == 2) {
         st_shared_b32(s_base + T::offset(r, col / 8 + n) + t * 4, pack2<E>(x, y));
       } else {

@@ -1,6 +1,7 @@
-// Band masks: row i of a matrix of rows x cols sees the columns first(i) .. last(i). Causal, sliding window and the end of a
-// sequence are all bands, so one comparison pair per score serves them, and tiles inside the band pay nothing. Where heads are packed
-// into tiles, 2^pack_bits rows that lie one behind the other are the same query.
+// Band masks: row i of a matrix of rows x cols sees the columns first(i) .. last(i). Causal, sliding window
+// and the end of a sequence are all bands, so one comparison pair per score serves them, and tiles inside the
+// band pay nothing. Where heads are packed into tiles, 2^pack_bits rows that lie one behind the other are the
+// same query.
 #pragma once
 #include "prelude.cuh"
 
@@ -13,7 +14,9 @@ struct BandMask {
   int pack_bits;
 
   FM_DEVICE int first(int row) const { return left < 0 ? 0 : max(0, (row >> pack_bits) + shift - left); }
-  FM_DEVICE int last(int row) const { return right < 0 ? cols - 1 : min(cols - 1, (row >> pack_bits) + shift + right); }
+  FM_DEVICE int last(int row) const {
+    return right < 0 ? cols - 1 : min(cols - 1, (row >> pack_bits) + shift + right);
+  }
 
   // Whether some pair of the tile lies outside of the band.
   template <int kRows, int kCols>
@@ -33,12 +36,14 @@ FM_DEVICE WholeTiles whole_tiles(const BandMask& band, int row) {
 
 // Bit n: column c + 8 n lies in first .. last. Whole registers of predicates load from such bits at once.
 FM_DEVICE u32 columns_seen(int first, int last, int c) {
-  return shift_left(~0u, min(max((first - c + 7) >> 3, 0), 32)) & ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
+  return shift_left(~0u, min(max((first - c + 7) >> 3, 0), 32)) &
+         ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
 }
 
 // Scores of a warp outside of the band become `outside`; row, col are those of its 16 x (8 kN) tile.
 template <int kN>
-FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col, float outside = -infinity()) {
+FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col,
+                           float outside = -infinity()) {
   static_assert(kN <= 32);
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll

@@ -1,5 +1,5 @@
-// Rings of buffers in shared memory between a producer and its consumers: each buffer has a barrier that says it is full and one
-// that says it is empty. Both sides walk the ring with a Ring of their own.
+// Rings of buffers in shared memory between a producer and its consumers: each buffer has a barrier that says
+// it is full and one that says it is empty. Both sides walk the ring with a Ring of their own.
 #pragma once
 #include "ptx/mbarrier.cuh"
 
@@ -24,12 +24,32 @@ struct RingBarriers {
 
   // By one thread. full_arrivals, empty_arrivals: threads that report a stage filled, or used.
   FM_DEVICE void init(u32 full_arrivals, u32 empty_arrivals) const {
-    for (int i = 0; i < kStages; ++i) mbarrier_init(full(i), full_arrivals), mbarrier_init(empty(i), empty_arrivals);
+    for (int i = 0; i < kStages; ++i)
+      mbarrier_init(full(i), full_arrivals), mbarrier_init(empty(i), empty_arrivals);
   }
   FM_DEVICE void wait_full(const Ring<kStages>& at) const { mbarrier_wait_parity(full(at.stage), at.parity); }
-  FM_DEVICE bool is_full(const Ring<kStages>& at) const { return mbarrier_test_wait_parity(full(at.stage), at.parity); }
+  FM_DEVICE bool is_full(const Ring<kStages>& at) const {
+    return mbarrier_test_wait_parity(full(at.stage), at.parity);
+  }
+  // One lane of each warp reports that the warp is done with a stage.
+  FM_DEVICE void release(const Ring<kStages>& at) const {
+    if (lane_id() == 0) mbarrier_arrive(empty(at.stage));
+  }
+  // Lets `count` stages pass that others need; each() is called after each of them.
+  template <class F>
+  FM_DEVICE void skip(Ring<kStages>& at, int count, F&& each) const {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      wait_full(at);
+      release(at);
+      at.advance();
+      each();
+    }
+  }
   // The first time around every stage is empty.
-  FM_DEVICE void wait_empty(const Ring<kStages>& at) const { mbarrier_wait_parity(empty(at.stage), at.parity ^ 1); }
+  FM_DEVICE void wait_empty(const Ring<kStages>& at) const {
+    mbarrier_wait_parity(empty(at.stage), at.parity ^ 1);
+  }
 };
 
 }  // namespace fm

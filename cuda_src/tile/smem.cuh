@@ -1,6 +1,7 @@
-// A tile of rows in shared memory, made of 16-byte chunks: how it is laid out, filled from global memory and written back.
-// Columns are cut into panels of 128 (or 64) bytes; inside a panel the chunk index is XORed with the row, so that the eight rows
-// that ldmatrix or a store touches at once lie in eight different groups of banks.
+// A tile of rows in shared memory, made of 16-byte chunks: how it is laid out, filled from global memory and
+// written back. Columns are cut into panels of 128 (or 64) bytes; inside a panel the chunk index is XORed
+// with the row, so that the eight rows that ldmatrix or a store touches at once lie in eight different groups
+// of banks.
 #pragma once
 #include "ptx/cp_async.cuh"
 #include "ptx/shared_memory.cuh"
@@ -44,8 +45,9 @@ FM_DEVICE void copy_chunk_unaligned(u32 s_address, const E* g_pointer, bool vali
   st_shared_v4_b32(s_address, word[0], word[1], word[2], word[3]);
 }
 
-// Starts the copy of `rows` rows of `chunks` chunks; what lies outside becomes zero. kAligned promises rows at multiples of 16 bytes
-// and tiles that span less than 4 GiB, so that a thread keeps 32-bit offsets from a base that the whole block shares.
+// Starts the copy of `rows` rows of `chunks` chunks; what lies outside becomes zero. kAligned promises rows
+// at multiples of 16 bytes and tiles that span less than 4 GiB, so that a thread keeps 32-bit offsets from a
+// base that the whole block shares.
 template <class Tile, int kThreads, bool kAligned, class E>
 FM_DEVICE void load_tile(u32 s_base, const E* g_base, i64 row_stride, int rows, int chunks, bool aligned) {
   using Offset = decltype(pick<kAligned>(u32{}, i64{}));
@@ -65,7 +67,8 @@ FM_DEVICE void load_tile(u32 s_base, const E* g_base, i64 row_stride, int rows, 
       const bool valid = row_ok && panel * Tile::kPanelChunks + column < chunks;
       // kPass is a multiple of the swizzle period, so a pass moves the address by whole rows.
       const u32 s_address = s_thread + pass * kPass * Tile::kRowBytes + panel * Tile::kPanelBytes;
-      const u8* g_pointer = reinterpret_cast<const u8*>(g_base) + offset + panel * Tile::kRowBytes;  // not read where it is not valid
+      // Not read where it is not valid.
+      const u8* g_pointer = reinterpret_cast<const u8*>(g_base) + offset + panel * Tile::kRowBytes;
       if (kAligned || aligned) {
         cp_async_cg_16(s_address, g_pointer, valid);
       } else {
@@ -76,7 +79,8 @@ FM_DEVICE void load_tile(u32 s_base, const E* g_base, i64 row_stride, int rows, 
   static_assert(kPass % 8 == 0, "a pass must keep the swizzle");
 }
 
-// One warp writes kRows rows, from `first_row` of the tile on, to global memory, where g_row(row) is; only `rows` rows of `chunks` chunks exist there.
+// One warp writes kRows rows, from `first_row` of the tile on, to global memory, where g_row(row) is; only
+// `rows` rows of `chunks` chunks exist there.
 template <class Tile, int kRows, bool kAligned, class F>
 FM_DEVICE void store_rows(F&& g_row, u32 s_base, int first_row, int rows, int chunks, bool aligned) {
   constexpr int kPass = 32 / Tile::kPanelChunks;
@@ -98,7 +102,8 @@ FM_DEVICE void store_rows(F&& g_row, u32 s_base, int first_row, int rows, int ch
         for (int i = 0; i < 4; ++i) reinterpret_cast<u32*>(g_pointer)[i] = word[i];
       } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) reinterpret_cast<u16*>(g_pointer)[i] = static_cast<u16>(word[i / 2] >> (i % 2 * 16));
+        for (int i = 0; i < 8; ++i)
+          reinterpret_cast<u16*>(g_pointer)[i] = static_cast<u16>(word[i / 2] >> (i % 2 * 16));
       }
     }
   }

@@ -1,0 +1,46 @@
+// What a consumer of the Hopper kernels does with a tile of scores between the two products.
+#pragma once
+#include "attention/params.cuh"
+#include "attention/variant.cuh"
+#include "math/softmax.cuh"
+#include "tile/mask.cuh"
+
+namespace fm {
+
+// tile_row: the warp's first row in the tile of queries; n: the tile of keys. Where exponents are bounded,
+// the mask comes after exp2.
+template <class Variant, int kBlockN>
+struct AttentionScoresSm90 {
+  using Params = AttentionFwdSm90Params;
+  using Softmax = decltype(pick<Variant::kBounded>(BoundedSoftmax(), OnlineSoftmax<1>()));
+
+  // The variant's change of scores, and the mask.
+  template <class Work, class Steps, int kN>
+  FM_DEVICE static void change(const Params& p, const Work& w, const Steps& steps, float (&r_s)[1][kN][4],
+                               int tile_row, int n) {
+    if constexpr (Variant::kScore)
+      Variant::apply(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
+    if (!Variant::kBounded && !steps.whole(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
+  }
+
+  // Scores become weights, and the sums of rows grow. kPlain: no score of the tile is masked.
+  template <bool kPlain = false, class Work, class Steps, int kN>
+  FM_DEVICE static void exponentiate(const Params& p, Softmax& softmax, const Work& w, const Steps& steps,
+                                     float (&r_s)[1][kN][4], int tile_row, int n) {
+    if constexpr (Variant::kBounded) {
+      const bool masked = !kPlain && !steps.whole(n);
+      const int row = w.m0 + tile_row, col = n * kBlockN;
+      auto keys_of_row = [&](int i) {
+        const int r = row + i * 8 + (lane_id() >> 2);
+        return w.band.last(r) - w.band.first(r) + 1;
+      };
+      softmax.exponentiate(r_s, Variant::exponent(p), !kPlain && !steps.any_whole(), keys_of_row, [&] {
+        if (masked) mask_scores(r_s[0], w.band, row, col, 0.f);
+      });
+    } else {
+      softmax.exponentiate(r_s, Variant::exponent(p));
+    }
+  }
+};
+
+}  // namespace fm
