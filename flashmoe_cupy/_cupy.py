@@ -25,7 +25,7 @@ from flashmoe_cupy.errors import DependencyError
 
 VARIABLE = "CUPY_CACHE_DIR"
 _WHEELS = ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-cuda14x", "cupy", "cupy-rocm-7-0")
-_PARTS = {  # of each extra, where no metadata tells
+_PARTS = {  # packages that each extra brings, for an installation whose metadata does not say
     "12": ("cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"),
     "13": ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"),
 }
@@ -100,7 +100,7 @@ def _choose_folder() -> None:
     for folder in (default, *([ours / "cupy"] if ours is not None else [])):
         error = _env.why_not_writable(folder, keep=True) if folder.is_absolute() else "no home folder is known"
         if not error:
-            if folder is not default or VARIABLE in os.environ:  # set to nothing, CuPy would take it as a name
+            if folder is not default or VARIABLE in os.environ:  # CuPy takes an empty variable as a folder name
                 os.environ[VARIABLE] = str(folder)
             if failed:
                 _env.log.info("CuPy keeps its own kernels in %s: %s; %s names another", folder, failed[0], VARIABLE)
@@ -120,7 +120,7 @@ def _choose_folder() -> None:
 
 
 def _remove(folder: str, process: int) -> None:
-    if os.getpid() == process:  # not in a fork, whose parent still uses it
+    if os.getpid() == process:  # in a fork the folder is the parent's
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ _HELD = ("router_weight", "router_bias", "shared_gate_weight", "w_gate_up", "w_d
 _ROUTE_ARRAYS = ("e_score_correction_bias",)
 _EXPERT_ARRAYS = ("b_gate_up", "b_down", "expert_map", "shared_w_gate_up", "shared_w_down")
 _SIZES = ("hidden_size", "num_experts", "top_k", "intermediate_size")
-_WEIGHTS = ("w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down")  # of one dtype
+_WEIGHTS = ("w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down")  # arrays that must share one dtype
 _TOLD = re.compile(r"arguments must be of one library|dtypes differ|(x|(shared_)?w_(gate_up|down)) has dtype")
 _ROUTER_FLOATS = (dtypes.BF16, dtypes.FP16, dtypes.FP32, dtypes.FP64)
 
@@ -52,7 +52,7 @@ class FlashMoELayer:
     to() or state_dict(). An nn.Module, `flashmoe_cupy.torch.FlashMoE`, is planned: it comes with training.
     """
 
-    _strided: Any = None  # torch's layout of plain memory, in a layer of tensors
+    _strided: Any = None  # torch.strided in a layer of torch tensors; None in all others
 
     @strict
     def __init__(
@@ -135,7 +135,7 @@ class FlashMoELayer:
         if not isinstance(x, self._kind) or self._scattered(x) or not x.shape:
             self._refuse(x, router_logits)
         width = x.shape[-1]
-        known = not isinstance(width, self._kind)  # in torch.jit.trace sizes are tensors, for the operators to check
+        known = not isinstance(width, self._kind)  # under torch.jit.trace sizes are tensors; the operators check them
         if known and width != self.hidden_size:
             self._refuse(x, router_logits)
         rows = x.reshape(-1, width)
@@ -158,7 +158,7 @@ class FlashMoELayer:
         gate = None
         if self.shared_gate_weight is not None:
             score = (_float32(rows) @ self.shared_gate_weight).reshape(-1, 1)
-            gate = moe_route(score, top_k=1, scoring_func="sigmoid")[0]  # the sigmoid, in whatever library
+            gate = moe_route(score, top_k=1, scoring_func="sigmoid")[0]  # the sigmoid, in the library of the arrays
         out = fused_moe(
             rows, self.w_gate_up, self.w_down, routed[0], routed[1], shared_gate=gate, **self.expert_options
         )  # fmt: skip
@@ -173,7 +173,7 @@ class FlashMoELayer:
         """Raise what is wrong with the arguments of a call."""
         why, named, scattered = [], [("x", x), ("router_logits", router_logits)], False
         for name, array in named if router_logits is not None else named[:1]:
-            if not hasattr(type(array), "shape"):  # of a nested tensor to read it is an error
+            if not hasattr(type(array), "shape"):  # of a nested tensor, reading the shape raises
                 have = "None" if array is None else f"a {type(array).__qualname__}"
                 kind = f"an array, a {_name(self._kind)} like the layer's weights"
                 raise TypeError(f"{name} must be {kind}, but is {have}")
@@ -183,7 +183,7 @@ class FlashMoELayer:
             elif self._scattered(array):
                 why.append(f"{name}: {no_strides(sys.modules['torch'], array)}")
                 scattered = True
-        if scattered:  # perhaps without a shape
+        if scattered:  # a nested tensor has no shape, so nothing more can be checked
             raise UnsupportedProblem(f"{self!r}", why, "dense tensors, whose shape every row has")
         shape = tuple(x.shape)
         if not shape or shape[-1] != self.hidden_size:
@@ -231,7 +231,7 @@ def _float32(array: Any) -> Any:
     """The array in float32, by its own library; itself where it is float32 already."""
     if array is None:
         return None
-    if str(array.dtype).removeprefix("torch.") == "float32":  # traced arrays have no memory, so no view
+    if str(array.dtype).removeprefix("torch.") == "float32":  # by the array itself: a traced one has no view
         return array
     return array.float() if hasattr(array, "data_ptr") else array.astype("float32")
 
@@ -291,7 +291,8 @@ def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], e
     """Raise UnsupportedProblem with all that is known to be wrong before a call."""
     why: list[str] = []
     hints: list[str] = []
-    d, e, _, n = [count(why, name, value) or name for name, value in sizes.items()]  # the name of what is not known
+    # A size that is no int is unknown; its name stands for it.
+    d, e, _, n = [count(why, name, value) or name for name, value in sizes.items()]
     given = held | {name: experts[name] for name in _EXPERT_ARRAYS} | {name: route[name] for name in _ROUTE_ARRAYS}
     given = {name: array for name, array in given.items() if array is not None or name in ("w_gate_up", "w_down")}
     views = _views(why, hints, given)
@@ -348,7 +349,7 @@ def _check_route(bias: View | None, experts: int | str, top_k: Any, route: dict[
     options = {name: value for name, value in route.items() if name not in _ROUTE_ARRAYS}
     try:
         route_problem(logits, bias, top_k=top_k, **options)
-    except UnsupportedProblem as error:  # without a number of experts it speaks of logits
+    except UnsupportedProblem as error:  # where the number of experts is unknown, reasons about logits say nothing
         return [reason for reason in error.reasons if len(shape) == 2 or not reason.startswith("logits")]
     return []
 
@@ -373,11 +374,11 @@ def _check_experts(
         return made if some is None else made._replace(library=some.library, device=some.device)
 
     arrays: dict[str, Any] = {name: good.get(name) for name in _EXPERT_ARRAYS}
-    for name in ("b_gate_up", "b_down"):  # beside weights of several dtypes, it may have the right one
+    for name in ("b_gate_up", "b_down"):  # the dtype of the weights is unknown then, and these may have it
         if dtype_of and name in good and good[name].dtype in SHORT:
             arrays[name] = good[name]._replace(dtype=dtypes.FP32)
     shared = ("shared_w_gate_up", "shared_w_down")
-    if any(options[name] is not None and name not in good for name in shared):  # one of them cannot be read
+    if any(options[name] is not None and name not in good for name in shared):  # one of the two cannot be read
         arrays |= dict.fromkeys(shared)
     try:
         moe_problem(

@@ -271,7 +271,7 @@ class RouteCase(NamedTuple):
         if self.topk_group < groups and bool(np.any(near & np.any(two != two[last], axis=1))):
             return False
         members = np.flatnonzero(np.isin(np.arange(self.experts) // size, order[: self.topk_group]))
-        values, first = np.unique(c[members], return_index=True)  # equal values apart from their number are no matter
+        values, first = np.unique(c[members], return_index=True)  # equal values are no risk: the lower id comes first
         slack = self.margin * terms[members][first]
         gaps = np.diff(values) >= np.maximum(slack[1:], slack[:-1])
         lowest = int(np.searchsorted(values, c[chosen].min()))

@@ -86,13 +86,13 @@ def _export(x: Any, name: str, stream: int | None) -> Any:
 
 
 def _open_capsule(capsule: Any, x: object, name: str, library: str) -> View:
-    """Take over the managed tensor of a fresh capsule. Until all is checked the capsule stays its owner."""
+    """The view of a new capsule's tensor, which it then owns. If a check fails the capsule still owns it."""
     flags = 0
     managed: _Versioned | _Legacy
     if _capsule_is(capsule, b"dltensor_versioned"):
         pointer = _capsule_pointer(capsule, b"dltensor_versioned")
         managed = _Versioned.from_address(pointer)
-        if managed.major != 1:  # the rest of the struct may look different
+        if managed.major != 1:  # of another major version the struct may be another
             raise refused(x, name, f"DLPack {managed.major}.{managed.minor} is not supported; 1.x is")
         flags, used = managed.flags, _USED_VERSIONED
     elif _capsule_is(capsule, b"dltensor"):
@@ -115,6 +115,6 @@ def _open_capsule(capsule: Any, x: object, name: str, library: str) -> View:
     device = t.device_id if t.device_type in (_CUDA, _CUDA_MANAGED) else -1
     # Writes to a producer's copy would be lost, so a copy counts as read-only.
     readonly = bool(flags & (_READ_ONLY | _COPIED)) or library == "jax"
-    _capsule_rename(capsule, used)  # from here on the deleter is ours to call
+    _capsule_rename(capsule, used)  # the view must call the deleter from now on, not the capsule
     owner = _Managed(x, pointer, managed.deleter)
     return make(View, (ptr, shape, strides, dtype, device, library, readonly, owner))

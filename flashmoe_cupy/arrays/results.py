@@ -63,7 +63,7 @@ def _to_torch(like: View, a: np.ndarray[Any, np.dtype[Any]]) -> Any:
     dtype = dtype_of(a.dtype)
     if not a.flags.writeable or any(t < 0 for t in a.strides):  # torch takes neither
         a = a.copy()
-    foreign = dtype.name.startswith(("bfloat", "float8"))  # torch.from_numpy does not know them
+    foreign = dtype.name.startswith(("bfloat", "float8"))  # dtypes that torch.from_numpy refuses
     tensor = torch.from_numpy(a.view(f"u{a.itemsize}") if foreign else a)
     owner: Any = like.owner
     return (tensor.view(getattr(torch, dtype.name)) if foreign else tensor).to(owner.device)
@@ -100,5 +100,5 @@ def keep_until_done(views: Iterable[View]) -> None:
         while _pending and _pending[0][0].done:
             _pending.popleft()
         current = cupy.cuda.get_current_stream()
-        if not current.is_capturing():  # a captured graph's memory is its owner's duty
+        if not current.is_capturing():  # who replays a captured graph must keep its arguments alive
             _pending.append((current.record(cupy.cuda.Event(disable_timing=True)), [v.owner for v in borrowed]))

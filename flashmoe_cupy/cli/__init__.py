@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from flashmoe_cupy.cli import commands, options, show
 
     words = options.joined(sys.argv[1:] if argv is None else argv)
-    mine = words[: words.index("--")] if "--" in words else words
-    as_json = any(len(word) > 2 and "--json".startswith(word) for word in mine)  # argparse takes short forms too
+    ours = words[: words.index("--")] if "--" in words else words
+    as_json = any(len(word) > 2 and "--json".startswith(word) for word in ours)  # argparse takes short forms too
     try:
         parser = options.make_parser()
         args = parser.parse_args(words)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         try:
             _env.get()
-        except ValueError as error:  # a variable that nobody can understand
+        except ValueError as error:  # an environment variable with a wrong value
             raise options.Misuse(str(error)) from None
         return commands.COMMANDS[args.command](args)
     except (FlashMoEError, options.Misuse) as error:
@@ -36,6 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, options.Misuse) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         sys.stderr.close()
         return 0

@@ -23,7 +23,7 @@ def info(args: argparse.Namespace) -> int:
     data = service.show_config()
     gpu = data["backend"]["name"] == "cuda"
     tests = [] if args.no_test else self_test(gpu)
-    data["cache"] = service.show_config()["cache"]  # again: the self-test may have added to it
+    data["cache"] = service.show_config()["cache"]  # asked after the self-test, which may have added to it
     failed = any(not test["passed"] for test in tests)
     if args.json:
         show.emit_json({**data, "self_test": tests})
@@ -275,7 +275,7 @@ def cache(args: argparse.Namespace) -> int:
     return 0
 
 
-# The options of `bench` that one op has, and their defaults on a GPU and without one.
+# The options of `bench` that belong to one op: name: (default on a GPU, default without).
 _BENCH: dict[str, dict[str, tuple[Any, Any]]] = {
     "attention": {"d": (128, 128), "heads": (16, 16), "causal": (False, False), "longest": (16384, 1024)},
     "moe": {"hidden": (2048, 512), "intermediate": (768, 256), "experts": (64, 16), "top_k": (8, 4),

@@ -197,7 +197,7 @@ def matmul_ceiling(size: int = 8192) -> tuple[float, str]:
             with torch.cuda.stream(torch.cuda.ExternalStream(_stream())):
                 return flops / (gpu_ms(lambda: a @ a, seconds=0.2) * 1e-3), f"torch bf16 matmul {size}"
         why.append("torch sees no GPU")
-    except Exception as error:  # a ceiling is extra: whatever is broken in another library must not stop the demo
+    except Exception as error:  # the ceiling is an extra: an error of another library must not stop the demo
         why.append(f"torch: {type(error).__name__}")
     try:
         import cupy

@@ -37,7 +37,7 @@ def joined(words: Sequence[str]) -> list[str]:
     """The command line with `--option -1,0` as `--option=-1,0`: argparse would take the value for an option."""
     found: list[str] = []
     for i, word in enumerate(words):
-        if word == "--":  # the rest belongs to someone else
+        if word == "--":  # the rest goes to another program
             return [*found, *words[i:]]
         if _NEGATIVE.match(word) and found and found[-1].startswith("--") and "=" not in found[-1]:
             found[-1] += f"={word}"

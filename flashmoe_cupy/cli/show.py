@@ -95,7 +95,7 @@ def emit_json(data: Any) -> None:
 
 def fail(error: Exception, as_json: bool) -> None:
     """An error: in words on standard error, and as a document on standard output where JSON is asked for."""
-    usage = getattr(error, "usage", None)  # wrong use has it, with or without text
+    usage = getattr(error, "usage", None)  # a Misuse has it, perhaps as an empty string
     print(f"{usage or ''}flashmoe-cupy: {error}", file=sys.stderr)
     if as_json:
         kind = "usage" if usage is not None else type(error).__name__

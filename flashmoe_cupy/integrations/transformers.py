@@ -134,7 +134,7 @@ def attention(
         options |= {"max_seqlen_q": int(max_length_q or q.shape[1]), "max_seqlen_k": int(max_length_k or k.shape[1])}
         return flash_attention_varlen(q[0], k[0], v[0], **options)[None], None
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None and attention_mask is not None:
-        # not every model has the packing in its mask
+        # A mask may let tokens see other packed sequences: not every model hides them.
         elsewhere = _sequence(cu_seq_lens_q, q.shape[1])[:, None] != _sequence(cu_seq_lens_k, k.shape[1])
         attention_mask = attention_mask.masked_fill(elsewhere, False if _boolean(attention_mask) else float("-inf"))
     bias = attention_mask if position_bias is None else position_bias

@@ -21,8 +21,8 @@ from ..errors import UnsupportedProblem
 if TYPE_CHECKING:
     import torch
 
-_attention: set[str] = set()  # registered names
-_experts: set[str] = set()
+_attention: set[str] = set()  # names under which our attention is registered
+_experts: set[str] = set()  # and our experts
 _passed: set[type] = set()  # configuration classes whose models take our attention
 
 
@@ -115,7 +115,7 @@ def _models(model: type) -> list[Any]:
     """The class and its bases, as far as they are models."""
     from transformers import PreTrainedModel
 
-    shared = PreTrainedModel.__module__  # its bases of many models say nothing of one
+    shared = PreTrainedModel.__module__  # its bases serve many models and say nothing of one
     return [base for base in model.__mro__ if issubclass(base, PreTrainedModel) and base.__module__ != shared]
 
 
@@ -176,6 +176,6 @@ def _named_by_constructor(part: type, end: set[type]) -> Iterator[tuple[str, Any
 
 def _names(code: CodeType) -> Iterator[str]:
     yield from code.co_names
-    for constant in code.co_consts:  # comprehensions and functions inside
+    for constant in code.co_consts:  # code of comprehensions and inner functions
         if isinstance(constant, CodeType):
             yield from _names(constant)

@@ -133,7 +133,7 @@ def _kind(module: torch.nn.Module) -> _Kind:
     """What the module computes, found by trying: its names do not tell, for classes replace `_apply_gate` at will."""
     import torch
 
-    # dense around 0, farther than any clamp, and every column with values of all sizes
+    # Values dense around 0, some beyond every clamp, and in every column values of all sizes.
     values = torch.linspace(-9, 8.5, 1024, device="cpu").sinh()
     given = values[torch.arange(1024, device="cpu") * 389 % 1024].reshape(64, 16)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def _kind(module: torch.nn.Module) -> _Kind:
         alpha, limit = _number(module, "alpha"), _number(module, "limit")
         names = _GATED if module.has_gate else _PLAIN
         options: list[tuple[str, float | None, float | None]] = [(name, None, None) for name in names]
-        if module.has_gate:  # with the numbers it declares, as DeepSeek-V4 and GLM-5; or without
+        if module.has_gate:  # first with the numbers that the module declares, as DeepSeek-V4 and GLM-5 do
             options = [("swiglu", None, limit), ("swigluoai", alpha, limit), *options]
         for activation, *numbers in options:
             for interleaved in (False, True) if module.has_gate else (False,):

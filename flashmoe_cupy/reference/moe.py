@@ -91,7 +91,7 @@ def _activate(h: Array, rules: _Rules) -> Array:
     if rules.activation == "geglu_tanh":
         return _gelu_tanh(gate) * up
     if rules.limit is not None:
-        gate = np.minimum(gate, rules.limit)  # it has no lower limit
+        gate = np.minimum(gate, rules.limit)  # the gate has no lower limit
         up = np.clip(up, -rules.limit, rules.limit)
     if rules.alpha is None:
         return gate * sigmoid(gate) * up
@@ -116,7 +116,7 @@ def _local(topk_ids: AnyArray, num_experts: int, expert_map: AnyArray | None) ->
     need(ids.ndim == 2, f"topk_ids must be (T, K), got {ids.shape}")
     if expert_map is not None:
         need(np.ndim(expert_map) == 1, f"expert_map must be (num_global,), got {np.shape(expert_map)}")
-        table = np.append(np.asarray(expert_map).astype(np.int64), -1)  # its last entry serves ids from nowhere
+        table = np.append(np.asarray(expert_map).astype(np.int64), -1)  # ids outside of the map read its last entry, -1
         ids = table[np.where((ids >= 0) & (ids < len(table) - 1), ids, -1)]
     return np.where((ids >= 0) & (ids < num_experts), ids, -1)
 

@@ -88,7 +88,7 @@ def check_sizes(sizes: dict[str, Any], flags: dict[str, Any], optional: Sequence
     why: list[str] = []
     for name, value in sizes.items():
         n = integer(value)
-        if (n is None or n < 0) and not (value is None and name in optional):  # too large ones: as in the call itself
+        if (n is None or n < 0) and not (value is None and name in optional):  # the call itself refuses too large ones
             why.append(f"{name} must be an int from 0 on, but is {show(value)}")
     for name, value in flags.items():
         flag(why, name, value)
@@ -106,6 +106,6 @@ def absent_arrays() -> Callable[..., View]:
         strides = [1]
         for n in reversed(shape[1:]):
             strides.append(strides[-1] * n)
-        return View(next(address), shape, tuple(reversed(strides)), of, 0, "", False, None)  # of whatever library
+        return View(next(address), shape, tuple(reversed(strides)), of, 0, "", False, None)  # "": of no library
 
     return array

@@ -108,7 +108,7 @@ def backend() -> tuple[str, str]:
 
 def show_config() -> dict[str, Any]:
     """Everything about this installation that a bug report needs, as plain data. Imports CuPy when it is installed."""
-    # As it was given: the import of CuPy may set a variable.
+    # Read first, for the import of CuPy may set a variable.
     environment = {name: os.environ.get(name) for name in (*_env.VARIABLES, *_FOREIGN_VARIABLES)}
     machine = driver()
     return {

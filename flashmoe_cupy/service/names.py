@@ -27,7 +27,7 @@ def named_dtype(name: str) -> DType:
         raise ValueError(f"unknown dtype {name!r}; known: {known}") from None
 
 
-# The compute capabilities of GPUs whose names leave no doubt, and the names as one writes them.
+# The arch of GPUs, and their names as people write them; only names that mean one arch.
 _GPUS = {
     "sm_80": ("A100", "A30", "A800"), "sm_86": ("A10", "A40", "A16", "A2", "RTX 3090", "RTX 3080", "RTX A6000"),
     "sm_89": ("L4", "L40", "L40S", "RTX 4090", "RTX 4080"), "sm_90a": ("H100", "H200", "H800", "H20", "GH200"),
