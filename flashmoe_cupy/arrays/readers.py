@@ -165,8 +165,8 @@ def _cai(x: Any, name: str) -> View:
     shape = tuple([operator.index(n) for n in info["shape"]])
     ptr, readonly = info["data"]
     given = info.get("strides")
-    steps = tuple([operator.index(t) for t in given or ()])
-    strides = row_major(shape) if given is None else in_elements(x, name, steps, dtype.itemsize)
+    byte_strides = tuple([operator.index(t) for t in given or ()])
+    strides = row_major(shape) if given is None else in_elements(x, name, byte_strides, dtype.itemsize)
     device = _pointer_device(x, name, ptr or 0)
     stream = info.get("stream")
     if stream is not None:

@@ -51,11 +51,11 @@ def route(
     """
     p = problem
     shift = None if bias is None else bias.astype(np.float32)
-    step = max(1, _SCORES // p.num_experts)
-    parts: list[tuple[NDArray[np.float64], float]] = [(np.zeros(p.num_experts), 0.0)] * -(-p.tokens // step)
+    tokens_at_once = max(1, _SCORES // p.num_experts)
+    parts: list[tuple[NDArray[np.float64], float]] = [(np.zeros(p.num_experts), 0.0)] * -(-p.tokens // tokens_at_once)
 
     def block(place: int) -> None:
-        rows = slice(place * step, min((place + 1) * step, p.tokens))
+        rows = slice(place * tokens_at_once, min((place + 1) * tokens_at_once, p.tokens))
         found = _route_block(p, widened(logits[rows]), shift, topk_weights[rows], topk_ids[rows])
         if found is not None:
             parts[place] = found
@@ -100,7 +100,7 @@ def _route_block(
     return share.sum(axis=0, dtype=np.float64), float(squares)
 
 
-_TINY = np.float32(1e-20)  # is added to a sum of weights before it divides: the sum may be 0 by underflow
+_TINY = np.float32(1e-20)  # is added to a sum of weights, which may underflow to 0, as in DeepSeek-V3's own code
 
 
 def _scores(name: str, x: F32) -> F32:
@@ -240,11 +240,11 @@ def grouped_gemm(
     p = problem
     spans = _spans(p, offsets, group_sizes)
     with np.errstate(all="ignore"):
-        step = max(1, _ROWS // max(p.d, p.n))
+        rows_at_once = max(1, _ROWS // max(p.d, p.n))
         for e, (first, last) in enumerate(spans):
             source, target = (x[e], out[e]) if p.masked else (x, out)
-            for i in range(first, last, step):
-                rows = slice(i, min(i + step, last))
+            for i in range(first, last, rows_at_once):
+                rows = slice(i, min(i + rows_at_once, last))
                 if gather_indices is None:
                     block = widened(source[rows])
                 else:
@@ -276,16 +276,16 @@ def _linear(x: F32, w: Array, bias: Array | None, row_by_row: bool = False) -> F
     """x @ w^T + bias in float32, w in blocks. row_by_row: BLAS never sees how many rows there are."""
     rows, depth = x.shape
     out = np.empty((rows, len(w)), np.float32)
-    step = max(1, _WEIGHTS // depth)
-    for j in range(0, len(w), step):
-        block = w[j : j + step]
+    columns_at_once = max(1, _WEIGHTS // depth)
+    for j in range(0, len(w), columns_at_once):
+        block = w[j : j + columns_at_once]
         if block.dtype != np.float32 or block.strides[1] != 4 or block.strides[0] < 4 * depth:
             block = widened(block)  # also what BLAS would not read in place
         if row_by_row:
             for i in range(rows):
-                out[i, j : j + step] = block @ x[i]
+                out[i, j : j + columns_at_once] = block @ x[i]
         else:
-            out[:, j : j + step] = x @ block.T
+            out[:, j : j + columns_at_once] = x @ block.T
     if bias is not None:
         out += bias.astype(np.float32)
     return out
@@ -327,10 +327,10 @@ def fused_moe(
     shared = None
     if shared_w_gate_up is not None and shared_w_down is not None:
         shared = _Expert(shared_w_gate_up, shared_w_down)
-    step = max(1, _RESULTS // (p.top_k * p.hidden))
+    tokens_at_once = max(1, _RESULTS // (p.top_k * p.hidden))
     with np.errstate(all="ignore"):
-        for i in range(0, p.tokens, step):
-            rows = slice(i, min(i + step, p.tokens))
+        for i in range(0, p.tokens, tokens_at_once):
+            rows = slice(i, min(i + tokens_at_once, p.tokens))
             offsets, order, inverse = permute(topk_ids[rows], p.num_experts, expert_map)
             weights = np.where(inverse >= 0, topk_weights[rows].astype(np.float32), np.float32(0.0))
             y = np.zeros((weights.size, p.hidden), x.dtype)
@@ -363,9 +363,9 @@ def _pass(
     p: MoEProblem, expert: _Expert, x: Array, tokens: Array, factors: F32 | None, y: Array, places: Array
 ) -> None:
     """Send x[tokens], times factors if given, through an expert and write the results to y[places]."""
-    step = max(1, _ROWS // max(len(expert.w_gate_up), p.hidden))
-    for i in range(0, len(tokens), step):
-        part = slice(i, i + step)
+    rows_at_once = max(1, _ROWS // max(len(expert.w_gate_up), p.hidden))
+    for i in range(0, len(tokens), rows_at_once):
+        part = slice(i, i + rows_at_once)
         rows = widened(x[tokens[part]])
         if factors is not None:
             rows *= factors[part, None]

@@ -341,8 +341,11 @@ def _modify(x: F32, t: Tile, c: _Cut, first: int, strips: tuple[int, int, int, i
     return masked or s.bias is not None
 
 
-def _bias(bias: Array, t: Tile, c: _Cut, rows: slice, keys: slice, step: int) -> Array:
-    """The part of a 4-D bias, in the axes of the scores in _modify; queries beyond the last one have 0."""
+def _bias(bias: Array, t: Tile, c: _Cut, rows: slice, keys: slice, per_product: int) -> Array:
+    """The part of a bias for some rows and keys, in the axes of the scores in _modify; queries beyond the last have 0.
+
+    per_product: keys of a product.
+    """
     cut = (t.batch, t.heads_q, slice(rows.start, min(rows.stop, t.rows.stop)), keys)
     part = bias[tuple(r if n > 1 else slice(None) for r, n in zip(cut, bias.shape, strict=True))]
     lacking = rows.stop - t.rows.stop
@@ -351,7 +354,7 @@ def _bias(bias: Array, t: Tile, c: _Cut, rows: slice, keys: slice, step: int) ->
     b, h, i, j = part.shape
     heads = (c.heads_k, c.heads, c.stack) if h > 1 else (1, 1, 1)
     queries = (i // c.queries, c.queries) if i > 1 else (1, 1)
-    split = (j // step, step) if j > 1 else (1, 1)
+    split = (j // per_product, per_product) if j > 1 else (1, 1)
     # A bias of one head, query or key has size 1 on this axis whether it is spread out or there is no more.
     return part.reshape(b, *heads, *queries, *split).transpose(0, 1, 2, 4, 6, 3, 5, 7)
 

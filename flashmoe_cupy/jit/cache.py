@@ -23,6 +23,7 @@ from flashmoe_cupy.jit import compiler, disk, source
 from flashmoe_cupy.jit.disk import Entry as Entry  # what `get` returns
 
 LOCK_TIMEOUT = 120.0  # seconds that a process waits for another one's compile before it compiles for itself
+LEFT_BEHIND_AFTER = 3600  # seconds after which a file that belongs to no kernel is a killed process's
 NOTICE_AFTER = 0.5  # seconds of compiling before a terminal gets one line
 WARMUP = "FLASHMOE_JIT=1 python -m flashmoe_cupy warmup --arch {arch}"
 
@@ -122,7 +123,8 @@ def prune(max_bytes: int) -> int:
     whole = {stored.key for stored in kept}
     for path in disk.files("*"):
         with suppress(OSError):
-            if path.suffix in disk.SUFFIXES and path.stem not in whole and time.time() - path.stat().st_mtime > 3600:
+            alone = path.suffix in disk.SUFFIXES and path.stem not in whole
+            if alone and time.time() - path.stat().st_mtime > LEFT_BEHIND_AFTER:
                 path.unlink()
     total = sum(stored.size for stored in kept)
     removed = 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from flashmoe_cupy.dtypes import BF16, FP16, DType
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 
-BYTES = 128  # of a map
+BYTES = 128  # of a map; in Params its address is a multiple of as many
 MAX_STRIDE = 2**40  # bytes; every stride is less (CUDA driver API, cuTensorMapEncodeTiled)
 
 _CODES = {FP16: 6, BF16: 9}  # CUtensorMapDataType

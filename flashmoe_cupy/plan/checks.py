@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 INT_MAX = 2**31 - 1  # kernels count rows, heads and assignments in 32 bits
 FLOAT_MAX = 3.4028234663852886e38  # numbers reach the kernels as float32
 FLOAT_TINY = 1.1754943508222875e-38
+SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT = 1.702, 7.0  # of gpt-oss, whose activation it is
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}  # the dtypes of the arrays that are computed with
 Option = tuple[str, object, object]  # name, value, default
 Named = Sequence[tuple[str, "View"]]
@@ -134,7 +135,7 @@ def flag(why: list[str], name: str, value: object) -> bool:
 def clamp_alpha(why: list[str], activation: object, known: bool, value: object) -> float:
     """swiglu_alpha as the kernels take it; 0 where there is none. known: the activation is one of ours."""
     if value is None:
-        return 1.702 if activation == "swigluoai" else 0.0
+        return SWIGLUOAI_ALPHA if activation == "swigluoai" else 0.0
     alpha = real(value)
     if alpha is None or not -FLOAT_MAX <= alpha <= FLOAT_MAX:
         why.append(f"swiglu_alpha must be a number finite in float32, but is {have(value)}")
@@ -146,7 +147,7 @@ def clamp_alpha(why: list[str], activation: object, known: bool, value: object) 
 def clamp_limit(why: list[str], activation: object, known: bool, value: object) -> float:
     """swiglu_limit as the kernels take it; 0 where nothing is clamped."""
     if value is None:
-        return 7.0 if activation == "swigluoai" else 0.0
+        return SWIGLUOAI_LIMIT if activation == "swigluoai" else 0.0
     limit = real(value)
     if limit is None or not limit > 0.0:
         why.append(f"swiglu_limit must be a positive number (inf: no clamp), but is {have(value)}")

@@ -9,10 +9,10 @@ from flashmoe_cupy.dtypes import FLOATS
 
 Topics = Sequence[tuple[str, str]]  # a pattern for reasons, and what concerns them
 
-MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_V = 512
-MAX_EXPERTS = 1024  # of the router, which holds a token's scores in registers
-MAX_TOP_K = 32  # of the router
+MAX_HEAD_DIM = 256  # the largest compiled size (plan/attention/tiles.py)
+MAX_HEAD_DIM_V = 512  # two blocks of that size
+MAX_EXPERTS = 1024  # of the router: 32 scores of a token in each lane of a warp (plan/moe/small.py)
+MAX_TOP_K = 32  # of the router: one choice for each lane
 
 _SHARED: Topics = (
     (r"one library", "all arrays of a call belong to one library and lie on one device"),

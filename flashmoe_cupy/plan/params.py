@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import NamedTuple
 
-from flashmoe_cupy.jit import source
+from flashmoe_cupy.jit import source, tensormap
 
 MAP = "TensorMap"
 _FORMATS = {"i64": "q", "u64": "Q", "int": "i", "u32": "I", "float": "f", "*": "Q"}  # of struct; * is any pointer
-_MAP_BYTES = 128  # and its alignment
 
 Values = Mapping[str, float | Sequence[float]]
 
@@ -106,7 +105,7 @@ class Params:
 
 
 def _size(kind: str) -> int:
-    return _MAP_BYTES if kind == MAP else struct.calcsize(f"={_FORMATS[kind]}")
+    return tensormap.BYTES if kind == MAP else struct.calcsize(f"={_FORMATS[kind]}")
 
 
 @cache

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
 
 
+_MAX_TILE_ROWS = 256  # of the tiles of all kernels (plan/attention/tiles.py)
+
+
 class AttentionProblem(NamedTuple):
     """Everything but the pointers. Strides count elements. Where sequences are packed, strides of the batch are 0."""
 
@@ -64,7 +67,7 @@ class AttentionProblem(NamedTuple):
 
     @property
     def rows_aligned(self) -> bool:
-        """Whether strides keep every row of q, k, v, out at a multiple of 16 bytes, and tiles within 4 GiB."""
+        """Whether strides keep every row of q, k, v, out at a multiple of 16 bytes, and each tile within 4 GiB."""
         size = self.dtype.itemsize
         queries = self.batch, self.total_q or self.seqlen_q, self.heads_q
         keys = self.batch, self.total_k or self.seqlen_k, self.heads_k
@@ -73,7 +76,7 @@ class AttentionProblem(NamedTuple):
         ):  # fmt: skip
             if any(n > 1 and stride * size % 16 for n, stride in zip(shape, strides, strict=True)):
                 return False
-            if shape[1] > 1 and not 0 <= strides[1] * size * 256 < 2**32:
+            if shape[1] > 1 and not 0 <= strides[1] * size * _MAX_TILE_ROWS < 2**32:
                 return False
         return True
 

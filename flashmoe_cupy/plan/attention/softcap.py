@@ -20,6 +20,7 @@ _TANH = {
     UNBOUNDED: (0.99999946, -0.33326318, 0.13190296, -0.0444022),  # relative error 6e-7 up to u = 0.5
     BOUNDED: (0.99999785, -0.33314044, 0.13057898, -0.0409302),  # 2e-6 up to 0.6
 }
+_MIN_QUERY_SCALE = 2.0**-24  # of BOUNDED, so that queries from 2**-102 on stay normal: their scaling is exact
 _MAX_SHORT = 0.3  # |argument| of tanh up to which BOUNDED may take two coefficients ...
 _SHORT_ERROR = 8e-4  # ... if they change no exponent by more; a weight is rounded to bf16 by up to 4e-3
 
@@ -27,7 +28,7 @@ _SHORT_ERROR = 8e-4  # ... if they change no exponent by more; a weight is round
 def variant(softmax_scale: float, softcap: float, bf16: bool) -> str:
     """The variant for a positive scale and a softcap."""
     scaled = _query_scale(softmax_scale / softcap, softcap) if softmax_scale / softcap > 0 else 0.0
-    return BOUNDED if bf16 and softcap <= _MAX_BOUNDED and 2.0**-24 <= scaled <= 1.0 else UNBOUNDED
+    return BOUNDED if bf16 and softcap <= _MAX_BOUNDED and _MIN_QUERY_SCALE <= scaled <= 1.0 else UNBOUNDED
 
 
 def _query_scale(to_tanh: float, softcap: float) -> float:

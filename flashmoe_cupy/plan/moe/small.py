@@ -8,7 +8,10 @@ from flashmoe_cupy.dtypes import FP32, DType
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Arguments, Kernel, Step, Values
 from flashmoe_cupy.plan.params import Params
 
-PER_LANE = (1, 2, 4, 8, 16, 32)  # experts that a lane of the router holds, by compiled sizes
+PER_LANE = (1, 2, 4, 8, 16, 32)  # compiled sizes of the router: experts that each lane of a warp holds
+# Threads and shared memory below are `kThreads` and `Smem::kBytes` of the structs in cuda_src/moe.
+_WINDOW = 512  # experts that MoePermutePlace places at once: one for each thread
+_COUNT_WINDOW = 4096  # experts that MoePermuteCount counts at once
 
 
 class SmallConfig(NamedTuple):
@@ -88,7 +91,7 @@ ROUTER = SmallKernel(
 )  # fmt: skip
 ROUTER_STATS = SmallKernel(
     "moe_router_stats", "moe/router.cuh", "counts and losses of a router", "MoeRouterStatsParams",
-    SmallConfig("stats", "MoeRouterStats", 1024, 8192),
+    SmallConfig("stats", "MoeRouterStats", 1024, 8 * 1024),
 )  # fmt: skip
 CAPACITY = SmallKernel(
     "moe_capacity", "moe/router.cuh", "drops what experts cannot hold", "MoeCapacityParams",
@@ -96,11 +99,11 @@ CAPACITY = SmallKernel(
 )  # fmt: skip
 PERMUTE_COUNT = SmallKernel(
     "moe_permute_count", "moe/permute.cuh", "assignments of each expert, by block", "MoePermuteParams",
-    SmallConfig("count", "MoePermuteCount", 512, 16384),
+    SmallConfig("count", "MoePermuteCount", 512, 4 * _COUNT_WINDOW),
 )  # fmt: skip
 PERMUTE_PLACE = SmallKernel(
     "moe_permute_place", "moe/permute.cuh", "assignments in the order of experts", "MoePermuteParams",
-    SmallConfig("place", "MoePermutePlace", 512, 4 * 18 * 512 + 64),
+    SmallConfig("place", "MoePermutePlace", _WINDOW, 4 * (16 + 2) * _WINDOW + 4 * 16),
 )  # fmt: skip
 COMBINE = SmallKernel(
     "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams",
