@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flashmoe_cupy import _late
 from flashmoe_cupy._version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +22,28 @@ if TYPE_CHECKING:
     from flashmoe_cupy.ops.permute import MoEPermutation, moe_permute
     from flashmoe_cupy.ops.route import RouterStats, moe_route
     from flashmoe_cupy.service import clear_cache, explain, show_config, stats, warmup
+
+
+def _jax() -> Any:
+    from flashmoe_cupy import jax
+
+    return jax
+
+
+def _torch() -> Any:  # torch.compile can trace an import statement, and no import_module
+    from flashmoe_cupy import torch
+
+    return torch
+
+
+def _operations() -> Any:
+    from flashmoe_cupy.ops import public
+
+    return public
+
+
+for _name, _loader in (("jax", _jax), ("torch", _torch), ("operations", _operations)):
+    _late.register(_name, _loader)
 
 _PLACE = {
     "flash_attention": "ops.attention",

@@ -11,9 +11,9 @@ from flashmoe_cupy import dtypes
 from flashmoe_cupy._types import Activation, Array, Scoring
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops.adapters import adapter
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.names import no_argument, strict
-from flashmoe_cupy.ops.plans import adapter
 from flashmoe_cupy.ops.route import RouterStats, moe_route
 from flashmoe_cupy.plan.checks import SHORT, asked, check_dtypes, check_last, check_places, count
 from flashmoe_cupy.plan.hints import hint, layer

@@ -18,6 +18,7 @@ from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
 from flashmoe_cupy.plan.moe.products import Product, TileCounter
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
 from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_128X192_PING_PONG, GemmConfig
+from flashmoe_cupy.plan.operation import Workspace
 
 Array = NDArray[Any]
 Steps = Sequence[Step]
@@ -61,7 +62,7 @@ class Machine:
         given = {"topk_ids": topk_ids} | ({} if expert_map is None else {"expert_map": expert_map})
         problem = permute_problem(*[view(x, n) for n, x in given.items()], num_experts=num_experts)
         shapes = {"offsets": (num_experts + 1,), "sorted_indices": (topk_ids.size,), "inverse_indices": topk_ids.shape}
-        work = moe.Workspace()
+        work = Workspace()
         steps = moe.permute_steps(problem, work, own=False)
         return self._run(steps, work, given, {n: np.empty(shape, np.int32) for n, shape in shapes.items()})
 
@@ -73,10 +74,10 @@ class Machine:
             gather_indices=views.get("gather_indices"), bias=views.get("bias"), out=view(out, "out"),
         )  # fmt: skip
         steps = moe.grouped_gemm_steps(problem)
-        return self._run(steps, moe.Workspace(), arrays, {"out": out}, keep=True)["out"]
+        return self._run(steps, Workspace(), arrays, {"out": out}, keep=True)["out"]
 
     def _run(
-        self, steps: Steps, work: moe.Workspace, given: dict[str, Any], outputs: dict[str, Array], keep: bool = False
+        self, steps: Steps, work: Workspace, given: dict[str, Any], outputs: dict[str, Array], keep: bool = False
     ) -> dict[str, Array]:
         """Outputs as the kernels left them. Every array lies against memory that cannot be accessed."""
         arrays = {n: _beside(x, n, self.seed % 2 == 1) for n, x in given.items()}

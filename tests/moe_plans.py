@@ -22,6 +22,7 @@ from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
 from flashmoe_cupy.plan.moe.products import Product
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
+from flashmoe_cupy.plan.operation import Workspace
 from flashmoe_cupy.testing import case_text
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -98,7 +99,7 @@ def shapes(case: Case) -> Iterator[Shape]:
     elif isinstance(case, RouteCase):
         yield "logits", (case.tokens, case.experts), case.dtype
         if case.bias:
-            yield "bias", (case.experts,), case.dtype if case.bias == "same" else case.bias
+            yield "e_score_correction_bias", (case.experts,), case.dtype if case.bias == "same" else case.bias
     elif not isinstance(case, ProductCase):
         yield "topk_ids", case[:2], "int32"
 
@@ -114,9 +115,9 @@ def views(case: Case) -> dict[str, View]:
     return {name: view(shape, dtype) for name, shape, dtype in shapes(case)}
 
 
-def steps(case: Case, stats: bool = False) -> tuple[list[Step], moe.Workspace]:
+def steps(case: Case, stats: bool = False) -> tuple[list[Step], Workspace]:
     """The launches of a problem and its workspace, as the library plans them; nothing is launched for no token."""
-    v, work = views(case), moe.Workspace()
+    v, work = views(case), Workspace()
     if (case[0] if not isinstance(case, ProductCase) else case.rows + case.max_rows) == 0:
         return [], work
     if isinstance(case, MoECase):

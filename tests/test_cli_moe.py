@@ -15,12 +15,12 @@ from test_cli import run, run_json
 import flashmoe_cupy
 from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import launches, moe_gpu
-from flashmoe_cupy.ops.operations import OPERATIONS
+from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import problem as moe_problem
 from flashmoe_cupy.plan.moe import routing
+from flashmoe_cupy.plan.operation import operations
 from flashmoe_cupy.service import warm
 from flashmoe_cupy.service.choices import absent_arrays
 
@@ -95,15 +95,15 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
         driver_version=lambda: 12040,
         load_for=load_for, with_maps=lambda ready, at, maps: ready,
     )  # fmt: skip
-    for module in (moe_gpu, launches):
-        patch.setattr(module, "gpu", stand_in)
+    patch.setattr(gpu, "driver", stand_in)
     return asked
 
 
 def prepare(problem: Any, aligned: bool = True) -> None:
     """What the first call of a problem does on a device."""
-    operation = next(one for one in OPERATIONS.values() if isinstance(problem, one.problem))
-    moe_gpu._prepare(operation, problem, 0, 0, aligned)
+    assert public.__all__
+    operation = next(one for one in operations() if type(problem) is one.problem)
+    gpu._load(operation, problem, 0, 0, aligned, operation.places(len(operation.outputs)))
 
 
 # -------------------------------------------------------------------------------------------------------------- explain

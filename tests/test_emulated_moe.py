@@ -27,6 +27,7 @@ from flashmoe_cupy.plan.moe.tiles import (
     GemmSm80Config,
     GemmSm90Config,
 )
+from flashmoe_cupy.plan.operation import Workspace
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -381,7 +382,7 @@ def test_faults_are_found(fault: str) -> None:
 def test_plan_and_kernels_count_the_same_blocks() -> None:
     """The permutation's grid covers all assignments, and its counts have room for all blocks."""
     for assignments in (1, 4096, 4097, 10_000, 2_097_152, 2**31 - 1):
-        work = moe.Workspace()
+        work = Workspace()
         problem = PermuteProblem(INT32, assignments, 1, 1, 7, -1)
         steps = moe.permute_steps(problem, work)
         values: Any = steps[-1].values

@@ -1,6 +1,6 @@
 """The operations of the mixture of experts from call to result, where the device is the emulated machine.
 
-Arrays say that they lie on a GPU, and the launches of `ops.moe_gpu` run on the CPU. So the whole way of a call is
+Arrays say that they lie on a GPU, and the launches of `ops.gpu` run on the CPU. So the whole way of a call is
 walked without a GPU: validation, plans, workspaces, addresses, parameters, kernels.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +25,9 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 from flashmoe_cupy.jit.launch import Launch, Loaded
-from flashmoe_cupy.jit.series import Series, pointers
+from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.ops import launches, moe_gpu, quick
+from flashmoe_cupy.ops import access, gpu
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.kernels import only
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -48,7 +50,7 @@ class Resident:
 
 
 class Machine:
-    """What `ops.moe_gpu` takes for jit.launch: kernels are known by number, launches run at once."""
+    """What `ops.gpu` takes for jit.launch: kernels are known by number, launches run at once."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability, self.kernels, self.launched, self.driver = capability, [""], 0, 12040
@@ -77,7 +79,8 @@ class Machine:
     def launch(self, kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
         assert stream == 5 and kernel.early == (self.capability >= (9, 0) and self.driver >= 12030)
         params = bytearray(4096)
-        kernel.head(params, 0, *pointers)
+        assert len(pointers) == kernel.pointers
+        struct.pack_into(f"{len(pointers)}Q", params, 0, *pointers)
         params[8 * len(pointers) : 8 * len(pointers) + len(kernel.tail)] = kernel.tail
         at, maps = self.maps.get(kernel.function, (0, ()))
         for i, one in enumerate(maps):
@@ -89,11 +92,14 @@ class Machine:
 
     @property
     def run(self) -> Any:
-        """For Series.run."""
+        """For LaunchSequence.run."""
 
-        def run(series: Series, table: Sequence[int], stream: int, recorded: bool = True) -> None:
-            for one, places in series.launches:
-                self.launch(one, pointers(places, table), stream)
+        def run(its: LaunchSequence, table: Sequence[int], stream: int, recorded: bool = True) -> None:
+            for fill in its.fills:
+                words = (ctypes.c_uint32 * (fill.size // 4)).from_address(table[fill.place])
+                np.ctypeslib.as_array(words)[:] = fill.word
+            for one, places in its.launches:
+                self.launch(one, tuple([0 if i < 0 else table[i] + offset for i, offset in places]), stream)
 
         return run
 
@@ -103,8 +109,10 @@ class Machine:
         return np.lib.stride_tricks.as_strided(flat[: np.dtype(dtype).itemsize].view(dtype), shape, strides).copy()
 
 
-@pytest.fixture(params=[(9, 0), (8, 0)], ids=["hopper", "ampere"])
-def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+@contextmanager
+def on_machine(fake: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Arrays that are `Resident` lie on this machine, and launches run there."""
+
     def adapt(x: Resident, name: str) -> View:
         seen = arrays.view(x.array, name)
         return seen._replace(device=0, library="torch", owner=x)
@@ -114,16 +122,20 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         made.array.reshape(-1).view(np.uint8)[...] = 0xFF  # NaN, or -1
         return made
 
-    fake = Machine(request.param)
     monkeypatch.setitem(arrays.readers._adapters, Resident, adapt)
     monkeypatch.setattr(arrays, "empty", empty)
     monkeypatch.setattr(arrays, "stream", lambda v: 5)
-    for module in (moe_gpu, launches):
-        monkeypatch.setattr(module, "gpu", fake)
-    monkeypatch.setattr(Series, "run", fake.run)
+    monkeypatch.setattr(gpu, "driver", fake)
+    monkeypatch.setattr(LaunchSequence, "run", fake.run)
     kernels._forget()
     yield fake
     kernels._forget()
+
+
+@pytest.fixture(params=[(9, 0), (8, 0)], ids=["hopper", "ampere"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with on_machine(Machine(request.param), monkeypatch) as fake:
+        yield fake
 
 
 def resident(given: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +175,7 @@ def test_unaligned_rows_take_the_portable_kernel(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where there is a faster one, that is said, once."""
-    monkeypatch.setattr(launches, "_warned", set())
+    monkeypatch.setattr(gpu, "_warned", set())
     monkeypatch.setattr(logging.getLogger("flashmoe_cupy"), "propagate", True)
     case = MoECase(20, 64, 64, 3, 2)
     given = case.random()
@@ -229,23 +241,23 @@ def test_ids_are_checked_on_demand(machine: Machine, monkeypatch: pytest.MonkeyP
         flashmoe_cupy.moe_permute(Resident(ids), num_experts=4)
 
 
-def test_the_short_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+def test_the_fast_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """Plain arrays whose shapes were seen before go past views and validation, to the same bits; others do not."""
     case = MoECase(40, 64, 72, 5, 3)
     given = case.random()
     logits = rng.standard_normal((40, 5)).astype(np.float32)
     bias = rng.standard_normal(5).astype(np.float32)
     here = resident(given | {"logits": logits, "bias": bias})
-    known = quick.Quick(
-        key=lambda *_: None,
-        keys=lambda of: tuple([(x.array.shape, x.array.strides, x.array.dtype.char) for x in of]),
+    known = access.ArrayAccess(
+        key=lambda of: tuple([(x.array.shape, x.array.strides, x.array.dtype.char) for x in of]),
         pointer=Resident.data_ptr,
         empty=lambda device, shape, strides, dtype: Resident(np.full(shape, 7, dtype), "a new array"),
-        float32=np.float32, int32=np.int32, uint8=np.uint8, device=lambda x: 0, stream=lambda device: 5,
+        dtypes={name: np.dtype(name) for name in ("float32", "int32", "uint8")}, device=lambda x: 0,
+        stream=lambda device: 5,
         maker=lambda device, shape, strides, dtype: lambda: Resident(np.full(shape, 7, dtype), "a new array"),
         recorder=lambda device: lambda stream: False,
     )  # fmt: skip
-    monkeypatch.setitem(quick._known, Resident, known)
+    monkeypatch.setitem(access._known, Resident, known)
     monkeypatch.setattr(Resident, "dtype", property(lambda x: x.array.dtype), raising=False)
     experts = {n: here[n] for n in ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")}
     calls: tuple[Callable[[], list[Any]], ...] = (
@@ -256,8 +268,8 @@ def test_the_short_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: n
     for call in calls:
         first = call()
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "_adapters", {})  # no views any more
-            patch.setattr(arrays, "_find", lambda *_: pytest.fail("a view was asked for"))
+            patch.setattr(arrays.readers, "_adapters", {})  # no views any more
+            patch.setattr(arrays.readers, "_find", lambda *_: pytest.fail("a view was asked for"))
             again = call()
         for one, other in zip(first, again, strict=True):
             assert np.array_equal(one.array.view(np.uint8), other.array.view(np.uint8))

@@ -314,7 +314,7 @@ def test_cupy_out() -> None:
 @pytest.mark.parametrize("library", ["torch", "cupy"])
 def test_short_way(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls on arrays like earlier ones are found without a look at each: the same bits, and the same errors."""
-    from flashmoe_cupy.ops import moe, plans
+    from flashmoe_cupy.ops import call, moe
 
     convert: Callable[[Tensor], Any] = to_cupy if library == "cupy" else lambda x: x
     options = BASE.options()
@@ -326,7 +326,7 @@ def test_short_way(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         some = [{n: x for n, x in t.items() if n not in sum(leave, ())} for t in sets]
         with monkeypatch.context() as long:
-            long.setattr(plans, "find", lambda kind: None)
+            long.setattr(call, "find", lambda kind: None)
             wants = [as_torch(fused_moe(**t, **options)) for t in some]
         for i in range(8):
             fused_moe(**some[i % 2], **options, out=out)

@@ -32,7 +32,7 @@ import flashmoe_cupy
 from flashmoe_cupy import _env, fused_moe, grouped_gemm, moe_permute, moe_route
 from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import graph
-from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops import call
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -256,7 +256,7 @@ def test_same_bits_beside_other_work(work: Work, disturbance: Disturbance) -> No
     for i in range(REPEATS):
         disturbance(i)
         poison(size, "cuda")
-        for *_, kept in plans._scratch.kept.values():
+        for *_, kept in call._workspaces.kept.values():
             as_torch(kept).fill_(255)
         for out, ref in zip(work.call(**t), want, strict=True):
             wrong += (out.view(-1).view(torch.uint8) != ref.view(-1).view(torch.uint8)).any()

@@ -484,6 +484,6 @@ def test_lists_beside_arrays_of_jax_are_told_alike() -> None:
     with pytest.raises(UnsupportedProblem) as caught:
         flashmoe_cupy.flash_attention(x, x, x, sinks=[0.0] * 4, alibi_slopes=np.zeros(4, np.float32))
     assert caught.value.reasons == (
-        "alibi_slopes is a numpy.ndarray, not a JAX array",
         "sinks is a builtins.list, not a JAX array; give jnp.asarray(sinks)",
+        "alibi_slopes is a numpy.ndarray, not a JAX array",
     )

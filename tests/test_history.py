@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from decimal import Decimal
 from enum import StrEnum
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ import pytest
 
 import flashmoe_cupy
 from flashmoe_cupy import UnsupportedProblem
-from flashmoe_cupy.ops import attention, moe, quick, route
+from flashmoe_cupy.ops import access, attention, moe, route
 from flashmoe_cupy.plan import kernels, options
+from flashmoe_cupy.plan.operation import registered
 
 Arrays = dict[str, Any]
 
@@ -125,7 +125,7 @@ def test_every_option_is_tried() -> None:
     for name, (given, _, right) in CALLS.items():
         known = set(inspect.signature(getattr(flashmoe_cupy, name)).parameters) - arrays - {*given}
         assert known == set(right), name
-        assert known <= set(options.READ)
+        assert known == set(registered(name).options)
 
 
 @pytest.mark.parametrize(("name", "option"), ROWS)
@@ -146,8 +146,7 @@ def test_wrong_types_do_not_take_the_short_way(name: str, option: str, monkeypat
     torch = pytest.importorskip("torch")
     for private in ("_cuda_getDevice", "_cuda_getCurrentRawStream", "_cuda_isCurrentStreamCapturing"):
         monkeypatch.setattr(torch._C, private, lambda *_: 0, raising=False)
-    access = quick._torch(torch)
-    monkeypatch.setattr(quick, "_known", {torch.Tensor: access})
+    monkeypatch.setattr(access, "_known", {torch.Tensor: access._torch(torch)})
     found: list[Any] = []
 
     class Finds:
@@ -155,15 +154,13 @@ def test_wrong_types_do_not_take_the_short_way(name: str, option: str, monkeypat
 
         def find(self, _: Any, wanted: Any) -> Any:
             found.append(wanted)
-            plan = SimpleNamespace(run_quick=lambda *_: "found", last=SimpleNamespace(clears=True))
-            return plan if name.startswith("flash") else lambda _: "found"
+            return lambda _: "found"
 
         def clear(self) -> None:
             pass
 
-    monkeypatch.setattr(attention, "_recent", Finds())
-    for each in (route, moe):
-        monkeypatch.setattr(each._plans, "recent", Finds())
+    for each in (attention._DENSE, attention._PACKED, route._CALL, moe._CALL):
+        monkeypatch.setattr(each, "guarded", Finds())
     call = getattr(flashmoe_cupy, name)
     arrays, needed, right = CALLS[name]
     arguments = moved(arrays, torch.from_numpy) | needed
@@ -207,7 +204,7 @@ def test_right_values_of_other_types(name: str, option: str, value: Any) -> None
     """They give what the plain value gives, and are remembered as that one."""
     call = getattr(flashmoe_cupy, name)
     arrays, needed, _ = CALLS[name]
-    plain = options.READ[option](value)
+    plain = registered(name).options[option].exact(value)
     assert type(plain) in (bool, int, float, str, tuple)
     one, other = (call(**arrays | needed | {option: v}) for v in (plain, value))
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (one, other)), strict=True):

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 
 from flashmoe_cupy import reference
-from flashmoe_cupy.cpu.attention import attention as cpu_attention
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops import gpu
 from flashmoe_cupy.plan.attention.problem import attention_problem
+from flashmoe_cupy.plan.operation import registered
 from flashmoe_cupy.testing import TOLERANCES, AttentionCase, VarlenCase, compare_lse, within_tolerance
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
+from flashmoe_cupy import _xla  # noqa: E402
 from flashmoe_cupy import jax as fm  # noqa: E402
 
 pytestmark = pytest.mark.jax
@@ -201,7 +203,8 @@ def test_vmap(
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in (shapes | extra).items()}
     options = {"causal": True, "layout": layout, "return_lse": True}
     count: list[int] = []
-    monkeypatch.setattr(fm, "cpu_attention", _counted(cpu_attention, count))
+    operation = registered("flash_attention")
+    monkeypatch.setattr(operation, "host", _counted(operation.host, count))
     result = jax.jit(jax.vmap(partial(_attention, options), in_axes=(all_axes,)))(_put(arrays))
     want = _vmap_reference(arrays, all_axes, 3, **options)
     assert result[0].shape == want[0].shape and result[1].shape == want[1].shape
@@ -288,9 +291,9 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(UnsupportedProblem, match="softmax_scale must be"):
         jax.jit(lambda s: fm.flash_attention(q, k, v, softmax_scale=s))(0.5)
     with pytest.raises(UnsupportedProblem, match="window_size"):
-        fm.flash_attention(q, k, v, window_size=3)  # type: ignore[arg-type]
+        fm.flash_attention(q, k, v, window_size=3)  # type: ignore[call-overload]
     np.testing.assert_array_equal(
-        np.asarray(fm.flash_attention(q, k, v, window_size=[2, 0])),  # type: ignore[arg-type]
+        np.asarray(fm.flash_attention(q, k, v, window_size=[2, 0])),
         np.asarray(fm.flash_attention(q, k, v, window_size=(2, 0))),
     )
 
@@ -317,9 +320,9 @@ def test_errors_of_the_handler_reach_python(device: Any, monkeypatch: pytest.Mon
     for _ in range(2):
         with monkeypatch.context() as patch:
             if device.platform == "cpu":
-                patch.setattr(fm, "cpu_attention", broken)
+                patch.setattr(registered("flash_attention"), "host", broken)
             else:
-                patch.setattr("flashmoe_cupy.ops.attention.launch_attention", broken)
+                patch.setattr(gpu, "launch", broken)
             with pytest.raises(jax.errors.JaxRuntimeError, match=r"INTERNAL.*KeyboardInterrupt: stop \? here é"):
                 jax.block_until_ready(function(_put(arrays)))
         _check(function(_put(arrays)), want, SMALL)
@@ -406,10 +409,10 @@ def test_programs_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays, options = _random(case), case.options()
     want = reference.flash_attention(**arrays, **options)
     program = jax.jit(lambda a: fm.flash_attention(**a, **options)).lower(_put(arrays)).compile()
-    monkeypatch.setattr(fm, "_problems", {})  # as in a process that has never seen it
+    monkeypatch.setattr(_xla, "_known", {})  # as in a process that has never seen it
     _check(program(_put(arrays)), want, case)
-    monkeypatch.setattr(fm, "_problems", {})
-    monkeypatch.setattr(fm, "AttentionProblem", lambda batch: batch)  # as with another set of fields
+    monkeypatch.setattr(_xla, "_known", {})
+    monkeypatch.setattr(registered("flash_attention"), "problem", lambda batch: batch)  # as with another set of fields
     # a compiled program called directly raises JAX's INVALID_ARGUMENT as ValueError
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="another version of flashmoe_cupy"):
         jax.block_until_ready(program(_put(arrays)))
@@ -417,7 +420,7 @@ def test_programs_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _TWO_DEVICES = """
 import jax, numpy as np
-from flashmoe_cupy import jax as fm
+from flashmoe_cupy import _xla, jax as fm
 assert len(jax.devices()) == 2
 q = np.random.default_rng(0).standard_normal((2, 8, 2, 16)).astype(np.float32)
 spec = jax.sharding.PartitionSpec("x")
@@ -432,7 +435,7 @@ if hasattr(jax, "shard_map"):
     split = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec))(spread)
     assert len(split.devices()) == 2
     np.testing.assert_allclose(np.asarray(split), want, **near)
-print(list(fm._problems)[0])
+print(list(_xla._known)[0])
 """
 
 
@@ -441,7 +444,9 @@ def test_two_devices() -> None:
     """Spread arguments give the right values, also in shard_map; a problem has the same key in all processes."""
     q = jnp.zeros((2, 8, 2, 16), jnp.float32)
     views = {name: fm._view("flash_attention", name, q) for name in "qkv"}
-    key, _ = fm._register(attention_problem(**views, window_size=(3, 0)))
+    problem = attention_problem(**views, window_size=(3, 0))
+    forms = [(name, q.shape, "float32") for name in ("q", "k", "v", "out")]
+    key, _ = _xla.register(registered("flash_attention"), problem, forms[:3], forms[3:])
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join(p for p in (str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")) if p)
     done = subprocess.run(

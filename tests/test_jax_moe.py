@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -15,16 +16,17 @@ import flashmoe_cupy
 from flashmoe_cupy import FlashMoELayer, _env, _xla_ffi, reference
 from flashmoe_cupy.dtypes import UINT8, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.jit.series import Series
-from flashmoe_cupy.ops import launches, moe_gpu
-from flashmoe_cupy.ops.operations import OPERATIONS
+from flashmoe_cupy.jit.sequence import LaunchSequence
+from flashmoe_cupy.ops import gpu
+from flashmoe_cupy.ops.call import forms
+from flashmoe_cupy.plan.operation import registered
 from flashmoe_cupy.testing import within_tolerance
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from flashmoe_cupy import jax_moe  # noqa: E402
+from flashmoe_cupy import _xla  # noqa: E402
 from flashmoe_cupy.jax import _view, flash_attention  # noqa: E402
 
 pytestmark = pytest.mark.jax
@@ -228,8 +230,8 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedProblem, match="immutable"):
         flashmoe_cupy.fused_moe(**given, **options, out=given["x"])
     with pytest.raises(AttributeError, match="no attribute 'softmax'"):
-        flashmoe_cupy.jax.softmax  # noqa: B018
-    assert flashmoe_cupy.jax.fused_moe is jax_moe.fused_moe and flash_attention.__module__ == "flashmoe_cupy.jax"
+        flashmoe_cupy.jax.softmax  # type: ignore[attr-defined]  # noqa: B018
+    assert flash_attention.__module__ == flashmoe_cupy.jax.fused_moe.__module__ == "flashmoe_cupy.jax"
 
 
 def test_errors_from_inside_a_program(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,15 +258,16 @@ def test_a_program_of_another_process() -> None:
     case = MOE[1]
     given, options = put(case.random()), case.options()
     program = jax.jit(lambda a: flashmoe_cupy.fused_moe(**a, **options)).lower(given).compile()
-    want, known = program(given), dict(jax_moe._known)
-    jax_moe._known.clear()
+    want, known = program(given), dict(_xla._known)
+    _xla._known.clear()
     same(program(given), want)
-    (key,) = jax_moe._known
-    assert jax_moe._known[key] == known[key]
-    call = SimpleCall(_xla_ffi.CALL, 1, '{"op": "fused_moe", "arrays": [], "problem": {"dtype": "bfloat16"}}', [], [])
+    (key,) = _xla._known
+    assert _xla._known[key] == known[key]
+    text = '{"operation": "fused_moe", "problem": {"dtype": "bfloat16"}, "inputs": [], "results": []}'
+    call = SimpleCall(_xla_ffi.CALL, 1, text, [], [])
     with pytest.raises(_xla_ffi.FfiError, match="another version"):
-        jax_moe._run_cpu(call)  # type: ignore[arg-type]
-    jax_moe._known.update(known)
+        _xla.run_cpu(call)  # type: ignore[arg-type]
+    _xla._known.update(known)
 
 
 def test_ends_with_work_in_flight() -> None:
@@ -305,19 +308,25 @@ class SimpleCall:
 def on_machine(machine: Any, op: str, arrays: dict[str, Any], options: dict[str, Any]) -> list[Any]:
     """The results of the CUDA handler, first at LOAD and then at CALL, in buffers of garbage."""
     given = {name: jnp.asarray(x) for name, x in arrays.items()}
-    problem = OPERATIONS[op].make(**{n: _view(op, n, x) for n, x in given.items()}, **options)
-    names = [name for name in OPERATIONS[op].arguments if name in arrays]
-    key, text = jax_moe._register(op, problem, [(n, arrays[n].shape, arrays[n].dtype) for n in names])
-    forms = [*OPERATIONS[op].results(problem).values()]
-    forms.append(((max(moe_gpu.workspace_bytes(OPERATIONS[op], problem), 1),), UINT8))
-    outputs = [np.full(shape, 0x7B, np.uint8).astype(to_numpy(dtype)) for shape, dtype in forms]
-    inputs = [np.ascontiguousarray(arrays[n]) for n in names]
-    made = []
+    operation = registered(op)
+    names = [name for name in operation.arguments if name in arrays]
+    views = {n: _view(op, n, given[n]) for n in names}
+    defaults = {n: its.default for n, its in inspect.signature(operation.function).parameters.items()}
+    options = {n: options.get(n, defaults[n]) for n in operation.options}
+    problem = operation.make(**views, **options)
+    made = forms(operation, {n: v.shape for n, v in views.items()}, options, views[names[0]].dtype)
+    inputs = [(n, v.shape, v.dtype.name) for n, v in views.items()]
+    key, text = _xla.register(operation, problem, inputs, [(form.name, form.shape, form.dtype.name) for form in made])
+    sizes = [(form.shape, form.dtype) for form in made]
+    sizes += [((size,), UINT8)] if (size := gpu.workspace_bytes(operation, problem)) else []
+    outputs = [np.full(shape, 0x7B, np.uint8).astype(to_numpy(dtype)) for shape, dtype in sizes]
+    buffers = [np.ascontiguousarray(arrays[n]) for n in names]
+    loaded = []
     for stage in (_xla_ffi.LOAD, _xla_ffi.CALL):
-        jax_moe._run_cuda(SimpleCall(stage, key, text, inputs, outputs))  # type: ignore[arg-type]
-        made.append(len(machine.kernels))
-    assert made[0] == made[1] > 1  # LOAD has made all that CALL wants
-    return outputs[:-1]
+        _xla.run_cuda(SimpleCall(stage, key, text, buffers, outputs))  # type: ignore[arg-type]
+        loaded.append(len(machine.kernels))
+    assert loaded[0] == loaded[1] > 1  # LOAD has made all that CALL wants
+    return outputs[: len(made)]
 
 
 @pytest.fixture(params=[(9, 0), (8, 0)], ids=["hopper", "ampere"])
@@ -328,12 +337,11 @@ def machine(request: pytest.FixtureRequest, device: Any, monkeypatch: pytest.Mon
     from test_emulated_ops import Machine
 
     fake = Machine(request.param)
-    for module in (moe_gpu, launches):
-        monkeypatch.setattr(module, "gpu", fake)
-    monkeypatch.setattr(Series, "run", fake.run)
-    moe_gpu._ready.clear()
+    monkeypatch.setattr(gpu, "driver", fake)
+    monkeypatch.setattr(LaunchSequence, "run", fake.run)
+    gpu._loaded.clear()
     yield fake
-    moe_gpu._ready.clear()
+    gpu._loaded.clear()
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)

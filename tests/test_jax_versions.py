@@ -16,7 +16,7 @@ from flashmoe_cupy.errors import DependencyError
 
 jax = pytest.importorskip("jax")
 
-from flashmoe_cupy import jax as fm  # noqa: E402
+from flashmoe_cupy import _xla  # noqa: E402
 
 pytestmark = pytest.mark.jax
 
@@ -26,8 +26,9 @@ def test_jax_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     q = jax.numpy.ones((1, 8, 2, 16))
     monkeypatch.setattr(jax, "__version_info__", (0, 5, 3))
     monkeypatch.setattr(jax, "__version__", "0.5.3")
-    monkeypatch.delitem(sys.modules, "flashmoe_cupy.jax")
-    monkeypatch.delattr(flashmoe_cupy, "jax")
+    for name in ("jax", "_xla"):
+        monkeypatch.delitem(sys.modules, f"flashmoe_cupy.{name}", raising=False)
+        monkeypatch.delattr(flashmoe_cupy, name, raising=False)
     for _ in range(2):
         with pytest.raises(DependencyError, match=r"JAX 0\.6 and newer .* JAX 0\.5\.3: pip install -U 'jax>=0\.6'"):
             flashmoe_cupy.flash_attention(q, q, q)
@@ -41,11 +42,11 @@ def test_jax_that_refuses_a_handler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_xla_ffi, "_answer_metadata", not_mine)
     with pytest.raises(DependencyError, match=rf"(?s)JAX 0\.6 and newer.*{jax.__version__} refuses.*'jax>=0\.6,<="):
-        fm._install("flashmoe_cupy_test", fm._run_cpu, fm._run_cuda)
+        _xla._install("flashmoe_cupy_test")
 
 
 def test_pyproject_names_the_same_oldest_version() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     wanted = {(name, line) for name, lines in extras.items() for line in lines if re.match(r"jax\b", line)}
-    assert wanted == {(name, f"jax>={fm.OLDEST_JAX}") for name in ("jax", "test")}
+    assert wanted == {(name, f"jax>={_xla.OLDEST_JAX}") for name in ("jax", "test")}

@@ -24,6 +24,8 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("_env.py", ()),
     ("_cupy.py", ("_env", "errors")),
     ("_xla_ffi.py", ()),
+    ("_late.py", ()),
+    ("_xla.py", ("_xla_ffi", "ops", "plan", "arrays", "dtypes", "errors")),
     ("_version.py", ()),
     ("dtypes.py", ()),
     ("torch_reasons.py", ("dtypes",)),
@@ -33,7 +35,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("_types.py", ()),
     ("plan/options.py", ()),
     ("plan/hints.py", ("dtypes",)),
-    ("plan/checks.py", ("plan.options", "arrays", "dtypes")),
+    ("plan/checks.py", ("plan.options", "arrays", "dtypes", "errors")),
     ("plan/archs.py", ()),
     ("plan/attention/checks.py", ("plan.checks", "plan.hints", "plan.options", "arrays", "dtypes")),
     (
@@ -55,12 +57,11 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("jit/cache.py", ("jit.compiler", "jit.disk", "jit.source", "errors", "_env")),
     ("jit/tensormap.py", ("dtypes", "errors")),
     ("jit/", ("jit", "dtypes", "errors", "_cupy", "_env")),
-    ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env", "_types")),
+    ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env", "_late", "_types")),
     ("layers.py", ("ops", "plan", "arrays", "dtypes", "errors", "_types", "torch_reasons")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
-    ("torch.py", ("ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers", "torch_reasons")),
-    ("jax.py", ("jax_moe", "_xla_ffi", "ops", "plan", "cpu", "arrays", "dtypes", "errors", "layers")),
-    ("jax_moe.py", ("jax", "_xla_ffi", "ops", "plan", "cpu", "dtypes", "errors")),
+    ("torch.py", ("ops", "plan", "errors", "torch_reasons")),
+    ("jax.py", ("_xla", "ops", "plan", "arrays", "dtypes", "errors")),
     ("integrations/", ("integrations", "torch", "ops", "arrays", "dtypes", "errors")),
     ("service/", ("*",)),
     ("cli/", ("*",)),
@@ -68,20 +69,17 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("__init__.py", ("*",)),
 ]
 
-# Imports against the order that are right inside a function: the call hands its arrays to the adapter that knows them.
-LATE: dict[str, tuple[str, ...]] = {"ops/": ("jax", "torch")}
-
 # Frameworks, and the only rooms that may name them in an import statement, at whatever depth.
 FRAMEWORKS: dict[str, tuple[str, ...]] = {
     "cupy": ("_cupy.py", "arrays/", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "cuda": ("jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "torch": ("torch.py", "integrations/", "cli/"),
-    "jax": ("jax.py", "jax_moe.py", "cli/"),
+    "jax": ("jax.py", "_xla.py", "cli/"),
     "transformers": ("integrations/",),
 }
 ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported.
-AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py", "jax_moe.py")}
+AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py", "_xla.py")}
 
 # A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
 # prelude itself stands on the instructions that work on registers alone.
@@ -164,8 +162,6 @@ def import_faults(path: Path, modules: set[str]) -> list[str]:
     """What `path` imports from the library against LAYERS."""
     name = room(path)
     allowed = next((row for prefix, row in LAYERS if name.startswith(prefix)), ())
-    late = next((row for prefix, row in LATE.items() if name.startswith(prefix)), ())
-    at_import = set(imports(path, top_only=True))
     faults = []
     for line, dotted in imports(path):
         if dotted.split(".")[0] != "flashmoe_cupy":
@@ -173,8 +169,6 @@ def import_faults(path: Path, modules: set[str]) -> list[str]:
         inner = dotted.removeprefix("flashmoe_cupy").lstrip(".")
         if inner not in modules or inner == "" or "*" in allowed:
             continue  # a name inside a module, judged by the module's own entry
-        if inner in late and (line, dotted) not in at_import:
-            continue
         inside_row = any(inner == a or inner.startswith(f"{a}.") for a in allowed)
         on_the_way = any(a.startswith(f"{inner}.") for a in allowed)  # `plan` itself, where `plan.problem` is allowed
         if not inside_row and not on_the_way:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,16 +13,16 @@ import pytest
 from test_problem import array
 
 import flashmoe_cupy
-from flashmoe_cupy import arrays
+from flashmoe_cupy import arrays, ops
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, FP16, FP32, FP64, INT32, INT64
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import plans
-from flashmoe_cupy.ops.operations import FUSED_MOE, Operation
+from flashmoe_cupy.ops import memory
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem, grouped_gemm_problem, moe_problem
 from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem, permute_problem, route_problem
 from flashmoe_cupy.plan.moe.steps import moe_steps
+from flashmoe_cupy.plan.operation import Operation, registered
 
 T, D, N, E, K = 5, 64, 48, 6, 2
 
@@ -61,7 +62,8 @@ def test_route_fields() -> None:
     assert (p.num_expert_group, p.topk_group, p.capacity, p.return_stats) == (1, 1, -1, False)
     assert p.describe() == "route bf16 t5 e6 k2 softmax"
     p = route(
-        logits=array(T, E, dtype=FP32, strides=(100, 1)), bias=array(E, dtype=FP32), scoring_func="sigmoid",
+        logits=array(T, E, dtype=FP32, strides=(100, 1)), e_score_correction_bias=array(E, dtype=FP32),
+        scoring_func="sigmoid",
         renormalize=np.True_, routed_scaling_factor=np.float32(2.5), num_expert_group=np.int64(3), topk_group=2,
         capacity_factor=1, return_stats=True,
     )  # fmt: skip
@@ -298,14 +300,17 @@ class OnDevice:
 
 
 class Recorder:
-    """Stands for ops.moe_gpu."""
+    """Stands for ops.gpu."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, Any, Any]] = []
         self.filled: list[tuple[Any, float]] = []  # what arrays.fill was told meanwhile
 
     def run(self, operation: Operation, problem: Any, views: Any, outputs: Any) -> None:
-        self.calls.append((operation.name, problem, views, outputs))
+        self.calls.append((operation.name, problem, views, tuple(outputs)))
+
+    def address(self, _: Any, made: Any) -> int:
+        return made.data_ptr()  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -314,7 +319,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(arrays, "empty", lambda like, shape, dtype: OnDevice(shape, dtype))
     found = Recorder()
     monkeypatch.setattr(arrays, "fill", lambda like, a, value: found.filled.append((a, value)))
-    monkeypatch.setattr(plans, "_gpu", found)
+    monkeypatch.setattr(ops, "gpu", found, raising=False)
+    monkeypatch.setitem(sys.modules, "flashmoe_cupy.ops.gpu", found)
     yield found
 
 
@@ -328,7 +334,7 @@ def test_the_hook_of_fused_moe(recorder: Recorder) -> None:
         b_gate_up=(E, 2 * N), b_down=(E, D), expert_map=((9,), INT32), shared_w_gate_up=(16, D), shared_w_down=(D, 8),
         shared_gate=(T,),
     )  # fmt: skip
-    assert tuple(a) == FUSED_MOE.arguments
+    assert tuple(a) == registered("fused_moe").arguments
     first = flashmoe_cupy.fused_moe(**a)
     second = flashmoe_cupy.fused_moe(**a)
     optional = ("b_gate_up", "expert_map", "shared_gate")
@@ -386,13 +392,13 @@ def test_out_may_not_be_an_argument_on_a_device(recorder: Recorder) -> None:
 
 
 def test_plans_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_MAX_PLANS", 3)
-    memory: plans.Memory[str] = plans.Memory()
+    monkeypatch.setattr(memory, "_MAX_PLANS", 3)
+    plans: memory.PlanMemory[str] = memory.PlanMemory()
     for i in range(5):
-        assert memory.find(i) is None
-        memory.keep(i, str(i))
-    assert [memory.find(i) for i in range(5)] == [None, None, None, "3", "4"]
-    assert memory.find([1]) is None and memory.keep([1], "x") == "x"
+        assert plans.find(i) is None
+        plans.keep(i, str(i))
+    assert [plans.find(i) for i in range(5)] == [None, None, None, "3", "4"]
+    assert plans.keep([1], "x") == "x" and len(plans) == 2
 
 
 def test_views_stay_tuples() -> None:

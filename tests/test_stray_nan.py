@@ -159,22 +159,24 @@ def test_docstrings_say_what_counts() -> None:
     def words(text: str | None) -> str:
         return " ".join((text or "").split())
 
+    from flashmoe_cupy.reference import attention_head
+
     dense = words(inspect.getdoc(flashmoe_cupy.flash_attention))
     packed = words(inspect.getdoc(flashmoe_cupy.flash_attention_varlen))
     assert "k and v of a key that causal, window_size or bias hides from a query must be finite" in dense
     assert "beyond the arrays or in another sequence, head or batch never counts, NaN included" in dense
     assert "All others: as in `flash_attention`" in packed
     assert "What rows of no sequence hold in q, k and v never counts, NaN included" in packed
-    truth = words(inspect.getdoc(inspect.getmodule(reference.flash_attention)))
+    truth = words(attention_head.__doc__)
     assert "hidden keys among visible ones must be finite" in truth
 
 
 # ----------------------------------------------------------------------------------- these tests notice what is missing
 
-_80, _90 = "attention/fwd_sm80.cuh", "attention/fwd_sm90.cuh"
+_80, _90, _TILE = "attention/fwd_sm80.cuh", "attention/fwd_sm90.cuh", "tile/warpgroup_gemm.cuh"
 FAULTS = {
     "the end of a sequence is not cleared": (_90, "max(0, (n + 1) * kBlockN - w.band.cols) : 0", "0 : 0"),
-    "a row too few is cleared": (_90, "i < rows * TileV::kPanelChunks", "i < (rows - 1) * TileV::kPanelChunks"),
+    "a row too few is cleared": (_TILE, "i < rows * Tile::kPanelChunks", "i < (rows - 1) * Tile::kPanelChunks"),
     "values behind the end are loaded": (_80, "p.v_stride_s, w.band.cols - n0,", "p.v_stride_s, kBlockN,"),
 }
 

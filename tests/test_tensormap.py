@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from test_problem import array, dense
 
 from flashmoe_cupy.dtypes import BF16, FP16
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import launch, tensormap
+from flashmoe_cupy.jit import launch, sequence, tensormap
+from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.ops import attention
+from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
 from flashmoe_cupy.plan.kernels import only
+from flashmoe_cupy.plan.operation import registered
 
 MAP = TensorMap(BF16, (64, 400, 2, 3), (256, 128, 102400), (64, 96, 1, 1))
 
@@ -93,12 +96,13 @@ class Driver:
     def __init__(self) -> None:
         self.launched: list[tuple[tuple[int, ...], bytes]] = []
 
-    def launchKernel(self, *given: int) -> None:
-        *shape, stream, parameters, extra = given
-        assert extra == 0
+    def launch(self, config: int, function: int, parameters: int, extra: None) -> int:
+        assert extra is None
+        *sizes, stream, _, _ = struct.unpack("7I4xQQI4x", ctypes.string_at(config, 56))
         (address,) = (ctypes.c_void_p * 1).from_address(parameters)
         assert address is not None and address % 128 == 0
-        self.launched.append(((*shape, stream), ctypes.string_at(address, 1024)))
+        self.launched.append(((function, *sizes, stream), ctypes.string_at(address, 1024)))
+        return 0
 
 
 class Runtime:
@@ -122,13 +126,18 @@ def driver(library: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver
     fake = Driver()
     for name, value in {"_driver": fake, "_runtime": Runtime(), "_devices": 1, "_local": launch._Local()}.items():
         monkeypatch.setattr(launch, name, value)
+    monkeypatch.setattr(sequence, "_calls", SimpleNamespace(cuLaunchKernelEx=fake.launch))
     yield fake
 
 
 def prepared(maps: int, tail: bytes = bytes(range(112))) -> launch.Launch:
     """Two pointers, a tail up to byte 128, then maps."""
-    plain = launch.Launch(0, 77, 5, 384, 1000, struct.Struct("2Q").pack_into, tail, False)
+    plain = launch.Launch(0, 77, 5, 384, 1000, 2, tail)
     return launch.with_maps(plain, 16 + len(tail), [MAP._replace(dims=(64 + i, 1, 1, 1)) for i in range(maps)])
+
+
+def queue(kernel: launch.Launch, pointers: tuple[int, int]) -> None:
+    LaunchSequence([(kernel, ((1, 0), (2, 0)))]).run((0, *pointers), 9)
 
 
 def test_a_launch_stores_addresses_only(driver: Driver, library: Library) -> None:
@@ -136,7 +145,7 @@ def test_a_launch_stores_addresses_only(driver: Driver, library: Library) -> Non
     assert kernel.maps == ((16, 0), (32, 1)) and len(kernel.tail) == 112 + 256
     encoded = len(library.calls)
     for pointers in ((0x1000, 0x2000), (0x5550, 0x7FFF_0000_0010)):
-        launch.launch(kernel, pointers, 9)
+        queue(kernel, pointers)
         shape, params = driver.launched[-1]
         assert shape == (77, 5, 1, 1, 384, 1, 1, 1000, 9)
         assert struct.unpack("2Q", params[:16]) == pointers and params[16:128] == bytes(range(112))
@@ -145,27 +154,15 @@ def test_a_launch_stores_addresses_only(driver: Driver, library: Library) -> Non
     assert len(library.calls) == encoded
 
 
-def test_kernels_take_turns_in_one_buffer(driver: Driver) -> None:
-    """Each launch finds its own bytes, whatever the one before has left."""
-    one, other, plain = prepared(2), prepared(1, bytes(112)), prepared(0, bytes([7] * 40))
-    assert plain.maps == () and plain.tail == bytes([7] * 40)
-    for kernel, at in ((one, 128), (plain, 56), (other, 128), (one, 128)):
-        launch.launch(kernel, (0x1000, 0x2000), 0)
-        params = driver.launched[-1][1]
-        assert params[16:at] == kernel.tail[: at - 16]
-        for word, index in kernel.maps:
-            assert params[8 * word : 8 * word + 8] == struct.pack("<Q", (0x1000, 0x2000)[index])
-            assert params[8 * word + 8] == 64 + index
-
-
 def test_maps_are_encoded_for_each_address_where_there_is_no_template(driver: Driver, library: Library) -> None:
     library.layout = lambda address, dims: bytes([dims[0]] * 64) + struct.pack("<Q", address) + bytes(56)
     kernel = prepared(2)
-    assert kernel.maps == () and len(kernel.tail) == 112
+    assert kernel.maps == () and len(kernel.tail) == 112 + 256
     library.calls.clear()
+    run = LaunchSequence([(kernel, ((1, 0), (2, 0)))]).run
     addresses = [(16 * i, 32 * i) for i in range(1, 100)]
     for pointers in (*addresses, addresses[-1]):
-        launch.launch(kernel, pointers, 0)
+        run((0, *pointers), 9)
         params = driver.launched[-1][1]
         assert struct.unpack("2Q", params[:16]) == pointers and params[16:128] == bytes(range(112))
         for i, address in enumerate(pointers):
@@ -187,14 +184,15 @@ def loaded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
         return launch.Loaded(len(sources), None)
 
     monkeypatch.setattr(launch, "load_for", load_for)
-    attention._plans.clear()
+    gpu._loaded.clear()
     yield sources
-    attention._plans.clear()
+    gpu._loaded.clear()
 
 
 def call(p: AttentionProblem, **pointers: int) -> None:
-    given = dict.fromkeys(attention._POINTER_ORDER, 0) | {"q": 0x1000, "k": 0x2000, "v": 0x3000, "out": 0x4000}
-    attention.launch_attention(p, 0, 9, given | pointers)
+    operation = registered(public.flash_attention.__name__)
+    given = {"q": 0x1000, "k": 0x2000, "v": 0x3000, "out": 0x4000} | pointers
+    gpu.launch(operation, p, 0, 9, [given.get(name, 0) for name in operation.arguments], [given["out"]], 0)
 
 
 def test_the_operation_launches_the_hopper_kernel(driver: Driver, loaded: list[str], library: Library) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flashmoe_cupy import reference
+from flashmoe_cupy._types import Layout
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.testing import TOLERANCES, AttentionCase, VarlenCase, compare_lse, within_tolerance
 
@@ -128,7 +129,7 @@ def test_opcheck(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_compile_once_for_all_shapes(layout: str, device: str) -> None:
+def test_compile_once_for_all_shapes(layout: Layout, device: str) -> None:
     """One graph without breaks, also when sizes and window change; values and strides as in eager."""
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -115,7 +115,7 @@ def test_moe_route(case: RouteCase, device: str) -> None:
     compiled = torch.compile(fm.moe_route, fullgraph=True, backend="aot_eager")
     want = reference.moe_route(**arrays, **options, return_stats=True)
     for stats in (True, False):
-        eager = fm.moe_route(**given, return_stats=stats)
+        eager: Any = fm.moe_route(**given, return_stats=stats)
         assert np.array_equal(eager[1].cpu().numpy(), want[1])
         np.testing.assert_allclose(eager[0].cpu().numpy(), want[0], rtol=2e-5, atol=1e-7)
         same(compiled(**given, return_stats=stats), eager)
@@ -175,7 +175,7 @@ def layer(x: Any, router: Any, w1: Any, w2: Any) -> Any:
     """Router and experts; the same once more from the parts; statistics."""
     weights, ids, stats = fm.moe_route(x @ router.T, top_k=2, renormalize=True, return_stats=True)
     out = fm.fused_moe(x, w1, w2, weights, ids, activation="relu")
-    order = fm.moe_permute(ids, num_experts=w1.shape[0])
+    order: Any = fm.moe_permute(ids, num_experts=w1.shape[0])
     h = fm.grouped_gemm(x, w1, offsets=order.offsets, gather_indices=order.sorted_indices // 2)
     y = fm.grouped_gemm(h.relu(), w2, offsets=order.offsets)
     parts = (y[order.inverse_indices.long()] * weights[..., None]).sum(1)
@@ -240,7 +240,7 @@ def test_export_and_fake_tensors() -> None:
         assert (stats.dropped.shape, stats.z_loss.shape, stats.z_loss.device.type) == ((8,), (), "cuda")
         out = fm.fused_moe(x, w1, w2, weights, ids)
         assert (out.shape, out.dtype, out.device.type) == ((10, 64), torch.bfloat16, "cuda")
-        order = fm.moe_permute(ids, num_experts=8)
+        order: Any = fm.moe_permute(ids, num_experts=8)
         assert [t.shape for t in order] == [(9,), (20,), (10, 2)]
         h = fm.grouped_gemm(x, w1, offsets=order.offsets, gather_indices=order.sorted_indices)
         assert (h.shape, h.dtype) == ((20, 96), torch.bfloat16)

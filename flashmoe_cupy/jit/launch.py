@@ -1,16 +1,13 @@
-"""Cubins on a device: loading, and the launch with one Params struct by value. The only file that talks to the driver.
+"""Cubins on a device: loading them, and what a launch is made of. `jit.sequence` queues launches.
 
-CuPy loads modules in the device's primary context, which torch and JAX share. A launch goes through CuPy's driver
-binding with the address of a per-thread buffer: the driver copies the bytes before it returns, so that the buffer is
-free again at once.
+CuPy loads modules in the device's primary context, which torch and JAX share.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +18,6 @@ from flashmoe_cupy.jit.cache import Entry
 from flashmoe_cupy.jit.source import ENTRY
 from flashmoe_cupy.jit.tensormap import TensorMap
 
-_PARAMS_BYTES = 4096  # the driver's limit for kernel parameters
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -135,11 +131,13 @@ def is_capturing(stream: int) -> bool:
 class Launch(NamedTuple):
     """A loaded kernel and all of its launch that stays the same from call to call.
 
-    head packs the pointers at the start of Params; tail is the rest of it. check: synchronise after each launch.
-    maps: (8-byte word of Params, pointer that is stored there), for the addresses inside of tensor maps.
-    counter: 8-byte word of Params for the address of a counter (`jit.counters`); 0: the kernel wants none.
-    clears: the kernel itself writes the rows of no sequence. early: it may start before the launch in front of it has
-    ended (programmatic dependent launch); it waits by itself where it must. Only `jit.series` makes use of it.
+    pointers: addresses that Params begins with, each a word of 8 bytes. tail: the bytes of Params behind them.
+    check: wait for the stream after the launch and raise what went wrong.
+    maps: (word of Params, index of the pointer whose address it holds): the addresses inside of tensor maps.
+    encoded: (byte of Params, map, index of the pointer): maps that the driver must encode for each address.
+    counter: the word for the address of a counter (`jit.counters`); 0: the kernel wants none.
+    early: it may start before the launch in front of it has ended (programmatic dependent launch); the kernel waits by
+    itself where it must.
     """
 
     device: int
@@ -147,51 +145,33 @@ class Launch(NamedTuple):
     grid: int
     threads: int
     smem: int
-    head: Callable[..., None]
+    pointers: int
     tail: bytes
-    check: bool
+    check: bool = False
     maps: tuple[tuple[int, int], ...] = ()
+    encoded: tuple[tuple[int, TensorMap, int], ...] = ()
     counter: int = 0
-    clears: bool = False
     early: bool = False
-
-
-_MAX_ENCODED = 64  # sets of encoded maps that one launch remembers, where addresses cannot be stored
 
 
 def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
     """The launch with tensor maps from byte `at` of Params on, the i-th over the array of the i-th pointer."""
     if not maps:
         return kernel
-    with _current(kernel.device):
+    with current(kernel.device):
         templates = [tensormap.template(one) for one in maps]
+    places = [at + i * tensormap.BYTES for i in range(len(maps))]
     known = [found for found in templates if found is not None]
     if len(known) < len(maps):
-        return kernel._replace(head=_encoding_head(kernel, at, maps))
-    words = tuple(((at + i * tensormap.BYTES) // 8, i) for i in range(len(maps)))
+        room = bytes(tensormap.BYTES * len(maps))
+        encoded = tuple([(place, one, i) for i, (place, one) in enumerate(zip(places, maps, strict=True))])
+        return kernel._replace(tail=kernel.tail + room, encoded=encoded)
+    words = tuple([(place // 8, i) for i, place in enumerate(places)])
     return kernel._replace(tail=kernel.tail + b"".join(known), maps=words)
 
 
-def _encoding_head(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Callable[..., None]:
-    """A `head` that also encodes the maps, for a driver whose maps hold the address in an unknown way."""
-    encoded: dict[tuple[int, ...], bytes] = {}
-
-    def head(view: memoryview, offset: int, *pointers: int) -> None:
-        kernel.head(view, offset, *pointers)
-        addresses = pointers[: len(maps)]
-        found = encoded.get(addresses)
-        if found is None:
-            if len(encoded) >= _MAX_ENCODED:
-                encoded.clear()
-            with _current(kernel.device):
-                found = encoded[addresses] = b"".join(map(tensormap.encode, maps, addresses))
-        view[at : at + len(found)] = found
-
-    return head
-
-
 @contextmanager
-def _current(device: int) -> Iterator[None]:
+def current(device: int) -> Iterator[None]:
     """The device's context is the thread's, made if need be; legal while a graph is recorded."""
     devices()
     before = _runtime.getDevice()
@@ -202,84 +182,31 @@ def _current(device: int) -> Iterator[None]:
         _runtime.setDevice(before)
 
 
-class _Buffer:
-    """Aligned bytes for one Params struct, and the pointer array that the driver wants."""
-
-    __slots__ = ("_pointers", "address", "bound", "storage", "tail", "view", "words")
-
-    def __init__(self) -> None:
-        self.storage = ctypes.create_string_buffer(_PARAMS_BYTES + 128)
-        start = -ctypes.addressof(self.storage) % 128
-        self.view = memoryview(self.storage).cast("B")[start : start + _PARAMS_BYTES]
-        self.words = self.view.cast("Q")
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.storage) + start)
-        self.address = ctypes.addressof(self._pointers)
-        self.tail: bytes = b""  # what lies behind the pointers now
-        self.bound = -1  # the only device of this machine, once the thread has its context
-
-
 class _Local(threading.local):
-    """The calling thread's buffer: launches of two threads must not mix."""
-
     def __init__(self) -> None:
-        self.buffer = _Buffer()
+        self.bound = -1
 
 
 _local = _Local()
 
 
-def launch(kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
-    """Queue one kernel; nothing is waited for. The driver copies the parameters before it returns."""
-    device, function, grid, threads, smem, head, tail, synchronise, maps, counter, _, _ = kernel
-    buffer = _local.buffer
-    view = buffer.view
-    head(view, 0, *pointers)
-    if buffer.tail is not tail:
-        start = 8 * len(pointers)
-        view[start : start + len(tail)] = tail
-        buffer.tail = tail
-    if maps:
-        words = buffer.words
-        for word, index in maps:
-            words[word] = pointers[index]
-    if buffer.bound == device:
-        if counter:
-            buffer.words[counter] = counters.counter(_runtime, device, stream)
-        _driver.launchKernel(function, grid, 1, 1, threads, 1, 1, smem, stream, buffer.address, 0)
-    else:
-        _launch_on(kernel, stream, buffer)
-    if synchronise:
-        check(device, stream)
-
-
-def _launch_on(kernel: Launch, stream: int, buffer: _Buffer) -> None:
-    """The launch when the thread may have no context yet, or another device's."""
-    before = _runtime.getDevice()
-    _runtime.setDevice(kernel.device)
-    try:
-        if kernel.counter:
-            buffer.words[kernel.counter] = counters.counter(_runtime, kernel.device, stream)
-        _driver.launchKernel(
-            kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.smem, stream, buffer.address, 0
-        )
-    finally:
-        _runtime.setDevice(before)
-    if _devices == 1:
-        buffer.bound = kernel.device
-
-
 def bound() -> int:
     """The device whose context the calling thread has for good; -1: it may change."""
-    return _local.buffer.bound
+    return _local.bound
 
 
 @contextmanager
 def bind(device: int) -> Iterator[None]:
     """The device's context is the thread's for a while; on a machine with one device, from now on."""
-    with _current(device):
+    with current(device):
         yield
     if _devices == 1:
-        _local.buffer.bound = device
+        _local.bound = device
+
+
+def counter(device: int, stream: int) -> int:
+    """The address of the counter for a launch on a stream of the device, which is the current one; 0: none."""
+    return counters.counter(_runtime, device, stream)
 
 
 def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:
@@ -289,7 +216,7 @@ def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, .
     """
     import cupy
 
-    with _current(device):
+    with current(device):
         _runtime.deviceSynchronize()
         memory = cupy.cuda.UnownedMemory(address, 0, None, device)
         return cupy.ndarray(shape, like, cupy.cuda.MemoryPointer(memory, 0), strides=strides).get()

@@ -1,9 +1,11 @@
-"""What torch.compile traces in place of functions that it cannot. It may trace this file, and never `ops.quick`."""
+"""What torch.compile traces in place of functions that it cannot. It may trace this file, and never `ops.access`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from flashmoe_cupy import _late
 
 
 def compiled(instead: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -19,5 +21,17 @@ def compiled(instead: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]
     return mark
 
 
-def nothing(*_: Any) -> None:
-    """In place of what looks at memory: what is traced has none."""
+def run_traced(
+    call: Any,
+    required: tuple[Any, ...],
+    options: tuple[Any, ...],
+    optional: tuple[Any, ...] | None = None,
+    out: Any = None,
+) -> Any:
+    """In place of `ops.call.run`: what is traced has no memory, and goes to the operators of flashmoe_cupy.torch."""
+    return _late.load("torch").run_traced(call, required, options, optional, out)
+
+
+def torch_adapter(_: Any) -> Any:
+    """In place of `ops.adapters.adapter`."""
+    return _late.load("torch")

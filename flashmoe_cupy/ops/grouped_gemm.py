@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack, overload
 
-import numpy as np
-
-from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Gemm
-from flashmoe_cupy.arrays import View, view
-from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
-from flashmoe_cupy.ops.operations import GROUPED_GEMM
-from flashmoe_cupy.ops.unreadable import unreadable
-from flashmoe_cupy.plan.checks import asked
+from flashmoe_cupy.plan.checks import need_ranks
+from flashmoe_cupy.plan.kernel import Step
+from flashmoe_cupy.plan.moe import steps
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, grouped_gemm_problem
-
-Views = tuple[View, View, View | None, View | None, View | None, View | None]
+from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
 
 
 # Two, for checkers want more than one: they know no **unknown.
@@ -64,74 +59,47 @@ def grouped_gemm(
     """
     if unknown:
         raise no_argument(grouped_gemm, unknown)
-    other = plans.adapter(x)
-    if other is not None:
-        return other.grouped_gemm(  # type: ignore[no-any-return]
-            x, w, offsets=offsets, group_sizes=group_sizes, gather_indices=gather_indices, bias=bias, out=out
-        )  # fmt: skip
-    try:
-        vx, vw = view(x, "x"), view(w, "w")
-        vo = None if offsets is None else view(offsets, "offsets")
-        vs = None if group_sizes is None else view(group_sizes, "group_sizes")
-        vg = None if gather_indices is None else view(gather_indices, "gather_indices")
-        vb = None if bias is None else view(bias, "bias")
-        vt = None if out is None else view(out, "out")
-    except (UnsupportedProblem, TypeError) as error:
-        raise unreadable("grouped_gemm", locals(), error) from None
-    key = (
-        vx[1:6], vw[1:6], vo and vo[1:6], vs and vs[1:6], vg and vg[1:6], vb and vb[1:6], vt and vt[1:7],
+    return run(  # type: ignore[no-any-return]
+        _CALL, (x, w), (), (offsets, group_sizes, gather_indices, bias), out
     )  # fmt: skip
-    views = (vx, vw, vo, vs, vg, vb)
-    plan = _plans.find(key)
-    if plan is None:
-        problem = grouped_gemm_problem(
-            vx, vw, offsets=vo, group_sizes=vs, gather_indices=vg, bias=vb, out=vt
-        )  # fmt: skip
-        plan = _plans.keep(key, _Plan(problem, views, vt))
-    try:
-        return plan.run(views, vt, out)  # type: ignore[no-any-return]
-    except UnsupportedProblem as error:
-        if vx.device >= 0:
-            raise
-        names = (*GROUPED_GEMM.arguments, "out")
-        named = [(name, v) for name, v in zip(names, (*views, vt), strict=True) if v is not None]
-        raise UnsupportedProblem(asked("grouped_gemm", named, []), error.reasons, error.hint) from None
 
 
-class _Plan:
-    """What one combination of shapes and options needs; made once, then found by its key."""
-
-    __slots__ = ("overlap", "problem", "shape", "specs")
-
-    def __init__(self, problem: GroupedGemmProblem, views: Views, out: View | None) -> None:
-        self.problem = problem
-        self.overlap = plans.Overlap("grouped_gemm", GROUPED_GEMM.arguments, views, out)
-        self.specs: list[plans.Spec] = [*GROUPED_GEMM.results(problem).values()]
-        self.shape = self.specs[0][0]
-
-    def run(self, views: Views, out_view: View | None, out: Any) -> Any:
-        """The call: the output from the caller's library, then the kernel or the NumPy back end."""
-        x = views[0]
-        if out_view is not None:
-            self.overlap.check(out_view, views)
-        if x.device < 0:
-            return self._run_on_host(views, out_view, out)
-        if out_view is None:
-            (out,), pointers = plans.allocate(x, self.specs)
-        else:
-            pointers = (out_view.ptr,)
-        if self.problem.rows:
-            plans.gpu().run(GROUPED_GEMM, self.problem, views, pointers)
-            plans.queued(views)
-        return out
-
-    def _run_on_host(self, views: Views, out_view: View | None, out: Any) -> Any:
-        from flashmoe_cupy.cpu.moe import grouped_gemm as run
-
-        x, w, *optional = plans.on_host(views)
-        target = np.zeros(self.shape, to_numpy(views[0].dtype)) if out_view is None else arrays.as_numpy(out_view)
-        run(self.problem, x, w, target, *optional)
-        return arrays.from_numpy(views[0], target) if out_view is None else out
+def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:  # noqa: ARG001
+    need_ranks("grouped_gemm", {"x": 3 if "group_sizes" in shapes else 2, "w": 3}, shapes)
+    gathered = shapes.get("gather_indices")
+    rows = shapes["x"][:-1] if gathered is None else gathered[:1]
+    return {"out": (*rows, shapes["w"][1])}
 
 
-_plans: plans.Memory[_Plan] = plans.Memory()
+def _steps(p: GroupedGemmProblem) -> tuple[list[Step], Workspace]:
+    if why := steps.rows_apart(p):
+        raise UnsupportedProblem(p.describe(), why, "contiguous x and out")
+    return steps.grouped_gemm_steps(p), Workspace()
+
+
+def _host(p: GroupedGemmProblem, given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    from flashmoe_cupy.cpu.moe import grouped_gemm
+
+    rest = dict(given)
+    if p.new_out:  # rows of no group are 0 in a new out, and left alone in a given one
+        made["out"][...] = 0
+    grouped_gemm(p, rest.pop("x"), rest.pop("w"), made["out"], **rest)
+
+
+_CALL = Call(
+    register(
+        Operation(
+            grouped_gemm,
+            ("x", "w", "offsets", "group_sizes", "gather_indices", "bias"),
+            2,
+            {"out": Output()},
+            _shapes,
+            GroupedGemmProblem,
+            grouped_gemm_problem,
+            _steps,
+            _host,
+            rows=("x", "w", "out"),
+            empty=lambda p: not p.rows,
+        )
+    )
+)

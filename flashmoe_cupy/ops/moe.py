@@ -1,36 +1,18 @@
-"""The experts of a mixture of experts in one call: dispatch, two matrix products with the activation, weighted sum.
-
-A call runs in three steps, as in ops/attention.py: arrays become views, the views' shapes and the options find a plan
-(validated once, then remembered), and the plan queues kernels on the caller's stream or runs the NumPy back end.
-"""
+"""The experts of a mixture of experts in one call: dispatch, two matrix products with the activation, weighted sum."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from collections.abc import Mapping
+from typing import Any, Unpack, overload
 
-import numpy as np
-
-from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Activation, Array, Experts
-from flashmoe_cupy.arrays import View, view
-from flashmoe_cupy.dtypes import to_numpy
-from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import plans
+from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
-from flashmoe_cupy.ops.operations import FUSED_MOE
-from flashmoe_cupy.ops.unreadable import unreadable
+from flashmoe_cupy.ops.permute import check_ids
+from flashmoe_cupy.plan.checks import need_ranks
 from flashmoe_cupy.plan.moe.problem import MoEProblem, moe_problem
-from flashmoe_cupy.plan.options import exact, exact_types
-
-if TYPE_CHECKING:
-    from flashmoe_cupy.ops.moe_gpu import Ready
-    from flashmoe_cupy.ops.quick import Quick
-
-_OPTIONS = (
-    "activation", "interleaved", "swiglu_alpha", "swiglu_limit", "apply_router_weight_on_input", "batch_invariant",
-)  # fmt: skip
-_EXACT = exact_types(*_OPTIONS)
-Views = tuple[View | None, ...]  # in the order of FUSED_MOE.arguments
+from flashmoe_cupy.plan.moe.steps import moe_steps
+from flashmoe_cupy.plan.operation import Operation, Output, register
 
 
 # Two, for checkers want more than one: they know no **unknown.
@@ -113,112 +95,45 @@ def fused_moe(
     if unknown:
         raise no_argument(fused_moe, unknown)
     options = activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant
-    right = tuple(map(type, options)) in _EXACT  # what is remembered is found by exact types only: 1 == True == 1.0
-    if not right:
-        read: Any = exact(dict(zip(_OPTIONS, options, strict=True)))
-        if read is not None:
-            right, options = True, tuple(read.values())
-            activation, interleaved, swiglu_alpha, swiglu_limit, apply_router_weight_on_input, batch_invariant = options
-    given: tuple[Any, ...] = x, w_gate_up, w_down, topk_weights, topk_ids
-    if not right:
-        short = found = None
-    elif (
+    arrays = x, w_gate_up, w_down, topk_weights, topk_ids
+    if (
         b_gate_up is None and b_down is None and expert_map is None and shared_w_gate_up is None
         and shared_w_down is None and shared_gate is None and out is None
     ):  # fmt: skip
-        short, found = plans.seen(_plans, given, options)
-    else:
-        optional = b_gate_up, b_down, expert_map, shared_w_gate_up, shared_w_down, shared_gate, out
-        there = tuple([one is not None for one in optional])
-        given += tuple([one for one in optional if one is not None])
-        short, found = plans.seen(_plans, given, (*options, there))
-    if found is not None:
-        return found  # type: ignore[no-any-return]
-    other = plans.adapter(x)
-    if other is not None:
-        return other.fused_moe(  # type: ignore[no-any-return]
-            x, w_gate_up, w_down, topk_weights, topk_ids, activation=activation, b_gate_up=b_gate_up, b_down=b_down,
-            interleaved=interleaved, swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, expert_map=expert_map,
-            apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=shared_w_gate_up,
-            shared_w_down=shared_w_down, shared_gate=shared_gate, batch_invariant=batch_invariant, out=out,
-        )  # fmt: skip
-    try:
-        vx, v1, v2 = view(x, "x"), view(w_gate_up, "w_gate_up"), view(w_down, "w_down")
-        vw, vi = view(topk_weights, "topk_weights"), view(topk_ids, "topk_ids")
-        b1 = None if b_gate_up is None else view(b_gate_up, "b_gate_up")
-        b2 = None if b_down is None else view(b_down, "b_down")
-        vm = None if expert_map is None else view(expert_map, "expert_map")
-        s1 = None if shared_w_gate_up is None else view(shared_w_gate_up, "shared_w_gate_up")
-        s2 = None if shared_w_down is None else view(shared_w_down, "shared_w_down")
-        vg = None if shared_gate is None else view(shared_gate, "shared_gate")
-        vo = None if out is None else view(out, "out")
-    except (UnsupportedProblem, TypeError) as error:
-        raise unreadable("fused_moe", locals(), error) from None
-    key = (
-        vx[1:6], v1[1:6], v2[1:6], vw[1:6], vi[1:6], options, b1 and b1[1:6], b2 and b2[1:6],
-        vm and vm[1:6], s1 and s1[1:6], s2 and s2[1:6], vg and vg[1:6], vo and vo[1:7],
-    )  # fmt: skip
-    views = (vx, v1, v2, vw, vi, b1, b2, vm, s1, s2, vg)
-    plan = _plans.find(key) if right else None
-    if plan is None:
-        problem = moe_problem(
-            vx, v1, v2, vw, vi, activation=activation, b_gate_up=b1, b_down=b2, interleaved=interleaved,
-            swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, expert_map=vm,
-            apply_router_weight_on_input=apply_router_weight_on_input, shared_w_gate_up=s1, shared_w_down=s2,
-            shared_gate=vg, batch_invariant=batch_invariant, out=vo,
-        )  # fmt: skip
-        plan = _plans.keep(key, _Plan(problem, views, vo))
-    if short is not None and vx.device >= 0:
-        _plans.keep(short, plan)
-    return plan.run(vx, views, vo, out)  # type: ignore[no-any-return]
+        return run(_CALL, arrays, options)  # type: ignore[no-any-return]
+    optional = b_gate_up, b_down, expert_map, shared_w_gate_up, shared_w_down, shared_gate
+    return run(_CALL, arrays, options, optional, out)  # type: ignore[no-any-return]
 
 
-class _Plan:
-    """What one combination of shapes and options needs; made once, then found by its key."""
-
-    __slots__ = ("overlap", "places", "problem", "ready", "shape", "short", "specs")
-
-    def __init__(self, problem: MoEProblem, views: Views, out: View | None) -> None:
-        self.problem = problem
-        self.ready: Ready | None = None  # of the last call
-        self.short: plans.ShortWay | None = None  # made of it
-        self.overlap = plans.Overlap("fused_moe", FUSED_MOE.arguments, views, out)
-        self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]  # in the table of addresses
-        self.specs: list[plans.Spec] = [*FUSED_MOE.results(problem).values()]
-        self.shape = self.specs[0][0]
-
-    def run(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
-        """The call: the output from the caller's library, then the kernels or the NumPy back end."""
-        if out_view is not None:
-            self.overlap.check(out_view, views)
-        if x.device < 0:
-            return self._run_on_host(x, views, out_view, out)
-        if out_view is None:
-            (out,), pointers = plans.allocate(x, self.specs)
-        else:
-            pointers = (out_view.ptr,)
-        if self.problem.tokens:
-            self.ready = plans.gpu().run(FUSED_MOE, self.problem, views, pointers)
-            plans.queued(views)
-        return out
-
-    def short_way(self, quick: Quick, given: tuple[Any, ...]) -> plans.ShortWay | None:
-        """`run` for plain arrays on a GPU like these; None: there is none, as far as is known."""
-        if self.short is None and self.ready is not None:
-            spec = self.shape, (self.problem.hidden, 1), given[0].dtype
-            overlap = self.overlap if self.places[-1] > len(FUSED_MOE.arguments) else None  # the last one is out
-            self.short = plans.short_way(quick, self.ready, self.places, [spec], overlap)
-        return self.short
-
-    def _run_on_host(self, x: View, views: Views, out_view: View | None, out: Any) -> Any:
-        from flashmoe_cupy.cpu.moe import fused_moe as run
-
-        p = self.problem
-        a, w_gate_up, w_down, topk_weights, topk_ids, *optional = plans.on_host(views)
-        plans.check_ids(topk_ids, p.num_experts, p.num_global)
-        target = np.empty(self.shape, to_numpy(x.dtype)) if out_view is None else arrays.as_numpy(out_view)
-        run(p, a, w_gate_up, w_down, topk_weights, topk_ids, target, *optional)
-        return arrays.from_numpy(x, target) if out_view is None else out
+def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:  # noqa: ARG001
+    need_ranks("fused_moe", {"x": 2}, shapes)
+    return {"out": tuple(shapes["x"])}
 
 
-_plans: plans.Memory[_Plan] = plans.Memory()
+def _host(p: MoEProblem, given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    from flashmoe_cupy.cpu.moe import fused_moe
+
+    fused_moe(p, out=made["out"], **given)
+
+
+_CALL = Call(
+    register(
+        Operation(
+            fused_moe,
+            (
+                "x", "w_gate_up", "w_down", "topk_weights", "topk_ids", "b_gate_up", "b_down", "expert_map",
+                "shared_w_gate_up", "shared_w_down", "shared_gate",
+            ),
+            5,
+            {"out": Output()},
+            _shapes,
+            MoEProblem,
+            moe_problem,
+            moe_steps,
+            _host,
+            rows=("x", "w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down", "out"),
+            empty=lambda p: not p.tokens,
+            check=check_ids,
+        )
+    )
+)  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from typing import Any, TypeVar
+
+from flashmoe_cupy import _late
+from flashmoe_cupy.plan.operation import registered
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,8 +46,8 @@ _MIXTURE_ELSE = {
     "use_grouped_topk": f"{_LEAVE}num_expert_group and topk_group say it", "indices_type": f"{_LEAVE}ids are int32",
 }  # fmt: skip
 # Of each function: what its names are called elsewhere, what is no argument of it, and whose argument it may be.
-_ATTENTIONS = _ATTENTION, _ATTENTION_ELSE, ("attention.flash_attention", "attention.flash_attention_varlen")
-_MIXTURES = _MIXTURE, _MIXTURE_ELSE, ("route.moe_route", "moe.fused_moe", "grouped_gemm.grouped_gemm")
+_ATTENTIONS = _ATTENTION, _ATTENTION_ELSE, ("flash_attention", "flash_attention_varlen")
+_MIXTURES = _MIXTURE, _MIXTURE_ELSE, ("moe_route", "fused_moe", "grouped_gemm")
 
 
 def strict(function: Function) -> Function:
@@ -71,11 +73,9 @@ def _instead(
     if mine.partition(":")[0].partition("=")[0].partition(",")[0].partition(" ")[0] in known:
         return f"it is called {mine} here" if mine in known else f"here it is {mine}"
     wanted = mine.partition(":")[0] or one
-    for place in places:
-        module, _, function = place.partition(".")
-        if function != name and wanted in inspect.signature(
-            getattr(import_module(f"flashmoe_cupy.ops.{module}"), function)
-        ).parameters:  # fmt: skip
+    _late.load("operations")
+    for function in places:
+        if function != name and wanted in inspect.signature(registered(function).function).parameters:
             return f"{wanted} is an argument of {function}"
     if one in others:
         return others[one]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Generic
-from flashmoe_cupy.arrays import View, view
-from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import plans
+from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
-from flashmoe_cupy.ops.operations import PERMUTE
-from flashmoe_cupy.ops.unreadable import unreadable
+from flashmoe_cupy.plan.checks import need_ranks
+from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.moe.routing import PermuteProblem, permute_problem
-from flashmoe_cupy.plan.options import integer
+from flashmoe_cupy.plan.moe.steps import permute_steps
+from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
 
 
 class MoEPermutation(NamedTuple, Generic[Array]):
@@ -56,53 +56,54 @@ def moe_permute(
     """
     if unknown:
         raise no_argument(moe_permute, unknown)
-    other = plans.adapter(topk_ids)
-    if other is not None:
-        found: MoEPermutation[Any] = other.moe_permute(topk_ids, num_experts=num_experts, expert_map=expert_map)
-        return found
-    try:
-        vi = view(topk_ids, "topk_ids")
-        vm = None if expert_map is None else view(expert_map, "expert_map")
-    except (UnsupportedProblem, TypeError) as error:
-        raise unreadable("moe_permute", locals(), error) from None
-    if type(num_experts) is not int and (read := integer(num_experts)) is not None:
-        num_experts = read
-    key = vi[1:6], vm and vm[1:6], num_experts
-    plan = _plans.find(key) if type(num_experts) is int else None  # 2.0 == 2 and True == 1
-    if plan is None:
-        plan = _plans.keep(key, _Plan(permute_problem(vi, vm, num_experts=num_experts)))
-    return plan.run((vi, vm))
+    if expert_map is None:
+        return run(_CALL, (topk_ids,), (num_experts,))  # type: ignore[no-any-return]
+    return run(_CALL, (topk_ids,), (num_experts,), (expert_map,))  # type: ignore[no-any-return]
 
 
-class _Plan:
-    """What one combination of shapes and options needs; made once, then found by its key."""
-
-    __slots__ = ("problem", "specs")
-
-    def __init__(self, problem: PermuteProblem) -> None:
-        self.problem = problem
-        self.specs: list[plans.Spec] = [*PERMUTE.results(problem).values()]
-
-    def run(self, views: tuple[View, View | None]) -> MoEPermutation[Any]:
-        """The call: outputs from the caller's library, then the kernels or the NumPy back end."""
-        p, ids = self.problem, views[0]
-        if ids.device < 0:
-            return self._run_on_host(views)
-        made, pointers = plans.allocate(ids, self.specs)
-        if p.tokens:
-            plans.gpu().run(PERMUTE, p, views, pointers)
-            plans.queued(views)
-        else:
-            arrays.fill(ids, made[0], 0)
-        return MoEPermutation(*made)
-
-    def _run_on_host(self, views: tuple[View, View | None]) -> MoEPermutation[Any]:
-        from flashmoe_cupy.cpu.moe import permute
-
-        p = self.problem
-        ids, expert_map = plans.on_host(views)
-        plans.check_ids(ids, p.num_experts, p.num_global)
-        return MoEPermutation(*[arrays.from_numpy(views[0], a) for a in permute(ids, p.num_experts, expert_map)])
+def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    need_ranks("moe_permute", {"topk_ids": 2}, shapes)
+    tokens, k = shapes["topk_ids"]
+    return {"offsets": (options["num_experts"] + 1,), "sorted_indices": (tokens * k,), "inverse_indices": (tokens, k)}
 
 
-_plans: plans.Memory[_Plan] = plans.Memory()
+def _steps(p: PermuteProblem) -> tuple[list[Step], Workspace]:
+    work = Workspace()
+    return permute_steps(p, work, own=False), work
+
+
+def _host(p: PermuteProblem, given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    from flashmoe_cupy.cpu.moe import permute
+
+    found = permute(given["topk_ids"], p.num_experts, given["expert_map"])
+    for target, value in zip(made.values(), found, strict=True):
+        target[...] = value
+
+
+def check_ids(p: Any, fetch: Callable[[str], Any]) -> None:
+    """Raises FlashMoEError for ids that name no expert and no empty place. p: a problem with experts and a map."""
+    from flashmoe_cupy.cpu.moe import check_ids as check
+
+    ids = fetch("topk_ids")
+    if ids is not None:
+        check(ids, p.num_experts if p.num_global < 0 else p.num_global)
+
+
+_CALL = Call(
+    register(
+        Operation(
+            moe_permute,
+            ("topk_ids", "expert_map"),
+            1,
+            dict.fromkeys(("offsets", "sorted_indices", "inverse_indices"), Output(INT32)),
+            _shapes,
+            PermuteProblem,
+            permute_problem,
+            _steps,
+            _host,
+            empty=lambda p: not p.tokens,
+            wrap=lambda made: MoEPermutation(*made),
+            check=check_ids,
+        )
+    )
+)

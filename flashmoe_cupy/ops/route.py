@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, Unpack, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, SupportsIndex, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe_cupy import arrays
 from flashmoe_cupy._types import Array, Generic, Route, Scoring
-from flashmoe_cupy.arrays import View, view
-from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops import plans
+from flashmoe_cupy.dtypes import FP32, INT32
+from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
-from flashmoe_cupy.ops.operations import ROUTE
-from flashmoe_cupy.ops.unreadable import unreadable
+from flashmoe_cupy.plan.checks import need_ranks
 from flashmoe_cupy.plan.moe.routing import RouteProblem, route_problem
-from flashmoe_cupy.plan.options import exact, exact_types
-
-if TYPE_CHECKING:
-    from flashmoe_cupy.ops.moe_gpu import Ready
-    from flashmoe_cupy.ops.quick import Quick
-
-
-_OPTIONS = (
-    "top_k", "scoring_func", "renormalize", "routed_scaling_factor", "num_expert_group", "topk_group",
-    "capacity_factor", "return_stats",
-)  # fmt: skip
-_EXACT = exact_types(*_OPTIONS)
+from flashmoe_cupy.plan.moe.steps import route_steps
+from flashmoe_cupy.plan.operation import Operation, Output, register
 
 
 class RouterStats(NamedTuple, Generic[Array]):
@@ -70,7 +58,7 @@ def moe_route(
     top_k: SupportsIndex,
     scoring_func: Scoring = "softmax",
     renormalize: bool = False,
-    routed_scaling_factor: float = 1.0,
+    routed_scaling_factor: float = 1,  # an int: torch.compile would make an input of its graph of a default 1.0
     e_score_correction_bias: Any = None,
     num_expert_group: SupportsIndex = 1,
     topk_group: SupportsIndex = 1,
@@ -121,94 +109,62 @@ def moe_route(
         top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group, capacity_factor,
         return_stats,
     )  # fmt: skip
-    right = tuple(map(type, options)) in _EXACT  # what is remembered is found by exact types only: 1 == True == 1.0
-    if not right:
-        read: Any = exact(dict(zip(_OPTIONS, options, strict=True)))
-        if read is not None:
-            right, options = True, tuple(read.values())
-            (
-                top_k, scoring_func, renormalize, routed_scaling_factor, num_expert_group, topk_group, capacity_factor,
-                return_stats,
-            ) = options  # fmt: skip
-    short = None
-    if right and not return_stats:
-        given = (logits,) if e_score_correction_bias is None else (logits, e_score_correction_bias)
-        short, found = plans.seen(_plans, given, options)
-        if found is not None:
-            return found
-    other = plans.adapter(logits)
-    if other is not None:
-        return other.moe_route(
-            logits, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor, e_score_correction_bias=e_score_correction_bias,
-            num_expert_group=num_expert_group, topk_group=topk_group, capacity_factor=capacity_factor,
-            return_stats=return_stats,
-        )  # fmt: skip
-    try:
-        vl = view(logits, "logits")
-        vb = None if e_score_correction_bias is None else view(e_score_correction_bias, "e_score_correction_bias")
-    except (UnsupportedProblem, TypeError) as error:
-        raise unreadable("moe_route", locals(), error) from None
-    key = vl[1:6], vb and vb[1:6], options
-    plan = _plans.find(key) if right else None
-    if plan is None:
-        problem = route_problem(
-            vl, vb, top_k=top_k, scoring_func=scoring_func, renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor, num_expert_group=num_expert_group, topk_group=topk_group,
-            capacity_factor=capacity_factor, return_stats=return_stats,
-        )  # fmt: skip
-        plan = _plans.keep(key, _Plan(problem))
-    if short is not None and vl.device >= 0:
-        _plans.keep(short, plan)
-    return plan.run((vl, vb))
+    if e_score_correction_bias is None:
+        return run(_CALL, (logits,), options)
+    return run(_CALL, (logits,), options, (e_score_correction_bias,))
 
 
-class _Plan:
-    """What one combination of shapes and options needs; made once, then found by its key."""
-
-    __slots__ = ("problem", "ready", "short", "specs")
-
-    def __init__(self, problem: RouteProblem) -> None:
-        self.problem = problem
-        self.ready: Ready | None = None  # of the last call
-        self.short: plans.ShortWay | None = None  # made of it
-        self.specs: list[plans.Spec] = [*ROUTE.results(problem).values()]
-
-    def run(self, views: tuple[View, View | None]) -> Any:
-        """The call: outputs from the caller's library, then the kernels or the NumPy back end."""
-        logits = views[0]
-        if logits.device < 0:
-            return self._run_on_host(views)
-        made, pointers = plans.allocate(logits, self.specs)
-        if self.problem.tokens:
-            self.ready = plans.gpu().run(ROUTE, self.problem, views, pointers)
-            plans.queued(views)
-        else:
-            for array in made[2:]:
-                arrays.fill(logits, array, 0)
-        return _results(made)
-
-    def short_way(self, quick: Quick, given: tuple[Any, ...]) -> plans.ShortWay | None:
-        """`run` for plain arrays on a GPU like these, without statistics; None: there is none, as far as is known."""
-        if self.short is None and self.ready is not None:
-            shape = self.specs[0][0]
-            specs = [(shape, (shape[1], 1), dtype) for dtype in (quick.float32, quick.int32)]
-            self.short = plans.short_way(quick, self.ready, range(1, len(given) + 1), specs)
-        return self.short
-
-    def _run_on_host(self, views: tuple[View, View | None]) -> Any:
-        from flashmoe_cupy.cpu.moe import route
-
-        p = self.problem
-        weights, ids = np.empty((p.tokens, p.top_k), np.float32), np.empty((p.tokens, p.top_k), np.int32)
-        logits, bias = plans.on_host(views)
-        plans.check_no_nan(logits, bias)
-        stats = route(p, logits, bias, weights, ids)
-        return _results([arrays.from_numpy(views[0], a) for a in (weights, ids, *(stats or ()))])
+def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    need_ranks("moe_route", {"logits": 2}, shapes)
+    tokens, experts = shapes["logits"]
+    found: dict[str, tuple[int, ...]] = {}
+    found |= dict.fromkeys(("topk_weights", "topk_ids"), (tokens, options["top_k"]))
+    if options["return_stats"]:
+        found |= dict.fromkeys(("expert_counts", "dropped"), (experts,))
+        found |= dict.fromkeys(("load_balancing_loss", "z_loss"), ())
+    return found
 
 
-def _results(made: list[Any]) -> Any:
+def _host(p: RouteProblem, given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    from flashmoe_cupy.cpu.moe import route
+
+    weights, ids, *stats = made.values()
+    found = route(p, given["logits"], given["e_score_correction_bias"], weights, ids)
+    for target, value in zip(stats, found or (), strict=True):
+        target[...] = value
+
+
+def _check(p: RouteProblem, fetch: Callable[[str], Any]) -> None:  # noqa: ARG001
+    from flashmoe_cupy.cpu.moe import check_no_nan
+
+    for name in _OPERATION.arguments:
+        values = fetch(name)
+        if values is not None:
+            check_no_nan(name, values)
+
+
+def _wrap(made: Sequence[Any]) -> Any:
     return (made[0], made[1], RouterStats(*made[2:])) if len(made) > 2 else (made[0], made[1])
 
 
-_plans: plans.Memory[_Plan] = plans.Memory()
+_OPERATION = register(
+    Operation(
+        moe_route,
+        ("logits", "e_score_correction_bias"),
+        1,
+        {
+            "topk_weights": Output(FP32), "topk_ids": Output(INT32), "expert_counts": Output(INT32),
+            "dropped": Output(INT32), "load_balancing_loss": Output(FP32), "z_loss": Output(FP32),
+        },
+        _shapes,
+        RouteProblem,
+        route_problem,
+        route_steps,
+        _host,
+        count=lambda options: 6 if options["return_stats"] else 2,
+        empty=lambda p: not p.tokens,
+        wrap=_wrap,
+        check=_check,
+    )
+)  # fmt: skip
+_CALL = Call(_OPERATION)

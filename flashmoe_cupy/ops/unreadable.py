@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.checks import show
-
-_PROBLEMS = {
-    "flash_attention": "attention.problem.attention_problem",
-    "flash_attention_varlen": "attention.problem.varlen_problem",
-    "moe_route": "moe.routing.route_problem", "moe_permute": "moe.routing.permute_problem",
-    "grouped_gemm": "moe.problem.grouped_gemm_problem", "fused_moe": "moe.problem.moe_problem",
-}  # fmt: skip
-_RENAMED = {("moe_route", "bias"): "e_score_correction_bias"}  # parameters of problems whose arguments have other names
+from flashmoe_cupy.plan.operation import Operation
 
 
-def unreadable(op: str, given: Mapping[str, Any], first: Exception) -> Exception:
-    """What to raise for a call of `op` when the view of an argument raised `first`. given: the arguments by name.
+def unreadable(operation: Operation, given: Mapping[str, Any], first: Exception) -> Exception:
+    """What to raise for a call of an operation when the view of an argument raised `first`.
 
-    A TypeError for what is no array; else UnsupportedProblem, with what else is wrong with the call as far as the
-    shapes and dtypes of the arrays tell it.
+    given: every argument by name. A TypeError for what is no array; else UnsupportedProblem, with what else is wrong as
+    far as the shapes and dtypes of the arrays tell it.
     """
-    problem = _problem(op)
     views: dict[str, View] = {}
     strangers: dict[str, Exception] = {}
     faults: dict[tuple[str, str], list[str]] = {}  # names by the type of the arrays and what is wrong with them
     hints: dict[str, list[str]] = {}
     options: dict[str, Any] = {}
     whole = True  # shape and dtype of every array are known
-    for parameter, its in inspect.signature(problem).parameters.items():
-        name = _RENAMED.get((op, parameter), parameter)
-        value = given[name]
-        if "View" not in str(its.annotation):
+    needed = operation.arguments[: operation.required]
+    for name, value in given.items():
+        if name in operation.options:
             options[name] = value
             continue
-        if value is None and its.default is None:
+        if value is None and name not in needed:
             continue
         try:
-            views[parameter] = view(value, name)
+            views[name] = view(value, name)
         except UnsupportedProblem as error:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             for reason in error.reasons:
@@ -54,7 +44,7 @@ def unreadable(op: str, given: Mapping[str, Any], first: Exception) -> Exception
             if stand_in is None:
                 whole = False
             else:
-                views[parameter] = stand_in
+                views[name] = stand_in
         except TypeError as error:
             strangers[name] = error
     if strangers:
@@ -65,29 +55,24 @@ def unreadable(op: str, given: Mapping[str, Any], first: Exception) -> Exception
     said = [f"{', '.join(who)}{hint}" if hint.startswith(" may be") else hint for hint, who in hints.items()]
     if whole:
         try:
-            problem(**views, **options)
+            operation.make(**views, **options)
         except UnsupportedProblem as error:
             why += error.reasons
             said.append(error.hint)
-    return UnsupportedProblem(told(op, given), why, "; ".join(filter(None, said)))
+    return UnsupportedProblem(told(operation, given), why, "; ".join(filter(None, said)))
 
 
-def told(op: str, given: Mapping[str, Any]) -> str:
+def told(operation: Operation, given: Mapping[str, Any]) -> str:
     """A call in one line, as `plan.checks.asked` tells it of views: arrays, then what is not at its default."""
     arrays, options = [], []
-    for parameter, its in inspect.signature(_problem(op)).parameters.items():
-        name = _RENAMED.get((op, parameter), parameter)
+    for name, its in inspect.signature(operation.function).parameters.items():
         value = given[name]
-        if "View" not in str(its.annotation):
-            options += [f"{name}={text}"] if (text := show(value)) != show(its.default) else []
+        if name in operation.options:
+            default = its.default in (0, 1) and type(value) is float and value == its.default  # 0 stands for 0.0
+            options += [f"{name}={text}"] if (text := show(value)) != show(its.default) and not default else []
         elif value is not None or its.default is not None:
             arrays.append(f"{name}={_shown(value)}")
-    return f"{op}({', '.join(arrays + options)})"
-
-
-def _problem(op: str) -> Callable[..., Any]:
-    module, _, function = _PROBLEMS[op].rpartition(".")
-    return getattr(import_module(f"flashmoe_cupy.plan.{module}"), function)  # type: ignore[no-any-return]
+    return f"{operation.name}({', '.join(arrays + options)})"
 
 
 def _each(reason: str, names: list[str]) -> str:

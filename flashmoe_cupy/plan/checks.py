@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_cupy.dtypes import BF16, FLOATS, FP16, FP32, INT32, DType
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.options import boolean, integer, real
 
 if TYPE_CHECKING:
@@ -225,3 +226,14 @@ def asked(op: str, named: Named, options: Sequence[Option]) -> str:
     words = [f"{name}={x.dtype.name}{list(x.shape)}" for name, x in named]
     words += [f"{name}={text}" for name, value, default in options if (text := show(value)) != show(default)]
     return f"{op}({', '.join(words)})"
+
+
+def need_ranks(op: str, ranks: Mapping[str, int], shapes: Mapping[str, Sequence[object]]) -> None:
+    """Raises UnsupportedProblem for arrays with another number of dimensions, by the names and shapes of all."""
+    why = [
+        f"{name} must have {rank} dimensions, but has {len(shapes[name])}"
+        for name, rank in ranks.items()
+        if len(shapes[name]) != rank
+    ]
+    if why:
+        raise UnsupportedProblem(op, why)

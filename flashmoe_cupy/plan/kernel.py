@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from flashmoe_cupy.dtypes import DType
@@ -144,12 +144,19 @@ class Kernel(ABC, Generic[P, C]):
 
 
 class Step(NamedTuple):
-    """One launch of an operation. values: members of Params that only the operation knows."""
+    """One launch of an operation.
+
+    problem: of the task's kernels. arguments: pointers of Params, and the arrays whose addresses they hold.
+    values: members of Params that only the operation knows; a kernel that has no such member does without.
+    clears: outputs, and their sizes in bytes, that must hold their fill value where the kernel writes nothing. A kernel
+    that `clears` does so by itself; for others the array is filled first.
+    """
 
     task: str
-    problem: Any  # of the task's kernels
+    problem: Any
     arguments: Arguments
     values: Values | None = None
+    clears: Mapping[str, int] = {}
 
 
 def far_strides(names: Sequence[str], maps: Sequence[TensorMap]) -> list[str]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,34 +75,44 @@ def window(value: object) -> tuple[int, int] | None:
     return None if None in found or not found else (found[0], found[1])  # type: ignore[return-value]
 
 
-# Those of all public functions; a name means the same in each.
-READ: dict[str, Read] = {
-    "causal": boolean, "window_size": window, "softmax_scale": real, "softcap": real, "layout": text,
-    "return_lse": boolean, "max_seqlen_q": integer, "max_seqlen_k": integer, "top_k": integer, "scoring_func": text,
-    "renormalize": boolean, "routed_scaling_factor": real, "num_expert_group": integer, "topk_group": integer,
-    "capacity_factor": real, "return_stats": boolean, "num_experts": integer, "activation": text,
-    "interleaved": boolean, "swiglu_alpha": real, "swiglu_limit": real, "apply_router_weight_on_input": boolean,
-    "batch_invariant": boolean,
-}  # fmt: skip
-_OPTIONAL = ("softmax_scale", "capacity_factor", "swiglu_alpha", "swiglu_limit")  # None is a value of these
-_TYPES: dict[Read, tuple[type, ...]] = {boolean: (bool,), integer: (int,), real: (float, int), text: (str,)}
+class Kind:
+    """What an option is: how a value of it is read, and whether None is one.
 
-
-def exact(options: Mapping[str, object]) -> dict[str, Any] | None:
-    """The options in their exact types; None if one of them is of a wrong type."""
-    found = {}
-    for name, value in options.items():
-        one = None if value is None else READ[name](value)
-        if one is None and not (value is None and name in _OPTIONAL):
-            return None
-        found[name] = one
-    return found
-
-
-def exact_types(*names: str) -> dict[tuple[type, ...], None]:
-    """All tuples of types that the options `names` have when nothing has to be read.
-
-    A dict, for torch.compile of torch 2.6 cannot look into a frozenset.
+    types: those of values that need not be read. words: for an error. schema: the type of torch's operators.
     """
-    each = [(*_TYPES[READ[name]], *((type(None),) if name in _OPTIONAL else ())) for name in names]
-    return dict.fromkeys(product(*each))
+
+    WRONG = object()  # in place of a value that cannot be read
+
+    def __init__(self, read: Read, types: tuple[type, ...], words: str, schema: str, optional: bool = False) -> None:
+        self.read, self.optional = read, optional
+        self.types = (*types, type(None)) if optional else types
+        self.words = f"{words} or None" if optional else words
+        self.schema = f"{schema}?" if optional else schema
+
+    def exact(self, value: object) -> Any:
+        """The value in its exact type, or `Kind.WRONG`."""
+        if value is None:
+            return None if self.optional else Kind.WRONG
+        found = self.read(value)
+        return Kind.WRONG if found is None else found
+
+
+_BOOL = Kind(boolean, (bool,), "a bool", "bool")
+_INT = Kind(integer, (int,), "an int", "SymInt")
+_FLOAT = Kind(real, (float, int), "a number", "float")
+_TEXT = Kind(text, (str,), "a string", "str")
+_PAIR = Kind(window, (tuple,), "two ints (left, right)", "SymInt[]")
+_MAYBE = Kind(real, (float, int), "a number", "float", optional=True)
+# By the annotation of a parameter.
+_KINDS = {
+    "bool": _BOOL, "int": _INT, "SupportsIndex": _INT, "float": _FLOAT, "float | None": _MAYBE, "str": _TEXT,
+    "Layout": _TEXT, "Scoring": _TEXT, "Activation": _TEXT, "Window": _PAIR,
+}  # fmt: skip
+
+
+def kind_of(name: str, annotation: str) -> Kind:
+    """The kind of an option by how the parameter of a function is annotated. Raises TypeError for an unknown one."""
+    try:
+        return _KINDS[annotation]
+    except KeyError:
+        raise TypeError(f"option {name}: {annotation!r} is none of {', '.join(_KINDS)}") from None

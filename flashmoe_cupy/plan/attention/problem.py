@@ -64,6 +64,13 @@ class AttentionProblem(NamedTuple):
     total_k: int
     has_seqused_q: bool
     has_seqused_k: bool
+    heads_first: bool = False  # arrays come as (batch, heads, seq, dim); strides are in the order above all the same
+    clear_rest: int = 0  # rows that no sequence owns become, 1: in out 0, 2: in lse -inf, 3: both
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no query to compute."""
+        return 0 in (self.batch, self.seqlen_q, self.heads_q, self.head_dim_v) or (self.varlen and not self.total_q)
 
     @property
     def rows_aligned(self) -> bool:
@@ -187,6 +194,7 @@ def attention_problem(
         alibi_stride_b=alibi_stride_b, bias_dtype=None if bias is None else bias.dtype, bias_strides=bias_strides,
         sinks_dtype=None if sinks is None else sinks.dtype, varlen=False, total_q=batch * seqlen_q,
         total_k=batch * seqlen_k, has_seqused_q=False, has_seqused_k=False,
+        heads_first=s == 2,
     )  # fmt: skip
 
 
@@ -264,6 +272,7 @@ def varlen_problem(
         alibi_stride_b=alibi_stride_b, bias_dtype=None, bias_strides=(0, 0, 0, 0),
         sinks_dtype=None if sinks is None else sinks.dtype, varlen=True, total_q=total_q, total_k=total_k,
         has_seqused_q=seqused_q is not None, has_seqused_k=seqused_k is not None,
+        clear_rest=(out is None) + 2 * bool(return_lse),
     )  # fmt: skip
 
 

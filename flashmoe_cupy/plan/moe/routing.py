@@ -98,7 +98,7 @@ class PermuteProblem(NamedTuple):
 
 def route_problem(
     logits: View,
-    bias: View | None = None,
+    e_score_correction_bias: View | None = None,
     *,
     top_k: object,
     scoring_func: object = "softmax",
@@ -111,9 +111,10 @@ def route_problem(
 ) -> RouteProblem:
     """Validate the arguments of `moe_route`. Raises one UnsupportedProblem that holds every reason.
 
-    logits: (T, E). bias: (E,), the e_score_correction_bias.
+    logits: (T, E). e_score_correction_bias: (E,).
     """
     why: list[str] = []
+    bias = e_score_correction_bias
     named = [("logits", logits)] if bias is None else [("logits", logits), ("e_score_correction_bias", bias)]
     known = len(logits.shape) == 2
     tokens, experts = logits.shape if known else (0, 0)

@@ -19,6 +19,7 @@ from flashmoe_cupy.plan.moe.small import (
     SmallProblem,
 )
 from flashmoe_cupy.plan.moe.tiles import SELF_SORTED
+from flashmoe_cupy.plan.operation import Workspace
 
 _ROUTER_WARPS = 4  # of a block
 _STATS_WARPS = 512  # of a router that keeps statistics, at most: each writes a row that MoeRouterStats adds up
@@ -28,19 +29,6 @@ _PERMUTE_PER_BLOCK = 2048  # assignments of one of several blocks, as long as th
 _PERMUTE_BLOCKS = 256
 _COMBINE_BLOCKS = 2**16  # at most; then each block goes through several stretches
 _SCORING = ("softmax", "sigmoid", "sqrtsoftplus")  # in the order of enum ScoringFunc of moe/params.cuh
-
-
-class Workspace:
-    """Arrays that live as long as a call, one behind the other in one allocation."""
-
-    def __init__(self) -> None:
-        self.offsets: dict[str, int] = {}
-        self.bytes = 0
-
-    def add(self, name: str, size: int) -> None:
-        """Room for `size` bytes at a multiple of 256."""
-        self.offsets[name] = self.bytes
-        self.bytes += -(-size // 256) * 256
 
 
 def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:

@@ -7,22 +7,25 @@ import struct
 import threading
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import graph, launch, series, tensormap
+from flashmoe_cupy.jit import counters, graph, launch, sequence, tensormap
 from flashmoe_cupy.jit.launch import Launch
-from flashmoe_cupy.jit.series import NULL, Series
+from flashmoe_cupy.jit.sequence import NULL, Fill, LaunchSequence
 
 
 class Driver:
-    """cuLaunchKernelEx, and what launch.launch calls. Notes configuration, attribute and parameters."""
+    """The driver's functions for launches and fills. Notes configuration, attribute and parameters."""
 
     def __init__(self) -> None:
         self.early: list[tuple[Any, ...]] = []
-        self.plain: list[tuple[int, ...]] = []
+        self.fills: list[tuple[int, ...]] = []
+        self.waited: list[int] = []
+        self.capturing = True
         self.devices: list[int] = []
         self.code = 0
 
@@ -35,8 +38,12 @@ class Driver:
         self.early.append((function, tuple(sizes), stream, attribute, ctypes.string_at(address, 256)))
         return self.code
 
-    def launchKernel(self, *given: int) -> None:
-        self.plain.append(given)
+    def fill(self, *given: int) -> int:
+        self.fills.append((*given, len(self.early)))
+        return self.code
+
+    def streamSynchronize(self, stream: int) -> None:
+        self.waited.append(stream)
 
     def getDevice(self) -> int:
         return 0
@@ -45,7 +52,7 @@ class Driver:
         self.devices.append(device)
 
     def streamIsCapturing(self, *_: int) -> bool:
-        return True
+        return self.capturing
 
 
 @pytest.fixture
@@ -53,15 +60,16 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     fake = Driver()
     for name, value in {"_driver": fake, "_runtime": fake, "_devices": 1, "_local": launch._Local()}.items():
         monkeypatch.setattr(launch, name, value)
-    monkeypatch.setattr(series, "_call", fake.launch_ex)
+    calls = SimpleNamespace(cuLaunchKernelEx=fake.launch_ex, cuMemsetD32Async=fake.fill)
+    monkeypatch.setattr(sequence, "_calls", calls)
     yield fake
 
 
-def two(**change: Any) -> Series:
+def two(**change: Any) -> LaunchSequence:
     """A launch of two pointers, one of them also in a map behind 48 bytes, and one of three, of which one is moved."""
-    first = Launch(0, 77, 5, 384, 1000, struct.Struct("2Q").pack_into, bytes(range(160)), False, ((6, 1),), early=True)
-    second = Launch(0, 78, 1, 64, 0, struct.Struct("3Q").pack_into, bytes([7] * 20), False)
-    return Series([(first._replace(**change), ((2, 0), (1, 0))), (second, (NULL, (3, 0), (3, 256)))])
+    first = Launch(0, 77, 5, 384, 1000, 2, bytes(range(160)), maps=((6, 1),), early=True)
+    second = Launch(0, 78, 1, 64, 0, 3, bytes([7] * 20))
+    return LaunchSequence([(first._replace(**change), ((2, 0), (1, 0))), (second, (NULL, (3, 0), (3, 256)))])
 
 
 def test_a_call_stores_addresses(driver: Driver) -> None:
@@ -75,7 +83,7 @@ def test_a_call_stores_addresses(driver: Driver) -> None:
         want[48:56] = struct.pack("Q", table[1])
         assert params[:176] == want
         assert params_g[:44] == struct.pack("3Q", 0, table[3], table[3] + 256) + bytes([7] * 20)
-    assert driver.devices == [0, 0] and not driver.plain  # the context is bound once
+    assert driver.devices == [0, 0]  # the context is bound once
 
 
 def test_addresses_are_stored_when_they_change(driver: Driver) -> None:
@@ -94,11 +102,11 @@ def test_addresses_are_stored_when_they_change(driver: Driver) -> None:
 
 def test_a_table_may_have_another_order(driver: Driver) -> None:
     """What it has not is null, also in a map; what nobody asks for may be in it."""
-    two().arranged((9, 1, 3)).run((0x90, 0x10, 0x30), 9)
+    two().for_places((9, 1, 3)).run((0x90, 0x10, 0x30), 9)
     first = driver.early[0][4]
     assert first[:16] == struct.pack("2Q", 0, 0x10) and first[48:56] == struct.pack("Q", 0x10)
     assert driver.early[1][4][:24] == struct.pack("3Q", 0, 0x30, 0x130)
-    two().arranged((2, 3)).run((0x20, 0x30), 9)
+    two().for_places((2, 3)).run((0x20, 0x30), 9)
     first = driver.early[2][4]
     assert first[:16] == struct.pack("2Q", 0x20, 0) and first[48:56] == bytes(8)
 
@@ -106,7 +114,7 @@ def test_a_table_may_have_another_order(driver: Driver) -> None:
 def test_only_the_last_address_has_offsets() -> None:
     ((one, _), _) = two().launches
     with pytest.raises(ValueError, match="an offset to another address"):
-        Series([(one, ((1, 8), (2, 0)))])
+        LaunchSequence([(one, ((1, 8), (2, 0)))])
 
 
 def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
@@ -132,10 +140,34 @@ def test_the_driver_may_refuse(driver: Driver) -> None:
         two().run((0, 1, 2, 3), 9)
 
 
-@pytest.mark.parametrize("change", [{"check": True}, {"counter": 3}, {"head": lambda view, at, *pointers: None}])
-def test_what_needs_more_goes_the_long_way(driver: Driver, change: dict[str, Any]) -> None:
-    two(**change).run((5, 1, 2, 3), 9)
-    assert [given[0] for given in driver.plain] == [77, 78] and not driver.early
+def test_every_call_is_waited_for_under_the_check(driver: Driver) -> None:
+    """But not while a graph is recorded."""
+    both = two(check=True)
+    both.run((5, 1, 2, 3), 9)
+    assert not driver.waited
+    driver.capturing = False
+    both.run((5, 1, 2, 3), 8)
+    assert driver.waited == [8] and len(driver.early) == 4
+
+
+def test_every_launch_gets_its_counter(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter((0x111, 0x222, 0x333))
+    monkeypatch.setattr(counters, "counter", lambda runtime, device, stream: next(taken))
+    both = two(counter=3)
+    for want in (0x111, 0x222, 0x333):
+        both.run((0, 1, 2, 3), 9)
+        assert driver.early[-2][4][24:32] == struct.pack("Q", want) and driver.early[-1][4][24:32] == bytes([7] * 8)
+
+
+def test_fills_come_before_the_launches(driver: Driver) -> None:
+    both = LaunchSequence(two().launches, [Fill(2, 64, 0), Fill(1, 12, 0xFF80_0000)])
+    both.run((0, 16, 32, 48), 9)
+    assert driver.fills == [(32, 0, 16, 9, 0), (16, 0xFF80_0000, 3, 9, 0)] and len(driver.early) == 2
+    both.for_places((1, 2, 3)).run((16, 32, 48), 8)
+    assert driver.fills[2:] == [(32, 0, 16, 8, 2), (16, 0xFF80_0000, 3, 8, 2)]
+    driver.code = 700
+    with pytest.raises(FlashMoEError, match=r"a fill \(error 700"):
+        both.run((0, 16, 32, 48), 9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,14 +233,14 @@ def graphs(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     return fake
 
 
-def three(tail: int = 7, grid: int = 5, early: bool = True) -> Series:
+def three(tail: int = 7, grid: int = 5, early: bool = True) -> LaunchSequence:
     """The two launches and one more of a pointer."""
     (first, a), (second, b) = two(grid=grid).launches
-    third = Launch(0, 79, 2, 32, 0, struct.Struct("Q").pack_into, bytes([tail] * 8), False, early=early)
-    return Series([(first, a), (second, b), (third, ((3, 0),))])
+    third = Launch(0, 79, 2, 32, 0, 1, bytes([tail] * 8), early=early)
+    return LaunchSequence([(first, a), (second, b), (third, ((3, 0),))])
 
 
-def run(some: Series, *table: int, stream: int = 9, calls: int = 1, recorded: bool = False) -> None:
+def run(some: LaunchSequence, *table: int, stream: int = 9, calls: int = 1, recorded: bool = False) -> None:
     for _ in range(calls):
         some.run((0, *table), stream, recorded)
 

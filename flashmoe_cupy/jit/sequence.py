@@ -1,7 +1,7 @@
 """Launches that always run one after the other: their parameters stay in memory, a call stores addresses that are new.
 
-`jit.launch.launch` writes a kernel's whole Params into one buffer; an operation of five kernels would do that five
-times in each call. Here every launch has a buffer of its own in every thread that uses it.
+Every launch has memory of its own for Params in every thread that uses it. The driver copies it before a launch
+returns, so it is free again at once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from types import BuiltinMethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import graph, launch, tensormap
@@ -21,31 +20,40 @@ _CONFIG = struct.Struct("7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memo
 _ATTRIBUTE = struct.Struct("i4xi60x")  # CUlaunchAttribute
 _STREAM = struct.Struct("Q")
 _STREAM_AT = 32
-_ALIGNMENT = 128  # of Params
+_ALIGNMENT = 128  # of Params, in bytes
 _FEWEST = 3  # launches that a graph queues sooner than one by one
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_call: Any = None  # cuLaunchKernelEx
+_MOST_ENCODED = 64  # sets of encoded maps that a thread remembers for a sequence
+_calls: Any = None  # the driver's cuLaunchKernelEx and cuMemsetD32Async
 
 Place = tuple[int, int]  # (which address of a call's table, bytes from there on)
 NULL: Place = (-1, 0)
 
 
-def pointers(places: Sequence[Place], table: Sequence[int]) -> tuple[int, ...]:
-    """What a launch is given."""
-    return tuple([0 if i < 0 else table[i] + offset for i, offset in places])
+class Fill(NamedTuple):
+    """An array that gets the same 4 bytes everywhere before the launches."""
+
+    place: int  # of its address in the table
+    size: int  # bytes, a multiple of 4
+    word: int  # the 4 bytes, as an unsigned number
 
 
 class _Own:
     """The launches in one thread."""
 
     __slots__ = (
-        "bound", "calls", "configs", "graph", "keep", "last", "nodes", "others", "settings", "stream", "table", "words",
+        "bound", "calls", "configs", "counters", "encoded", "graph", "keep", "known", "last", "nodes", "others",
+        "settings", "stream", "table", "view", "words",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.words: Any = None  # the Params of all, in words of 8 bytes; storing into memory of ctypes is the fastest
+        self.view: Any = None  # the same, in bytes
         self.others: list[tuple[int, int]] = []  # word, and which address is stored there
         self.last: list[tuple[int, int]] = []  # word, and how many bytes behind the table's last address
+        self.counters: list[int] = []  # words that hold the address of a counter
+        self.encoded: list[tuple[int, tensormap.TensorMap, Place]] = []  # byte, map, and its address's place
+        self.known: dict[tuple[int, ...], list[bytes]] = {}  # encoded maps by their addresses
         self.configs: list[Any] = []  # CUlaunchConfig of each
         self.calls: list[tuple[int, int, int, None]] = []  # arguments of cuLaunchKernelEx
         self.nodes: list[Any] = []  # of a graph
@@ -57,33 +65,33 @@ class _Own:
         self.settings: graph.Settings = []  # what it needs to become these launches
 
 
-class Series:
+class LaunchSequence:
     """Launches on one device; the i-th one takes its pointers from the given places.
 
-    Only the last address, that of a workspace, may be used with an offset.
+    Only the last address, that of a workspace, may be used with an offset. fills: what is written before the launches.
     """
 
-    __slots__ = ("_early", "_kernels", "_last", "_local", "device", "launches", "plain")
+    __slots__ = ("_check", "_early", "_kernels", "_last", "_local", "device", "fills", "launches")
 
-    def __init__(self, launches: Sequence[tuple[Launch, tuple[Place, ...]]]) -> None:
-        self.launches = tuple(launches)
+    def __init__(
+        self, launches: Sequence[tuple[Launch, tuple[Place, ...]]], fills: Sequence[Fill] = ()
+    ) -> None:  # fmt: skip
+        self.launches, self.fills = tuple(launches), tuple(fills)
         self.device = launches[0][0].device
         self._last = max(i for _, places in launches for i, _ in places)
         if any(offset and i != self._last for _, places in launches for i, offset in places):
             raise ValueError("an offset to another address than the last one")
-        # What is more than stored addresses, `launch.launch` does: checks, counters, maps that must be encoded.
-        self.plain = all(
-            not (one.check or one.counter) and isinstance(one.head, BuiltinMethodType) for one, _ in launches
-        )
+        self._check = any(one.check for one, _ in launches)
         self._kernels = tuple([one.function for one, _ in launches])
         self._early = [one.early for one, _ in launches]
         self._local = threading.local()
 
-    def arranged(self, order: Sequence[int]) -> Series:
+    def for_places(self, order: Sequence[int]) -> LaunchSequence:
         """The same launches for tables that have the addresses of these places, in this order; all others are 0."""
         at = {place: i for i, place in enumerate(order)}
-        return Series(
-            [(one, tuple([(at[i], offset) if i in at else NULL for i, offset in of])) for one, of in self.launches]
+        return LaunchSequence(
+            [(one, tuple([(at[i], offset) if i in at else NULL for i, offset in of])) for one, of in self.launches],
+            [fill._replace(place=at[fill.place]) for fill in self.fills],
         )
 
     def run(self, table: tuple[int, ...], stream: int, recorded: bool = True) -> None:
@@ -91,10 +99,6 @@ class Series:
 
         recorded: the stream is being recorded, or may be. Otherwise several launches go as one CUDA graph.
         """
-        if not self.plain:
-            for one, places in self.launches:
-                launch.launch(one, pointers(places, table), stream)
-            return
         try:
             own = self._local.own
         except AttributeError:
@@ -106,6 +110,8 @@ class Series:
             with launch.bind(self.device):
                 self._queue(own, table, stream, recorded)
             own.bound = launch.bound() == self.device
+        if self._check:
+            launch.check(self.device, stream)
 
     def _queue(self, own: _Own, table: tuple[int, ...], stream: int, recorded: bool) -> None:
         if own.stream != stream:
@@ -120,30 +126,46 @@ class Series:
                     words[word] = address + offset
             for word, i in own.others:  # looking which ones have changed takes longer
                 words[word] = table[i]
+            if own.encoded:
+                self._encode(own, table)
             own.table = table
-        if not recorded and len(own.calls) >= _FEWEST:
+        for word in own.counters:
+            own.words[word] = launch.counter(self.device, stream)
+        for fill in self.fills:
+            _must(_calls.cuMemsetD32Async(table[fill.place], fill.word, fill.size // 4, stream), "a fill")
+        if not recorded and len(own.calls) >= _FEWEST and not own.counters:
             if own.graph is None:
                 own.graph = graph.find(stream, self._kernels, own.nodes, self._early)
                 own.settings = own.graph.settings(own.nodes) if own.graph else []
             if own.graph is not None:
                 own.graph.run(own.settings, own.table, stream)
                 return
-        call = _call
+        call = _calls.cuLaunchKernelEx
         for one in own.calls:
             code = call(*one)
             if code:
-                raise FlashMoEError(f"the driver refuses a launch (error {code})")
+                _must(code, "a launch")
+
+    def _encode(self, own: _Own, table: tuple[int, ...]) -> None:
+        addresses = tuple([table[i] + offset for _, _, (i, offset) in own.encoded])
+        found = own.known.get(addresses)
+        if found is None:
+            if len(own.known) >= _MOST_ENCODED:
+                own.known.clear()
+            found = [tensormap.encode(of, at) for (_, of, _), at in zip(own.encoded, addresses, strict=True)]
+            own.known[addresses] = found
+        for (byte, _, _), encoded in zip(own.encoded, found, strict=True):
+            own.view[byte : byte + tensormap.BYTES] = encoded
 
     def _make(self) -> _Own:
-        global _call
-        if _call is None:
-            _call = tensormap.driver().cuLaunchKernelEx
-            _call.argtypes = [ctypes.c_void_p] * 4
+        global _calls
+        if _calls is None:
+            _calls = _Calls(tensormap.driver())
         own = _Own()
         sizes = [-(-(8 * len(places) + len(one.tail)) // _ALIGNMENT) * _ALIGNMENT for one, places in self.launches]
         storage = ctypes.create_string_buffer(sum(sizes) + _ALIGNMENT)
         start = -ctypes.addressof(storage) % _ALIGNMENT
-        view = memoryview(storage).cast("B")[start : start + sum(sizes)]
+        view = own.view = memoryview(storage).cast("B")[start : start + sum(sizes)]
         own.words = (ctypes.c_uint64 * (sum(sizes) // 8)).from_buffer(storage, start)
         attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_STREAM_SERIALIZATION, 1), _ATTRIBUTE.size)
         own.keep += [storage, attribute]
@@ -158,6 +180,8 @@ class Series:
                     own.others.append((at // 8 + word, i))
                 else:
                     own.words[at // 8 + word] = 0
+            own.encoded += [(at + byte, of, places[index]) for byte, of, index in one.encoded]
+            own.counters += [at // 8 + one.counter] * (one.counter > 0)
             array = (ctypes.c_void_p * 1)(ctypes.addressof(storage) + start + at)
             config = ctypes.create_string_buffer(_CONFIG.size)
             _CONFIG.pack_into(
@@ -169,3 +193,18 @@ class Series:
             own.keep.append(array)
             at += size
         return own
+
+
+class _Calls:
+    """Functions of the driver, whose arguments are all addresses and numbers of 8 bytes but one."""
+
+    def __init__(self, driver: Any) -> None:
+        self.cuLaunchKernelEx = driver.cuLaunchKernelEx
+        self.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+        self.cuMemsetD32Async = driver.cuMemsetD32Async
+        self.cuMemsetD32Async.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p]
+
+
+def _must(code: int, what: str) -> None:
+    if code:
+        raise FlashMoEError(f"the driver refuses {what} (error {code})")

@@ -1,9 +1,8 @@
-"""The short way in for plain torch and CuPy arrays on a GPU: key, pointers and outputs, with as few reads as possible.
-NumPy arrays have a key, too.
+"""How plain arrays are read with as few reads as possible: their key, addresses and new ones like them.
 
 A view of an array costs a microsecond or two, and a call has three; what is read here is only what tells one validated
-call from another. Anything unusual (gradients, subclasses, another library) gives None, and the call takes the long way
-through `arrays.view`, which explains itself.
+call from another. Anything unusual (gradients, subclasses, another library) gives None, and the call goes through
+`arrays.view`, which explains itself.
 """
 
 from __future__ import annotations
@@ -16,113 +15,78 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashmoe_cupy.ops.compiled import compiled, nothing
-from flashmoe_cupy.plan import kernels
-
 Key = tuple[Any, ...]
 Shape = tuple[int, ...]
 
 
-class Quick(NamedTuple):
-    """How one array type is read."""
+class ArrayAccess(NamedTuple):
+    """How the arrays of one type are read."""
 
-    key: Callable[[Any, Any, Any], Key | None]  # q, k, v -> what decides the plan, or None
-    keys: Callable[[tuple[Any, ...]], Key | None]  # the same for any arrays, parameters of modules among them
+    key: Callable[[tuple[Any, ...]], Key | None]  # what decides the plan of a call on these arrays, or None
     pointer: Callable[[Any], int]
     empty: Callable[[int, Shape, Shape, Any], Any]  # device, shape, row-major strides, dtype -> new array
-    float32: Any  # the library's dtypes of these names
-    int32: Any
-    uint8: Any
+    dtypes: dict[str, Any]  # the library's float32, int32 and uint8
     device: Callable[[Any], int]
     stream: Callable[[int], int]  # the current one of a device
     # Asked once for many calls on a device, which then ask less:
     maker: Callable[[int, Shape, Shape, Any], Callable[[], Any]]  # `empty` with these arguments
     recorder: Callable[[int], Callable[[int], bool]]  # whether a graph is recorded on a stream of a device
     graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
-    # Of arrays, what tells whether others are like these, if there is such a thing; an array that comes twice never is.
+    # A function that tells whether other arrays are like these, where one can be made. Arrays that are one object here
+    # must be one there.
     guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
     guards: bool = False  # whether it may ever give one
     host: bool = False  # arrays in host memory: only `key` serves
 
-
-class Recent:
-    """The plans of the last few calls, found by a guard: one look in C at all arrays, without making their key."""
-
-    __slots__ = ("_entries", "_guarded")
-    _MOST, _MOST_GUARDS, _MOST_PLANS = 4, 8, 4096
-
-    def __init__(self) -> None:
-        self._entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}  # by options
-        self._guarded: dict[Any, int] = {}  # guards made for each plan: what always changes does without
-        kernels.forget.append(self.clear)
-
-    def find(self, given: tuple[Any, ...], options: Any) -> Any:
-        """The plan of a call on arrays like these with equal options, or None. options tell the number of arrays."""
-        try:
-            entries = self._entries.get(options, ())
-        except TypeError:  # an option that cannot be hashed: validation names it
-            return None
-        for guard, plan in entries:
-            if guard(*given):
-                return plan
-        return None
-
-    def note(self, quick: Quick, given: tuple[Any, ...], options: Any, plan: Any) -> None:
-        """Find this plan for such arrays from now on."""
-        made = self._guarded.get(plan, 0)
-        if made >= self._MOST_GUARDS or len(self._guarded) >= self._MOST_PLANS:
-            return
-        guard = quick.guard(given)
-        if guard is not None:
-            self._guarded[plan] = made + 1
-            self._entries[options] = ((guard, plan), *self._entries.get(options, ())[: self._MOST - 1])
-
-    def clear(self) -> None:
-        self._entries, self._guarded = {}, {}
+    @property
+    def uint8(self) -> Any:
+        """The library's dtype of bytes."""
+        return self.dtypes["uint8"]
 
 
-_known: dict[type, Quick | None] = {}
+_known: dict[type, ArrayAccess | None] = {}
 
 
-def find(kind: type) -> Quick | None:
-    """The quick access for an array type; None when it has none."""
+def find(kind: type) -> ArrayAccess | None:
+    """The access for an array type; None when it has none."""
     try:
         return _known[kind]
     except KeyError:
         pass
     torch: Any = sys.modules.get("torch")
     cupy: Any = sys.modules.get("cupy")
-    quick = None
+    access = None
     if kind is np.ndarray:
-        quick = _numpy()
+        access = _numpy()
     elif kind is getattr(torch, "Tensor", None) and hasattr(torch._C, "_cuda_getCurrentRawStream"):
-        quick = _torch(torch)
+        access = _torch(torch)
     elif kind is getattr(cupy, "ndarray", None):
-        quick = _cupy(cupy)
+        access = _cupy(cupy)
     elif kind.__module__.partition(".")[0] in ("torch", "cupy"):
         return None  # perhaps half imported: ask again next time
-    _known[kind] = quick
-    return quick
+    _known[kind] = access
+    return access
 
 
-find = compiled(nothing)(find)  # what is traced has no memory, and so no short way
 
-
-def _numpy() -> Quick:
+def _numpy() -> ArrayAccess:
     kind = np.ndarray
 
-    def key(q: Any, k: Any, v: Any) -> Key | None:
-        if type(k) is not kind or type(v) is not kind:
-            return None
-        return q.shape, k.shape, v.shape, q.strides, k.strides, v.strides, q.dtype, k.dtype, v.dtype
+    def key(arrays: tuple[Any, ...]) -> Key | None:
+        found: list[Any] = []
+        for x in arrays:
+            if type(x) is not kind:
+                return None
+            found += (x.shape, x.strides, x.dtype)
+        return tuple(found)
 
     def none(*_: Any) -> Any:
         return None
 
-    return Quick(key, none, none, none, None, None, None, none, none, none, none, host=True)
+    return ArrayAccess(key, none, none, {}, none, none, none, none, host=True)
 
 
-def _torch(torch: Any) -> Quick:
+def _torch(torch: Any) -> ArrayAccess:
     kind, bfloat16 = torch.Tensor, torch.bfloat16
     device_of, forward_ad = kind.get_device, torch.autograd.forward_ad
     # Under dispatch modes (make_fx, fake tensors), jit.trace and torch.func a result has to come from an operator.
@@ -132,35 +96,9 @@ def _torch(torch: Any) -> Quick:
     included = torch._C._dispatch_tls_is_dispatch_key_included
     pre_dispatch = torch._C._dispatch_key_parse("PreDispatch")
 
-    def key(q: Any, k: Any, v: Any) -> Key | None:
-        if (
-            type(k) is not kind
-            or type(v) is not kind
-            or q.requires_grad
-            or k.requires_grad
-            or v.requires_grad
-            or forward_ad._current_level >= 0
-            or modes()
-            or included(pre_dispatch)
-            or tracing() is not None
-            or transforms() is not None
-        ):
-            return None
-        dtype = q.dtype
-        # Only parts of complex numbers can carry the negative bit, and none of them is a bfloat16.
-        if dtype is not bfloat16 and (q.is_neg() or k.is_neg() or v.is_neg()):
-            return None
-        try:
-            return (
-                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype,
-                device_of(q), device_of(k), device_of(v),
-            )  # fmt: skip
-        except RuntimeError:  # nested and compressed tensors have no strides
-            return None
-
     grad_enabled, parameter, plain = torch.is_grad_enabled, torch.nn.Parameter, (bfloat16, torch.int32, torch.int64)
 
-    def keys(arrays: tuple[Any, ...]) -> Key | None:
+    def key(arrays: tuple[Any, ...]) -> Key | None:
         if (
             forward_ad._current_level >= 0
             or modes()
@@ -198,21 +136,24 @@ def _torch(torch: Any) -> Quick:
     def guard(arrays: tuple[Any, ...]) -> Callable[..., bool] | None:
         if guards_of is None or forward_ad._current_level >= 0:
             return None
+        first = [next(j for j, y in enumerate(arrays) if y is x) for x in arrays]  # the first place of each array
+        alone = [i for i, j in enumerate(first) if i == j]
         try:
-            same = guards_of(*arrays, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            same = guards_of(*[arrays[i] for i in alone], dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         except (TypeError, ValueError):  # another version's
             return None
 
         # What else traces changes the dispatch keys, which the guard compares. It compares who wants a gradient, but
         # not whether that counts, and ends the process at nested tensors, which have no strides. Written out for speed.
         names = [f"x{i}" for i in range(len(arrays))]
-        refused = ["forward_ad._current_level >= 0", "modes()", *[f"{name}.is_nested" for name in names]]
+        refused = [f"{names[i]} is not {names[j]}" for i, j in enumerate(first) if i != j]
+        refused += ["forward_ad._current_level >= 0", "modes()", *[f"{names[i]}.is_nested" for i in alone]]
         if any(x.requires_grad for x in arrays):
             refused.append("grad_enabled()")
         found: dict[str, Any] = {"same": same, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled}
         exec(
             f"def check({', '.join(names)}):\n"
-            f"    try: return not ({' or '.join(refused)}) and same({', '.join(names)})\n"
+            f"    try: return not ({' or '.join(refused)}) and same({', '.join([names[i] for i in alone])})\n"
             "    except AttributeError: return False  # no tensor\n", found
         )  # fmt: skip
         return found["check"]  # type: ignore[no-any-return]
@@ -232,13 +173,13 @@ def _torch(torch: Any) -> Quick:
         return lambda stream: here() if current() == device else is_capturing(stream)
 
     stream = torch._C._cuda_getCurrentRawStream
-    return Quick(
-        key, keys, kind.data_ptr, empty, torch.float32, torch.int32, torch.uint8, device_of, stream, maker, recorder,
-        guard=guard, guards=True,
+    names = {name: getattr(torch, name) for name in ("float32", "int32", "uint8")}
+    return ArrayAccess(
+        key, kind.data_ptr, empty, names, device_of, stream, maker, recorder, guard=guard, guards=True
     )  # fmt: skip
 
 
-def _cupy(cupy: Any) -> Quick:
+def _cupy(cupy: Any) -> ArrayAccess:
     kind, current = cupy.ndarray, cupy.cuda.get_current_stream
     runtime = cupy.cuda.runtime
     single = runtime.getDeviceCount() == 1
@@ -246,25 +187,13 @@ def _cupy(cupy: Any) -> Quick:
     is_dense = "_c_contiguous" if hasattr(kind, "_c_contiguous") else "flags.c_contiguous"
     contiguous = operator.attrgetter(is_dense)
 
-    def key(q: Any, k: Any, v: Any) -> Key | None:
-        if type(k) is not kind or type(v) is not kind:
-            return None
-        if not single:
-            device = q.data.device_id  # CuPy allocates on the current device
-            if device != k.data.device_id or device != v.data.device_id or device != runtime.getDevice():
-                return None
-        # A dtype hashes slowly; its number does not, and means the same type as long as the process lives.
-        return (
-            q.shape, k.shape, v.shape, contiguous(q) or q.strides, contiguous(k) or k.strides,
-            contiguous(v) or v.strides, q.dtype.num, k.dtype.num, v.dtype.num,
-        )  # fmt: skip
-
-    def keys(arrays: tuple[Any, ...]) -> Key | None:
+    def key(arrays: tuple[Any, ...]) -> Key | None:
         device = 0 if single else runtime.getDevice()
         found: list[Any] = [device]
         for x in arrays:
             if type(x) is not kind or not (single or x.data.device_id == device):
                 return None
+            # A dtype hashes slowly; its number does not, and means the same type as long as the process lives.
             found += (x.shape, contiguous(x) or x.strides, x.dtype.num)
         return tuple(found)
 
@@ -297,9 +226,9 @@ def _cupy(cupy: Any) -> Quick:
     def recorder(device: int) -> Callable[[int], bool]:  # noqa: ARG001
         return runtime.streamIsCapturing  # type: ignore[no-any-return]
 
-    float32, int32, uint8 = (cupy.dtype(name) for name in ("float32", "int32", "uint8"))
-    return Quick(
-        key, keys, operator.attrgetter("data.ptr"), empty, float32, int32, uint8, device, stream, maker, recorder,
+    names = {name: cupy.dtype(name) for name in ("float32", "int32", "uint8")}
+    return ArrayAccess(
+        key, operator.attrgetter("data.ptr"), empty, names, device, stream, maker, recorder,
         graph_pool=False, guard=guard, guards=single,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The short way in for torch's arrays: which arrays count as like those of an earlier call."""
+"""Calls like earlier ones: which arrays count as like theirs, what a fast call stores, and its workspaces."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 
 from flashmoe_cupy import flash_attention
-from flashmoe_cupy.arrays import View
-from flashmoe_cupy.dtypes import INT32
+from flashmoe_cupy.arrays import View, row_major
+from flashmoe_cupy.dtypes import FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch
-from flashmoe_cupy.ops import plans, quick
-from flashmoe_cupy.ops.quick import Quick, Recent
+from flashmoe_cupy.ops import access as accesses
+from flashmoe_cupy.ops import call as calls_of
+from flashmoe_cupy.ops import workspace
+from flashmoe_cupy.ops.access import ArrayAccess
+from flashmoe_cupy.ops.call import Call, Plan
+from flashmoe_cupy.ops.memory import GuardedPlans
+from flashmoe_cupy.ops.overlap import Overlap
+from flashmoe_cupy.ops.workspace import Block, Workspaces
 from flashmoe_cupy.plan import kernels
 
 torch = pytest.importorskip("torch")
@@ -25,16 +31,16 @@ pytestmark = pytest.mark.torch
 
 
 @pytest.fixture
-def access(monkeypatch: pytest.MonkeyPatch) -> Quick:
+def access(monkeypatch: pytest.MonkeyPatch) -> ArrayAccess:
     """torch's access as a build with CUDA has it; the arrays stay in host memory."""
     for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream", "_cuda_isCurrentStreamCapturing"):
         monkeypatch.setattr(torch._C, name, lambda *_: 0, raising=False)
-    return quick._torch(torch)
+    return accesses._torch(torch)
 
 
 @pytest.fixture
-def recent() -> Iterator[Recent]:
-    yield Recent()
+def guarded() -> Iterator[GuardedPlans]:
+    yield GuardedPlans()
     kernels.forget.pop()
 
 
@@ -42,7 +48,7 @@ class Subclass(torch.Tensor):  # type: ignore[misc, name-defined, unused-ignore]
     pass
 
 
-def test_a_guard_knows_shapes_strides_dtypes_devices_and_kinds(access: Quick) -> None:
+def test_a_guard_knows_shapes_strides_dtypes_devices_and_kinds(access: ArrayAccess) -> None:
     x, y = torch.rand(6, 8), torch.randint(0, 9, (6,), dtype=torch.int32)
     guard = access.guard((x, y))
     assert guard is not None and guard(x, y) and guard(torch.rand(6, 8), y + 1) and guard(torch.rand(9, 8)[2:8], y)
@@ -65,21 +71,21 @@ def test_a_guard_knows_shapes_strides_dtypes_devices_and_kinds(access: Quick) ->
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_are_refused_by_name(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nested_tensors_are_refused_by_name(access: ArrayAccess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after a call on plain tensors, whose guard would end the process: these tensors have no strides."""
-    monkeypatch.setitem(quick._known, torch.Tensor, access)
+    monkeypatch.setitem(accesses._known, torch.Tensor, access)
     x = torch.rand(1, 5, 2, 16)
     nested = torch.nested.nested_tensor([x[0], x[0, :3]])
     guard = access.guard((x,))
     assert guard is not None and guard(x) and not guard(nested)
-    assert access.key(nested, nested, nested) is None and access.keys((nested,)) is None
+    assert access.key((nested,)) is None
     with pytest.raises(UnsupportedProblem, match="is a nested tensor"):
         flash_attention(nested, nested, nested)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_tensors_without_strides_have_no_short_way(access: Quick, at: int) -> None:
+def test_tensors_without_strides_have_no_fast_way(access: ArrayAccess, at: int) -> None:
     """At every place: a guard would end the process, and to read their strides is an error of torch."""
     x = torch.rand(6, 8)
     plain = [torch.rand(6, 8) for _ in range(3)]
@@ -93,12 +99,12 @@ def test_tensors_without_strides_have_no_short_way(access: Quick, at: int) -> No
         given = [*plain[:at], stranger, *plain[at + 1 :]]
         assert not guard(*given), name
         if at or name != "jagged":  # whose type is looked at before
-            assert access.key(*given) is None and access.keys(tuple(given)) is None, name
+            assert access.key(tuple(given)) is None, name
     assert not guard(*plain[:at], x.to_sparse(), *plain[at + 1 :])
     assert not guard(*plain[:at], x.numpy(), *plain[at + 1 :])
 
 
-def test_a_guard_of_tensors_refuses_what_is_none(access: Quick) -> None:
+def test_a_guard_of_tensors_refuses_what_is_none(access: ArrayAccess) -> None:
     """The same options may come with another library's arrays: that is no error, and not the same plan."""
     for arrays in ((torch.rand(6, 8),), (torch.rand(6, 8), torch.rand(3))):
         guard = access.guard(arrays)
@@ -106,7 +112,16 @@ def test_a_guard_of_tensors_refuses_what_is_none(access: Quick) -> None:
         assert guard(*[x.numpy() for x in arrays]) is False
 
 
-def test_a_gradient_that_is_not_recorded_is_none(access: Quick) -> None:
+def test_arrays_that_are_one_must_be_one_again(access: ArrayAccess) -> None:
+    """A guard of torch wants each tensor once, and packed sequences often come with one list of offsets for both."""
+    x, y = torch.rand(6, 8), torch.arange(3)
+    guard = access.guard((x, y, y))
+    assert guard is not None and guard(x, y, y) and not guard(x, y, y.clone())
+    guard = access.guard((x, y, y.clone()))
+    assert guard is not None and guard(x, y, y.clone()) and not guard(x, y, y)
+
+
+def test_a_gradient_that_is_not_recorded_is_none(access: ArrayAccess) -> None:
     x = torch.rand(3, requires_grad=True)
     with torch.no_grad():
         guard = access.guard((x,))
@@ -114,19 +129,18 @@ def test_a_gradient_that_is_not_recorded_is_none(access: Quick) -> None:
     assert not guard(x)
 
 
-def test_recent_plans_are_found_by_arrays_and_options(access: Quick, recent: Recent) -> None:
+def test_recent_plans_are_found_by_arrays_and_options(access: ArrayAccess, guarded: GuardedPlans) -> None:
     x, y = torch.rand(3, 8), torch.rand(4, 8)
-    recent.note(access, (x,), (1, "a"), "first")
-    recent.note(access, (y,), (1, "a"), "second")
-    assert recent.find((x,), (1, "a")) == "first" and recent.find((torch.rand(4, 8),), (1, "a")) == "second"
-    assert recent.find((x,), (1, "b")) is None and recent.find((torch.rand(5, 8),), (1, "a")) is None
-    assert recent.find((x,), (1, [])) is None  # what cannot be hashed
+    guarded.note(access, (x,), (1, "a"), "first")
+    guarded.note(access, (y,), (1, "a"), "second")
+    assert guarded.find((x,), (1, "a")) == "first" and guarded.find((torch.rand(4, 8),), (1, "a")) == "second"
+    assert guarded.find((x,), (1, "b")) is None and guarded.find((torch.rand(5, 8),), (1, "a")) is None
     for call in kernels.forget:
         call()
-    assert recent.find((x,), (1, "a")) is None
+    assert guarded.find((x,), (1, "a")) is None
 
 
-def test_what_always_changes_is_not_guarded_for_ever(access: Quick, recent: Recent) -> None:
+def test_what_always_changes_is_not_guarded_for_ever(access: ArrayAccess, guarded: GuardedPlans) -> None:
     made = []
 
     def guard(arrays: tuple[Any, ...]) -> Any:
@@ -135,11 +149,11 @@ def test_what_always_changes_is_not_guarded_for_ever(access: Quick, recent: Rece
 
     counting = access._replace(guard=guard)
     for n in range(50):
-        recent.note(counting, (torch.rand(n + 1),), (1,), "plan")
-    assert len(made) == Recent._MOST_GUARDS and len(recent._entries[(1,)]) == Recent._MOST
+        guarded.note(counting, (torch.rand(n + 1),), (1,), "plan")
+    assert len(made) == GuardedPlans._MOST_GUARDS and len(guarded._entries[(1,)]) == GuardedPlans._MOST
 
 
-def test_guards_keep_no_array_alive(access: Quick) -> None:
+def test_guards_keep_no_array_alive(access: ArrayAccess) -> None:
     import gc
     import weakref
 
@@ -150,42 +164,45 @@ def test_guards_keep_no_array_alive(access: Quick) -> None:
     assert alive() is None and guard is not None and guard(torch.rand(3), y)
 
 
-def test_without_torchs_guards_keys_decide(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchs_guards_keys_decide(access: ArrayAccess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", None)
     x = torch.rand(3)
-    without = quick._torch(torch)
-    assert without.guard((x,)) is None and without.keys((x,)) == access.keys((x,))
+    without = accesses._torch(torch)
+    assert without.guard((x,)) is None and without.key((x,)) == access.key((x,))
 
     def other_version(*_: Any) -> None:
         raise ValueError("dynamic_dims_sizes")
 
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", other_version)
-    assert quick._torch(torch).guard((x,)) is None
+    assert accesses._torch(torch).guard((x,)) is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's of its own ways
-def test_what_is_recorded_has_no_short_way(access: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_recorded_has_no_fast_way(access: ArrayAccess, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result from memory would be a constant of the graph. A plan for such arrays is there, and each way looks."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    operation: Any = SimpleNamespace(arguments=("x",), exact_types={(str,): None}, pair=-1)
+
     class Mode(TorchDispatchMode):  # type: ignore[misc, name-defined, unused-ignore]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return function(*args, **(kwargs or {}))
 
-    x, memory, found = torch.rand(3, 8), plans.Memory[Any](), []
-    monkeypatch.setitem(quick._known, torch.Tensor, access)
-    plan = SimpleNamespace(short_way=lambda quick, given: lambda given: "short")
-    memory.keep((access.keys((x,)), (1, ("a",))), plan)
-    guard = access.guard((x,))
+    x, its, found = torch.rand(3, 8), Call(operation), []
+    monkeypatch.setitem(accesses._known, torch.Tensor, access)
+    monkeypatch.setattr(calls_of, "_run", lambda *_: None)
+    plan: Any = SimpleNamespace(fast_call=lambda access, given: lambda given: "fast")
+    its.plans.keep((access.key((x,)), ("a",)), plan)
+    guard, run = access.guard((x,)), calls_of.run
     assert guard is not None
 
     def look(a: Any) -> Any:
         for one in (a, x):  # the traced argument, and a tensor of the code around it
-            found.append(plans.seen(memory, (one,), ("a",))[1])
+            found.append(run(its, (one,), ("a",)))
             plain = type(one) is torch.Tensor
-            found.append((plain and (access.key(one, one, one) or access.keys((one,)) or guard(one))) or None)
+            found.append((plain and (access.key((one,)) or guard(one))) or None)
         return a.sum()
 
     def with_mode(mode: Any) -> None:
@@ -210,7 +227,7 @@ def test_what_is_recorded_has_no_short_way(access: Quick, monkeypatch: pytest.Mo
             way()
             assert found and not any(one is not None for one in found), name
             for _ in range(2):
-                assert plans.seen(memory, (x,), ("a",))[1] == "short"  # and plain code keeps it
+                assert run(its, (x,), ("a",)) == "fast"  # and plain code keeps it
     kernels.forget[-2:] = []
 
 
@@ -232,7 +249,7 @@ def test_cupys_guard_knows_shapes_dtypes_kinds_and_whether_rows_lie_dense() -> N
     runtime = SimpleNamespace(getDeviceCount=lambda: count[0], getDevice=lambda: 0, streamIsCapturing=bool)
     cuda = SimpleNamespace(get_current_stream=lambda device: SimpleNamespace(ptr=5), runtime=runtime)
     fake = SimpleNamespace(ndarray=CupyArray, cuda=cuda, dtype=np.dtype)
-    access = quick._cupy(fake)
+    access = accesses._cupy(fake)
     x, y = CupyArray((3, 8)), CupyArray((3,), "int32")
     guard = access.guard((x, y))
     assert access.guards and access.pointer(x) == 1600
@@ -244,8 +261,8 @@ def test_cupys_guard_knows_shapes_dtypes_kinds_and_whether_rows_lie_dense() -> N
     assert not any(guard(other, y) for other in others)
     assert access.guard((x, CupyArray((3,), "int32", dense=False))) is None  # its key has the strides
     count[0] = 2
-    several = quick._cupy(fake)
-    assert not several.guards and several.guard((x, y)) is None and several.keys((x, y)) is not None
+    several = accesses._cupy(fake)
+    assert not several.guards and several.guard((x, y)) is None and several.key((x, y)) is not None
 
 
 def test_workspaces_stay_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,11 +273,11 @@ def test_workspaces_stay_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> N
         return made[-1]
 
     monkeypatch.setattr(launch, "memory_bytes", lambda device: 80 << 30)
-    quick: Any = SimpleNamespace(empty=empty, pointer=id, uint8=None, graph_pool=True)
-    scratch = plans.Scratch()
+    reads: Any = SimpleNamespace(empty=empty, pointer=id, uint8=None, graph_pool=True)
+    workspaces = Workspaces()
 
-    def find(device: int, stream: int, size: int, alone: bool = False) -> plans.Kept:
-        return scratch.find(quick, device, stream, size, alone)
+    def find(device: int, stream: int, size: int, unshared: bool = False) -> Block:
+        return workspaces.find(reads, device, stream, size, unshared)
 
     first = find(0, 5, 100)
     assert find(0, 5, 60) is first and first[0] == 100 and first[1] == id(made[0])
@@ -276,20 +293,20 @@ def test_workspaces_stay_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> N
     assert elsewhere[0] is not larger and find(0, 5, 100) is larger
     for stream in range(100):
         find(0, stream, 8)
-    assert len(scratch.kept) <= plans.Scratch._MOST_STREAMS
+    assert len(workspaces.kept) <= workspace._MOST_STREAMS
 
 
 def test_workspaces_that_stay_are_a_small_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "memory_bytes", lambda device: (80, 4)[device] << 30)
-    quick: Any = SimpleNamespace(empty=lambda *_: object(), pointer=id, uint8=None, graph_pool=True)
-    scratch = plans.Scratch()
-    assert scratch.stays(0, 320 << 20) and not scratch.stays(0, (320 << 20) + 1)
-    assert scratch.stays(1, 32 << 20) and not scratch.stays(1, (32 << 20) + 1)
+    reads: Any = SimpleNamespace(empty=lambda *_: object(), pointer=id, uint8=None, graph_pool=True)
+    workspaces, may_stay = Workspaces(), workspace.may_stay
+    assert may_stay(0, 320 << 20) and not may_stay(0, (320 << 20) + 1)
+    assert may_stay(1, 32 << 20) and not may_stay(1, (32 << 20) + 1)
     for stream in range(9):
-        scratch.find(quick, 0, stream, 100 << 20, False)
-        assert sum(size for size, *_ in scratch.kept.values()) <= 320 << 20
-    scratch.find(quick, 0, 8, 120 << 20, False)  # what takes the place of a smaller one needs no more than itself
-    assert len(scratch.kept) == 3
+        workspaces.find(reads, 0, stream, 100 << 20, False)
+        assert sum(size for size, *_ in workspaces.kept.values()) <= 320 << 20
+    workspaces.find(reads, 0, 8, 120 << 20, False)  # what takes the place of a smaller one needs no more than itself
+    assert len(workspaces.kept) == 3
 
 
 class Calls:
@@ -303,7 +320,7 @@ class Calls:
         self.recording = False
         self.order: Sequence[int] = ()
 
-    def arranged(self, order: Sequence[int]) -> Calls:
+    def for_places(self, order: Sequence[int]) -> Calls:
         self.order = order
         return self
 
@@ -314,11 +331,21 @@ class Calls:
         self.made.append(given)
         return 1000 * 16 + len(self.made)
 
-    def quick(self) -> Any:
+    def access(self) -> Any:
         return SimpleNamespace(
             pointer=lambda x: x, empty=self.empty, stream=lambda device: 7 + device, uint8=None, graph_pool=True,
+            dtypes={"float32": "f", "int32": "i"}, host=False,
             maker=lambda *spec: partial(self.empty, *spec), recorder=lambda device: lambda stream: self.recording,
         )  # fmt: skip
+
+
+def fast_call(calls: Calls, places: Sequence[int], shapes: Sequence[tuple[int, ...]], loaded: Any, out: Any) -> Any:
+    """Of an operation with five arguments. out: tells whether memory is shared, where the last array is an output."""
+    plan: Any = object.__new__(Plan)
+    plan.operation = SimpleNamespace(arguments=tuple("abcde"), wrap=tuple)
+    plan.forms = [calls_of.Form("", shape, (FP32, INT32)[i], row_major(shape), 0.0) for i, shape in enumerate(shapes)]
+    plan.places, plan.overlap, plan._nothing, plan._loaded, plan._fast = [*places], out, False, loaded, None
+    return plan.fast_call(calls.access(), (SimpleNamespace(dtype="f"),))
 
 
 @pytest.mark.parametrize(
@@ -327,24 +354,26 @@ class Calls:
         ((1, 2, 3), False, 1, {1: 16, 2: 32, 3: 48, 6: 16001}),
         ((1, 3, 5), False, 2, {1: 16, 3: 32, 5: 48, 6: 16001, 7: 16002}),
         ((1, 3, 6), True, 1, {1: 16, 3: 32, 6: 48}),
+        ((1, 3, 6), True, 2, {1: 16, 3: 32, 6: 48, 7: 16001}),
     ],
 )
 @pytest.mark.parametrize("workspace", [0, 100])
-def test_the_short_way_fills_the_table(
+def test_a_fast_call_fills_the_table(
     monkeypatch: pytest.MonkeyPatch, places: tuple[int, ...], out: bool, outputs: int, want: dict[int, int],
     workspace: int,
 ) -> None:  # fmt: skip
     """New outputs come behind the arguments, and the workspace last."""
-    monkeypatch.setattr(plans, "_scratch", plans.Scratch())
+    monkeypatch.setattr(calls_of, "_workspaces", Workspaces())
     calls = Calls()
-    specs = [((3, 4), (4, 1), "a"), ((3,), (1,), "b")][:outputs]
-    ready: Any = SimpleNamespace(series=calls, workspace=workspace, rows=(1, 3, 6), outputs=6)
+    shapes = [(3, 4), (3,)][:outputs]
+    loaded: Any = SimpleNamespace(sequence=calls, workspace=workspace, rows=(1, 3, 6))
     shared: Any = SimpleNamespace(possible=lambda out, others: out in others) if out else None
-    again = plans.short_way(calls.quick(), ready, places, specs, shared)
+    again = fast_call(calls, places, shapes, loaded, shared)
     found = again((16, 32, 48))
-    new = () if out else tuple(want.values())[3:]
-    assert found == (48 if out else new[0] if outputs == 1 else new)
-    assert calls.made[: len(new)] == [(0, *spec) for spec in specs][: len(new)]
+    made = (*([48] if out else []), *[want[place] for place in want if want[place] > 16000])
+    assert found == (made[0] if outputs == 1 else made)
+    specs = [(0, shape, row_major(shape), "fi"[i]) for i, shape in enumerate(shapes)][out:]
+    assert calls.made[: len(specs)] == specs
     ((used, stream, recorded),) = calls.run_with
     table = dict(zip(calls.order, used, strict=False))
     assert len(used) == len(want) + (workspace > 0) and stream == 7
@@ -366,13 +395,13 @@ def test_the_short_way_fills_the_table(
 
 
 def test_calls_share_a_workspace_unless_it_is_large_or_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_scratch", plans.Scratch())
+    monkeypatch.setattr(calls_of, "_workspaces", Workspaces())
     monkeypatch.setattr(launch, "memory_bytes", lambda device: 80 << 30)
 
     def used(workspace: int, recording: bool = False) -> list[int]:
         calls.recording = recording
-        ready: Any = SimpleNamespace(series=calls, workspace=workspace, rows=(), outputs=2)
-        again = plans.short_way(calls.quick(), ready, (1,), [((3,), (1,), "a")])
+        loaded: Any = SimpleNamespace(sequence=calls, workspace=workspace, rows=())
+        again = fast_call(calls, (1,), [(3,)], loaded, None)
         again((16,)), again((16,))
         return [table[-1] for table, *_ in calls.run_with[-2:]]
 
@@ -388,20 +417,20 @@ def test_calls_share_a_workspace_unless_it_is_large_or_recorded(monkeypatch: pyt
 
 @pytest.mark.parametrize(("count", "current", "asked"), [(1, 0, False), (2, 1, False), (2, 0, True)])
 def test_streams_of_other_devices_are_asked_for(
-    access: Quick, monkeypatch: pytest.MonkeyPatch, count: int, current: int, asked: bool
+    access: ArrayAccess, monkeypatch: pytest.MonkeyPatch, count: int, current: int, asked: bool
 ) -> None:
     """torch answers for the current device, which is the one if there is one."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: "torch")
     monkeypatch.setattr(launch, "is_capturing", lambda stream: f"the driver, of {stream}")
-    answer: Any = quick._torch(torch).recorder(count - 1)(5)
+    answer: Any = accesses._torch(torch).recorder(count - 1)(5)
     assert answer == ("the driver, of 5" if asked else "torch")
 
 
 @pytest.mark.parametrize(("count", "current", "quickly"), [(1, 0, True), (2, 1, True), (2, 0, False), (0, 1, False)])
 def test_new_arrays_lie_on_the_device(
-    access: Quick, monkeypatch: pytest.MonkeyPatch, count: int, current: int, quickly: bool
+    access: ArrayAccess, monkeypatch: pytest.MonkeyPatch, count: int, current: int, quickly: bool
 ) -> None:
     """torch's quick function makes them on the current device. count 0: another version's, which has none."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: max(count, 1))
@@ -410,7 +439,7 @@ def test_new_arrays_lie_on_the_device(
     name, guards = "_empty_strided_cuda", torch._C._dynamo.guards
     monkeypatch.setattr(guards, name, (lambda *given: given) if count else None, raising=False)
     spec = (2, 3), (3, 1), torch.float16
-    assert quick._torch(torch).maker(1, *spec)() == (spec if quickly else (*spec, 1))
+    assert accesses._torch(torch).maker(1, *spec)() == (spec if quickly else (*spec, 1))
 
 
 def test_memory_that_may_be_shared_is_found_by_addresses() -> None:
@@ -419,7 +448,7 @@ def test_memory_that_may_be_shared_is_found_by_addresses() -> None:
     def line(address: int, step: int = 1) -> View:
         return View(address, (100,), (step,), INT32, 0, "torch", False, None)
 
-    overlap = plans.Overlap("f", ("x", "y", "z"), (line(1), None, line(1, -2)), line(1))
+    overlap = Overlap("f", ("x", "y", "z"), (line(1), None, line(1, -2)), line(1))
     assert not overlap.possible(1000, (600, 2196))  # ends where out begins, begins where it ends
     assert overlap.possible(1000, (601, 2196)) and overlap.possible(1000, (600, 2191))
     assert overlap.possible(1000, (1399, 9000)) and not overlap.possible(1000, (1400, 9000))

@@ -1,0 +1,289 @@
+"""The way of every call: options in exact types, the plan of an earlier call or validation, outputs, kernels or NumPy.
+
+`run(call, ...)` is the one function that the public functions share. A call like an earlier one takes its fast way: one
+look at its arrays, their addresses, new outputs, the launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashmoe_cupy import _env, arrays
+from flashmoe_cupy.arrays import View, row_major, view
+from flashmoe_cupy.dtypes import DType, to_numpy
+from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.ops.access import ArrayAccess, find
+from flashmoe_cupy.ops.adapters import adapter
+from flashmoe_cupy.ops.compiled import compiled, run_traced
+from flashmoe_cupy.ops.memory import GuardedPlans, PlanMemory
+from flashmoe_cupy.ops.overlap import Overlap
+from flashmoe_cupy.ops.unreadable import told, unreadable
+from flashmoe_cupy.ops.workspace import Workspaces, may_stay
+from flashmoe_cupy.plan.operation import Operation
+from flashmoe_cupy.plan.options import is_window
+
+Views = tuple[View | None, ...]  # in the order of the operation's arguments
+FastCall = Callable[[tuple[Any, ...]], Any]  # given arrays -> the result; None: the long way, this time
+
+
+class Call:
+    """An operation, and what its earlier calls have left."""
+
+    __slots__ = ("guarded", "operation", "plans")
+
+    def __init__(self, operation: Operation) -> None:
+        self.operation = operation
+        self.plans: PlanMemory[Plan] = PlanMemory()
+        self.guarded = GuardedPlans()
+
+
+@compiled(run_traced)
+def run(
+    call: Call,
+    required: tuple[Any, ...],
+    options: tuple[Any, ...],
+    optional: tuple[Any, ...] | None = None,
+    out: Any = None,
+) -> Any:
+    """The result of a call. required, optional: its arrays in the operation's order, None where one is absent.
+
+    options: in the order of the function's signature. optional: None = all absent, and so is out.
+    """
+    operation = call.operation
+    # What is remembered is found by options of exact types only, for 1 == True == 1.0.
+    pair = operation.pair
+    known = tuple(map(type, options)) in operation.exact_types and (pair < 0 or is_window(options[pair]))
+    if not known:
+        read = operation.exact(options)
+        if read is not None:
+            known, options = True, read
+    given, wanted, key, access = required, options, None, None
+    if optional is not None:
+        others = (*optional, out)
+        given += tuple([x for x in others if x is not None])
+        wanted = (*options, tuple([x is not None for x in others]))
+    if known:
+        access = find(type(required[0]))
+        if access is not None:
+            if access.guards:
+                fast = call.guarded.find(given, wanted)
+                if fast is not None:
+                    found = fast(given)
+                    if found is not None:
+                        return found
+            key = access.key(given)
+            if key is not None:
+                key = key, wanted
+                plan = call.plans.find(key)
+                if plan is not None:
+                    fast = plan.fast_call(access, given)
+                    if fast is not None:
+                        call.guarded.note(access, given, wanted, fast)
+                        found = fast(given)
+                        if found is not None:
+                            return found
+    absent = (None,) * (len(operation.arguments) - len(required))
+    return _run(call, (*required, *(optional or absent)), options, out, known, key, access)
+
+
+def _run(
+    call: Call, given: tuple[Any, ...], options: tuple[Any, ...], out: Any, known: bool, key: Any,
+    access: ArrayAccess | None,
+) -> Any:  # fmt: skip
+    """The way of a call that is new, or unusual. key: by which `run` looks for the plan of the next one like it."""
+    operation = call.operation
+    named = dict(zip(operation.arguments, given, strict=True))
+    chosen = dict(zip(operation.options, options, strict=True))
+    other = adapter(given[0])
+    if other is not None:
+        return other.call(operation, named, chosen, out)
+    try:
+        needed = operation.arguments[: operation.required]
+        views = tuple([view(x, name) if x is not None or name in needed else None for name, x in named.items()])
+        out_view = None if out is None else view(out, "out")
+    except (UnsupportedProblem, TypeError) as error:
+        raise unreadable(operation, named | chosen | {"out": out}, error) from None
+    full = tuple([v and v[1:6] for v in views]), options, out_view and out_view[1:7]
+    plan = call.plans.find(full) if known else None
+    if plan is None:
+        there = {name: v for name, v in zip(operation.arguments, views, strict=True) if v is not None}
+        result = {"out": out_view} if operation.has_out else {}
+        problem = operation.make(**there, **chosen, **result)
+        plan = Plan(operation, problem, views, chosen, out_view)
+        if known:
+            call.plans.keep(full, plan)
+    if out_view is not None and plan.overlap is not None:
+        plan.overlap.check(out_view, views)
+    first = views[0]
+    assert first is not None
+    if key is not None and access is not None and (first.device >= 0 or access.host):
+        call.plans.keep(key, plan)
+    try:
+        return plan.run(views, out_view, out)
+    except UnsupportedProblem as error:
+        if first.device >= 0:
+            raise
+        # What lists hold, which only the NumPy back end reads: the call is told as for what is seen before.
+        raise UnsupportedProblem(told(operation, named | chosen | {"out": out}), error.reasons, error.hint) from None
+
+
+class Form(NamedTuple):
+    """An output: its name, shape, dtype, row-major strides, and what it holds where nothing is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    strides: tuple[int, ...]
+    fill: float
+
+
+def forms(
+    operation: Operation, shapes: dict[str, tuple[int, ...]], options: dict[str, Any], first: DType
+) -> list[Form]:  # fmt: skip
+    """The outputs of a call. shapes: of its arguments, by name; first: dtype of the first one."""
+    found = []
+    for name, shape in operation.shapes(shapes, options).items():
+        output = operation.outputs[name]
+        found.append(Form(name, shape, output.dtype or first, row_major(shape), output.fill))
+    return found
+
+
+class Plan:
+    """What all calls with the same shapes, strides, dtypes and options need."""
+
+    __slots__ = ("_fast", "_loaded", "_nothing", "forms", "operation", "overlap", "places", "problem")
+
+    def __init__(
+        self, operation: Operation, problem: Any, views: Views, options: dict[str, Any], out: View | None
+    ) -> None:  # fmt: skip
+        first = views[0]
+        assert first is not None
+        self.operation, self.problem = operation, problem
+        shapes = {name: v.shape for name, v in zip(operation.arguments, views, strict=True) if v is not None}
+        self.forms = forms(operation, shapes, options, first.dtype)
+        # Of the arrays that are given, in the table of addresses of a call.
+        self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]
+        self.overlap = None if out is None else Overlap(operation.name, operation.arguments, views, out)
+        self._nothing = operation.empty(problem) or not any(0 not in form.shape for form in self.forms)
+        self._loaded: Any = None  # the launches of the last call, if they serve others on aligned arrays
+        self._fast: FastCall | None = None
+
+    def run(self, views: Views, out_view: View | None, out: Any) -> Any:
+        """The call: outputs in the caller's library, then the kernels or the NumPy back end."""
+        first = views[0]
+        assert first is not None
+        if first.device < 0:
+            return self._run_on_host(first, views, out_view, out)
+        made = [] if out_view is None else [out]
+        new = [arrays.empty(first, form.shape, form.dtype) for form in self.forms[len(made) :]]
+        if self._nothing:
+            for array, form in zip(new, self.forms[len(made) :], strict=True):
+                if 0 not in form.shape:
+                    arrays.fill(first, array, form.fill)
+            return self.operation.wrap(made + new)
+        from flashmoe_cupy.ops import gpu  # the compiler and the driver, which NumPy arrays do without
+
+        pointers = [*([] if out_view is None else [out_view.ptr]), *[gpu.address(first, x) for x in new]]
+        self._loaded = gpu.run(self.operation, self.problem, views, pointers)
+        arrays.keep_until_done([v for v in views if v is not None])
+        return self.operation.wrap(made + new)
+
+    def fast_call(self, access: ArrayAccess, given: tuple[Any, ...]) -> FastCall | None:
+        """`run` for plain arrays like these. None: there is none, as far as is known."""
+        if self._fast is None and not self._nothing:
+            if access.host:
+                self._fast = self._on_numpy() if self.overlap is None else None
+            elif self._loaded is not None:
+                self._fast = self._on_device(access, given)
+        return self._fast
+
+    def _on_numpy(self) -> FastCall:
+        operation, problem = self.operation, self.problem
+        absent: dict[str, Any] = dict.fromkeys(operation.arguments)
+        names = [operation.arguments[place - 1] for place in self.places]
+        new = [(form.name, form.shape, to_numpy(form.dtype)) for form in self.forms]
+
+        def call(given: tuple[Any, ...]) -> Any:
+            named = absent | dict(zip(names, given, strict=True))
+            if _env.get().check:
+                return None
+            made = {name: np.empty(shape, dtype) for name, shape, dtype in new}
+            try:
+                operation.host(problem, named, made)
+            except UnsupportedProblem:  # what lists hold: the long way says which call it was
+                return None
+            return operation.wrap([*made.values()])
+
+        return call
+
+    def _run_on_host(self, first: View, views: Views, out_view: View | None, out: Any) -> Any:
+        given = [None if v is None else arrays.as_numpy(v) for v in views]
+        named = dict(zip(self.operation.arguments, given, strict=True))
+        made = {form.name: np.empty(form.shape, to_numpy(form.dtype)) for form in self.forms[out_view is not None :]}
+        if self._nothing:
+            for form in self.forms[out_view is not None :]:
+                made[form.name][...] = form.fill
+        else:
+            if _env.get().check:
+                self.operation.check(self.problem, named.__getitem__)
+            target = {} if out_view is None else {self.forms[0].name: arrays.as_numpy(out_view)}
+            self.operation.host(self.problem, named, target | made)
+        result = [*([] if out_view is None else [out]), *[arrays.from_numpy(first, x) for x in made.values()]]
+        return self.operation.wrap(result)
+
+    def _on_device(self, access: ArrayAccess, given: tuple[Any, ...]) -> FastCall:
+        """Calls on plain arrays of torch or CuPy that find addresses, make outputs and launch; nothing else."""
+        operation, loaded, overlap, wrap = self.operation, self._loaded, self.overlap, self.operation.wrap
+        pointer, current_stream = access.pointer, access.stream
+        device, size = loaded.sequence.device, loaded.workspace
+        new = self.forms[overlap is not None :]
+        makers = [
+            access.maker(device, form.shape, form.strides, access.dtypes.get(form.dtype.name) or given[0].dtype)
+            for form in new
+        ]
+        single = len(self.forms) == 1
+        make = makers[0] if makers else None
+        capturing = access.recorder(device)
+        first = 1 + len(operation.arguments)
+        # The table of a call: given arrays, new outputs, workspace.
+        behind = range(first + (overlap is not None), first + len(self.forms) + 1)
+        run = loaded.sequence.for_places((*self.places, *behind)).run
+        aligned = [i for i, place in enumerate(self.places) if place in loaded.rows]
+        large = not may_stay(device, size)
+        kept_by = _workspaces
+
+        def call(given: tuple[Any, ...]) -> Any:
+            addresses = [*map(pointer, given)]
+            bits = 0
+            for i in aligned:
+                bits |= addresses[i]
+            if bits & 15 or (overlap is not None and overlap.possible(addresses[-1], addresses[:-1])):
+                return None
+            stream = current_stream(device)
+            if single:
+                if make is None:
+                    result = given[-1]
+                else:
+                    result = make()
+                    addresses.append(pointer(result))
+            else:
+                made = [other() for other in makers]
+                addresses += map(pointer, made)
+                result = made if overlap is None else [given[-1], *made]
+            recorded = True
+            if size:
+                recorded = capturing(stream)
+                kept = None if recorded or large else kept_by.kept.get((device, stream))
+                if kept is None or kept[0] < size:  # a look of our own, because a call of find takes longer
+                    kept = kept_by.find(access, device, stream, size, recorded or large)
+                addresses.append(kept[1])  # and nobody else gets it until all is queued
+            run(tuple(addresses), stream, recorded)
+            return result if single else wrap(result)
+
+        return call
+
+
+_workspaces = Workspaces()

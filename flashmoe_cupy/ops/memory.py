@@ -1,0 +1,71 @@
+"""Earlier calls of an operation, found by what later ones give: by a key, or by a guard that looks at all arrays."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+from flashmoe_cupy.ops.access import ArrayAccess
+from flashmoe_cupy.plan import kernels
+
+_MAX_PLANS = 4096  # distinct calls that an operation remembers
+Plan = TypeVar("Plan")
+
+
+class PlanMemory(Generic[Plan]):
+    """Plans by the shapes, strides, dtypes and options of the calls that they serve."""
+
+    __slots__ = ("_lock", "_plans", "find")
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+        self._lock = threading.Lock()
+        self.find = self._plans.get  # of a key that can be hashed
+        kernels.forget.append(self._plans.clear)
+
+    def keep(self, key: Any, plan: Plan) -> Plan:
+        """Find the plan by this key from now on."""
+        with self._lock:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            with suppress(TypeError):  # an unhashable option that validation let through
+                self._plans[key] = plan
+        return plan
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+
+class GuardedPlans:
+    """What the last few calls ran, found by a guard: one look in C at all arrays, without making their key."""
+
+    __slots__ = ("_entries", "_guards_of")
+    _MOST, _MOST_GUARDS, _MOST_PLANS = 4, 8, 4096
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}  # by options
+        self._guards_of: dict[Any, int] = {}  # guards made for each plan: what always changes does without
+        kernels.forget.append(self.clear)
+
+    def find(self, given: tuple[Any, ...], options: Any) -> Any:
+        """The plan of a call on arrays like these with equal options, or None. options tell the number of arrays."""
+        for guard, plan in self._entries.get(options, ()):
+            if guard(*given):
+                return plan
+        return None
+
+    def note(self, access: ArrayAccess, given: tuple[Any, ...], options: Any, plan: Any) -> None:
+        """Find this plan for such arrays from now on."""
+        made = self._guards_of.get(plan, 0)
+        if made >= self._MOST_GUARDS or len(self._guards_of) >= self._MOST_PLANS:
+            return
+        guard = access.guard(given)
+        if guard is not None:
+            self._guards_of[plan] = made + 1
+            self._entries[options] = ((guard, plan), *self._entries.get(options, ())[: self._MOST - 1])
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._entries, self._guards_of = {}, {}
