@@ -33,6 +33,14 @@ def source_root() -> Path | Traversable:
     raise CompileError(f"the device headers are missing: no {package / '_cuda_src'} and no cuda_src beside the package")
 
 
+_folders: list[Path] = []
+
+
+def add_folder(folder: Path) -> None:
+    """Find headers in this folder too, behind the package's own: those of kernels that are declared elsewhere."""
+    _folders.append(folder)
+
+
 def render(
     header: str,
     kernel: str,
@@ -78,33 +86,37 @@ def headers_for(text: str) -> dict[str, str]:
     name and cached for the life of the process: a header edited later is seen by the next process.
     Raises CompileError that names a missing header and the file that asks for it.
     """
-    root = source_root()
-    names = tuple(_INCLUDE.findall(text))
-    found = _closures.get((str(root), names))
+    roots = source_root(), *_folders
+    key = str(roots), tuple(_INCLUDE.findall(text))
+    found = _closures.get(key)
     if found is None:
-        found = _closures[str(root), names] = _closure(root, names)  # two threads may both do it: the same result
+        found = _closures[key] = _closure(roots, key[1])  # two threads may both do it: the same result
     return dict(found)
 
 
-_closures: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}  # by folder and the names that a text includes
+_closures: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}  # by folders and the names that a text includes
+_Roots = tuple[Path | Traversable, ...]
 
 
-def _closure(root: Path | Traversable, names: tuple[str, ...]) -> dict[str, str]:
+def _closure(roots: _Roots, names: tuple[str, ...]) -> dict[str, str]:
     found: dict[str, str] = {}
     pending = [(name, "the generated source") for name in names]
     while pending:
         name, asker = pending.pop()
         if name not in found:
-            found[name] = text = _read(root, name, asker)
+            found[name] = text = _read(roots, name, asker)
             pending += [(inner, f"cuda_src/{name}") for inner in _INCLUDE.findall(text)]
     return dict(sorted(found.items()))
 
 
-def _read(root: Path | Traversable, name: str, asker: str) -> str:
+def _read(roots: _Roots, name: str, asker: str) -> str:
     parts = name.split("/")
     if ".." in parts or "" in parts or "." in parts:
         raise CompileError(f'#include "{name}" in {asker}: include names are plain paths from the root of cuda_src')
-    try:
-        return root.joinpath(*parts).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise CompileError(f'#include "{name}" in {asker}: no such file in cuda_src ({error})') from None
+    errors = []
+    for root in roots:
+        try:
+            return root.joinpath(*parts).read_bytes().decode("utf-8")
+        except OSError as error:
+            errors.append(error)
+    raise CompileError(f'#include "{name}" in {asker}: no such file in cuda_src ({errors[0]})')

@@ -25,6 +25,14 @@ forget: list[Callable[[], None]] = []  # called when the choice changes, by whoe
 _considered = tuple(KERNELS.values())
 
 
+def register(kernel: Kernel[Any, Any]) -> None:
+    """Make a kernel known that is declared elsewhere: the last choice of its task."""
+    global _considered
+    KERNELS[kernel.name] = kernel
+    _considered = (*_considered, kernel)
+    _forget()
+
+
 def of_task(task: str) -> dict[str, Kernel[Any, Any]]:
     """The kernels of a task by name, in the order of preference."""
     return {kernel.name: kernel for kernel in _considered if kernel.task == task}
