@@ -23,7 +23,6 @@ from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.public import *  # noqa: F403
 from flashmoe_cupy.plan.checks import show
 from flashmoe_cupy.plan.operation import Operation, each, registered
-from flashmoe_cupy.plan.options import Kind
 from flashmoe_cupy.torch_reasons import instead, no_strides
 
 # Where a call cannot be traced, as with `out`, torch.compile goes on with the functions inside. These read memory that
@@ -90,9 +89,9 @@ def _read(operation: Operation, values: dict[str, Any], out: Any) -> list[Any]:
             elif value is not None and (scattered := no_strides(torch, value)):
                 why.append(f"{name}: {scattered}")
                 hint, traced = instead(value, name) or hint, ""  # refused everywhere
-        elif not _is_symbolic(value):
-            one = kind.exact(value)
-            if one is Kind.WRONG:
+        elif not kind.accepts_none(value) and not _is_symbolic(value):
+            one = kind.read(value)
+            if one is None:
                 why.append(f"{name} must be {kind.words}, but is {show(value)}")
         found.append(one)
     if out is not None:

@@ -152,15 +152,12 @@ def test_wrong_types_do_not_take_the_short_way(name: str, option: str, monkeypat
     class Finds:
         """Finds every call by its options."""
 
-        def find(self, _: Any, wanted: Any) -> Any:
+        def get(self, wanted: Any, _: Any) -> Any:
             found.append(wanted)
-            return lambda _: "found"
-
-        def clear(self) -> None:
-            pass
+            return [(lambda *_: True, lambda _: "found")]
 
     for each in (attention._DENSE, attention._PACKED, route._CALL, moe._CALL):
-        monkeypatch.setattr(each, "guarded", Finds())
+        monkeypatch.setattr(each, "guards", Finds())
     call = getattr(flashmoe_cupy, name)
     arrays, needed, right = CALLS[name]
     arguments = moved(arrays, torch.from_numpy) | needed
@@ -204,7 +201,7 @@ def test_right_values_of_other_types(name: str, option: str, value: Any) -> None
     """They give what the plain value gives, and are remembered as that one."""
     call = getattr(flashmoe_cupy, name)
     arrays, needed, _ = CALLS[name]
-    plain = registered(name).options[option].exact(value)
+    plain = registered(name).options[option].read(value)
     assert type(plain) in (bool, int, float, str, tuple)
     one, other = (call(**arrays | needed | {option: v}) for v in (plain, value))
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (one, other)), strict=True):

@@ -71,7 +71,7 @@ class LaunchSequence:
     Only the last address, that of a workspace, may be used with an offset. fills: what is written before the launches.
     """
 
-    __slots__ = ("_check", "_early", "_kernels", "_last", "_local", "device", "fills", "launches")
+    __slots__ = ("_check", "_early", "_kernels", "_last", "_local", "_plain", "device", "fills", "launches")
 
     def __init__(
         self, launches: Sequence[tuple[Launch, tuple[Place, ...]]], fills: Sequence[Fill] = ()
@@ -82,6 +82,8 @@ class LaunchSequence:
         if any(offset and i != self._last for _, places in launches for i, offset in places):
             raise ValueError("an offset to another address than the last one")
         self._check = any(one.check for one, _ in launches)
+        # A call only stores addresses.
+        self._plain = not (fills or self._check or any(one.counter or one.encoded for one, _ in launches))
         self._kernels = tuple([one.function for one, _ in launches])
         self._early = [one.early for one, _ in launches]
         self._local = threading.local()
@@ -113,6 +115,15 @@ class LaunchSequence:
         if self._check:
             launch.check(self.device, stream)
 
+    def _prepare(self, own: _Own, table: tuple[int, ...], stream: int) -> None:
+        """What some launches need in each call beside addresses."""
+        if own.encoded:
+            self._encode(own, table)
+        for word in own.counters:
+            own.words[word] = launch.counter(self.device, stream)
+        for fill in self.fills:
+            _must(_calls.cuMemsetD32Async(table[fill.place], fill.word, fill.size // 4, stream), "a fill")
+
     def _queue(self, own: _Own, table: tuple[int, ...], stream: int, recorded: bool) -> None:
         if own.stream != stream:
             for config in own.configs:
@@ -126,13 +137,9 @@ class LaunchSequence:
                     words[word] = address + offset
             for word, i in own.others:  # looking which ones have changed takes longer
                 words[word] = table[i]
-            if own.encoded:
-                self._encode(own, table)
             own.table = table
-        for word in own.counters:
-            own.words[word] = launch.counter(self.device, stream)
-        for fill in self.fills:
-            _must(_calls.cuMemsetD32Async(table[fill.place], fill.word, fill.size // 4, stream), "a fill")
+        if not self._plain:
+            self._prepare(own, table, stream)
         if not recorded and len(own.calls) >= _FEWEST and not own.counters:
             if own.graph is None:
                 own.graph = graph.find(stream, self._kernels, own.nodes, self._early)

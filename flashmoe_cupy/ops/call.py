@@ -32,12 +32,14 @@ FastCall = Callable[[tuple[Any, ...]], Any]  # given arrays -> the result; None:
 class Call:
     """An operation, and what its earlier calls have left."""
 
-    __slots__ = ("guarded", "operation", "plans")
+    __slots__ = ("exact_types", "guarded", "guards", "operation", "pair", "plans")
 
     def __init__(self, operation: Operation) -> None:
         self.operation = operation
+        self.exact_types, self.pair = operation.exact_types, operation.pair
         self.plans: PlanMemory[Plan] = PlanMemory()
         self.guarded = GuardedPlans()
+        self.guards = self.guarded.entries  # quicker to read
 
 
 @compiled(run_traced)
@@ -52,12 +54,10 @@ def run(
 
     options: in the order of the function's signature. optional: None = all absent, and so is out.
     """
-    operation = call.operation
     # What is remembered is found by options of exact types only, for 1 == True == 1.0.
-    pair = operation.pair
-    known = tuple(map(type, options)) in operation.exact_types and (pair < 0 or is_window(options[pair]))
+    known = tuple(map(type, options)) in call.exact_types and (call.pair < 0 or is_window(options[call.pair]))
     if not known:
-        read = operation.exact(options)
+        read = call.operation.exact(options)
         if read is not None:
             known, options = True, read
     given, wanted, key, access = required, options, None, None
@@ -66,14 +66,14 @@ def run(
         given += tuple([x for x in others if x is not None])
         wanted = (*options, tuple([x is not None for x in others]))
     if known:
+        for guard, fast in call.guards.get(wanted, ()):
+            if guard(*given):
+                found = fast(given)
+                if found is not None:
+                    return found
+                break
         access = find(type(required[0]))
         if access is not None:
-            if access.guards:
-                fast = call.guarded.find(given, wanted)
-                if fast is not None:
-                    found = fast(given)
-                    if found is not None:
-                        return found
             key = access.key(given)
             if key is not None:
                 key = key, wanted
@@ -85,7 +85,7 @@ def run(
                         found = fast(given)
                         if found is not None:
                             return found
-    absent = (None,) * (len(operation.arguments) - len(required))
+    absent = (None,) * (len(call.operation.arguments) - len(required))
     return _run(call, (*required, *(optional or absent)), options, out, known, key, access)
 
 

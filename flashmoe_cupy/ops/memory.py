@@ -41,20 +41,14 @@ class PlanMemory(Generic[Plan]):
 class GuardedPlans:
     """What the last few calls ran, found by a guard: one look in C at all arrays, without making their key."""
 
-    __slots__ = ("_entries", "_guards_of")
+    __slots__ = ("_guards_of", "entries")
     _MOST, _MOST_GUARDS, _MOST_PLANS = 4, 8, 4096
 
     def __init__(self) -> None:
-        self._entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}  # by options
+        # By options: guards, and the plans of calls whose arrays they know. The options tell the number of arrays.
+        self.entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}
         self._guards_of: dict[Any, int] = {}  # guards made for each plan: what always changes does without
         kernels.forget.append(self.clear)
-
-    def find(self, given: tuple[Any, ...], options: Any) -> Any:
-        """The plan of a call on arrays like these with equal options, or None. options tell the number of arrays."""
-        for guard, plan in self._entries.get(options, ()):
-            if guard(*given):
-                return plan
-        return None
 
     def note(self, access: ArrayAccess, given: tuple[Any, ...], options: Any, plan: Any) -> None:
         """Find this plan for such arrays from now on."""
@@ -64,8 +58,9 @@ class GuardedPlans:
         guard = access.guard(given)
         if guard is not None:
             self._guards_of[plan] = made + 1
-            self._entries[options] = ((guard, plan), *self._entries.get(options, ())[: self._MOST - 1])
+            self.entries[options] = ((guard, plan), *self.entries.get(options, ())[: self._MOST - 1])
 
     def clear(self) -> None:
         """Forget all."""
-        self._entries, self._guards_of = {}, {}
+        self.entries.clear()
+        self._guards_of.clear()

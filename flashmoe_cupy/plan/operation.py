@@ -124,8 +124,13 @@ class Operation:
 
     def exact(self, options: Sequence[Any]) -> tuple[Any, ...] | None:
         """The options, given in order, in their exact types; None if one of them is of a wrong type."""
-        found = [kind.exact(value) for value, kind in zip(options, self.options.values(), strict=True)]
-        return None if any(one is Kind.WRONG for one in found) else tuple(found)
+        found = []
+        for value, kind in zip(options, self.options.values(), strict=True):
+            one = None if value is None else kind.read(value)
+            if one is None and not kind.accepts_none(value):
+                return None
+            found.append(one)
+        return tuple(found)
 
 
 _operations: dict[str, Operation] = {}

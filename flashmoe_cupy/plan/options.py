@@ -81,20 +81,15 @@ class Kind:
     types: those of values that need not be read. words: for an error. schema: the type of torch's operators.
     """
 
-    WRONG = object()  # in place of a value that cannot be read
-
     def __init__(self, read: Read, types: tuple[type, ...], words: str, schema: str, optional: bool = False) -> None:
         self.read, self.optional = read, optional
         self.types = (*types, type(None)) if optional else types
         self.words = f"{words} or None" if optional else words
         self.schema = f"{schema}?" if optional else schema
 
-    def exact(self, value: object) -> Any:
-        """The value in its exact type, or `Kind.WRONG`."""
-        if value is None:
-            return None if self.optional else Kind.WRONG
-        found = self.read(value)
-        return Kind.WRONG if found is None else found
+    def accepts_none(self, value: object) -> bool:
+        """Whether the value is None, and that is one of the option."""
+        return value is None and self.optional
 
 
 _BOOL = Kind(boolean, (bool,), "a bool", "bool")
