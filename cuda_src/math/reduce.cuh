@@ -1,4 +1,5 @@
-// Reductions inside a quad, the four lanes that share the rows of an mma accumulator, and over a warp; sums along a warp.
+// Reductions inside a quad, the four lanes that share the rows of an mma accumulator, and over a warp; sums
+// along a warp.
 #pragma once
 #include "prelude.cuh"
 
@@ -30,7 +31,8 @@ FM_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Floats as integers of the same order, 1 the least; -0 counts as 0. Two floats that are equal give equal integers.
+// Floats as integers of the same order, 1 the least; -0 counts as 0. Two floats that are equal give equal
+// integers.
 FM_DEVICE u32 to_ordered(float x) {
   const u32 bits = __float_as_uint(x + 0.f);
   return max(bits & 0x80000000u ? ~bits : bits | 0x80000000u, 1u);

@@ -1,5 +1,6 @@
-// Online softmax over rows whose scores arrive tile by tile (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
-// Works in base 2: with c = log2(e) * scale, exp(scale * (s - max)) = exp2(s * c - max * c), one FFMA and one ex2 per score.
+// Online softmax over rows whose scores arrive tile by tile (Milakov and Gimelshein 2018; FlashAttention-2,
+// algorithm 1). Works in base 2: with c = log2(e) * scale, exp(scale * (s - max)) = exp2(s * c - max * c),
+// one FFMA and one ex2 per score.
 #pragma once
 #include "math/reduce.cuh"
 
@@ -20,21 +21,26 @@ FM_DEVICE float tanh_exp2(float x) {
 // The exponent (of 2) that a score s gets in the softmax is scale * log2(e) * s ...
 template <bool kWide>
 struct LinearExponent {
-  // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first, one FADD more.
+  // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first,
+  // one FADD more.
   static constexpr bool kCurved = false, kBounded = false;
   static constexpr float kLag = kWide ? 0.f : 8.f;
   float scale;
 
   FM_DEVICE float difference(float s, float other) const { return (s - other) * (scale * kLog2e); }
-  FM_DEVICE float below(float s, float top) const { return kWide ? difference(s, top) : fmaf(s, scale * kLog2e, -top * (scale * kLog2e)); }
+  FM_DEVICE float below(float s, float top) const {
+    return kWide ? difference(s, top) : fmaf(s, scale * kLog2e, -top * (scale * kLog2e));
+  }
   FM_DEVICE float natural(float s) const { return s * scale; }
 };
 
-// ... or softcap * log2(e) * tanh(scale * s / softcap), where -inf stays -inf. It grows with s, so the maximum may be taken before.
+// ... or softcap * log2(e) * tanh(scale * s / softcap), where -inf stays -inf. It grows with s, so the
+// maximum may be taken before.
 struct SoftcapExponent {
   static constexpr bool kCurved = true, kBounded = false;
   static constexpr float kLag = 8.f;
-  static constexpr float kLimit = 0.5f;  // |argument| of tanh up to which a polynomial has a relative error of 6e-7
+  static constexpr float kLimit =
+      0.5f;  // |argument| of tanh up to which a polynomial has a relative error of 6e-7
   float softcap;
   float to_tanh;        // scale / softcap
   const float (&c)[4];  // the polynomial: exponent = s (c0 + c1 s^2 + c2 s^4 + c3 s^6), from the host
@@ -50,7 +56,8 @@ struct SoftcapExponent {
   }
   template <int kM, int kN>
   FM_DEVICE bool all_small(const float (&r_s)[kM][kN][4]) const {
-    // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative float is the largest.
+    // Bits of positive floats compare as integers, and among all of them, as unsigned ones, the most negative
+    // float is the largest.
     int high = 0;
     u32 low = 0;
 #pragma unroll
@@ -62,30 +69,36 @@ struct SoftcapExponent {
           high = max(max(high, __float_as_int(r_s[m][n][e])), __float_as_int(r_s[m][n][e + 1]));
           low = max(max(low, __float_as_uint(r_s[m][n][e])), __float_as_uint(r_s[m][n][e + 1]));
         }
-    return __all_sync(0xffffffffu, fmaxf(__int_as_float(high), fabsf(__uint_as_float(low))) * to_tanh <= kLimit);
+    return __all_sync(0xffffffffu,
+                      fmaxf(__int_as_float(high), fabsf(__uint_as_float(low))) * to_tanh <= kLimit);
   }
 };
 
-// The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between -122 and 41, where neither
-// products nor sums leave the range of fp32, which bf16 shares. So nothing else is subtracted, and no maximum is looked for. Scores
-// are those of scaled queries: two coefficients are enough below 2, which is one bit of a float, so that whether all scores are below
-// takes one OR for two of them, half of what a maximum costs.
+// The same for bf16 and a softcap up to 56: exponents lie within 81 of 0, and less half the softcap between
+// -122 and 41, where neither products nor sums leave the range of fp32, which bf16 shares. So nothing else is
+// subtracted, and no maximum is looked for. Scores are those of scaled queries: two coefficients are enough
+// below 2, which is one bit of a float, so that whether all scores are below takes one OR for two of them,
+// half of what a maximum costs.
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
-  static constexpr float kLong = 0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
+  static constexpr float kLong =
+      0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
 
   FM_DEVICE float natural() const { return 0.5f * softcap; }  // what is subtracted
   FM_DEVICE float below(float s) const { return softcap * kLog2e * (tanh_exp2(s * to_tanh) - 0.5f); }
-  FM_DEVICE float below_short(float s) const { return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -0.5f * kLog2e * softcap); }
+  FM_DEVICE float below_short(float s) const {
+    return fmaf(s, fmaf(c_short[1], s * s, c_short[0]), -0.5f * kLog2e * softcap);
+  }
   FM_DEVICE float below_long(float s) const {
     const float x = s * s;
     return fmaf(s, fmaf(fmaf(fmaf(c[3], x, c[2]), x, c[1]), x, c[0]), -0.5f * kLog2e * softcap);
   }
 
-  // Whether two coefficients are enough for the scores of the warp. Four chains, or they would wait for themselves.
+  // Whether two coefficients are enough for the scores of the warp. Four chains, or they would wait for
+  // themselves.
   template <int kM, int kN>
   FM_DEVICE bool all_short(const float (&r_s)[kM][kN][4]) const {
     u32 bits[4] = {0, 0, 0, 0};
@@ -94,7 +107,8 @@ struct BoundedSoftcapExponent {
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; e += 2) bits[n % 2 * 2 + e / 2] |= __float_as_uint(r_s[m][n][e]) | __float_as_uint(r_s[m][n][e + 1]);
+        for (int e = 0; e < 4; e += 2)
+          bits[n % 2 * 2 + e / 2] |= __float_as_uint(r_s[m][n][e]) | __float_as_uint(r_s[m][n][e + 1]);
     constexpr u32 kTwoOrMore = 0x40000000;  // the highest bit of the exponent
     return __all_sync(0xffffffffu, ((bits[0] | bits[1] | bits[2] | bits[3]) & kTwoOrMore) == 0);
   }
@@ -122,8 +136,9 @@ struct OnlineSoftmax {
     for (int i = 0; i < 2 * kM; ++i) r_max[i] = -infinity(), r_sum[i] = 0.f;
   }
 
-  // Scores become exp(scale * (s - max)); `correction` is what earlier sums and outputs must be multiplied by.
-  // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first, one FADD more.
+  // Scores become exp(scale * (s - max)); `correction` is what earlier sums and outputs must be multiplied
+  // by. kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted
+  // first, one FADD more.
   template <bool kWide, int kN>
   FM_DEVICE void update(float (&r_s)[kM][kN][4], float scale, float (&correction)[2 * kM]) {
     const float c = scale * kLog2e;
@@ -152,18 +167,22 @@ struct OnlineSoftmax {
     }
   }
 
-  // `update` in two halves, between which other work fits. The maximum here stays where it is until it would grow by more than 2^8 in
-  // the exponent (FlashAttention-4): sums and outputs then need no correction in nearly every tile, and the last division makes up
-  // for what the maximum lags behind. `correction` is exactly 1 where the maximum stays.
+  // `update` in two halves, between which other work fits. The maximum here stays where it is until it would
+  // grow by more than 2^8 in the exponent (FlashAttention-4): sums and outputs then need no correction in
+  // nearly every tile, and the last division makes up for what the maximum lags behind. `correction` is
+  // exactly 1 where the maximum stays.
   template <class Exponent, int kN>
-  FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], const Exponent& exponent, float (&correction)[2 * kM]) {
+  FM_DEVICE void raise_max(const float (&r_s)[kM][kN][4], const Exponent& exponent,
+                           float (&correction)[2 * kM]) {
     bool positive = true;
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) positive &= r_max[i] >= 0.f;
     float row_max[2 * kM];
     if (__all_sync(0xffffffffu, positive)) {
-      // With a maximum that is not negative, floats compare like the integers of their bits, of which one instruction takes three.
-      tile_max(r_s, row_max, [](float a, float b) { return __int_as_float(max(__float_as_int(a), __float_as_int(b))); });
+      // With a maximum that is not negative, floats compare like the integers of their bits, of which one
+      // instruction takes three.
+      tile_max(r_s, row_max,
+               [](float a, float b) { return __int_as_float(max(__float_as_int(a), __float_as_int(b))); });
     } else {
       tile_max(r_s, row_max, [](float a, float b) { return fmaxf(a, b); });
     }
@@ -217,12 +236,15 @@ struct OnlineSoftmax {
   // A row that has seen no key yet keeps max = -inf; 0 in its place makes every exp2 below 0, not NaN.
   FM_DEVICE float top(int i) const { return r_max[i] == -infinity() ? 0.f : r_max[i]; }
 
-  // Joins each row's sink logit (natural units; -inf = none), then gives the factor of the output and the natural logarithm of the sum.
+  // Joins each row's sink logit (natural units; -inf = none), then gives the factor of the output and the
+  // natural logarithm of the sum.
   template <class Exponent>
-  FM_DEVICE void finish(const Exponent& exponent, const float (&sink)[2 * kM], float (&out_scale)[2 * kM], float (&lse)[2 * kM]) const {
+  FM_DEVICE void finish(const Exponent& exponent, const float (&sink)[2 * kM], float (&out_scale)[2 * kM],
+                        float (&lse)[2 * kM]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) {
-      const float row = r_max[i] == -infinity() ? -infinity() : exponent.natural(r_max[i]);  // -inf * 0 would be NaN
+      const float row =
+          r_max[i] == -infinity() ? -infinity() : exponent.natural(r_max[i]);  // -inf * 0 would be NaN
       const float top = fmaxf(row, sink[i]);
       const float shift = top == -infinity() ? 0.f : top;
       const float factor = exp2_approx((row - shift) * kLog2e);
@@ -233,22 +255,28 @@ struct OnlineSoftmax {
   }
 };
 
-// The same state for one accumulator tile where exponents are bounded: there is no maximum, and earlier sums never need a correction.
-// Weights are rounded to bf16 before they meet v. In a row of few keys that shows, so its output is divided by the sum of the rounded
-// weights; its lse is that of the others.
+// The same state for one accumulator tile where exponents are bounded: there is no maximum, and earlier sums
+// never need a correction. Weights are rounded to bf16 before they meet v. In a row of few keys that shows,
+// so its output is divided by the sum of the rounded weights; its lse is that of the others.
 struct BoundedSoftmax {
-  enum { kFewKeys = 64 };  // below which a row has few; no tile of keys is smaller. No member: it would stand in every cubin
-  float r_sum[2] = {0.f, 0.f};  // this thread's columns only, until finish(); more than 0 where a key was seen
-  u32 r_added = 0;  // by rounding, to the sums of rows of few keys; two bf16: a second register slows the loop of whole tiles by 4 %
+  enum {
+    kFewKeys = 64
+  };  // below which a row has few; no tile of keys is smaller. No member: it would stand in every cubin
+  float r_sum[2] = {0.f,
+                    0.f};  // this thread's columns only, until finish(); more than 0 where a key was seen
+  u32 r_added = 0;  // by rounding, to the sums of rows of few keys; two bf16: a second register slows the
+                    // loop of whole tiles by 4 %
 
-  // Scores become weights, and the sums grow. Scores that do not count are not -inf here, which would be out of every polynomial's
-  // range, but what q k is; mask() makes their weights 0. keys_of_row(i) counts the keys that a row sees in all tiles.
-  // few_possible: no tile counts whole, so that there may be rows of few keys.
+  // Scores become weights, and the sums grow. Scores that do not count are not -inf here, which would be out
+  // of every polynomial's range, but what q k is; mask() makes their weights 0. keys_of_row(i) counts the
+  // keys that a row sees in all tiles. few_possible: no tile counts whole, so that there may be rows of few
+  // keys.
   template <int kN, class KeysOfRow, class Mask>
-  FM_DEVICE void exponentiate(float (&r_s)[1][kN][4], const BoundedSoftcapExponent& exponent, bool few_possible, KeysOfRow&& keys_of_row,
-                              Mask&& mask) {
+  FM_DEVICE void exponentiate(float (&r_s)[1][kN][4], const BoundedSoftcapExponent& exponent,
+                              bool few_possible, KeysOfRow&& keys_of_row, Mask&& mask) {
     static_assert(8 * kN >= kFewKeys);
-    const bool any_few = few_possible && __any_sync(0xffffffffu, min(keys_of_row(0), keys_of_row(1)) < kFewKeys);
+    const bool any_few =
+        few_possible && __any_sync(0xffffffffu, min(keys_of_row(0), keys_of_row(1)) < kFewKeys);
     auto all = [&](auto&& below) {
 #pragma unroll
       for (int n = 0; n < kN; ++n)
@@ -282,7 +310,8 @@ struct BoundedSoftmax {
   }
 
   // As in OnlineSoftmax.
-  FM_DEVICE void finish(const BoundedSoftcapExponent& exponent, const float (&sink)[2], float (&out_scale)[2], float (&lse)[2]) const {
+  FM_DEVICE void finish(const BoundedSoftcapExponent& exponent, const float (&sink)[2], float (&out_scale)[2],
+                        float (&lse)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float sum = quad_sum(r_sum[i]);
@@ -291,7 +320,8 @@ struct BoundedSoftmax {
       const float row = sum == 0.f ? -infinity() : exponent.natural();
       const float top = fmaxf(row, sink[i]);
       const float shift = top == -infinity() ? 0.f : top;
-      const float factor = exp2_approx((row - shift) * kLog2e), of_sink = exp2_approx((sink[i] - shift) * kLog2e);
+      const float factor = exp2_approx((row - shift) * kLog2e),
+                  of_sink = exp2_approx((sink[i] - shift) * kLog2e);
       const float divisor = fmaf(rounded_sum, factor, of_sink);
       out_scale[i] = divisor == 0.f ? 0.f : __fdividef(factor, divisor);
       lse[i] = shift + log2_approx(fmaf(sum, factor, of_sink)) * kLn2;
@@ -299,7 +329,9 @@ struct BoundedSoftmax {
   }
 
   // The first or the second of two bf16.
-  FM_DEVICE static float bf16_of(u32 two, int i) { return __uint_as_float(i == 0 ? two << 16 : two & 0xffff0000u); }
+  FM_DEVICE static float bf16_of(u32 two, int i) {
+    return __uint_as_float(i == 0 ? two << 16 : two & 0xffff0000u);
+  }
 };
 
 }  // namespace fm

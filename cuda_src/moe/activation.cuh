@@ -5,18 +5,22 @@
 
 namespace fm {
 
-// Two sigmoids for three special functions instead of four: 1 / a = b / (a b). Below -41 they are 0 instead of next to nothing, so that
-// the product of two denominators stays finite.
+// Two sigmoids for three special functions instead of four: 1 / a = b / (a b). Below -41 they are 0 instead
+// of next to nothing, so that the product of two denominators stays finite.
 FM_DEVICE void sigmoids(float x, float y, float& of_x, float& of_y) {
   constexpr float kLeast = -41.f;
-  const float a = 1.f + exp2_approx(-kLog2e * fmaxf(x, kLeast)), b = 1.f + exp2_approx(-kLog2e * fmaxf(y, kLeast));
+  const float a = 1.f + exp2_approx(-kLog2e * fmaxf(x, kLeast)),
+              b = 1.f + exp2_approx(-kLog2e * fmaxf(y, kLeast));
   const float inverse = rcp_approx_ftz_f32(a * b);
   of_x = x < kLeast ? 0.f : b * inverse, of_y = y < kLeast ? 0.f : a * inverse;
 }
-// x Phi(x), with erfc as a polynomial of 1 / (1 + c |x|) times a Gaussian (Abramowitz and Stegun 7.1.26): no branch, absolute error 4e-7.
+// x Phi(x), with erfc as a polynomial of 1 / (1 + c |x|) times a Gaussian (Abramowitz and Stegun 7.1.26): no
+// branch, absolute error 4e-7.
 FM_DEVICE float gelu(float x) {
   const float t = rcp_approx_ftz_f32(fmaf(0.23164189f, fabsf(x), 1.f));
-  const float y = fmaf(fmaf(fmaf(fmaf(0.5307027145f, t, -0.7265760135f), t, 0.7107068705f), t, -0.142248368f), t, 0.127414796f) * t;
+  const float y = fmaf(fmaf(fmaf(fmaf(0.5307027145f, t, -0.7265760135f), t, 0.7107068705f), t, -0.142248368f),
+                       t, 0.127414796f) *
+                  t;
   const float tail = y * exp2_approx(-0.5f * kLog2e * x * x);  // Phi(-|x|)
   return x * (x < 0.f ? tail : 1.f - tail);
 }
@@ -47,7 +51,8 @@ FM_DEVICE void for_each_sigmoid(float (&x)[kN][4], Argument&& argument, F&& f) {
     }
 }
 
-// The first half of the tiles are gates, the second half up values: gate = act(gate) * up, and gpt-oss' variant with limits.
+// The first half of the tiles are gates, the second half up values: gate = act(gate) * up, and gpt-oss'
+// variant with limits.
 template <int kN>
 FM_DEVICE void activate_gated(const GroupedGemmParams& p, float (&x)[kN][4]) {
   constexpr int kHalf = kN / 2;
@@ -60,9 +65,11 @@ FM_DEVICE void activate_gated(const GroupedGemmParams& p, float (&x)[kN][4]) {
     for_each_sigmoid<kHalf, kHalf>(x, gelu_tanh_argument, times_up);
   } else {
     const float alpha = p.alpha, limit = p.limit;
-    for_each_sigmoid<kHalf, kHalf>(x, [=](float g) { return alpha * at_most(g, limit); }, [=](float g, float u, float s) {
-      return at_most(g, limit) * s * (at_least(at_most(u, limit), -limit) + 1.f);
-    });
+    for_each_sigmoid<kHalf, kHalf>(
+        x, [=](float g) { return alpha * at_most(g, limit); },
+        [=](float g, float u, float s) {
+          return at_most(g, limit) * s * (at_least(at_most(u, limit), -limit) + 1.f);
+        });
   }
 }
 
@@ -70,9 +77,9 @@ FM_DEVICE void activate_gated(const GroupedGemmParams& p, float (&x)[kN][4]) {
 template <class Params, int kN>
 FM_DEVICE void activate_gated(const Clamped<Params>& p, float (&x)[kN][4]) {
   const float limit = p.limit;
-  for_each_sigmoid<kN / 2, kN / 2>(x, [=](float g) { return at_most(g, limit); }, [=](float g, float u, float s) {
-    return at_most(g, limit) * s * at_least(at_most(u, limit), -limit);
-  });
+  for_each_sigmoid<kN / 2, kN / 2>(
+      x, [=](float g) { return at_most(g, limit); },
+      [=](float g, float u, float s) { return at_most(g, limit) * s * at_least(at_most(u, limit), -limit); });
 }
 
 template <int kN>
@@ -89,8 +96,9 @@ FM_DEVICE void activate(const GroupedGemmParams& p, float (&x)[kN][4]) {
   }
 }
 
-// The bias of a warp's columns, each lane one of 32: loaded before the products, so that nobody waits for it after them. The first half
-// of the kTiles tiles of 8 columns lies from column `col` on; the second half at the same columns of up (kGated), or from `second` on.
+// The bias of a warp's columns, each lane one of 32: loaded before the products, so that nobody waits for it
+// after them. The first half of the kTiles tiles of 8 columns lies from column `col` on; the second half at
+// the same columns of up (kGated), or from `second` on.
 template <int kTiles, bool kGated>
 struct Bias {
   static constexpr int kHalf = kTiles * 4;  // columns
@@ -100,8 +108,10 @@ struct Bias {
     if (p.bias == nullptr) return;
 #pragma unroll
     for (int i = 0; i < div_up(kTiles, 4); ++i) {
-      const int c = i * 32 + lane_id(), half = c / kHalf, column = half == 0 ? col + c : (kGated ? col : second) + c - kHalf;
-      const i64 at = group * p.bias_stride_e + (kGated ? half : 0) * p.bias_stride_half + column * p.bias_stride_n;
+      const int c = i * 32 + lane_id(), half = c / kHalf,
+                column = half == 0 ? col + c : (kGated ? col : second) + c - kHalf;
+      const i64 at =
+          group * p.bias_stride_e + (kGated ? half : 0) * p.bias_stride_half + column * p.bias_stride_n;
       held[i] = half < 2 && column < p.n ? load_float(p.bias, at, p.bias_dtype) : 0.f;
     }
   }
@@ -122,7 +132,8 @@ struct Bias {
 // The factor of row `row` of out, which the router gave to the assignment that is gathered there.
 FM_DEVICE float row_weight_of(const GroupedGemmParams& p, int row) {
   const int index = p.gather_indices[row], t = index / p.gather_divisor, k = index - t * p.gather_divisor;
-  return load_float(p.row_weights, t * p.row_weights_stride_t + k * p.row_weights_stride_k, p.row_weights_dtype);
+  return load_float(p.row_weights, t * p.row_weights_stride_t + k * p.row_weights_stride_k,
+                    p.row_weights_dtype);
 }
 
 // The two rows of each thread times their factors; row: of the warp's first, `rows` of them exist.

@@ -1,9 +1,12 @@
-// The way back to the tokens: out[t] = sum over k of topk_weights[t, k] * y[inverse_indices[t, k]] (+ shared_gate[t] * shared[t]).
+// The way back to the tokens: out[t] = sum over k of topk_weights[t, k] * y[inverse_indices[t, k]] (+
+// shared_gate[t] * shared[t]).
 //
-// y has one row of `columns` values for each assignment, in the order of the experts; a choice without a row adds nothing. Sums run in
-// fp32 in the order of k, the shared expert last, and are rounded once: the same bits in every run. Overwrites out.
+// y has one row of `columns` values for each assignment, in the order of the experts; a choice without a row
+// adds nothing. Sums run in fp32 in the order of k, the shared expert last, and are rounded once: the same
+// bits in every run. Overwrites out.
 //
-// A thread takes 16 bytes of a row. Rows of y are read once and never again, and several are under way at a time.
+// A thread takes 16 bytes of a row. Rows of y are read once and never again, and several are under way at a
+// time.
 #pragma once
 #include "moe/params.cuh"
 #include "ptx/cluster.cuh"
@@ -20,7 +23,8 @@ struct MoeCombine {
     start_after_last_grid();
     const int chunks = p.columns / kPerChunk;
     const i64 work = static_cast<i64>(p.tokens) * chunks;
-    for (i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; i < work; i += static_cast<i64>(gridDim.x) * kThreads) {
+    for (i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; i < work;
+         i += static_cast<i64>(gridDim.x) * kThreads) {
       const i64 t = i / chunks;
       add_rows(p, t, static_cast<int>(i - t * chunks));
     }
@@ -34,29 +38,38 @@ struct MoeCombine {
       uint4 words[kTogether];
       // All loads of a kind are under way before one of them is waited for.
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) row[j] = first + j < p.top_k ? p.inverse_indices[t * p.top_k + first + j] : -1;
+      for (int j = 0; j < kTogether; ++j)
+        row[j] = first + j < p.top_k ? p.inverse_indices[t * p.top_k + first + j] : -1;
       load_weights(p, t, first, weight);
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         words[j] = make_uint4(0, 0, 0, 0);
-        if (row[j] >= 0) words[j] = reinterpret_cast<const uint4*>(static_cast<const Element*>(p.y) + static_cast<i64>(row[j]) * p.columns)[chunk];
+        if (row[j] >= 0)
+          words[j] = reinterpret_cast<const uint4*>(static_cast<const Element*>(p.y) +
+                                                    static_cast<i64>(row[j]) * p.columns)[chunk];
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) add(sum, words[j], row[j] >= 0 ? weight[j] : 0.f);
     }
     if (p.shared != nullptr) {
-      const float gate = p.shared_gate == nullptr ? 1.f : load_float(p.shared_gate, t * p.shared_gate_stride, p.gate_dtype);
-      add(sum, reinterpret_cast<const uint4*>(static_cast<const Element*>(p.shared) + t * p.columns)[chunk], gate);
+      const float gate =
+          p.shared_gate == nullptr ? 1.f : load_float(p.shared_gate, t * p.shared_gate_stride, p.gate_dtype);
+      add(sum, reinterpret_cast<const uint4*>(static_cast<const Element*>(p.shared) + t * p.columns)[chunk],
+          gate);
     }
     Element* g_out = static_cast<Element*>(p.out) + t * p.out_stride + chunk * kPerChunk;
     write(g_out, sum, p.aligned != 0);
   }
 
-  FM_DEVICE static void load_weights(const MoeCombineParams& p, i64 t, int first, float (&weight)[kTogether]) {
+  FM_DEVICE static void load_weights(const MoeCombineParams& p, i64 t, int first,
+                                     float (&weight)[kTogether]) {
     auto load = [&](int dtype) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j)
-        weight[j] = first + j < p.top_k ? load_float(p.topk_weights, t * p.weights_stride_t + (first + j) * p.weights_stride_k, dtype) : 0.f;
+        weight[j] =
+            first + j < p.top_k
+                ? load_float(p.topk_weights, t * p.weights_stride_t + (first + j) * p.weights_stride_k, dtype)
+                : 0.f;
     };
     if (p.topk_weights == nullptr) {
 #pragma unroll

@@ -2,12 +2,14 @@
 //
 //   out[r] = act(x[row(r)] w[e]^T * weight(r) + bias[e])    for the rows r of group e
 //
-// w[e] has n rows of k values; with kGated twice as many, and act is of pairs (gate, up). Rows of a group lie together in out and are
-// gathered from x where gather_indices says so, or lie in x as in out. Which rows a group has, only the device knows. k and n are
-// multiples of 8. Overwrites the rows of out that belong to a group, touches no others. fp32 accumulation, one rounding at the end,
-// one block from the first to the last k: the same bits in every run, and for a row whatever the other rows are.
+// w[e] has n rows of k values; with kGated twice as many, and act is of pairs (gate, up). Rows of a group lie
+// together in out and are gathered from x where gather_indices says so, or lie in x as in out. Which rows a
+// group has, only the device knows. k and n are multiples of 8. Overwrites the rows of out that belong to a
+// group, touches no others. fp32 accumulation, one rounding at the end, one block from the first to the last
+// k: the same bits in every run, and for a row whatever the other rows are.
 //
-// Blocks stay on their SM and take tiles in turn; a tile's steps along k travel through a ring of buffers (cp.async).
+// Blocks stay on their SM and take tiles in turn; a tile's steps along k travel through a ring of buffers
+// (cp.async).
 #pragma once
 #include "moe/activation.cuh"
 #include "moe/params.cuh"
@@ -25,19 +27,22 @@ struct GroupedGemmSm80 {
   static constexpr bool kGated = kGated_;
   static constexpr int kBlockK = 128 / static_cast<int>(sizeof(Element));
   static constexpr int kWarpsM = kBlockM >= 64 ? 2 : 1, kWarpsN = 4 / kWarpsM, kThreads = 128;
-  static constexpr int kM = kBlockM / (16 * kWarpsM), kN = kBlockN / 2 / (8 * kWarpsN);  // 16 x 8 accumulator tiles of a warp, in each half
+  static constexpr int kM = kBlockM / (16 * kWarpsM),
+                       kN = kBlockN / 2 / (8 * kWarpsN);  // 16 x 8 accumulator tiles of a warp, in each half
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;                        // of out in a tile
   static_assert(kN % 2 == 0, "the products take two tiles of columns at once");
   static constexpr int kRowsAtOnce = kThreads / 8, kPasses = div_up(kBlockM, kRowsAtOnce);
 
-  // The weights of a tile are two halves of rows: gate and up, or the first and the second half of the columns.
+  // The weights of a tile are two halves of rows: gate and up, or the first and the second half of the
+  // columns.
   using TileX = SmemTile<Element, kBlockM, kBlockK>;
   using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;
   using TileOut = SmemTile<Element, kBlockM, kColumns>;
   using TileBias = Bias<2 * kN, kGated>;
   struct Smem {
     static constexpr int kStage = TileX::kBytes + 2 * TileW::kBytes;
-    static constexpr int kSorted = max_of(kStages * kStage, TileOut::kBytes), kBytes = kSorted + 4 * GroupCursor<kBlockM>::kSortedBytes;
+    static constexpr int kSorted = max_of(kStages * kStage, TileOut::kBytes),
+                         kBytes = kSorted + 4 * GroupCursor<kBlockM>::kSortedBytes;
   };
   using Accumulator = float[kM][2 * kN][4];  // the first half of the weight rows, then the second
 
@@ -46,14 +51,16 @@ struct GroupedGemmSm80 {
     start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     const u32 s_base = smem_address(smem);
-    int* s_sorted = reinterpret_cast<int*>(smem + Smem::kSorted) + warp_id() * 32;  // each warp finds the tiles by itself
+    int* s_sorted =
+        reinterpret_cast<int*>(smem + Smem::kSorted) + warp_id() * 32;  // each warp finds the tiles by itself
     GroupCursor<kBlockM> cursor(s_sorted);
     GroupTile tile;
     for (u32 index = blockIdx.x; cursor.find(p, index, tile); index += gridDim.x) {
       __syncwarp();
       const u8* g_rows[kPasses];  // what this thread loads of x
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) g_rows[i] = row_of_x(p, tile, static_cast<int>(threadIdx.x) / 8 + i * kRowsAtOnce, s_sorted);
+      for (int i = 0; i < kPasses; ++i)
+        g_rows[i] = row_of_x(p, tile, static_cast<int>(threadIdx.x) / 8 + i * kRowsAtOnce, s_sorted);
       Accumulator r_out = {};
       TileBias bias;
       const int col = tile.n_block * kColumns + warp_id() / kWarpsM * 8 * kN;
@@ -64,14 +71,16 @@ struct GroupedGemmSm80 {
   }
 
   // Null: nothing is there.
-  FM_DEVICE static const u8* row_of_x(const GroupedGemmParams& p, const GroupTile& tile, int row, const int* s_sorted) {
+  FM_DEVICE static const u8* row_of_x(const GroupedGemmParams& p, const GroupTile& tile, int row,
+                                      const int* s_sorted) {
     i64 source = tile.row + row + static_cast<i64>(tile.group) * p.x_skip;
     if (gathers(p)) source = gathered_row(p, tile, row, s_sorted);
     if (row >= min(tile.rows, kBlockM) || source < 0) return nullptr;
     return reinterpret_cast<const u8*>(static_cast<const Element*>(p.x) + source * p.x_stride);
   }
 
-  FM_DEVICE static void multiply(const GroupedGemmParams& p, const GroupTile& tile, const u8* const (&g_rows)[kPasses], u32 s_base, Accumulator& r_out) {
+  FM_DEVICE static void multiply(const GroupedGemmParams& p, const GroupTile& tile,
+                                 const u8* const (&g_rows)[kPasses], u32 s_base, Accumulator& r_out) {
     const int steps = div_up(p.k, kBlockK);
     const int warp_m = warp_id() % kWarpsM * 16 * kM, warp_n = warp_id() / kWarpsM * 8 * kN;
 #pragma unroll
@@ -93,9 +102,11 @@ struct GroupedGemmSm80 {
   }
 
   // One commit group for each step, also behind the last.
-  FM_DEVICE static void load_step(const GroupedGemmParams& p, const GroupTile& tile, const u8* const (&g_rows)[kPasses], u32 s_stage, int step, int steps) {
+  FM_DEVICE static void load_step(const GroupedGemmParams& p, const GroupTile& tile,
+                                  const u8* const (&g_rows)[kPasses], u32 s_stage, int step, int steps) {
     if (step < steps) {
-      const int chunks = (p.k - step * kBlockK) / TileX::kPerChunk, column = static_cast<int>(threadIdx.x) % 8;
+      const int chunks = (p.k - step * kBlockK) / TileX::kPerChunk,
+                column = static_cast<int>(threadIdx.x) % 8;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int row = static_cast<int>(threadIdx.x) / 8 + i * kRowsAtOnce;
@@ -103,22 +114,27 @@ struct GroupedGemmSm80 {
         const bool valid = g_rows[i] != nullptr && column < chunks;
         const u8* g_pointer = valid ? g_rows[i] + step * 128 + column * 16 : static_cast<const u8*>(p.x);
         if (p.aligned) cp_async_cg_16(s_stage + TileX::offset(row, column), g_pointer, valid);
-        else copy_chunk_unaligned(s_stage + TileX::offset(row, column), reinterpret_cast<const Element*>(g_pointer), valid);
+        else
+          copy_chunk_unaligned(s_stage + TileX::offset(row, column),
+                               reinterpret_cast<const Element*>(g_pointer), valid);
       }
       const int col = tile.n_block * kColumns;
-      const Element* g_w = static_cast<const Element*>(p.w) + tile.group * p.w_stride_e + col * p.w_stride_n + step * kBlockK;
+      const Element* g_w =
+          static_cast<const Element*>(p.w) + tile.group * p.w_stride_e + col * p.w_stride_n + step * kBlockK;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const i64 skip = kGated ? half * p.w_stride_half : half * (kBlockN / 2) * p.w_stride_n;
         const int rows = p.n - col - (kGated ? 0 : half * (kBlockN / 2));
-        load_tile<TileW, kThreads, false>(s_stage + TileX::kBytes + half * TileW::kBytes, g_w + skip, p.w_stride_n, rows, chunks, p.aligned != 0);
+        load_tile<TileW, kThreads, false>(s_stage + TileX::kBytes + half * TileW::kBytes, g_w + skip,
+                                          p.w_stride_n, rows, chunks, p.aligned != 0);
       }
     }
     cp_async_commit_group();
   }
 
   template <class Params>
-  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_base, const TileBias& bias, Accumulator& r_out) {
+  FM_DEVICE static void write(const Params& p, const GroupTile& tile, u32 s_base, const TileBias& bias,
+                              Accumulator& r_out) {
     const int warp_m = warp_id() % kWarpsM * 16 * kM, warp_n = warp_id() / kWarpsM * 8 * kN;
     const int col = tile.n_block * kColumns, rows = min(tile.rows, kBlockM);
 #pragma unroll
@@ -132,11 +148,14 @@ struct GroupedGemmSm80 {
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) one[i] = 1.f;
     store_accumulator<Element, TileOut, 0, kN>(s_base, warp_m, r_out, one, warp_n);
-    if constexpr (!kGated) store_accumulator<Element, TileOut, kN, kN>(s_base, warp_m, r_out, one, kBlockN / 2 + warp_n);
+    if constexpr (!kGated)
+      store_accumulator<Element, TileOut, kN, kN>(s_base, warp_m, r_out, one, kBlockN / 2 + warp_n);
     __syncthreads();
     constexpr int kShare = kBlockM / 4;  // rows that a warp writes
     Element* g_out = static_cast<Element*>(p.out) + static_cast<i64>(tile.row) * p.out_stride + col;
-    store_rows<TileOut, kShare, false>([&](int row) { return g_out + row * p.out_stride; }, s_base, warp_id() * kShare, rows, (p.n - col) / TileOut::kPerChunk, p.aligned != 0);
+    store_rows<TileOut, kShare, false>([&](int row) { return g_out + row * p.out_stride; }, s_base,
+                                       warp_id() * kShare, rows, (p.n - col) / TileOut::kPerChunk,
+                                       p.aligned != 0);
     __syncthreads();  // the next tile loads where the output was
   }
 };

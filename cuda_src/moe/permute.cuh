@@ -1,18 +1,20 @@
 // The dispatch: assignments in the order of their experts.
 //
 //   offsets[e] .. offsets[e + 1]    places of the assignments of expert e
-//   sorted_indices[place]           flat index of the assignment, rising within an expert; -1 behind offsets[experts]
+//   sorted_indices[place]           flat index of its assignment, rising within an expert; behind them -1
 //   inverse_indices[flat index]     its place, -1 for an assignment that no expert here takes
 //
 // The counters of the products that follow become 0.
 //
-// An id is an expert, or with an expert_map the number of one; all other ids are skipped. Overwrites the three arrays. Any number of
-// experts. No host is asked and nothing depends on time: a counting sort, every warp counting a stretch of consecutive assignments and
-// putting them in their places in order. (A radix sort would move each key several times for an order that is known after one count.)
+// An id is an expert, or with an expert_map the number of one; all other ids are skipped. Overwrites the
+// three arrays. Any number of experts. No host is asked and nothing depends on time: a counting sort, every
+// warp counting a stretch of consecutive assignments and putting them in their places in order. (A radix sort
+// would move each key several times for an order that is known after one count.)
 //
-// MoePermuteCount counts for each block, MoePermutePlace adds up what the blocks before it have counted. One block needs no first
-// kernel. Experts come in windows, as many as counters fit into shared memory. Where a warp's lanes hold all assignments, the grouped
-// products find the same order by themselves (moe/assignments.cuh), and none of this runs.
+// MoePermuteCount counts for each block, MoePermutePlace adds up what the blocks before it have counted. One
+// block needs no first kernel. Experts come in windows, as many as counters fit into shared memory. Where a
+// warp's lanes hold all assignments, the grouped products find the same order by themselves
+// (moe/assignments.cuh), and none of this runs.
 #pragma once
 #include "math/reduce.cuh"
 #include "moe/assignments.cuh"
@@ -30,7 +32,9 @@ struct MoePermute {
   }
 
   // The first assignment of a warp.
-  FM_DEVICE static i64 first_of(const MoePermuteParams& p, int warp) { return (static_cast<i64>(blockIdx.x) * kWarps + warp) * p.per_warp; }
+  FM_DEVICE static i64 first_of(const MoePermuteParams& p, int warp) {
+    return (static_cast<i64>(blockIdx.x) * kWarps + warp) * p.per_warp;
+  }
 };
 
 struct MoePermuteCount : MoePermute {
@@ -54,7 +58,8 @@ struct MoePermuteCount : MoePermute {
         if (e >= 0 && e < width) atomicAdd(s_count + e, 1);
       }
       __syncthreads();
-      for (int e = thread; e < width; e += kThreads) p.counts[static_cast<i64>(blockIdx.x) * p.experts + window + e] = s_count[e];
+      for (int e = thread; e < width; e += kThreads)
+        p.counts[static_cast<i64>(blockIdx.x) * p.experts + window + e] = s_count[e];
       __syncthreads();
     }
   }
@@ -70,7 +75,8 @@ struct MoePermutePlace : MoePermute {
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
     extern __shared__ __align__(128) u8 smem[];
-    int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
+    int* s_next = reinterpret_cast<int*>(
+        smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
     const int warp = warp_id();
     int* s_mine = s_next + warp * kWindow;
     const Stretch mine{first_of(p, warp), min(first_of(p, warp + 1), static_cast<i64>(p.assignments))};
@@ -124,7 +130,8 @@ struct MoePermutePlace : MoePermute {
 
   // Calls f(first assignment of a row of 32, row of their experts) for all rows of the stretch, in order.
   template <class F>
-  FM_DEVICE static void for_each_row(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, F&& f) {
+  FM_DEVICE static void for_each_row(const MoePermuteParams& p, const Stretch& mine, const Chunk& first,
+                                     F&& f) {
     for (i64 i = mine.begin; i < mine.end; i += 32 * Chunk::kTogether) {
       const Chunk chunk = i == mine.begin ? first : Chunk(p, mine, i);
 #pragma unroll
@@ -133,10 +140,11 @@ struct MoePermutePlace : MoePermute {
     }
   }
 
-  // Calls f(assignment, expert in the window, whether it is there, lanes with the same expert), 32 at a time and in order; all lanes
-  // call it together.
+  // Calls f(assignment, expert in the window, whether it is there, lanes with the same expert), 32 at a time
+  // and in order; all lanes call it together.
   template <class F>
-  FM_DEVICE static void walk(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, int window, int width, F&& f) {
+  FM_DEVICE static void walk(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, int window,
+                             int width, F&& f) {
     for_each_row(p, mine, first, [&](i64 i, int expert) {
       const int e = expert - window;
       const bool here = e >= 0 && e < width;
@@ -144,7 +152,8 @@ struct MoePermutePlace : MoePermute {
       __syncwarp();
     });
   }
-  // The lanes that have the same expert; bit by bit, since __match_any_sync takes a microsecond where all differ.
+  // The lanes that have the same expert; bit by bit, since __match_any_sync takes a microsecond where all
+  // differ.
   FM_DEVICE static u32 lanes_with(int expert, bool here, int width) {
     u32 same = __ballot_sync(0xffffffffu, here);
     for (int bit = 1; bit < width; bit *= 2) {
@@ -155,10 +164,12 @@ struct MoePermutePlace : MoePermute {
   }
   FM_DEVICE static bool leads(u32 same) { return __ffs(static_cast<int>(same)) - 1 == lane_id(); }
 
-  // Turns each warp's counts in s_next into places. Returns the number of assignments up to the end of the window.
+  // Turns each warp's counts in s_next into places. Returns the number of assignments up to the end of the
+  // window.
   FM_DEVICE static int find_places(const MoePermuteParams& p, u8* smem, int window, int width, int placed) {
     int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);
-    int* s_before = reinterpret_cast<int*>(smem + Smem::kBefore);  // (window): assignments of an expert in the blocks before this one
+    int* s_before = reinterpret_cast<int*>(
+        smem + Smem::kBefore);  // (window): assignments of an expert in the blocks before this one
     int* s_total = reinterpret_cast<int*>(smem + Smem::kTotal);    // (window): in all blocks
     int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);
     const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), warp = warp_id();
@@ -187,9 +198,11 @@ struct MoePermutePlace : MoePermute {
   }
 
   // Where the window is narrow, several threads share an expert's blocks.
-  FM_DEVICE static void add_blocks(const MoePermuteParams& p, int* s_before, int* s_total, int window, int width) {
+  FM_DEVICE static void add_blocks(const MoePermuteParams& p, int* s_before, int* s_total, int window,
+                                   int width) {
     if (gridDim.x == 1) return;
-    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x), sharers = max(1, kThreads / width);
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x),
+              sharers = max(1, kThreads / width);
     const int e = static_cast<int>(threadIdx.x) % width, first = static_cast<int>(threadIdx.x) / width;
     if (first >= sharers) return;
     int before = 0, total = 0;
@@ -202,7 +215,8 @@ struct MoePermutePlace : MoePermute {
   }
 
   // Assignments that nobody takes have no place, and the last places have no assignment.
-  FM_DEVICE static void skip_rest(const MoePermuteParams& p, const Stretch& mine, const Chunk& first, int placed) {
+  FM_DEVICE static void skip_rest(const MoePermuteParams& p, const Stretch& mine, const Chunk& first,
+                                  int placed) {
     for_each_row(p, mine, first, [&](i64 i, int expert) {
       if (i >= mine.end) return;
       if (expert < 0) p.inverse_indices[i] = -1;

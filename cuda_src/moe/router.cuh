@@ -1,18 +1,21 @@
 // The router: which experts a token goes to, and with what weight.
 //
-//   p = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))    choice = p + bias, or the logits where there is no bias
-//   ids = the top_k largest choices, in the best topk_groups of the groups; ties: the lower id, the lower group
+//   p = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
+//   choice = p + bias, or the logits where there is no bias
+//   ids = the top_k largest choices, in the best topk_groups of the groups; ties: the lower id or group
 //   weights = p[ids], divided by their sum when asked, times a factor
 //
-// A group's score is its largest choice, with a bias the sum of its two largest (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Logits
-// are clamped to the finite range of fp32 and a NaN counts as its lowest value, so that every token gets distinct ids and finite
-// weights. Overwrites topk_weights and topk_ids; with kStats also a row of partial sums for each warp, which MoeRouterStats adds in a
-// fixed order. Same bits in every run.
+// A group's score is its largest choice, with a bias the sum of its two largest (DeepSeek-V3,
+// arXiv:2412.19437, section 2.1.2). Logits are clamped to the finite range of fp32 and a NaN counts as its
+// lowest value, so that every token gets distinct ids and finite weights. Overwrites topk_weights and
+// topk_ids; with kStats also a row of partial sums for each warp, which MoeRouterStats adds in a fixed order.
+// Same bits in every run.
 //
-// One warp takes a token. A lane holds kPerLane experts in a row, the last lane the first ones: the lowest expert among equals is then in
-// the highest lane of a ballot, which takes one instruction to find. Each lane sorts its experts once, by fours, so that a choice only
-// looks at the heads of these lists. Floats are compared as integers of the same order: the hardware reduces those over a warp in one
-// instruction. What limits this kernel is the number of its instructions.
+// One warp takes a token. A lane holds kPerLane experts in a row, the last lane the first ones: the lowest
+// expert among equals is then in the highest lane of a ballot, which takes one instruction to find. Each lane
+// sorts its experts once, by fours, so that a choice only looks at the heads of these lists. Floats are
+// compared as integers of the same order: the hardware reduces those over a warp in one instruction. What
+// limits this kernel is the number of its instructions.
 #pragma once
 #include "math/reduce.cuh"
 #include "moe/params.cuh"
@@ -27,14 +30,15 @@ struct MoeRouter {
   static constexpr int kAtOnce = kPerLane <= 8 ? 8 : 4;  // choices, of the unrolled loop
   static constexpr u32 kAll = 0xffffffffu;
 
-  // One token as its warp sees it: logits, and their choices as ordered integers, 0 for what cannot be chosen.
+  // One token as its warp sees it: logits, and their choices as ordered integers, 0 for what cannot be
+  // chosen.
   struct Token {
     float logit[kPerLane];
     u32 choice[kPerLane];
     float top, inverse_sum;  // of the softmax; only where it is asked for
   };
-  // Values of a lane, the largest first, 0 behind the last. place[i]: which values of the lane those of list i are, a byte for each, the
-  // first one lowest, and 0 behind the last.
+  // Values of a lane, the largest first, 0 behind the last. place[i]: which values of the lane those of list
+  // i are, a byte for each, the first one lowest, and 0 behind the last.
   struct Lists {
     static constexpr int kDepth = min_of(kPerLane, 4), kCount = kPerLane / kDepth;
     u32 value[kCount][kDepth], place[kCount];
@@ -47,17 +51,21 @@ struct MoeRouter {
   FM_DEVICE static void run(const MoeRouterParams& p) {
     start_after_last_grid();
     Sums sums = {};
-    if constexpr (!kStats) {  // tokens_per_block is kWarps, and without a loop nothing is computed before it is needed
+    // Without statistics tokens_per_block is kWarps: without a loop nothing is computed before it is needed.
+    if constexpr (!kStats) {
       const int t = static_cast<int>(blockIdx.x) * kWarps + warp_id();
       if (t < p.tokens) route(p, t, sums);
     } else {
       const int first = static_cast<int>(blockIdx.x) * p.tokens_per_block;
-      for (int t = first + warp_id(); t < min(p.tokens, first + p.tokens_per_block); t += kWarps) route(p, t, sums);
+      for (int t = first + warp_id(); t < min(p.tokens, first + p.tokens_per_block); t += kWarps)
+        route(p, t, sums);
       const i64 row = static_cast<i64>(blockIdx.x) * kWarps + warp_id();
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
         const int e = expert(j);
-        if (e < p.experts) p.partial_probabilities[row * p.experts + e] = sums.probability[j], p.partial_counts[row * p.experts + e] = sums.count[j];
+        if (e >= p.experts) continue;
+        p.partial_probabilities[row * p.experts + e] = sums.probability[j];
+        p.partial_counts[row * p.experts + e] = sums.count[j];
       }
       if (lane_id() == 0) p.partial_z[row] = sums.z;
     }
@@ -72,7 +80,8 @@ struct MoeRouter {
     if (p.groups > 1) keep_best_groups(p, token);
 
     Lists lists = sorted(token.choice);
-    u32 taken = 31 << 8;  // lane k has the k-th choice; what lanes behind the last one hold is an expert, but counts for nothing
+    // Lane k has the k-th choice; what lanes behind the last one hold is an expert, but counts for nothing.
+    u32 taken = 31 << 8;
 #pragma unroll kAtOnce
     for (int k = 0; k < 32; ++k) {
       if (k % 4 == 0 && k >= p.top_k) break;
@@ -90,7 +99,8 @@ struct MoeRouter {
     if (!mine) logit = -infinity();  // whose weight is 0, however it is scored
 
     float weight;
-    if (p.scoring_func == kSoftmax && p.renormalize) {  // the softmax over the chosen logits, which never is 0 / 0
+    if (p.scoring_func == kSoftmax && p.renormalize) {
+      // The softmax over the chosen logits, which never is 0 / 0.
       const float top = p.bias == nullptr ? __shfl_sync(kAll, logit, 0) : warp_max(logit);
       const float e = expf(logit - top);
       weight = e * rcp_approx_ftz_f32(warp_sum(e));  // of 1 to 32
@@ -123,10 +133,12 @@ struct MoeRouter {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       const u32 bits = __float_as_uint(token.logit[j] + 0.f);
-      token.choice[j] = bits ^ (static_cast<u32>(static_cast<int>(bits) >> 31) | 0x80000000u);  // to_ordered of what is finite
+      const u32 sign = static_cast<u32>(static_cast<int>(bits) >> 31);
+      token.choice[j] = bits ^ (sign | 0x80000000u);  // to_ordered of what is finite
       top = fmaxf(top, token.logit[j]);
     }
-    if (kStats || p.bias != nullptr || (p.scoring_func == kSoftmax && !p.renormalize)) look_at_all(p, top, token);
+    if (kStats || p.bias != nullptr || (p.scoring_func == kSoftmax && !p.renormalize))
+      look_at_all(p, top, token);
     if (p.experts < 32 * kPerLane) {
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j)
@@ -140,14 +152,16 @@ struct MoeRouter {
       token.top = warp_max(top);
       float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) sum += expert(j) < p.experts ? expf(token.logit[j] - token.top) : 0.f;
+      for (int j = 0; j < kPerLane; ++j)
+        sum += expert(j) < p.experts ? expf(token.logit[j] - token.top) : 0.f;
       token.inverse_sum = 1.f / warp_sum(sum);
     }
     if (p.bias != nullptr) {
       float bias[kPerLane];
       load(p.bias, 0, p.bias_dtype, p.experts, bias);
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) token.choice[j] = to_ordered(probability(p, token, token.logit[j]) + bias[j]);
+      for (int j = 0; j < kPerLane; ++j)
+        token.choice[j] = to_ordered(probability(p, token, token.logit[j]) + bias[j]);
     }
   }
 
@@ -182,7 +196,8 @@ struct MoeRouter {
     return sqrtf(fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))));
   }
 
-  // Choices outside of the best groups become 0. A lane holds the scores of kPerLane groups as it holds experts.
+  // Choices outside of the best groups become 0. A lane holds the scores of kPerLane groups as it holds
+  // experts.
   FM_DEVICE static void keep_best_groups(const MoeRouterParams& p, Token& token) {
     const int size = p.experts / p.groups;
     u32 score[kPerLane] = {};
@@ -244,8 +259,8 @@ struct MoeRouter {
     return lists;
   }
 
-  // Takes the largest value of all lanes out of its list, the one of the lowest expert among equals. If nothing is left, the
-  // result is any expert of the last lane, all of which exist.
+  // Takes the largest value of all lanes out of its list, the one of the lowest expert among equals. If
+  // nothing is left, the result is any expert of the last lane, all of which exist.
   FM_DEVICE static u32 take_largest(Lists& lists) {
     u32 head = lists.value[0][0], place = lists.place[0];
     int list = 0;
@@ -258,12 +273,15 @@ struct MoeRouter {
     for (int i = 0; i < Lists::kCount; ++i)
       if (lane_id() == lane && list == i) {
 #pragma unroll
-        for (int n = 0; n < Lists::kDepth; ++n) lists.value[i][n] = n + 1 < Lists::kDepth ? lists.value[i][n + 1] : 0;
+        for (int n = 0; n < Lists::kDepth; ++n)
+          lists.value[i][n] = n + 1 < Lists::kDepth ? lists.value[i][n + 1] : 0;
         lists.place[i] >>= 8;
       }
     return place_of(lane, place);
   }
-  FM_DEVICE static u32 place_of(int lane, u32 j) { return __byte_perm(j, static_cast<u32>(lane), 0x7740); }  // lane * 256 + j % 256
+  FM_DEVICE static u32 place_of(int lane, u32 j) {
+    return __byte_perm(j, static_cast<u32>(lane), 0x7740);  // lane * 256 + j % 256
+  }
 
   // Probabilities of all experts add up to 1 here, whatever the scoring function.
   FM_DEVICE static void add_to(const MoeRouterParams& p, const Token& token, Sums& sums) {
@@ -271,7 +289,8 @@ struct MoeRouter {
     if (p.scoring_func != kSoftmax) {
       total = 0.f;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) total += expert(j) < p.experts ? probability(p, token, token.logit[j]) : 0.f;
+      for (int j = 0; j < kPerLane; ++j)
+        total += expert(j) < p.experts ? probability(p, token, token.logit[j]) : 0.f;
       total = warp_sum(total) + 1e-20f;
     }
 #pragma unroll
@@ -282,9 +301,10 @@ struct MoeRouter {
 };
 
 // What the router's warps have summed: counts, and the two losses. One block.
-//   load balancing: experts * sum_e counts[e] / tokens * mean probability of e (arXiv:2101.03961, equations 4 to 6)
+//   load balancing: experts * sum_e counts[e] / tokens * mean probability of e (arXiv:2101.03961, eq. 4 to 6)
 //   z: mean of logsumexp(logits)^2 (arXiv:2202.08906, equation 5)
-// expert_counts[e] is what is kept of the choices of e when it takes at most `capacity`, dropped[e] the rest. Overwrites all four.
+// expert_counts[e] is what is kept of the choices of e when it takes at most `capacity`, dropped[e] the rest.
+// Overwrites all four.
 struct MoeRouterStats {
   static constexpr int kThreads = 1024, kWarps = 32;
   struct Smem {
@@ -311,7 +331,8 @@ struct MoeRouterStats {
       s_probability[warp * 32 + lane] = probability, s_count[warp * 32 + lane] = count;
       __syncthreads();
       if (warp == 0 && e < p.experts) {
-        for (int i = 1; i < kWarps; ++i) probability += s_probability[i * 32 + lane], count += s_count[i * 32 + lane];
+        for (int i = 1; i < kWarps; ++i)
+          probability += s_probability[i * 32 + lane], count += s_count[i * 32 + lane];
         const int kept = min(count, p.capacity);
         p.expert_counts[e] = kept, p.dropped[e] = count - kept;
         product += static_cast<float>(count) * one_token * (probability * one_token);
@@ -322,12 +343,14 @@ struct MoeRouterStats {
       float z = 0.f;
       for (int row = lane; row < p.rows; row += 32) z += p.partial_z[row];
       z = warp_sum(z), product = warp_sum(product);
-      if (lane == 0) *p.load_balancing_loss = static_cast<float>(p.experts) * product, *p.z_loss = z * one_token;
+      if (lane == 0)
+        *p.load_balancing_loss = static_cast<float>(p.experts) * product, *p.z_loss = z * one_token;
     }
   }
 };
 
-// Takes back what an expert cannot hold: assignments that are not among its first `capacity` get id -1 and weight 0.
+// Takes back what an expert cannot hold: assignments that are not among its first `capacity` get id -1 and
+// weight 0.
 struct MoeCapacity {
   static constexpr int kThreads = 256;
 

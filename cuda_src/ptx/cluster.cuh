@@ -1,4 +1,5 @@
-// Blocks of one cluster, which reach each other's shared memory, and grids that start before the one before has ended.
+// Blocks of one cluster, which reach each other's shared memory, and grids that start before the one before
+// has ended.
 #pragma once
 #include "prelude.cuh"
 
@@ -11,7 +12,9 @@ FM_DEVICE u32 cluster_ctarank() {
 }
 
 // All threads of all blocks of the cluster arrive, then wait; what they did before is then seen by all.
-FM_DEVICE void barrier_cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+FM_DEVICE void barrier_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 FM_DEVICE void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The address of the same place in the shared memory of block `rank`, for mbarrier_arrive_cluster.
@@ -21,19 +24,24 @@ FM_DEVICE u32 mapa(u32 s_address, u32 rank) {
   return address;
 }
 
-// Arrives at a barrier of any block of the cluster. What this thread has read is ordered before it, by the default semantics; a release at
-// cluster scope would order its writes too, with a fence that takes longer than a step of a product.
+// Arrives at a barrier of any block of the cluster. What this thread has read is ordered before it, by the
+// default semantics; a release at cluster scope would order its writes too, with a fence that takes longer
+// than a step of a product.
 FM_DEVICE void mbarrier_arrive_cluster(u32 cluster_address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
 }
 
-// A word into the shared memory of any block of the cluster, whose barrier is told of 4 bytes when it is there.
+// A word into the shared memory of any block of the cluster, whose barrier is told of 4 bytes when it is
+// there.
 FM_DEVICE void st_async_b32(u32 cluster_address, u32 x, u32 cluster_barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(cluster_address), "r"(x), "r"(cluster_barrier)
-               : "memory");
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(cluster_address),
+      "r"(x), "r"(cluster_barrier)
+      : "memory");
 }
 
-// Until the grids that this one depends on have ended and their writes are seen. At once where there is none, and before sm_90.
+// Until the grids that this one depends on have ended and their writes are seen. At once where there is none,
+// and before sm_90.
 FM_DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -46,8 +54,8 @@ FM_DEVICE void griddepcontrol_launch_dependents() {
 #endif
 }
 
-// The rule of kernels that are launched before the one in front of them has ended: wait, and only then let the next one start. Then
-// what a grid two launches back has written may be read without waiting.
+// The rule of kernels that are launched before the one in front of them has ended: wait, and only then let
+// the next one start. Then what a grid two launches back has written may be read without waiting.
 FM_DEVICE void start_after_last_grid() {
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();

@@ -17,7 +17,10 @@ FM_DEVICE void red_add_release_gpu_u32(u32* g_pointer, u32 x) {
 // Atomics without an order.
 FM_DEVICE u32 atom_add_u32(u32* g_pointer, u32 x) {
   u32 before;
-  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(g_pointer), "r"(x) : "memory");
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(g_pointer), "r"(x)
+               : "memory");
   return before;
 }
 // For sums of gradients that several blocks add to; no kernel uses it yet.

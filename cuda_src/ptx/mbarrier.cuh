@@ -1,5 +1,6 @@
-// mbarrier: a counter in shared memory that threads and bulk copies arrive at. It flips its phase when all arrivals of the phase
-// are in and all announced bytes have landed; a waiter names the parity of the phase it waits for.
+// mbarrier: a counter in shared memory that threads and bulk copies arrive at. It flips its phase when all
+// arrivals of the phase are in and all announced bytes have landed; a waiter names the parity of the phase it
+// waits for.
 #pragma once
 #include "prelude.cuh"
 
@@ -18,10 +19,12 @@ FM_DEVICE void mbarrier_arrive(u32 s_barrier) {
 
 // Arrives, and announces bytes that copies will bring in this phase.
 FM_DEVICE void mbarrier_arrive_expect_tx(u32 s_barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(s_barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(s_barrier), "r"(bytes)
+               : "memory");
 }
 
-// Returns when the phase of that parity is over. A fresh barrier counts as if a phase of parity 1 had just ended.
+// Returns when the phase of that parity is over. A fresh barrier counts as if a phase of parity 1 had just
+// ended.
 FM_DEVICE void mbarrier_wait_parity(u32 s_barrier, u32 parity) {
   asm volatile(
       "{\n"

@@ -1,4 +1,5 @@
-// Instructions on registers, for which C++ has no words. The prelude stands on this file, so that it has no header of its own below it.
+// Instructions on registers, for which C++ has no words. The prelude stands on this file, so that it has no
+// header of its own below it.
 #pragma once
 
 namespace fm {

@@ -1,14 +1,16 @@
-// wgmma: products of a warpgroup. A (64 x 16) from shared memory or registers, B (16 x N) from shared memory, D (64 x N) in
-// registers: warp w holds rows 16 w .. 16 w + 15 in the layout of mma.sync, so d[j] is the 16 x 8 tile of columns 8 j .. 8 j + 7.
-// The products run asynchronously: wgmma_fence before the first, wgmma_commit_group after the last, wgmma_wait_group before use.
+// wgmma: products of a warpgroup. A (64 x 16) from shared memory or registers, B (16 x N) from shared memory,
+// D (64 x N) in registers: warp w holds rows 16 w .. 16 w + 15 in the layout of mma.sync, so d[j] is the 16 x
+// 8 tile of columns 8 j .. 8 j + 7. The products run asynchronously: wgmma_fence before the first,
+// wgmma_commit_group after the last, wgmma_wait_group before use.
 #pragma once
 #include "prelude.cuh"
 
 namespace fm {
 
-// Describes an operand in shared memory, in panels of 128 bytes per row with the 128-byte swizzle; panels start at multiples of 1024.
-// K-major (the summed dimension along the rows): one panel holds 64 values of it; a step of 16 advances the address by 32 bytes.
-// MN-major (the summed dimension across the rows): panels of 64 columns lie panel_bytes apart; a step of 16 advances by 16 rows.
+// Describes an operand in shared memory, in panels of 128 bytes per row with the 128-byte swizzle; panels
+// start at multiples of 1024. K-major (the summed dimension along the rows): one panel holds 64 values of it;
+// a step of 16 advances the address by 32 bytes. MN-major (the summed dimension across the rows): panels of
+// 64 columns lie panel_bytes apart; a step of 16 advances by 16 rows.
 FM_DEVICE u64 wgmma_descriptor(u32 s_address, int panel_bytes) {
   constexpr u64 kEightRows = 1024 >> 4, kSwizzle128 = 1;
   return kSwizzle128 << 62 | kEightRows << 32 | static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
@@ -59,7 +61,8 @@ struct Wgmma;
 #define FM_D8(j) FM_D4(j), FM_D4(j + 4)
 #define FM_D16(j) FM_D8(j), FM_D8(j + 8)
 
-// One shape: N, its list of accumulator registers in the text, the same list as operands, and the numbers of the operands behind them.
+// One shape: N, its list of accumulator registers in the text, the same list as operands, and the numbers of
+// the operands behind them.
 #define FM_WGMMA(kType, TYPE, N, REGS, BINDINGS, I0, I1, I2, I3, I4, I5, I6)                                                            \
   template <bool kTransB>                                                                                                               \
   struct Wgmma<kType, N, kTransB> {                                                                                                     \

@@ -227,11 +227,11 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
             "top_k": 1 if ids is None else ids.top_k,
             "ids": 0 if ids is None else ids.ids,
             "ids_wide": 0 if ids is None else int(ids.ids_dtype.itemsize == 8),
-            "early": int(p.groups_known_early),
-            "guess": _prefetch_k(p, config),
-            "across": int(share_rows),
-            "awaited": -1 if p.counts_rows else p.counts_of_x,
-            "dealt": int(counter) if self.takes_from_counter(p, config) else 0,
+            "groups_known_early": int(p.groups_known_early),
+            "prefetch_k": _prefetch_k(p, config),
+            "share_rows": int(share_rows),
+            "rows_counted": -1 if p.counts_rows else p.counts_of_x,
+            "tile_counter": int(counter) if self.takes_from_counter(p, config) else 0,
         }
 
 
