@@ -177,6 +177,32 @@ def test_a_sink_alone_is_the_lse_of_a_row_without_keys(softcap: float, sink: flo
     assert (lse[0, 0, :31] == np.float32(sink)).all() and np.isneginf(lse[0, 1, :31]).all()
 
 
+# Another answer to 'where do the keys lie?': in pages of one tile, which the array holds in reversed order.
+PAGES = """
+  struct ReversedPages : RowKeys {
+    template <class Tile, class Work>
+    FM_DEVICE static void load_keys(const AttentionFwdSm90Params& p, const Work& w, const TensorMap& map, u32 s_tile,
+                                    u32 s_full, int col, int n) {
+      RowKeys::load_keys<Tile>(p, w, map, s_tile, s_full, col, w.band.cols / Tile::kRows - 1 - n);
+    }
+  };
+  using Keys = ReversedPages;"""
+
+
+def test_keys_in_pages_need_a_type_and_no_change_of_the_kernel() -> None:
+    config = TILES[SM90]
+    case = AttentionCase(150, 4 * config.block_n, 1, 2, 2, 64, causal=True)
+    text = (CUDA / _90).read_text(encoding="utf-8")
+    assert text.count("  using Keys = RowKeys;") == 1
+    headers = {_90: text.replace("  using Keys = RowKeys;", PAGES)}
+    arrays = case.random()
+    pages = {name: arrays[name].reshape(1, 4, config.block_n, 2, 64)[:, ::-1].reshape(1, -1, 2, 64) for name in "kv"}
+    for seed in range(3):
+        out, lse = attention(case, SM90, seed, config, headers, given=arrays | pages)
+        assert faults(case, SM90, out, lse, arrays) == []
+        assert faults(case, SM90, *attention(case, SM90, seed, config, given=arrays | pages), arrays) != []
+
+
 @pytest.mark.parametrize("kernel", TILES)
 def test_nothing_is_found_in_the_kernels_themselves(kernel: str) -> None:
     assert not any(found for _, found in outcomes(SMALL, kernel, range(40), TILES[kernel], {}))

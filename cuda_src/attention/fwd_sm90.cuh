@@ -183,7 +183,7 @@ struct AttentionFwdSm90 {
       const u32 s_tile = s_base + Smem::kQ + (q.stage * kConsumers + i) * TileQ::kBytes;
       rings.q(i).wait_empty(q);
       mbarrier_arrive_expect_tx(s_full, TileQ::kBytes);
-      Keys::load_queries<TileQ>(p, w, s_tile, s_full, i * 64);
+      Keys::template load_queries<TileQ>(p, w, s_tile, s_full, i * 64);
     }
     q.advance();
   }
@@ -195,7 +195,8 @@ struct AttentionFwdSm90 {
                                   int n) {
     ring.wait_empty(at);
     mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes);
-    Keys::load_keys<Tile>(p, w, map, s_tiles + at.stage * Tile::kBytes, ring.full(at.stage), col, n);
+    const u32 s_tile = s_tiles + at.stage * Tile::kBytes;
+    Keys::template load_keys<Tile>(p, w, map, s_tile, ring.full(at.stage), col, n);
     at.advance();
   }
 

@@ -39,8 +39,8 @@ struct LinearExponent {
 struct SoftcapExponent {
   static constexpr bool kCurved = true, kBounded = false;
   static constexpr float kLag = 8.f;
-  static constexpr float kLimit =
-      0.5f;  // |argument| of tanh up to which a polynomial has a relative error of 6e-7
+  // |argument| of tanh up to which a polynomial has a relative error of 6e-7
+  static constexpr float kLimit = 0.5f;
   float softcap;
   float to_tanh;        // scale / softcap
   const float (&c)[4];  // the polynomial: exponent = s (c0 + c1 s^2 + c2 s^4 + c3 s^6), from the host
@@ -82,8 +82,8 @@ struct SoftcapExponent {
 struct BoundedSoftcapExponent {
   static constexpr bool kCurved = true, kBounded = true;
   static constexpr float kLag = 0.f;
-  static constexpr float kLong =
-      0.6f;  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
+  // |argument| of tanh up to which four coefficients have a relative error of 2e-6
+  static constexpr float kLong = 0.6f;
   float softcap, to_tanh;
   const float (&c)[4], (&c_short)[2];
 
@@ -243,8 +243,8 @@ struct OnlineSoftmax {
                         float (&lse)[2 * kM]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) {
-      const float row =
-          r_max[i] == -infinity() ? -infinity() : exponent.natural(r_max[i]);  // -inf * 0 would be NaN
+      // -inf * 0 would be NaN.
+      const float row = r_max[i] == -infinity() ? -infinity() : exponent.natural(r_max[i]);
       const float top = fmaxf(row, sink[i]);
       const float shift = top == -infinity() ? 0.f : top;
       const float factor = exp2_approx((row - shift) * kLog2e);
@@ -259,18 +259,17 @@ struct OnlineSoftmax {
 // never need a correction. Weights are rounded to bf16 before they meet v. In a row of few keys that shows,
 // so its output is divided by the sum of the rounded weights; its lse is that of the others.
 struct BoundedSoftmax {
-  enum {
-    kFewKeys = 64
-  };  // below which a row has few; no tile of keys is smaller. No member: it would stand in every cubin
-  float r_sum[2] = {0.f,
-                    0.f};  // this thread's columns only, until finish(); more than 0 where a key was seen
-  u32 r_added = 0;  // by rounding, to the sums of rows of few keys; two bf16: a second register slows the
-                    // loop of whole tiles by 4 %
+  // A row that sees fewer keys has few. No tile of keys is smaller.
+  enum { kFewKeys = 64 };
+  float r_sum[2] = {0.f, 0.f};  // of this thread's columns, until finish(); more than 0 where a key was seen
+  // What rounding has added to the sums of rows of few keys, as two bf16: a second register slows the loop of
+  // whole tiles by 4 %.
+  u32 r_added = 0;
 
   // Scores become weights, and the sums grow. Scores that do not count are not -inf here, which would be out
-  // of every polynomial's range, but what q k is; mask() makes their weights 0. keys_of_row(i) counts the
-  // keys that a row sees in all tiles. few_possible: no tile counts whole, so that there may be rows of few
-  // keys.
+  // of every polynomial's range, but what q k is; mask() makes their weights 0. keys_of_row(i): how
+  // many keys the row sees in all tiles. few_possible: the mask leaves no tile whole, so that rows may have
+  // few keys.
   template <int kN, class KeysOfRow, class Mask>
   FM_DEVICE void exponentiate(float (&r_s)[1][kN][4], const BoundedSoftcapExponent& exponent,
                               bool few_possible, KeysOfRow&& keys_of_row, Mask&& mask) {

@@ -27,8 +27,8 @@ struct GroupedGemmSm80 {
   static constexpr bool kGated = kGated_;
   static constexpr int kBlockK = 128 / static_cast<int>(sizeof(Element));
   static constexpr int kWarpsM = kBlockM >= 64 ? 2 : 1, kWarpsN = 4 / kWarpsM, kThreads = 128;
-  static constexpr int kM = kBlockM / (16 * kWarpsM),
-                       kN = kBlockN / 2 / (8 * kWarpsN);  // 16 x 8 accumulator tiles of a warp, in each half
+  // Accumulator tiles of 16 x 8 that a warp has, in each half.
+  static constexpr int kM = kBlockM / (16 * kWarpsM), kN = kBlockN / 2 / (8 * kWarpsN);
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;                        // of out in a tile
   static_assert(kN % 2 == 0, "the products take two tiles of columns at once");
   static constexpr int kRowsAtOnce = kThreads / 8, kPasses = div_up(kBlockM, kRowsAtOnce);
@@ -51,8 +51,8 @@ struct GroupedGemmSm80 {
     start_after_last_grid();
     extern __shared__ __align__(128) u8 smem[];
     const u32 s_base = smem_address(smem);
-    int* s_sorted =
-        reinterpret_cast<int*>(smem + Smem::kSorted) + warp_id() * 32;  // each warp finds the tiles by itself
+    // Each warp finds the tiles by itself.
+    int* s_sorted = reinterpret_cast<int*>(smem + Smem::kSorted) + warp_id() * 32;
     GroupCursor<kBlockM> cursor(s_sorted);
     GroupTile tile;
     for (u32 index = blockIdx.x; cursor.find(p, index, tile); index += gridDim.x) {

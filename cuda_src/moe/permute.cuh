@@ -75,8 +75,8 @@ struct MoePermutePlace : MoePermute {
 
   FM_DEVICE static void run(const MoePermuteParams& p) {
     extern __shared__ __align__(128) u8 smem[];
-    int* s_next = reinterpret_cast<int*>(
-        smem + Smem::kNext);  // (warps, window): where a warp puts its next assignment of an expert
+    // (warps, window): where a warp puts its next assignment of an expert
+    int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);
     const int warp = warp_id();
     int* s_mine = s_next + warp * kWindow;
     const Stretch mine{first_of(p, warp), min(first_of(p, warp + 1), static_cast<i64>(p.assignments))};
@@ -168,8 +168,8 @@ struct MoePermutePlace : MoePermute {
   // window.
   FM_DEVICE static int find_places(const MoePermuteParams& p, u8* smem, int window, int width, int placed) {
     int* s_next = reinterpret_cast<int*>(smem + Smem::kNext);
-    int* s_before = reinterpret_cast<int*>(
-        smem + Smem::kBefore);  // (window): assignments of an expert in the blocks before this one
+    // (window): assignments of an expert in the blocks before this one
+    int* s_before = reinterpret_cast<int*>(smem + Smem::kBefore);
     int* s_total = reinterpret_cast<int*>(smem + Smem::kTotal);    // (window): in all blocks
     int* s_sums = reinterpret_cast<int*>(smem + Smem::kSums);
     const int e = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), warp = warp_id();

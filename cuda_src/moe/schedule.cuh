@@ -25,8 +25,8 @@ FM_DEVICE GroupRows rows_of(const GroupedGemmParams& p, int group) {
 }
 
 struct GroupTile {
-  int group, row, rows;  // row: of out, the tile's first; rows: of the group from there on, 0 or less: there
-                         // is nothing to do
+  int group, row;        // row: of out, the first of the tile
+  int rows;              // of the group from there on; 0 or less: there is nothing to do
   int n_block;
   int own_columns;       // 1: the blocks of a cluster have different columns, and so different weights
   int weights_once;      // 1: no other tile of rows uses the same weights
@@ -55,8 +55,8 @@ struct GroupCursor {
   static constexpr int kSortedBytes = 128;
   int* s_sorted;  // self-sorted: the flat index of the assignment at each place, once the first tile is found
   int next_group = 0;
-  u32 tiles_seen = 0, begin = 0,
-      end = 0;  // tiles of all groups looked at; numbers of the tiles of the lane's group
+  u32 tiles_seen = 0;      // of all groups looked at
+  u32 begin = 0, end = 0;  // the tiles of the lane's group have the numbers begin .. end - 1
   GroupRows mine = {0, 0, 0};
 
   FM_DEVICE explicit GroupCursor(int* s_sorted_) : s_sorted(s_sorted_) {}
@@ -124,8 +124,8 @@ struct GroupCursor {
 };
 
 // The numbers of a cluster's tiles: every so many-th, or (p.tile_counter) the next one that nobody has taken.
-// Block 0 takes the number after the next from the counter while there is time, and sends it to
-// block 1 when that one asks. By one warp.
+// Block 0 takes the number after the next from the counter while there is time, and sends it to block 1 when
+// that one asks. By one warp.
 template <int kCluster>
 struct TileNumbers {
   FM_DEVICE static bool counted(const GroupedGemmParams& p) {
