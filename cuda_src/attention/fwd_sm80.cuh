@@ -30,6 +30,7 @@ struct AttentionFwdSm80 {
   using Element = Element_;
   using Variant = Variant_;
   using Keys = RowKeys;  // where queries and keys lie (attention/keys.cuh)
+  static_assert(AttentionKeys<Keys>);
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kM = kBlockM / (16 * kWarps);  // accumulator tiles of 16 rows that a warp owns

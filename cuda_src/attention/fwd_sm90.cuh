@@ -42,6 +42,7 @@ struct AttentionFwdSm90 {
   using Element = Element_;
   using Variant = Variant_;
   using Keys = RowKeys;  // where queries and keys lie (attention/keys.cuh)
+  static_assert(AttentionKeys<Keys>);
   using Params = AttentionFwdSm90Params;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kBlockM = kBlockM_, kBlockN = kBlockN_;
   static constexpr int kStages = kStages_;

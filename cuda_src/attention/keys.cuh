@@ -28,6 +28,12 @@ struct SequenceOf {
 };
 using Sequence = SequenceOf<int>;
 
+// The questions of the contract above that both kernels ask.
+template <class K>
+concept AttentionKeys = requires(const AttentionFwdSm90Params& p, int batch) {
+  K::even(p) && K::each(p).seqlen_q && K::sequence(p, batch).seqlen_k && K::map_batch(p, batch);
+};
+
 // One sequence after the other along a batch dimension, all of the same lengths.
 struct DenseKeys {
   FM_DEVICE static Sequence each(const AttentionFwdParams& p) { return {0, 0, p.seqlen_q, p.seqlen_k}; }
