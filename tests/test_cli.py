@@ -14,7 +14,7 @@ import pytest
 
 import flashmoe_cupy
 from flashmoe_cupy import _env, service
-from flashmoe_cupy.cli import commands, main, measure, show
+from flashmoe_cupy.cli import commands, main, measure_attention, show
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.plan.kernels import KERNELS, of_op
@@ -328,8 +328,8 @@ def test_demo_on_numpy(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_in_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    small = measure.Case("small", (1, 100, 130, 4, 2, 32, 16), "float32", {"causal": True}, sinks=True)
-    monkeypatch.setattr(measure, "cases", lambda gpu: [small])
+    small = measure_attention.Case("small", (1, 100, 130, 4, 2, 32, 16), "float32", {"causal": True}, sinks=True)
+    monkeypatch.setattr(measure_attention, "cases", lambda gpu: [small])
     code, out, _ = run(capsys, "demo", "--backend", "numpy")
     assert code == 0
     for word in ("NumPy back end", "float64", "GFLOP/s", small.text(), "exact within tolerance"):
@@ -345,8 +345,8 @@ def test_demo_notices_wrong_results(capsys: pytest.CaptureFixture[str], monkeypa
         return out
 
     monkeypatch.setattr(flashmoe_cupy, "flash_attention", wrong, raising=False)
-    small = measure.Case("small", (1, 100, 100, 2, 2, 32, 32), "float32", {"causal": True})
-    monkeypatch.setattr(measure, "cases", lambda gpu: [small])
+    small = measure_attention.Case("small", (1, 100, 100, 2, 2, 32, 32), "float32", {"causal": True})
+    monkeypatch.setattr(measure_attention, "cases", lambda gpu: [small])
     code, out, _ = run(capsys, "demo", "--backend", "numpy")
     assert code == 1 and "WRONG" in out
 

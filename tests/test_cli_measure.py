@@ -11,7 +11,7 @@ from test_cli import NO_GPU, run, run_json
 
 import flashmoe_cupy
 from flashmoe_cupy import service
-from flashmoe_cupy.cli import measure, measure_moe
+from flashmoe_cupy.cli import measure_attention, measure_moe
 from flashmoe_cupy.testing_moe import MoECase
 
 Capture = pytest.CaptureFixture[str]
@@ -34,8 +34,8 @@ def test_demo_on_numpy(capsys: Capture) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_demo_shows_both_operations(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = measure.Case("tiny", (1, 100, 130, 4, 2, 32, 16), "float32", {"causal": True})
-    monkeypatch.setattr(measure, "cases", lambda gpu: [case])
+    case = measure_attention.Case("tiny", (1, 100, 130, 4, 2, 32, 16), "float32", {"causal": True})
+    monkeypatch.setattr(measure_attention, "cases", lambda gpu: [case])
     code, out, _ = run(capsys, "demo", "--backend", "numpy")
     assert code == 0 and "all exact within tolerance" in out
     for word in ("attention  tiny", "moe        small", SMALL.text(), case.text(), "softmax", "router"):

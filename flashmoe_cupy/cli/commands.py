@@ -1,9 +1,8 @@
-"""What each command does: asks `service` or `measure` for data, then shows it."""
+"""What each command does: asks `service` or a measured operation for data, then shows it."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import subprocess
 import sys
 import time
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_cupy import service
-from flashmoe_cupy.cli import measure, measure_moe, show
-from flashmoe_cupy.cli.options import Misuse
+from flashmoe_cupy.cli import clocks, show
+from flashmoe_cupy.cli.measure import MEASURED
+from flashmoe_cupy.cli.options import Misuse, filters_of, listed
 from flashmoe_cupy.cli.self_test import self_test
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.testing_moe import MoECase
+from flashmoe_cupy.service.families import DEFAULT_OP, misfit
 
 
 def info(args: argparse.Namespace) -> int:
@@ -76,21 +76,18 @@ def info(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     gpu, why = _backend(args.backend)
+    chosen = {op: measured for op, measured in MEASURED.items() if args.op in (None, op)}
     out = show.Output()
     if not args.json:
         out.title(why)
-        if args.op != "moe":
-            out.line("attention: softmax(scale * q k^T + masks) v, its last rows against the same in float64")
-        if args.op != "attention":
-            out.line("moe: sum of weight * expert(x) over a router's choice, its last rows against the same in float64")
+        for op, measured in chosen.items():
+            out.line(f"{op}: {measured.formula}, its last rows against the same in float64")
     results = []
-    for case in measure.cases(gpu) if args.op != "moe" else ():
-        out.progress(f"{case.title} ...")
-        results.append(measure.run(case, gpu))
-    for layer in measure_moe.cases(gpu) if args.op != "attention" else ():
-        out.progress(f"{layer.title} ...")
-        results.append(measure_moe.run(layer, gpu))
-    ceiling, by = measure.matmul_ceiling() if gpu else (0.0, "")
+    for measured in chosen.values():
+        for title, run in measured.demo(gpu):
+            out.progress(f"{title} ...")
+            results.append(run())
+    ceiling, by = clocks.matmul_ceiling() if gpu else (0.0, "")
     out.progress_done()
     passed = all(result.passed for result in results)
     seconds = time.perf_counter() - start
@@ -121,12 +118,9 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def explain(args: argparse.Namespace) -> int:
-    theirs = {
-        op: set(inspect.signature(function).parameters) - {"arch"}
-        for op, function in (("attention", service.explain_attention), ("moe", service.explain_moe))
-    }
-    sizes = {name: value for name, value in vars(args).items() if name in theirs["attention"] | theirs["moe"]}
-    if foreign := sorted(args.flags[name] for name in set(sizes) - theirs[args.op]):
+    own = {size.name for size in service.FAMILIES[args.op].sizes}
+    sizes = {name: getattr(args, name) for name in args.flags if hasattr(args, name)}
+    if foreign := sorted(args.flags[name] for name in set(sizes) - own):
         raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     try:
         answer = service.explain(args.op, arch=args.arch, **sizes)
@@ -159,10 +153,9 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def kernels(args: argparse.Namespace) -> int:
-    if args.op == "moe" and args.head_dim:
-        raise Misuse("--op moe has no --head-dim")
+    filters = _filters(args)
     try:
-        rows = service.kernels(args.arch, op=args.op, dtype=args.dtype, head_dim=args.head_dim)
+        rows = service.kernels(args.arch, op=args.op, **filters)
     except UnsupportedProblem:
         raise
     except ValueError as error:
@@ -179,19 +172,27 @@ def kernels(args: argparse.Namespace) -> int:
         if listed:
             out.table(columns, listed)
         else:
-            filters = (args.arch, args.dtype, f"head dimension {args.head_dim}" if args.head_dim else None)
-            out.line(f"no configuration for {', '.join(filter(None, filters))}")
+            declared = filters_of(args.command)
+            given = [declared[name].shown.format(value) for name, value in filters.items()]
+            out.line(f"no configuration for {', '.join([*([args.arch] if args.arch else ()), *given])}")
         out.line()
     return 0
 
 
+def _filters(args: argparse.Namespace) -> dict[str, Any]:
+    """The filters given to `kernels` or `warmup`. Raises Misuse for those that do not fit the op or each other."""
+    declared = filters_of(args.command)
+    filters = {name: getattr(args, name) for name in declared if getattr(args, name) is not None}
+    flags = {name: each.flag for name, each in declared.items()}
+    if getattr(args, "all", False) and filters:
+        raise Misuse(f"--all does not go with {listed([*flags.values()], 'or')}")
+    if args.op is not None and (why := misfit(service.FAMILIES[args.op], filters, flags, f"--op {args.op}")):
+        raise Misuse(why)
+    return filters
+
+
 def warmup(args: argparse.Namespace) -> int:
-    if args.all and (args.dtype or args.head_dim or args.head_dim_v):
-        raise Misuse("--all does not go with --dtype, --head-dim or --head-dim-v")
-    if args.op == "moe" and (args.head_dim or args.head_dim_v):
-        raise Misuse("--op moe has no --head-dim and no --head-dim-v")
-    if args.head_dim_v and not args.head_dim:
-        raise Misuse("--head-dim-v needs --head-dim beside it")
+    filters = _filters(args)
     out = show.Output()
     start = time.perf_counter()
     count = 0
@@ -203,15 +204,7 @@ def warmup(args: argparse.Namespace) -> int:
             out.progress(f"{count}: {warmed.kernel} {warmed.config} {warmed.arch} {warmed.milliseconds:.0f} ms")
 
     try:
-        done = service.warmup(
-            args.op,
-            arch=args.arch,
-            dtype=args.dtype,
-            head_dim=args.head_dim,
-            head_dim_v=args.head_dim_v,
-            workers=args.workers,
-            progress=progress,
-        )
+        done = service.warmup(args.op, arch=args.arch, workers=args.workers, progress=progress, **filters)
     except UnsupportedProblem:
         raise
     except ValueError as error:
@@ -275,19 +268,14 @@ def cache(args: argparse.Namespace) -> int:
     return 0
 
 
-# The options of `bench` that belong to one op: name: (default on a GPU, default without).
-_BENCH: dict[str, dict[str, tuple[Any, Any]]] = {
-    "attention": {"d": (128, 128), "heads": (16, 16), "causal": (False, False), "longest": (16384, 1024)},
-    "moe": {"hidden": (2048, 512), "intermediate": (768, 256), "experts": (64, 16), "top_k": (8, 4),
-            "activation": ("swiglu", "swiglu"), "longest": (4096, 256)},
-}  # fmt: skip
-
-
 def bench(args: argparse.Namespace) -> int:
-    sizes = {name: value for name, value in vars(args).items() if name in _BENCH["attention"] | _BENCH["moe"]}
-    if args.runner and (args.json or sizes or args.dtype or args.op != "attention" or args.backend != "auto"):
+    timed = MEASURED[args.op].bench
+    sizes = {name: getattr(args, name) for name in args.flags if hasattr(args, name)}
+    longest = getattr(args, "longest", None)
+    given = sizes or longest or args.json or args.dtype or args.op != DEFAULT_OP or args.backend != "auto"
+    if args.runner and given:
         raise Misuse("arguments after -- go to the repository's benchmarks/run.py, which takes no others")
-    if foreign := sorted(f"--{name.replace('_', '-')}" for name in set(sizes) - set(_BENCH[args.op])):
+    if foreign := sorted(args.flags[name] for name in set(sizes) - {each.size.name for each in timed.sizes}):
         raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     if args.runner:
         root = Path(__file__).resolve().parents[2]
@@ -296,24 +284,22 @@ def bench(args: argparse.Namespace) -> int:
         return subprocess.run([sys.executable, "-m", "benchmarks.run", *args.runner], cwd=root, check=False).returncode
     gpu, why = _backend(args.backend)
     dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    sizes = {name: default[not gpu] for name, default in _BENCH[args.op].items()} | sizes
-    longest = sizes.pop("longest")
-    if args.op == "moe" and sizes["top_k"] > sizes["experts"]:
-        raise Misuse(f"--top-k {sizes['top_k']} is more than the {sizes['experts']} experts")
+    sizes = {each.size.name: each.on_gpu if gpu else each.on_cpu for each in timed.sizes} | sizes
+    try:
+        runs = timed.run(gpu, dtype, longest or timed.longest[not gpu], **sizes)
+    except ValueError as error:
+        raise Misuse(str(error)) from None
     out = show.Output()
     if not args.json:
         out.title(why)
-    if args.op == "moe":
-        results = list(measure_moe.sweep(gpu, MoECase(longest, dtype=dtype, **sizes)))
-    else:
-        results = list(measure.sweep(gpu, dtype, sizes["d"], sizes["heads"], sizes["causal"], longest))
+    results = list(runs)
     passed = all(result.passed for result in results)
     if args.json:
         show.emit_json([result._asdict() for result in results])
         return int(not passed)
     unit, scale = ("TFLOP/s", 1e12) if gpu else ("GFLOP/s", 1e9)
     rows = [(r.sizes, r.dtype, r.case, r.milliseconds, r.flops_per_second / scale, f"{r.error:.1e}") for r in results]
-    out.table(("problem", "dtype", "activation" if args.op == "moe" else "mask", "ms", unit, "error"), rows)
+    out.table(("problem", "dtype", timed.column, "ms", unit, "error"), rows)
     if not passed:
         out.line("WRONG RESULTS, please report")
     return int(not passed)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashmoe_cupy.cli.measure import Result, timed, to_gpu
+from flashmoe_cupy.cli.clocks import timed, to_gpu
+from flashmoe_cupy.cli.measured import Bench, BenchSize, Measured, Result
+from flashmoe_cupy.service import Size
+from flashmoe_cupy.service.moe import activations
 from flashmoe_cupy.testing_moe import MoECase
 
 CHECKED_TOKENS = 32  # the float64 reference runs on the last tokens only; they go to experts all over the layer
@@ -102,6 +106,25 @@ def _truth(arrays: dict[str, Any], case: MoECase, tail: int) -> tuple[Any, Any]:
     return np.concatenate(rows), ids
 
 
+def demo(gpu: bool) -> Iterator[tuple[str, partial[Result]]]:
+    """(title, run) of each layer of the demo."""
+    for layer in cases(gpu):
+        yield layer.title, partial(run, layer, gpu)
+
+
+def self_test(gpu: bool) -> Result:
+    """A small layer."""
+    return run(Layer("self-test", MoECase(40, 64, 32, 8, 2, "bfloat16" if gpu else "float32")), gpu)
+
+
+def bench(gpu: bool, dtype: str, longest: int, **sizes: Any) -> Iterator[Result]:
+    """`sweep` up to `longest` tokens; sizes: of MoECase. Raises ValueError for a top_k of more than the experts."""
+    case = MoECase(longest, dtype=dtype, **sizes)
+    if case.top_k > case.experts:
+        raise ValueError(f"--top-k {case.top_k} is more than the {case.experts} experts")
+    return sweep(gpu, case)
+
+
 def sweep(gpu: bool, case: MoECase) -> Iterator[Result]:
     """One result per number of tokens, four times as many each time, up to those of `case`; with the same weights."""
     whole = inputs(Layer("", case))
@@ -110,3 +133,32 @@ def sweep(gpu: bool, case: MoECase) -> Iterator[Result]:
         arrays = {name: array[:tokens] if name in ("x", "logits") else array for name, array in whole.items()}
         yield run(Layer(case.activation, case._replace(tokens=tokens)), gpu, arrays)
         tokens *= 4
+
+
+def _count(name: str, text: str, on_gpu: int, on_cpu: int) -> BenchSize:
+    return BenchSize(Size(name, f"--{name.replace('_', '-')}", "positive", text), on_gpu, on_cpu)
+
+
+MOE = Measured(
+    "mixtures of experts",
+    "sum of weight * expert(x) over a router's choice",
+    demo,
+    self_test,
+    Bench(
+        bench,
+        (
+            _count("hidden", "hidden size (default 2048 on a GPU, 512 without)", 2048, 512),
+            _count("intermediate", "intermediate size of an expert (default 768 or 256)", 768, 256),
+            _count("experts", "experts (default 64 or 16)", 64, 16),
+            _count("top_k", "experts of a token (default 8 or 4)", 8, 4),
+            BenchSize(
+                Size("activation", "--activation", "word", "default swiglu", words=activations), "swiglu", "swiglu"
+            ),
+        ),
+        counted="tokens",
+        longest=(4096, 256),
+        column="activation",
+        title="a mixture of experts over tokens",
+        text="a layer of experts over numbers of tokens",
+    ),
+)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from flashmoe_cupy._version import __version__
+from flashmoe_cupy.cli.measure import MEASURED
 from flashmoe_cupy.plan.archs import ARCHS
-from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
-from flashmoe_cupy.service import DTYPES, OPS
+from flashmoe_cupy.service import DTYPES, FAMILIES, Filter, Size
+from flashmoe_cupy.service.families import DEFAULT_OP, all_filters
+from flashmoe_cupy.service.names import DTYPE_NAMES
 
 _NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
 _ARCHS = f"{', '.join(ARCHS)}; 9.0 and sm_90 mean sm_90a"
-_KINDS = ", ".join(f"{name} or {short}" for short, name in DTYPES.items())
 
 
 class Misuse(Exception):
@@ -63,18 +64,19 @@ def make_parser() -> argparse.ArgumentParser:
     info = command("info", "report on this installation, to paste into a bug report")
     info.add_argument("--no-test", action="store_true", help="leave the self-test out")
 
-    demo = command("demo", "compute, check and time a few attentions and mixtures of experts here")
-    demo.add_argument("--op", choices=OPS, help="only this operation; moe: mixture of experts")
+    several = listed([each.plural for each in MEASURED.values()], "and")
+    demo = command("demo", f"compute, check and time a few {several} here")
+    demo.add_argument("--op", choices=[*MEASURED], help=_op_help("only this operation", MEASURED))
     demo.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
 
     explain = command("explain", "say what would run for a problem, and why; needs no GPU")
     _problem_options(explain)
 
     kernels = command("kernels", "list the kernels and their configurations")
-    kernels.add_argument("--op", choices=OPS, help="only those of this operation")
+    kernels.add_argument("--op", choices=[*FAMILIES], help="only those of this operation")
     kernels.add_argument("--arch", help=f"only this one: {_ARCHS}")
-    kernels.add_argument("--dtype", type=_dtype, metavar="DTYPE", help=f"only configurations for it: {_KINDS}")
-    kernels.add_argument("--head-dim", type=_positive, help="only configurations for this head dimension")
+    for each in filters_of("kernels").values():
+        _add_filter(kernels, each, each.kernels)
 
     warmup = command(
         "warmup",
@@ -82,12 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
         "Compile, and load on the devices here, every specialisation that the operation can ask for, or those "
         "for the given dtype and head dimension. With --arch, only compile where no device has that arch.",
     )
-    warmup.add_argument("--op", choices=OPS, default="attention", help="default: attention; moe: mixture of experts")
+    warmup.add_argument("--op", choices=[*FAMILIES], default=DEFAULT_OP, help=_op_help(_DEFAULT, FAMILIES))
     warmup.add_argument("--arch", action="append", help=f"compile for this arch: {_ARCHS}; may be repeated")
     warmup.add_argument("--all", action="store_true", help="everything; the default when no filter is given")
-    warmup.add_argument("--dtype", type=_dtype, metavar="DTYPE", help=f"only what calls with it need: {_KINDS}")
-    warmup.add_argument("--head-dim", type=_positive, help="only what calls with this head dimension need")
-    warmup.add_argument("--head-dim-v", type=_positive, help="head dimension of v; default: as --head-dim")
+    for each in filters_of("warmup").values():
+        _add_filter(warmup, each, each.warmup)
     warmup.add_argument("--workers", type=_positive, help="threads; default: one per core")
 
     cache = command("cache", "look at or clean the folder of compiled kernels")
@@ -96,88 +97,96 @@ def make_parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("--max-size", default="500M", help="for prune: keep the newest kernels up to this size")
 
+    texts = [f"{'' if op == DEFAULT_OP else f'with --op {op}, '}{each.bench.text}" for op, each in MEASURED.items()]
     bench = command(
         "bench",
-        "time attention over sequence lengths, or a mixture of experts over tokens",
-        "Time attention over sequence lengths, or, with --op moe, a layer of experts over numbers of tokens. In a "
-        "clone of the repository, arguments after -- go to its own benchmark runner: flashmoe-cupy bench -- --help",
+        f"time {', or '.join(each.bench.title for each in MEASURED.values())}",
+        f"Time {', or, '.join(texts)}. In a clone of the repository, arguments after -- go to its own benchmark "
+        "runner: flashmoe-cupy bench -- --help",
     )
-    bench.add_argument("--op", choices=OPS, default="attention", help="default: attention; moe: mixture of experts")
+    bench.add_argument("--op", choices=[*MEASURED], default=DEFAULT_OP, help=_op_help(_DEFAULT, MEASURED))
     bench.add_argument("--backend", choices=("auto", "numpy", "cuda"), default="auto", help="default: what is here")
     bench.add_argument(
-        "--dtype", type=_dtype, metavar="DTYPE", help=f"{_KINDS}; default: bfloat16 on a GPU, float32 without"
+        "--dtype", type=_dtype, metavar="DTYPE", help=f"{DTYPE_NAMES}; default: bfloat16 on a GPU, float32 without"
     )
     _bench_sizes(bench)
     bench.add_argument("runner", nargs="*", metavar="-- ARGUMENTS", help="for the repository's benchmarks/run.py")
     return parser
 
 
+def listed(words: Sequence[str], last: str) -> str:
+    """Words in a sentence, `last` in front of the last one: "a, b or c"."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def filters_of(command: str) -> dict[str, Filter]:
+    """The filters that `kernels` or `warmup` takes, by name."""
+    return {name: each for name, each in all_filters().items() if command == "warmup" or each.kernels}
+
+
+def _op_help(text: str, ops: Iterable[str]) -> str:
+    """The help of --op: it ends with what the names that are no words mean."""
+    return "; ".join([text, *(f"{op}: {FAMILIES[op].title}" for op in ops if FAMILIES[op].title != op)])
+
+
+def _add_filter(parser: argparse.ArgumentParser, each: Filter, text: str) -> None:
+    how = {**_KINDS[each.kind], "metavar": each.name.upper()}
+    parser.add_argument(each.flag, dest=each.name, help=text, **how)
+
+
+def _add_size(parser: argparse._ActionsContainer, size: Size, text: str, **more: Any) -> None:
+    """An option that is only set where it is given."""
+    how = {**_KINDS[size.kind], **more}
+    if size.metavar:
+        how["metavar"] = size.metavar
+    if size.const is not None:
+        how |= {"nargs": "?", "const": size.const}
+    parser.add_argument(size.flag, dest=size.name, default=argparse.SUPPRESS, help=text, **how)
+
+
 def _bench_sizes(parser: argparse.ArgumentParser) -> None:
-    """Only those given are set; the defaults are in `commands.bench`."""
-
-    def count(flag: str, text: str) -> None:
-        parser.add_argument(flag, type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
-
-    count("--longest", "most queries, or tokens; default: 16384 or 4096 on a GPU, 1024 or 256 without")
-    count("--d", "attention: head dimension (default 128)")
-    count("--heads", "attention: query and key heads (default 16)")
-    text = "attention: causal mask"
-    parser.add_argument("--causal", action="store_true", default=argparse.SUPPRESS, help=text)
-    count("--hidden", "moe: hidden size (default 2048 on a GPU, 512 without)")
-    count("--intermediate", "moe: intermediate size of an expert (default 768 or 256)")
-    count("--experts", "moe: experts (default 64 or 16)")
-    count("--top-k", "moe: experts of a token (default 8 or 4)")
-    parser.add_argument("--activation", choices=ACTIVATIONS, default=argparse.SUPPRESS, help="moe: default swiglu")
+    """--longest, then the sizes of each operation; the defaults are in its `Bench`. flags: how each size is typed."""
+    benches = {op: each.bench for op, each in MEASURED.items()}
+    counted = ", or ".join(each.counted for each in benches.values())
+    on_gpu, on_cpu = (" or ".join(str(each.longest[i]) for each in benches.values()) for i in (0, 1))
+    text = f"most {counted}; default: {on_gpu} on a GPU, {on_cpu} without"
+    _add_size(parser, Size("longest", "--longest", "positive", text), text)
+    owners: dict[Size, list[str]] = {}
+    for op, bench in benches.items():
+        for each in bench.sizes:
+            owners.setdefault(each.size, []).append(op)
+    for size, ops in owners.items():
+        more = {} if size.words is None else {"choices": size.words()}
+        _add_size(parser, size, f"{', '.join(ops)}: {size.help}", **more)
+    parser.set_defaults(flags={size.name: size.flag for size in owners})
 
 
 def _problem_options(parser: argparse.ArgumentParser) -> None:
-    """The sizes of a problem under the names that `service.explain` has for them; only those given are set.
+    """The sizes of a problem, a group for each family. flags: how each size is typed.
 
-    flags: how each is typed.
+    A size that several families have stands once: among those of all, or with the first family that has it.
     """
+    parser.add_argument("--op", default=DEFAULT_OP, choices=[*FAMILIES], help=f"operation (default {DEFAULT_OP})")
+    parser.add_argument("--arch", action="append", help=f"for this arch: {_ARCHS}; may be repeated")
     flags: dict[str, str] = {}
     parser.set_defaults(flags=flags)
-    parser.add_argument("--op", default="attention", choices=OPS, help="operation (default attention)")
-    parser.add_argument("--arch", action="append", help=f"for this arch: {_ARCHS}; may be repeated")
 
-    def add(flag: str, name: str, text: str, **options: Any) -> None:
-        flags[name] = flag
-        group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **options)
+    def group(title: str, sizes: Sequence[Size]) -> None:
+        earlier = [size.flag for size in sizes if size.name in flags]
+        place = parser.add_argument_group(title, f"as above: {', '.join(earlier)}" if earlier else None)
+        for size in sizes:
+            if size.flag not in earlier:
+                flags[size.name] = size.flag
+                words = "" if size.words is None else f"{', '.join(size.words())} "
+                _add_size(place, size, f"{words}{size.help}")
 
-    def count(flag: str, name: str, text: str) -> None:
-        add(flag, name, text, type=_count, metavar="N")
-
-    group = parser.add_argument_group("sizes of both")
-    add("--dtype", "dtype", f"{_KINDS} (default bfloat16)")
-    group = parser.add_argument_group("attention")
-    count("--batch", "batch", "batch size (default 1)")
-    count("--q", "seqlen_q", "query length (default 4096)")
-    count("--k", "seqlen_k", "key length (default: as --q)")
-    count("--heads", "heads_q", "query heads (default 32)")
-    count("--kv-heads", "heads_k", "key and value heads (default: as --heads)")
-    count("--d", "head_dim", "head dimension of q and k (default 128)")
-    count("--dv", "head_dim_v", "head dimension of v (default: as --d)")
-    add("--causal", "causal", "causal mask, aligned bottom-right", action="store_true")
-    add("--window", "window_size", "sliding window; -1 = unlimited", type=_window, metavar="LEFT[,RIGHT]")
-    add("--scale", "softmax_scale", "softmax scale (default d ** -0.5)", type=float, metavar="X")
-    add("--softcap", "softcap", "softcap; 0 = off", type=float, metavar="X")
-    add("--alibi", "alibi", "ALiBi slopes", action="store_true")
-    text = "additive bias of this dtype: same (default), float32 or fp32, bool, which hides where it is False"
-    add("--bias", "bias", text, nargs="?", const="same", metavar="DTYPE")
-    add("--sinks", "sinks", "attention sinks", action="store_true")
-    add("--varlen", "varlen", "packed sequences (cu_seqlens)", action="store_true")
-    group = parser.add_argument_group("mixture of experts (--op moe)")
-    count("--tokens", "tokens", "tokens (default 4096)")
-    count("--hidden", "hidden", "hidden size (default 2048)")
-    count("--intermediate", "intermediate", "intermediate size of an expert (default 768)")
-    count("--experts", "experts", "experts (default 128)")
-    count("--top-k", "top_k", "experts of a token (default 8)")
-    count("--shared", "shared", "intermediate size of a shared expert (default 0: none)")
-    add("--activation", "activation", f"{', '.join(ACTIVATIONS)} (default swiglu)")
-    add("--interleaved", "interleaved", "gate and up rows in turns", action="store_true")
-    add("--swiglu-alpha", "swiglu_alpha", "of swigluoai (default 1.702)", type=float, metavar="X")
-    add("--swiglu-limit", "swiglu_limit", "clamp of swiglu (default: none) and swigluoai (7)", type=float, metavar="X")
-    add("--batch-invariant", "batch_invariant", "one configuration for any number of tokens", action="store_true")
+    everyone = set.intersection(*(set(family.sizes) for family in FAMILIES.values()))
+    first = next(iter(FAMILIES.values()))
+    title = f"sizes of {'both' if len(FAMILIES) == 2 else 'all'}"
+    group(title, [size for size in first.sizes if size in everyone])
+    for name, family in FAMILIES.items():
+        title = family.title if name == DEFAULT_OP else f"{family.title} (--op {name})"
+        group(title, [size for size in family.sizes if size not in everyone])
 
 
 def whole(text: str) -> int:
@@ -216,5 +225,17 @@ def _window(text: str) -> tuple[int, int]:
 def _dtype(text: str) -> str:
     name = DTYPES.get(text, text)
     if name not in DTYPES.values():
-        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}; known: {_KINDS}")
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}; known: {DTYPE_NAMES}")
     return name
+
+
+_DEFAULT = f"default: {DEFAULT_OP}"
+_KINDS: dict[str, dict[str, Any]] = {  # of a family's sizes and filters: what argparse makes of a value
+    "count": {"type": _count, "metavar": "N"},
+    "positive": {"type": _positive, "metavar": "N"},
+    "number": {"type": float, "metavar": "X"},
+    "flag": {"action": "store_true"},
+    "window": {"type": _window, "metavar": "LEFT[,RIGHT]"},
+    "word": {},
+    "dtype": {"type": _dtype, "metavar": "DTYPE"},
+}

@@ -1,14 +1,44 @@
-"""Which kernel and configuration would run an attention. Needs no GPU and no CuPy."""
+"""Attention: its sizes, which kernel and configuration would run it, what calls can ask for. Needs no GPU, no CuPy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_sizes, choice
+from flashmoe_cupy.service.family import DTYPE, SIZE_DTYPE, Family, Filter, Size, elements_of, of_dtype
 from flashmoe_cupy.service.machine import backend
-from flashmoe_cupy.service.names import named_dtype, target_archs
+from flashmoe_cupy.service.names import DTYPES, named_dtype, target_archs
+
+SIZES = (
+    SIZE_DTYPE,
+    Size("batch", "--batch", "count", "batch size (default 1)"),
+    Size("seqlen_q", "--q", "count", "query length (default 4096)"),
+    Size("seqlen_k", "--k", "count", "key length (default: as --q)"),
+    Size("heads_q", "--heads", "count", "query heads (default 32)"),
+    Size("heads_k", "--kv-heads", "count", "key and value heads (default: as --heads)"),
+    Size("head_dim", "--d", "count", "head dimension of q and k (default 128)"),
+    Size("head_dim_v", "--dv", "count", "head dimension of v (default: as --d)"),
+    Size("causal", "--causal", "flag", "causal mask, aligned bottom-right"),
+    Size("window_size", "--window", "window", "sliding window; -1 = unlimited"),
+    Size("softmax_scale", "--scale", "number", "softmax scale (default d ** -0.5)"),
+    Size("softcap", "--softcap", "number", "softcap; 0 = off"),
+    Size("alibi", "--alibi", "flag", "ALiBi slopes"),
+    Size("bias", "--bias", "word",
+         "additive bias of this dtype: same (default), float32 or fp32, bool, which hides where it is False",
+         metavar="DTYPE", const="same"),
+    Size("sinks", "--sinks", "flag", "attention sinks"),
+    Size("varlen", "--varlen", "flag", "packed sequences (cu_seqlens)"),
+)  # fmt: skip
+HEAD_DIM = Filter(
+    "head_dim", "--head-dim", "positive", "only what calls with this head dimension need",
+    "only configurations for this head dimension", "head dimension {}",
+)  # fmt: skip
+HEAD_DIM_V = Filter(
+    "head_dim_v", "--head-dim-v", "positive", "head dimension of v; default: as --head-dim", needs="head_dim"
+)
 
 
 def explain_attention(
@@ -109,3 +139,40 @@ def problem_of(
         array(kind, batch, seqlen_k, heads_k, dim_v),
         **options,
     )
+
+
+def _matching(
+    arch: str,
+    kernels: Iterable[Any],
+    *,
+    dtype: str | None = None,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """(kernel, config) of what calls with these can ask for, whatever their masks and features."""
+    elements_of(dtype)
+    for kernel in kernels:
+        dims = None if head_dim is None else _compiled_dims(kernel, arch, dtype, head_dim, head_dim_v)
+        for _, config in of_dtype(arch, [kernel], dtype=dtype):
+            if dims is None or (config.head_dim, config.head_dim_v) in dims:
+                yield kernel, config
+
+
+def _compiled_dims(
+    kernel: Any, arch: str, dtype: str | None, head_dim: int, head_dim_v: int | None
+) -> set[tuple[int, int]]:
+    """The compiled sizes in which `kernel` runs these head dimensions, asked of the kernel itself."""
+    found = set()
+    for name in DTYPES.values() if dtype is None else (dtype,):
+        for length, softcap, bias in product((1, 4096), (0.0, 1.0), (None, "same")):
+            problem = problem_of(
+                1, length, length, 1, 1, head_dim, head_dim_v, name, True, (-1, -1), None, softcap, False, bias, False,
+                False,
+            )  # fmt: skip
+            if not kernel.why_not(problem, arch):
+                config = kernel.choose(problem, arch)
+                found.add((config.head_dim, config.head_dim_v))
+    return found
+
+
+ATTENTION = Family("attention", "attention", SIZES, explain_attention, (DTYPE, HEAD_DIM, HEAD_DIM_V), _matching)

@@ -1,4 +1,4 @@
-"""Which kernels and configurations would run a mixture of experts: one launch after the other. Needs no GPU."""
+"""A mixture of experts: its sizes, and which kernels and configurations would run each of its launches. No GPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_sizes, choice
+from flashmoe_cupy.service.family import SIZE_DTYPE, Family, Size
 from flashmoe_cupy.service.machine import backend, devices
 from flashmoe_cupy.service.names import named_dtype, target_archs
+
+
+def activations() -> tuple[str, ...]:
+    """What `activation` may be."""
+    from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
+
+    return ACTIVATIONS
+
+
+SIZES = (
+    SIZE_DTYPE,
+    Size("tokens", "--tokens", "count", "tokens (default 4096)"),
+    Size("hidden", "--hidden", "count", "hidden size (default 2048)"),
+    Size("intermediate", "--intermediate", "count", "intermediate size of an expert (default 768)"),
+    Size("experts", "--experts", "count", "experts (default 128)"),
+    Size("top_k", "--top-k", "count", "experts of a token (default 8)"),
+    Size("shared", "--shared", "count", "intermediate size of a shared expert (default 0: none)"),
+    Size("activation", "--activation", "word", "(default swiglu)", words=activations),
+    Size("interleaved", "--interleaved", "flag", "gate and up rows in turns"),
+    Size("swiglu_alpha", "--swiglu-alpha", "number", "of swigluoai (default 1.702)"),
+    Size("swiglu_limit", "--swiglu-limit", "number", "clamp of swiglu (default: none) and swigluoai (7)"),
+    Size("batch_invariant", "--batch-invariant", "flag", "one configuration for any number of tokens"),
+)
 
 _TITLES = {  # of a launch, by the array that a product writes, else by the task
     "activation": "gate and up", "y": "down", "shared_activation": "shared gate and up", "shared": "shared down",
@@ -68,3 +92,6 @@ def explain_moe(
     flops = 2 * (assignments * one + tokens * all_shared)
     moved = size * (min(experts, assignments) * one + (all_shared if tokens else 0) + 2 * tokens * hidden)
     return Explanation(problem.describe(), backend()[1], flops, moved + 8 * assignments, tuple(choices))
+
+
+MOE = Family("moe", "mixture of experts", SIZES, explain_moe)

@@ -12,8 +12,8 @@ from flashmoe_cupy.service.machine import devices
 if TYPE_CHECKING:
     from flashmoe_cupy.dtypes import DType
 
-OPS = ("attention", "moe")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # dtypes by their short names, which are printed
+DTYPE_NAMES = ", ".join(f"{full} or {short}" for short, full in DTYPES.items())  # all of them, for people
 
 
 def named_dtype(name: str) -> DType:
@@ -23,8 +23,7 @@ def named_dtype(name: str) -> DType:
     try:
         return dtypes.from_name(DTYPES.get(name, name))
     except ValueError:
-        known = ", ".join(f"{full} or {short}" for short, full in DTYPES.items())
-        raise ValueError(f"unknown dtype {name!r}; known: {known}") from None
+        raise ValueError(f"unknown dtype {name!r}; known: {DTYPE_NAMES}") from None
 
 
 # The arch of GPUs, and their names as people write them; only names that mean one arch.

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from flashmoe_cupy import _cupy, _env
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.service.families import DEFAULT_OP, family_of, given
 from flashmoe_cupy.service.machine import backend, devices
-from flashmoe_cupy.service.names import OPS, require_known, target_archs
+from flashmoe_cupy.service.names import target_archs
 from flashmoe_cupy.service.plans import specialisations
 
 
@@ -33,27 +34,28 @@ _compiled_when_warm: int | None = None  # compiles of this process at the end of
 
 
 def warmup(
-    op: str = "attention",
+    op: str = DEFAULT_OP,
     *,
     arch: str | Sequence[str] | None = None,
-    dtype: str | None = None,
-    head_dim: int | None = None,
-    head_dim_v: int | None = None,
     workers: int | None = None,
     progress: Callable[[Warmed], None] | None = None,
+    **filters: Any,
 ) -> list[Warmed]:
     """Compile, and load on the devices here, every specialisation that a call of the op can ask for.
 
     op: "attention", or "moe" for moe_route, moe_permute, grouped_gemm and fused_moe. Nothing of it compiles after that.
     arch: None = those of the devices here, compiled and loaded; given = compiled only, where no device has that arch.
-    dtype, head_dim, head_dim_v (None = as head_dim): only what calls with these need. workers: None = one per core.
-    progress is called once for each, from the calling thread. CUDA graphs can be captured after it.
-    Raises CompileError, DependencyError, and UnsupportedProblem when nothing matches or there is no device and no arch.
+    workers: None = one per core. progress is called once for each, from the calling thread.
+    filters: only what calls with these need; None = not given. "attention" has dtype, head_dim and head_dim_v (not
+    given: as head_dim), "moe" has dtype. CUDA graphs can be captured after it.
+    Raises CompileError, DependencyError, UnsupportedProblem when nothing matches or there is no device and no arch, and
+    ValueError or TypeError for an op, arch or filter that there is not.
     """
     global _compiled_when_warm
     from flashmoe_cupy.jit import cache, disk
 
-    require_known("op", op, OPS)
+    family_of(op)
+    wanted = given(filters)
     here = devices()
     if arch is None and _env.get().arch is None and not any(device.arch for device in here):
         reason = f"there is no device to warm up: {backend()[1]}"
@@ -62,7 +64,7 @@ def warmup(
     jobs = []
     for name in target_archs(arch):
         ordinals = tuple(device.ordinal for device in here if device.arch == name)
-        found = specialisations(name, op=op, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
+        found = specialisations(name, op=op, **wanted)
         jobs += [(kernel, config, name, ordinals) for kernel, config in found]
     _made.update(stored.key for stored in disk.entries())
 
