@@ -26,7 +26,7 @@ class Result(NamedTuple):
 
 
 class BenchSize(NamedTuple):
-    """A size that `bench` takes. Operations that share one declare the same `size`."""
+    """A size that `bench` takes. Operations may share a flag: only `help`, `words` and defaults may then differ."""
 
     size: Size
     on_gpu: Any  # the default

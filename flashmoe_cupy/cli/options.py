@@ -16,6 +16,7 @@ from flashmoe_cupy.service.families import DEFAULT_OP, all_filters
 from flashmoe_cupy.service.names import DTYPE_NAMES
 
 _NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
+_DEFAULT = f"default: {DEFAULT_OP}"  # of --op
 _ARCHS = f"{', '.join(ARCHS)}; 9.0 and sm_90 mean sm_90a"
 
 
@@ -130,8 +131,9 @@ def _op_help(text: str, ops: Iterable[str]) -> str:
 
 
 def _add_filter(parser: argparse.ArgumentParser, each: Filter, text: str) -> None:
-    how = {**_KINDS[each.kind], "metavar": each.name.upper()}
-    parser.add_argument(each.flag, dest=each.name, help=text, **how)
+    """An option that is None where it is not given."""
+    metavar = {} if each.kind == "flag" else {"metavar": each.name.upper()}
+    parser.add_argument(each.flag, dest=each.name, default=None, help=text, **{**_KINDS[each.kind], **metavar})
 
 
 def _add_size(parser: argparse._ActionsContainer, size: Size, text: str, **more: Any) -> None:
@@ -144,6 +146,11 @@ def _add_size(parser: argparse._ActionsContainer, size: Size, text: str, **more:
     parser.add_argument(size.flag, dest=size.name, default=argparse.SUPPRESS, help=text, **how)
 
 
+def _option(size: Size) -> Size:
+    """What is the same for all that share an option: everything but what it says."""
+    return size._replace(help="", words=None)
+
+
 def _bench_sizes(parser: argparse.ArgumentParser) -> None:
     """--longest, then the sizes of each operation; the defaults are in its `Bench`. flags: how each size is typed."""
     benches = {op: each.bench for op, each in MEASURED.items()}
@@ -151,42 +158,44 @@ def _bench_sizes(parser: argparse.ArgumentParser) -> None:
     on_gpu, on_cpu = (" or ".join(str(each.longest[i]) for each in benches.values()) for i in (0, 1))
     text = f"most {counted}; default: {on_gpu} on a GPU, {on_cpu} without"
     _add_size(parser, Size("longest", "--longest", "positive", text), text)
-    owners: dict[Size, list[str]] = {}
+    ops: dict[Size, dict[str, list[str]]] = {}  # by option, then by what it says
+    words: dict[Size, list[str]] = {}
     for op, bench in benches.items():
-        for each in bench.sizes:
-            owners.setdefault(each.size, []).append(op)
-    for size, ops in owners.items():
-        more = {} if size.words is None else {"choices": size.words()}
-        _add_size(parser, size, f"{', '.join(ops)}: {size.help}", **more)
-    parser.set_defaults(flags={size.name: size.flag for size in owners})
+        for size, _, _ in bench.sizes:
+            ops.setdefault(_option(size), {}).setdefault(size.help, []).append(op)
+            words.setdefault(_option(size), []).extend(size.words() if size.words is not None else ())
+    for size, texts in ops.items():
+        more = {"choices": list(dict.fromkeys(words[size]))} if words[size] else {}
+        _add_size(parser, size, "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()), **more)
+    parser.set_defaults(flags={size.name: size.flag for size in ops})
 
 
 def _problem_options(parser: argparse.ArgumentParser) -> None:
     """The sizes of a problem, a group for each family. flags: how each size is typed.
 
-    A size that several families have stands once: among those of all, or with the first family that has it.
+    What all families have stands first; what some have stands with the first of them, and by name with the others.
     """
     parser.add_argument("--op", default=DEFAULT_OP, choices=[*FAMILIES], help=f"operation (default {DEFAULT_OP})")
     parser.add_argument("--arch", action="append", help=f"for this arch: {_ARCHS}; may be repeated")
-    flags: dict[str, str] = {}
-    parser.set_defaults(flags=flags)
+    stands: dict[Size, str] = {}  # what is said of an option that is there
 
     def group(title: str, sizes: Sequence[Size]) -> None:
-        earlier = [size.flag for size in sizes if size.name in flags]
-        place = parser.add_argument_group(title, f"as above: {', '.join(earlier)}" if earlier else None)
+        again = [size for size in sizes if _option(size) in stands]
+        said = [size.flag if size.help == stands[_option(size)] else f"{size.flag} = {size.help}" for size in again]
+        place = parser.add_argument_group(title, f"As above: {', '.join(said)}." if said else None)
         for size in sizes:
-            if size.flag not in earlier:
-                flags[size.name] = size.flag
+            if size not in again:
+                stands[_option(size)] = size.help
                 words = "" if size.words is None else f"{', '.join(size.words())} "
                 _add_size(place, size, f"{words}{size.help}")
 
     everyone = set.intersection(*(set(family.sizes) for family in FAMILIES.values()))
-    first = next(iter(FAMILIES.values()))
     title = f"sizes of {'both' if len(FAMILIES) == 2 else 'all'}"
-    group(title, [size for size in first.sizes if size in everyone])
+    group(title, [size for size in FAMILIES[DEFAULT_OP].sizes if size in everyone])
     for name, family in FAMILIES.items():
         title = family.title if name == DEFAULT_OP else f"{family.title} (--op {name})"
         group(title, [size for size in family.sizes if size not in everyone])
+    parser.set_defaults(flags={size.name: size.flag for size in stands})
 
 
 def whole(text: str) -> int:
@@ -229,7 +238,6 @@ def _dtype(text: str) -> str:
     return name
 
 
-_DEFAULT = f"default: {DEFAULT_OP}"
 _KINDS: dict[str, dict[str, Any]] = {  # of a family's sizes and filters: what argparse makes of a value
     "count": {"type": _count, "metavar": "N"},
     "positive": {"type": _positive, "metavar": "N"},

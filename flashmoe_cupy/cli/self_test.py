@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flashmoe_cupy import _cupy
@@ -23,14 +24,15 @@ def self_test(gpu: bool) -> list[dict[str, Any]]:
         except Exception as error:  # any error belongs into the report
             rows.append({"name": name, "passed": False, "detail": f"{type(error).__name__}: {error}"})
 
-    def shown(result: Result) -> str:
+    def shown(run: Callable[[bool], Result], on_gpu: bool) -> str:
+        result = run(on_gpu)
         if not result.passed:
             raise FlashMoEError(f"wrong result: error {result.error:.3g}, allowed {result.allowed:.3g}")
         return f"error {result.error:.2g} to float64, first call {result.first_ms:.0f} ms"
 
     def operations(title: str, on_gpu: bool) -> None:
         for op, measured in MEASURED.items():
-            check(f"{title} {FAMILIES[op].title}", lambda run=measured.self_test: shown(run(on_gpu)))
+            check(f"{title} {FAMILIES[op].title}", partial(shown, measured.self_test, on_gpu))
 
     def nvrtc() -> str:
         made = compiler.compile_cubin('extern "C" __global__ void fm_entry(int* p) { *p = 1; }', {}, "sm_80")

@@ -16,7 +16,7 @@ Kind = Literal["count", "positive", "number", "flag", "window", "word", "dtype"]
 
 
 class Size(NamedTuple):
-    """A size or feature of a problem. Families that share one declare the same Size."""
+    """A size or feature of a problem. Families may share a flag: only `help` and `words` may then differ."""
 
     name: str  # of the argument of `explain`
     flag: str  # of the command line
