@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +32,7 @@ def cpu_ms(call: Callable[[], Any], repeats: int) -> float:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+    return float(np.median(times)) * 1e3
 
 
 def gpu_ms(call: Callable[[], Any], rounds: int = 7, seconds: float = 0.02) -> float:
@@ -56,7 +55,7 @@ def gpu_ms(call: Callable[[], Any], rounds: int = 7, seconds: float = 0.02) -> f
         stop.record()
         stop.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, stop) / count)
-    return float(statistics.median(times))
+    return float(np.median(times))
 
 
 def to_gpu(array: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -278,6 +277,8 @@ def bench(args: argparse.Namespace) -> int:
     if foreign := sorted(args.flags[name] for name in set(sizes) - {each.size.name for each in timed.sizes}):
         raise Misuse(f"--op {args.op} has no {', '.join(foreign)}")
     if args.runner:
+        import subprocess
+
         root = Path(__file__).resolve().parents[2]
         if not (root / "benchmarks" / "run.py").is_file():
             raise Misuse("there is no benchmarks/run.py beside the package; arguments after -- need a clone")
