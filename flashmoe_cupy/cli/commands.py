@@ -288,6 +288,8 @@ def bench(args: argparse.Namespace) -> int:
     sizes = {each.size.name: each.on_gpu if gpu else each.on_cpu for each in timed.sizes} | sizes
     try:
         runs = timed.run(gpu, dtype, longest or timed.longest[not gpu], **sizes)
+    except UnsupportedProblem:
+        raise
     except ValueError as error:
         raise Misuse(str(error)) from None
     out = show.Output()
