@@ -9,11 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_cupy import _late
-from flashmoe_cupy._version import __version__
-
 if TYPE_CHECKING:
     from flashmoe_cupy import errors, reference
+    from flashmoe_cupy._version import __version__
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
     from flashmoe_cupy.layers import FlashMoELayer
     from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
@@ -23,29 +21,8 @@ if TYPE_CHECKING:
     from flashmoe_cupy.ops.route import RouterStats, moe_route
     from flashmoe_cupy.service import clear_cache, explain, show_config, stats, warmup
 
-
-def _jax() -> Any:
-    from flashmoe_cupy import jax
-
-    return jax
-
-
-def _torch() -> Any:  # torch.compile can trace an import statement, and no import_module
-    from flashmoe_cupy import torch
-
-    return torch
-
-
-def _operations() -> Any:
-    from flashmoe_cupy.ops import public
-
-    return public
-
-
-for _name, _loader in (("jax", _jax), ("torch", _torch), ("operations", _operations)):
-    _late.register(_name, _loader)
-
 _PLACE = {
+    "__version__": "_version",
     "flash_attention": "ops.attention",
     "flash_attention_varlen": "ops.attention",
     "moe_route": "ops.route",
@@ -101,6 +78,24 @@ __all__ = [
     "stats",
     "warmup",
 ]
+
+
+def _load_jax() -> Any:
+    from flashmoe_cupy import jax
+
+    return jax
+
+
+def _load_torch() -> Any:  # torch.compile can trace an import statement, and no import_module
+    from flashmoe_cupy import torch
+
+    return torch
+
+
+def _load_operations() -> Any:
+    from flashmoe_cupy.ops import public
+
+    return public
 
 
 def __getattr__(name: str) -> Any:

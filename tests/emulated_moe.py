@@ -11,7 +11,6 @@ from emulate import guarded, run, tensor_map
 from numpy.typing import NDArray
 
 from flashmoe_cupy.arrays import view
-from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
@@ -19,6 +18,7 @@ from flashmoe_cupy.plan.moe.products import Product, TileCounter
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
 from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_128X192_PING_PONG, GemmConfig
 from flashmoe_cupy.plan.operation import Workspace
+from flashmoe_cupy.plan.step import Step
 
 Array = NDArray[Any]
 Steps = Sequence[Step]

@@ -16,13 +16,14 @@ from compile_kit import compile_all
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.plan.archs import arch_for
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel, Step
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
 from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
 from flashmoe_cupy.plan.moe.products import Product
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
 from flashmoe_cupy.plan.operation import Workspace
+from flashmoe_cupy.plan.step import Step
 from flashmoe_cupy.testing import case_text
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 

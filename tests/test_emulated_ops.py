@@ -28,7 +28,7 @@ from flashmoe_cupy.jit.launch import Launch, Loaded
 from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.ops import access, gpu
-from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.forget import forget_all
 from flashmoe_cupy.plan.kernels import only
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
@@ -127,9 +127,9 @@ def on_machine(fake: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machi
     monkeypatch.setattr(arrays, "stream", lambda v: 5)
     monkeypatch.setattr(gpu, "driver", fake)
     monkeypatch.setattr(LaunchSequence, "run", fake.run)
-    kernels._forget()
+    forget_all()
     yield fake
-    kernels._forget()
+    forget_all()
 
 
 @pytest.fixture(params=[(9, 0), (8, 0)], ids=["hopper", "ampere"])

@@ -34,6 +34,7 @@ from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import graph
 from flashmoe_cupy.ops import call
 from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.forget import forget_all
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
 torch: Any = pytest.importorskip("torch")
@@ -286,7 +287,7 @@ def test_calls_become_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         run(mine, *given)
 
     monkeypatch.setattr(graph.Graph, "run", noted)
-    kernels._forget()
+    forget_all()
     graph._local.known.clear()
     sets = [work.arrays("cuda", seed) for seed in range(4)]
     wants = [work.call(**t) for t in sets]

@@ -22,10 +22,10 @@ from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan import kernels, operation
 from flashmoe_cupy.plan.checks import asked, check_dtypes, check_last, check_out, check_places, flag, need_ranks, show
-from flashmoe_cupy.plan.kernel import Step, Values, same
 from flashmoe_cupy.plan.moe.small import SmallConfig, SmallKernel
 from flashmoe_cupy.plan.operation import Operation, Output, Workspace
 from flashmoe_cupy.plan.options import real
+from flashmoe_cupy.plan.step import Step, Values, same
 
 # ------------------------------------------------------------------------------------------------------ the kernels
 
@@ -184,8 +184,7 @@ def declared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "centre_rows.cuh").write_text(HEADER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "_folders", [])
-        patch.setattr(kernels, "KERNELS", dict(kernels.KERNELS))
-        patch.setattr(kernels, "_considered", kernels._considered)
+        patch.setattr(kernels, "_known", dict(kernels.KERNELS))
         patch.setattr(operation, "_operations", dict(operation._operations))
         source.add_folder(folder)
         for kernel in (SUM, MOVE):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, SupportsIndex, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, Unpack, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.dtypes import FP32
@@ -14,12 +13,15 @@ from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.plan.checks import need_ranks
-from flashmoe_cupy.plan.kernel import Step, same
 from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
+from flashmoe_cupy.plan.step import Step, same
 
 _UNLIMITED = (-1, -1)
-_NumPy = np.ndarray[Shape, Kind]
-_Pair = tuple[np.ndarray[Shape, Kind], NDArray[np.float32]]
+if TYPE_CHECKING:  # numpy.typing takes longer to import than this file
+    from numpy.typing import NDArray
+
+    _NumPy = np.ndarray[Shape, Kind]
+    _Pair = tuple[np.ndarray[Shape, Kind], NDArray[np.float32]]
 
 
 @overload

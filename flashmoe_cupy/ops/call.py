@@ -20,7 +20,6 @@ from flashmoe_cupy.ops.adapters import adapter
 from flashmoe_cupy.ops.compiled import compiled, run_traced
 from flashmoe_cupy.ops.memory import GuardedPlans, PlanMemory
 from flashmoe_cupy.ops.overlap import Overlap
-from flashmoe_cupy.ops.unreadable import told, unreadable
 from flashmoe_cupy.ops.workspace import Workspaces, may_stay
 from flashmoe_cupy.plan.operation import Operation
 from flashmoe_cupy.plan.options import is_window
@@ -105,6 +104,8 @@ def _run(
         views = tuple([view(x, name) if x is not None or name in needed else None for name, x in named.items()])
         out_view = None if out is None else view(out, "out")
     except (UnsupportedProblem, TypeError) as error:
+        from flashmoe_cupy.ops.unreadable import unreadable
+
         raise unreadable(operation, named | chosen | {"out": out}, error) from None
     full = tuple([v and v[1:6] for v in views]), options, out_view and out_view[1:7]
     plan = call.plans.find(full) if known else None
@@ -126,6 +127,8 @@ def _run(
     except UnsupportedProblem as error:
         if first.device >= 0:
             raise
+        from flashmoe_cupy.ops.unreadable import told
+
         # What lists hold, which only the NumPy back end reads: the call is told as for what is seen before.
         raise UnsupportedProblem(told(operation, named | chosen | {"out": out}), error.reasons, error.hint) from None
 

@@ -20,8 +20,10 @@ from flashmoe_cupy.jit.sequence import NULL, Fill, LaunchSequence, Place
 from flashmoe_cupy.ops.workspace import keep_if_recorded
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.archs import arch_for
-from flashmoe_cupy.plan.kernel import EMPTY, Step
+from flashmoe_cupy.plan.forget import forget
+from flashmoe_cupy.plan.kernel import EMPTY
 from flashmoe_cupy.plan.operation import Operation
+from flashmoe_cupy.plan.step import Step
 
 _MOST_LOADED = 4096
 
@@ -41,7 +43,7 @@ class LoadedOperation(NamedTuple):
 
 _loaded: dict[Any, LoadedOperation] = {}
 _warned: set[str] = set()  # reasons whose slowness was mentioned
-kernels.forget.append(_loaded.clear)
+forget.append(_loaded.clear)
 
 
 def run(

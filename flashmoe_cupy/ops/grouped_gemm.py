@@ -10,10 +10,10 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan.checks import need_ranks
-from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.moe import steps
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, grouped_gemm_problem
 from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
+from flashmoe_cupy.plan.step import Step
 
 
 # Two, for checkers want more than one: they know no **unknown.

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from flashmoe_cupy.ops.access import ArrayAccess
-from flashmoe_cupy.plan import kernels
+from flashmoe_cupy.plan.forget import forget
 
 _MAX_PLANS = 4096  # distinct calls that an operation remembers
 Plan = TypeVar("Plan")
@@ -23,7 +23,7 @@ class PlanMemory(Generic[Plan]):
         self._plans: dict[Any, Plan] = {}
         self._lock = threading.Lock()
         self.find = self._plans.get  # of a key that can be hashed
-        kernels.forget.append(self._plans.clear)
+        forget.append(self._plans.clear)
 
     def keep(self, key: Any, plan: Plan) -> Plan:
         """Find the plan by this key from now on."""
@@ -48,7 +48,7 @@ class GuardedPlans:
         # By options: guards, and the plans of calls whose arrays they know. The options tell the number of arrays.
         self.entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}
         self._guards_of: dict[Any, int] = {}  # guards made for each plan: what always changes does without
-        kernels.forget.append(self.clear)
+        forget.append(self.clear)
 
     def note(self, access: ArrayAccess, given: tuple[Any, ...], options: Any, plan: Any) -> None:
         """Find this plan for such arrays from now on."""

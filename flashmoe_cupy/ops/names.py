@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -79,6 +78,8 @@ def _instead(
             return f"{wanted} is an argument of {function}"
     if one in others:
         return others[one]
+    import difflib  # which takes longer to import than this package
+
     near = difflib.get_close_matches(one, [each for each in known if each != "self"], n=1)
     if near:
         return f"did you mean {near[0]}?"

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, SupportsIndex, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
 from flashmoe_cupy._types import Array, Generic
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan.checks import need_ranks
-from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.moe.routing import PermuteProblem, permute_problem
 from flashmoe_cupy.plan.moe.steps import permute_steps
 from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
+from flashmoe_cupy.plan.step import Step
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class MoEPermutation(NamedTuple, Generic[Array]):

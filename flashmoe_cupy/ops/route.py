@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, SupportsIndex, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, Unpack, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashmoe_cupy._types import Array, Generic, Route, Scoring
 from flashmoe_cupy.dtypes import FP32, INT32
@@ -27,8 +26,11 @@ class RouterStats(NamedTuple, Generic[Array]):
     z_loss: Array  # () float32
 
 
-_Routed = tuple[NDArray[np.float32], NDArray[np.int32]]
-_RoutedStats = tuple[NDArray[np.float32], NDArray[np.int32], RouterStats[NDArray[Any]]]
+if TYPE_CHECKING:  # numpy.typing takes longer to import than this file
+    from numpy.typing import NDArray
+
+    _Routed = tuple[NDArray[np.float32], NDArray[np.int32]]
+    _RoutedStats = tuple[NDArray[np.float32], NDArray[np.int32], RouterStats[NDArray[Any]]]
 
 
 @overload

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import MAX_STRIDE, TensorMap
 from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.step import Values
 
 DEFAULT_SMS = 132  # multiprocessors of an H100, where no device is at hand
 EMPTY = "a dimension is 0: the copy engine has no empty arrays"  # why a fast kernel does not run; nothing is slow then
 MAX_TILES = 2**31 - 2**16  # tiles of a launch: a block counts them in 32 bits, up to one grid beyond the last
-Values = dict[str, float | Sequence[float]]  # of Params, by name
-Arguments = dict[str, str]  # pointer of Params: array whose address it holds. Others are null
 
 
 class AnyConfig(Protocol):
@@ -143,22 +142,6 @@ class Kernel(ABC, Generic[P, C]):
         )  # fmt: skip
 
 
-class Step(NamedTuple):
-    """One launch of an operation.
-
-    problem: of the task's kernels. arguments: pointers of Params, and the arrays whose addresses they hold.
-    values: members of Params that only the operation knows; a kernel that has no such member does without.
-    clears: outputs, and their sizes in bytes, that must hold their fill value where the kernel writes nothing. A kernel
-    that `clears` does so by itself; for others the array is filled first.
-    """
-
-    task: str
-    problem: Any
-    arguments: Arguments
-    values: Values | None = None
-    clears: Mapping[str, int] = {}
-
-
 def far_strides(names: Sequence[str], maps: Sequence[TensorMap]) -> list[str]:
     """Why the copy engine cannot fetch or store these arrays; empty: it can."""
     return [
@@ -166,8 +149,3 @@ def far_strides(names: Sequence[str], maps: Sequence[TensorMap]) -> list[str]:
         for name, of in zip(names, maps, strict=True)
         if min(of.strides) < 0 or max(of.strides) >= MAX_STRIDE
     ]
-
-
-def same(*names: str) -> Arguments:
-    """Pointers of Params that are called like their arrays."""
-    return {name: name for name in names}

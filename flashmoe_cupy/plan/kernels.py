@@ -5,42 +5,85 @@ A contributor adds a kernel as a subclass of plan/kernel.py's Kernel, and here. 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
-from flashmoe_cupy.plan.kernel import Kernel, Step
-from flashmoe_cupy.plan.moe.products import GroupedGemmSm80, GroupedGemmSm90
-from flashmoe_cupy.plan.moe.small import SMALL_KERNELS
+from flashmoe_cupy.plan.forget import forget, forget_all
+from flashmoe_cupy.plan.kernel import Kernel
+from flashmoe_cupy.plan.step import Step
+
+__all__ = ["KERNELS", "choose", "forget", "of_op", "of_task", "only", "passed_over", "register", "with_counted_rows"]
+
+_Kernels = tuple[Kernel[Any, Any], ...]
+
 
 # Of the kernels of one task, the first that takes a problem runs it: special ones come before general ones.
-KERNELS: dict[str, Kernel[Any, Any]] = {
-    kernel.name: kernel
-    for kernel in (AttentionFwdSm90(), AttentionFwdSm80(), GroupedGemmSm90(), GroupedGemmSm80(), *SMALL_KERNELS)
-}
+def _attention() -> _Kernels:
+    from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
 
-forget: list[Callable[[], None]] = []  # called when the choice changes, by whoever remembers one
-_considered = tuple(KERNELS.values())
+    return AttentionFwdSm90(), AttentionFwdSm80()
+
+
+def _moe() -> _Kernels:
+    from flashmoe_cupy.plan.moe.products import GroupedGemmSm80, GroupedGemmSm90
+    from flashmoe_cupy.plan.moe.small import SMALL_KERNELS
+
+    return GroupedGemmSm90(), GroupedGemmSm80(), *SMALL_KERNELS
+
+
+# Families are loaded one after the other until one has the task, so that a first call loads no more than it needs.
+_unloaded: list[Callable[[], _Kernels]] = [_attention, _moe]
+_known: dict[str, Kernel[Any, Any]] = {}  # by name
+_alone: dict[str, Kernel[Any, Any]] = {}  # by task: the only one, within `only`
+_lock = threading.RLock()
+
+KERNELS: dict[str, Kernel[Any, Any]]  # all of them by name
+
+
+def __getattr__(name: str) -> Any:
+    if name != "KERNELS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    while _load_more():
+        pass
+    return _known
+
+
+def _load_more() -> bool:
+    """Load one more family; False: there is none."""
+    with _lock:
+        if not _unloaded:
+            return False
+        _known.update({kernel.name: kernel for kernel in _unloaded[0]()})
+        del _unloaded[0]
+    return True
 
 
 def register(kernel: Kernel[Any, Any]) -> None:
     """Make a kernel known that is declared elsewhere: the last choice of its task."""
-    global _considered
-    KERNELS[kernel.name] = kernel
-    _considered = (*_considered, kernel)
-    _forget()
+    while _load_more():
+        pass
+    _known[kernel.name] = kernel
+    forget_all()
 
 
 def of_task(task: str) -> dict[str, Kernel[Any, Any]]:
     """The kernels of a task by name, in the order of preference."""
-    return {kernel.name: kernel for kernel in _considered if kernel.task == task}
+    if task in _alone:
+        return {_alone[task].name: _alone[task]}
+    while True:
+        found = {name: kernel for name, kernel in [*_known.items()] if kernel.task == task}
+        if found or not _load_more():
+            return found
 
 
 def of_op(op: str) -> dict[str, Kernel[Any, Any]]:
     """The kernels of a family, "attention" or "moe", by name."""
-    return {name: kernel for name, kernel in KERNELS.items() if kernel.op == op}
+    while _load_more():
+        pass
+    return {name: kernel for name, kernel in _known.items() if kernel.op == op}
 
 
 def choose(task: str, problem: Any, arch: str, aligned: bool) -> Kernel[Any, Any]:
@@ -87,23 +130,19 @@ def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int)
     return found
 
 
-linked = with_counted_rows  # the name that ops/ has for it
-
-
 @contextmanager
 def only(name: str) -> Iterator[None]:
     """Within it one kernel is known for its task. For tests and benchmarks, in one thread: the setting is global."""
-    global _considered
-    before, one = _considered, KERNELS[name]
-    _considered = (*[kernel for kernel in before if kernel.task != one.task], one)
+    while _load_more():
+        pass
+    one = _known[name]
+    before = _alone.get(one.task)
+    _alone[one.task] = one
     try:
-        _forget()
+        forget_all()
         yield
     finally:
-        _considered = before
-        _forget()
-
-
-def _forget() -> None:
-    for call in forget:
-        call()
+        del _alone[one.task]
+        if before is not None:
+            _alone[one.task] = before
+        forget_all()

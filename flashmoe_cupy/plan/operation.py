@@ -12,8 +12,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.dtypes import DType
-from flashmoe_cupy.plan.kernel import Step
 from flashmoe_cupy.plan.options import Kind, kind_of
+from flashmoe_cupy.plan.step import Step
 
 Named = Mapping[str, Any]  # arrays, shapes or options by name
 Shapes = dict[str, tuple[Any, ...]]  # of outputs

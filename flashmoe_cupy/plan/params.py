@@ -120,22 +120,26 @@ def _layout(header: str, name: str) -> tuple[dict[str, Field], int, int]:
     for given, kind, members in _members(body):
         align = max(align, given)
         for member in members:
-            declared, count = re.fullmatch(r"(\*?\s*\w+)\s*(?:\[(\d+)\])?", member).groups()  # type: ignore[union-attr]
+            declared, _, rest = member.partition("[")
+            count = int(rest.rstrip(" ]") or 1)
             of = "*" if declared.startswith("*") else kind
             size = _size(of)
             need = max(size, given)
             at = -(-at // need) * need
-            fields[declared.lstrip("* ")] = Field(at, of, int(count or 1))
-            at += size * int(count or 1)
+            fields[declared.strip("* ")] = Field(at, of, count)
+            at += size * count
             align = max(align, need)
     return fields, -(-at // align) * align, align
+
+
+_MEMBER = re.compile(r"\s*(?:alignas\((\d+)\)\s*)?(?:const\s+)?(\w+)\s*(.*)", re.S)
 
 
 def _members(body: str) -> list[tuple[int, str, list[str]]]:
     """(alignment that is asked for, type, declarators) of each line of a struct."""
     found = []
     for line in filter(str.strip, body.split(";")):
-        matched = re.fullmatch(r"\s*(?:alignas\((\d+)\)\s*)?(?:const\s+)?(\w+)\s*(.*)", line, re.S)
+        matched = _MEMBER.fullmatch(line)
         assert matched is not None, line
         found.append((int(matched[1] or 1), matched[2], [part.strip() for part in matched[3].split(",")]))
     return found
@@ -145,9 +149,9 @@ def _members(body: str) -> list[tuple[int, str, list[str]]]:
 def _text(header: str, name: str) -> tuple[str, str]:
     """(name of the base or "", what stands between the braces) of a struct, without comments."""
     for text in source.headers_for(f'#include "{header}"\n').values():
-        if f"struct {name}" not in text:
-            continue
-        code = re.sub(r"//[^\n]*", "", text)
-        if found := re.search(rf"struct {name}\s*(?::\s*(\w+)\s*)?\{{(.*?)\}};", code, re.S):
-            return found[1] or "", found[2]
+        start = f"\n{text}".find(f"\nstruct {name} ")  # a struct begins a line
+        if start >= 0:
+            code = "\n".join([line.partition("//")[0] for line in text[start : text.index("\n};", start)].split("\n")])
+            declared, _, body = code.partition("{")
+            return declared.partition(":")[2].strip(), body
     raise KeyError(f"{header} has no struct {name}")

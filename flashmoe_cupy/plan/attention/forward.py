@@ -28,8 +28,9 @@ from flashmoe_cupy.plan.attention.tiles import (
     tile_sm80,
     tiles_sm90,
 )
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, Values, far_strides
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
 from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.step import Values
 
 _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
 

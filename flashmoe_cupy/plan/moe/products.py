@@ -11,7 +11,7 @@ from typing import NamedTuple
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, Values, far_strides
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
     TILE_64X64,
@@ -28,6 +28,7 @@ from flashmoe_cupy.plan.moe.tiles import (
     TileSm90,
 )
 from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.step import Values
 
 _ACTIVATIONS = (  # in the order of enum Activation of moe/params.cuh
     "", "swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2",

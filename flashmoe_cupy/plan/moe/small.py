@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.dtypes import FP32, DType
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Arguments, Kernel, Step, Values
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
 from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.step import Arguments, Step, Values
 
 PER_LANE = (1, 2, 4, 8, 16, 32)  # compiled sizes of the router: experts that each lane of a warp holds
 # Threads and shared memory below are `kThreads` and `Smem::kBytes` of the structs in cuda_src/moe.

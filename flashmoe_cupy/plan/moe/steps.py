@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashmoe_cupy.dtypes import FP32, INT32, DType
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Step, Values, same
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
 from flashmoe_cupy.plan.moe.products import Activation, Bias, Product, Rows, RowWeights, TileCounter, Weights
 from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem
@@ -20,6 +20,7 @@ from flashmoe_cupy.plan.moe.small import (
 )
 from flashmoe_cupy.plan.moe.tiles import SELF_SORTED
 from flashmoe_cupy.plan.operation import Workspace
+from flashmoe_cupy.plan.step import Step, Values, same
 
 _ROUTER_WARPS = 4  # of a block
 _STATS_WARPS = 512  # of a router that keeps statistics, at most: each writes a row that MoeRouterStats adds up
