@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import re
-import shlex
 import shutil
 import sys
 import tempfile
@@ -154,6 +153,8 @@ def _command(major: str) -> tuple[str, str]:
         return f'pip install -e ".[cuda{major}]"', where
     extra = re.compile(rf"""extra\s*==\s*["']cuda{major}["']""")
     parts = [line.partition(";")[0].replace(" ", "") for line in _requires("flashmoe-cupy") if extra.search(line)]
+    import shlex
+
     return "pip install " + " ".join(shlex.quote(part) for part in parts or _PARTS[major]), ""
 
 

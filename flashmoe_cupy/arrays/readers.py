@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from flashmoe_cupy import _cupy
-from flashmoe_cupy.arrays.dlpack import read
 from flashmoe_cupy.arrays.views import View, make, refused, row_major, type_name
 from flashmoe_cupy.dtypes import ALL, DType, accepted, from_numpy
 from flashmoe_cupy.torch_reasons import instead, reasons
@@ -50,7 +49,7 @@ def _find(array: Any, name: str) -> Adapter:
     elif hasattr(jax, "Array") and isinstance(array, jax.Array):
         adapter = _jax_tracer if isinstance(array, jax.core.Tracer) else _jax
     elif hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return read
+        return _dlpack
     elif hasattr(array, "__cuda_array_interface__"):
         return _cai
     else:
@@ -128,6 +127,12 @@ def _torch_adapter(torch: Any, kind: type) -> Adapter:
 # ---- JAX ----
 
 
+def _dlpack(x: Any, name: str, library: str = "dlpack") -> View:
+    from flashmoe_cupy.arrays.dlpack import read  # whose structs take as long to make as all readers
+
+    return read(x, name, library)
+
+
 def _jax_tracer(x: Any, name: str) -> View:
     reason = "the array is traced (jit, grad, vmap or another transform), so there is no memory to read"
     raise refused(x, name, reason, "inside transforms all arrays of a call must be JAX's")
@@ -144,7 +149,7 @@ def _jax(x: Any, name: str) -> View:
         raise refused(x, name, f"platform {device.platform} is neither a GPU nor the CPU")
     ordinal = -1 if device.platform == "cpu" else int(device.local_hardware_id)
     if ordinal >= 0 and x.size:
-        return read(x, name, "jax")
+        return _dlpack(x, name, "jax")
     host = np.asarray(x)  # no copy; waits for the value. Empty GPU arrays have no address to export
     owner = SimpleNamespace(source=x, keep=host)
     return _numpy(host, name)._replace(device=ordinal, library="jax", readonly=True, owner=owner)

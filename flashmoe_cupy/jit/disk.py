@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +141,8 @@ def write(key: str, tu: str, cubin: bytes, info: dict[str, Any]) -> Path | None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that readers see all of it or nothing; its mode follows umask, so a cache can be shared."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    import secrets
+
     temporary = path.with_name(f"{path.stem}.{secrets.token_hex(6)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:

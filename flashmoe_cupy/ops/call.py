@@ -7,7 +7,7 @@ look at its arrays, their addresses, new outputs, the launches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from flashmoe_cupy.ops.access import ArrayAccess, find
 from flashmoe_cupy.ops.adapters import adapter
 from flashmoe_cupy.ops.compiled import compiled, run_traced
 from flashmoe_cupy.ops.memory import GuardedPlans, PlanMemory
-from flashmoe_cupy.ops.overlap import Overlap
 from flashmoe_cupy.ops.workspace import Workspaces, may_stay
 from flashmoe_cupy.plan.operation import Operation
 from flashmoe_cupy.plan.options import is_window
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.ops.overlap import Overlap
 
 Views = tuple[View | None, ...]  # in the order of the operation's arguments
 FastCall = Callable[[tuple[Any, ...]], Any]  # given arrays -> the result; None: the long way, this time
@@ -169,7 +171,11 @@ class Plan:
         self.forms = forms(operation, shapes, options, first.dtype)
         # Of the arrays that are given, in the table of addresses of a call.
         self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]
-        self.overlap = None if out is None else Overlap(operation.name, operation.arguments, views, out)
+        self.overlap: Overlap | None = None
+        if out is not None:
+            from flashmoe_cupy.ops.overlap import Overlap
+
+            self.overlap = Overlap(operation.name, operation.arguments, views, out)
         self._nothing = operation.empty(problem) or not any(0 not in form.shape for form in self.forms)
         self._loaded: Any = None  # the launches of the last call, if they serve others on aligned arrays
         self._fast: FastCall | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit import source
@@ -16,52 +16,52 @@ DEFAULT_SMS = 132  # multiprocessors of an H100, where no device is at hand
 EMPTY = "a dimension is 0: the copy engine has no empty arrays"  # why a fast kernel does not run; nothing is slow then
 MAX_TILES = 2**31 - 2**16  # tiles of a launch: a block counts them in 32 bits, up to one grid beyond the last
 
+if TYPE_CHECKING:  # a Protocol takes long to make
 
-class AnyConfig(Protocol):
-    """One specialisation of a kernel: what is compiled once and then serves every shape."""
+    class AnyConfig(Protocol):
+        """One specialisation of a kernel: what is compiled once and then serves every shape."""
 
-    @property
-    def name(self) -> str:
-        """For people, and different from all others of its kernel."""
+        @property
+        def name(self) -> str:
+            """For people, and different from all others of its kernel."""
 
-    @property
-    def struct(self) -> str:
-        """The C++ type inside namespace fm."""
+        @property
+        def struct(self) -> str:
+            """The C++ type inside namespace fm."""
 
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
+        @property
+        def threads(self) -> int:
+            """Threads of a block."""
 
-    @property
-    def min_blocks(self) -> int:
-        """Blocks per SM that the compiler must leave registers for."""
+        @property
+        def min_blocks(self) -> int:
+            """Blocks per SM that the compiler must leave registers for."""
 
-    @property
-    def cluster(self) -> int:
-        """Blocks of a cluster."""
+        @property
+        def cluster(self) -> int:
+            """Blocks of a cluster."""
 
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
+        @property
+        def smem_bytes(self) -> int:
+            """Dynamic shared memory of a block."""
+
+    class Problem(Protocol):
+        """What a kernel is asked to compute."""
+
+        @property
+        def dtype(self) -> DType:
+            """Of the arrays that the kernel's speed depends on."""
+
+        @property
+        def rows_aligned(self) -> bool:
+            """Whether strides keep every row at a multiple of 16 bytes, if the arrays begin there."""
+
+        def describe(self) -> str:
+            """One line for people."""
 
 
-class Problem(Protocol):
-    """What a kernel is asked to compute."""
-
-    @property
-    def dtype(self) -> DType:
-        """Of the arrays that the kernel's speed depends on."""
-
-    @property
-    def rows_aligned(self) -> bool:
-        """Whether strides keep every row at a multiple of 16 bytes, if the arrays begin there."""
-
-    def describe(self) -> str:
-        """One line for people."""
-
-
-P = TypeVar("P", bound=Problem)
-C = TypeVar("C", bound=AnyConfig)
+P = TypeVar("P", bound="Problem")
+C = TypeVar("C", bound="AnyConfig")
 
 
 class Kernel(ABC, Generic[P, C]):

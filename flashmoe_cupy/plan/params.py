@@ -6,7 +6,6 @@ pointers; numbers follow, and tensor maps end it. Every translation unit checks 
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
@@ -121,27 +120,27 @@ def _layout(header: str, name: str) -> tuple[dict[str, Field], int, int]:
         align = max(align, given)
         for member in members:
             declared, _, rest = member.partition("[")
-            count = int(rest.rstrip(" ]") or 1)
+            count = int(rest.rstrip("]") or 1)
             of = "*" if declared.startswith("*") else kind
             size = _size(of)
             need = max(size, given)
             at = -(-at // need) * need
-            fields[declared.strip("* ")] = Field(at, of, count)
+            fields[declared.lstrip("*")] = Field(at, of, count)
             at += size * count
             align = max(align, need)
     return fields, -(-at // align) * align, align
 
 
-_MEMBER = re.compile(r"\s*(?:alignas\((\d+)\)\s*)?(?:const\s+)?(\w+)\s*(.*)", re.S)
-
-
 def _members(body: str) -> list[tuple[int, str, list[str]]]:
     """(alignment that is asked for, type, declarators) of each line of a struct."""
     found = []
-    for line in filter(str.strip, body.split(";")):
-        matched = _MEMBER.fullmatch(line)
-        assert matched is not None, line
-        found.append((int(matched[1] or 1), matched[2], [part.strip() for part in matched[3].split(",")]))
+    for line in filter(None, map(str.strip, body.split(";"))):
+        align, rest = 1, line
+        if line.startswith("alignas("):
+            number, _, rest = line.removeprefix("alignas(").partition(")")
+            align = int(number)
+        kind, _, declared = rest.strip().removeprefix("const ").replace("*", " *").partition(" ")
+        found.append((align, kind, [part.replace(" ", "") for part in declared.split(",")]))
     return found
 
 
