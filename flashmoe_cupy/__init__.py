@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
     from flashmoe_cupy.layers import FlashMoELayer
     from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
+    from flashmoe_cupy.ops.attention_lse import attention_lse
     from flashmoe_cupy.ops.grouped_gemm import grouped_gemm
     from flashmoe_cupy.ops.moe import fused_moe
     from flashmoe_cupy.ops.permute import MoEPermutation, moe_permute
@@ -25,6 +26,7 @@ _PLACE = {
     "__version__": "_version",
     "flash_attention": "ops.attention",
     "flash_attention_varlen": "ops.attention",
+    "attention_lse": "ops.attention_lse",
     "moe_route": "ops.route",
     "RouterStats": "ops.route",
     "moe_permute": "ops.permute",
@@ -64,6 +66,7 @@ __all__ = [
     "RouterStats",
     "UnsupportedProblem",
     "__version__",
+    "attention_lse",
     "clear_cache",
     "errors",
     "explain",

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
+from flashmoe_cupy.ops.attention_lse import attention_lse
 from flashmoe_cupy.ops.grouped_gemm import grouped_gemm
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.permute import moe_permute
 from flashmoe_cupy.ops.route import moe_route
 
-__all__ = ["flash_attention", "flash_attention_varlen", "fused_moe", "grouped_gemm", "moe_permute", "moe_route"]
+__all__ = [
+    "attention_lse",
+    "flash_attention",
+    "flash_attention_varlen",
+    "fused_moe",
+    "grouped_gemm",
+    "moe_permute",
+    "moe_route",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashmoe_cupy.reference.attention import (
     AttentionGradients,
+    attention_lse,
     flash_attention,
     flash_attention_backward,
     flash_attention_varlen,
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionGradients",
     "MoEPermutation",
     "RouterStats",
+    "attention_lse",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_varlen",

@@ -227,6 +227,11 @@ def flash_attention(
     return (_bshd(out, layout), lse) if return_lse else _bshd(out, layout)
 
 
+def attention_lse(q: AnyArray, k: AnyArray, **options: Any) -> Any:
+    """The log-sum-exp of the scores alone, (batch, heads_q, seqlen_q); arguments as in `flash_attention`."""
+    return flash_attention(q, k, k, return_lse=True, **options)[1]
+
+
 def flash_attention_backward(
     dout: AnyArray,
     q: AnyArray,
