@@ -284,10 +284,10 @@ def test_workspaces_stay_with_their_stream(monkeypatch: pytest.MonkeyPatch) -> N
         return workspaces.find(reads, device, stream, size, unshared)
 
     first = find(0, 5, 100)
-    assert find(0, 5, 60) is first and first[0] == 100 and first[1] == id(made[0])
+    assert find(0, 5, 60) is first and first.size == 100 and first.address == id(made[0])
     assert find(0, 6, 100) is not first and find(1, 5, 100) is not first
     larger = find(0, 5, 200)
-    assert larger[0] == 200 and find(0, 5, 100) is larger
+    assert larger.size == 200 and find(0, 5, 100) is larger
     alone = [find(0, 5, 100, True) for _ in range(2)]
     assert alone[0] is not alone[1] and larger not in alone and find(0, 5, 100) is larger
     elsewhere: list[Any] = []
@@ -308,7 +308,7 @@ def test_workspaces_that_stay_are_a_small_share_of_the_memory(monkeypatch: pytes
     assert may_stay(1, 32 << 20) and not may_stay(1, (32 << 20) + 1)
     for stream in range(9):
         workspaces.find(reads, 0, stream, 100 << 20, False)
-        assert sum(size for size, *_ in workspaces.kept.values()) <= 320 << 20
+        assert sum(kept.size for kept in workspaces.kept.values()) <= 320 << 20
     workspaces.find(reads, 0, 8, 120 << 20, False)  # what takes the place of a smaller one needs no more than itself
     assert len(workspaces.kept) == 3
 

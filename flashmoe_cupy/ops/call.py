@@ -286,9 +286,9 @@ class Plan:
             if size:
                 recorded = capturing(stream)
                 kept = None if recorded or large else kept_by.kept.get((device, stream))
-                if kept is None or kept[0] < size:  # a look of our own, because a call of find takes longer
+                if kept is None or kept.size < size:  # a look of our own, because a call of find takes longer
                     kept = kept_by.find(access, device, stream, size, recorded or large)
-                addresses.append(kept[1])  # and nobody else gets it until all is queued
+                addresses.append(kept.address)  # and nobody else gets it until all is queued
             run(tuple(addresses), stream, recorded)
             return result if single else wrap(result)
 

@@ -7,7 +7,7 @@ addresses. The table of addresses of a call is 0, arguments, outputs, workspace;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +28,17 @@ from flashmoe_cupy.plan.step import Step
 _MOST_LOADED = 4096
 
 
-class LoadedOperation(NamedTuple):
+class LoadedOperation:
     """The launches of a problem on a device.
 
     workspace: its size in bytes; 0: it has no place in the table. aligned: rows must start at multiples of 16 bytes.
     rows: the places in the table of the arrays that this is about.
     """
 
-    sequence: LaunchSequence
-    workspace: int
-    aligned: bool
-    rows: tuple[int, ...]
+    __slots__ = ("aligned", "rows", "sequence", "workspace")
+
+    def __init__(self, sequence: LaunchSequence, workspace: int, aligned: bool, rows: tuple[int, ...]) -> None:
+        self.sequence, self.workspace, self.aligned, self.rows = sequence, workspace, aligned, rows
 
 
 _loaded: dict[Any, LoadedOperation] = {}

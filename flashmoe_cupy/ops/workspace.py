@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 from flashmoe_cupy.ops.access import ArrayAccess
 
@@ -12,12 +11,13 @@ _SMALL = 32 << 20  # bytes that may always stay
 _SHARE = 256  # of the device's memory, of which one such part may stay where that is more
 
 
-class Block(NamedTuple):
+class Block:
     """Memory of a device. size: in bytes. array: what keeps it."""
 
-    size: int
-    address: int
-    array: object
+    __slots__ = ("address", "array", "size")
+
+    def __init__(self, size: int, address: int, array: object) -> None:
+        self.size, self.address, self.array = size, address, array
 
 
 class Workspaces(threading.local):

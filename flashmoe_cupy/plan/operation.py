@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.plan.options import Kind, kind_of
@@ -19,15 +19,17 @@ Named = Mapping[str, Any]  # arrays, shapes or options by name
 Shapes = dict[str, tuple[Any, ...]]  # of outputs
 
 
-class Output(NamedTuple):
+class Output:
     """An array that an operation makes. dtype: None is that of the first argument.
 
     fill: what a new one holds where the operation writes nothing: in rows that no sequence owns, and where there is
     nothing to compute.
     """
 
-    dtype: DType | None = None
-    fill: float = 0.0
+    __slots__ = ("dtype", "fill")
+
+    def __init__(self, dtype: DType | None = None, fill: float = 0.0) -> None:
+        self.dtype, self.fill = dtype, fill
 
 
 class Workspace:
