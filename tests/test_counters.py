@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flashmoe_cupy.jit import counters, tensormap
+from flashmoe_cupy.jit import counters
+from flashmoe_cupy.jit import driver as cuda
 
 
 class Runtime:
@@ -43,7 +44,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
-    monkeypatch.setattr(tensormap, "driver", lambda: fake)
+    monkeypatch.setattr(cuda, "library", lambda: fake)
     monkeypatch.setattr(counters, "_pools", {})
     monkeypatch.setattr(counters, "_of_stream", {})
     monkeypatch.setattr(counters, "_COUNTERS", 6)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import counters, graph, launch, sequence, tensormap
+from flashmoe_cupy.jit import counters, graph, launch, sequence
+from flashmoe_cupy.jit import driver as cuda
 from flashmoe_cupy.jit.launch import Launch
 from flashmoe_cupy.jit.sequence import NULL, Fill, LaunchSequence
 
@@ -228,7 +229,7 @@ class Graphs:
 @pytest.fixture
 def graphs(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     fake = Graphs()
-    monkeypatch.setattr(tensormap, "driver", lambda: fake)
+    monkeypatch.setattr(cuda, "library", lambda: fake)
     monkeypatch.setattr(graph, "_local", graph._Local())
     return fake
 

@@ -13,6 +13,7 @@ from test_problem import array, dense
 
 from flashmoe_cupy.dtypes import BF16, FP16
 from flashmoe_cupy.errors import FlashMoEError
+from flashmoe_cupy.jit import driver as cuda
 from flashmoe_cupy.jit import launch, sequence, tensormap
 from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.jit.tensormap import TensorMap
@@ -46,7 +47,7 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
-    monkeypatch.setattr(tensormap, "_cuda", fake)
+    monkeypatch.setattr(cuda, "_library", fake)
     return fake
 
 

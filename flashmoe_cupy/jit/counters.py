@@ -10,7 +10,7 @@ import ctypes
 import threading
 from typing import Any, NamedTuple
 
-from flashmoe_cupy.jit import tensormap
+from flashmoe_cupy.jit import driver
 
 _COUNTERS = 16384  # of a device: 128 KB; more streams and recorded launches than that get none
 _BYTES = 8  # of one
@@ -37,7 +37,7 @@ def counter(runtime: Any, device: int, stream: int) -> int:
         return _take(_pools.get(device))
     # Two streams can have the same handle, one after the other, or as default streams of two threads; never this id.
     unique = ctypes.c_ulonglong()
-    if tensormap.driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(unique)):
+    if driver.library().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(unique)):
         return 0
     key = device, unique.value
     found = _of_stream.get(key)

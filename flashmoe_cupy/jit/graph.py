@@ -23,7 +23,7 @@ from typing import Any
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import tensormap
+from flashmoe_cupy.jit import driver
 from flashmoe_cupy.jit.launch import Launch
 
 # CUDA_KERNEL_NODE_PARAMS_v2: function, grid, block, shared memory, parameters, extra, kernel, context
@@ -137,8 +137,7 @@ def _make(nodes: Sequence[Any], early: Sequence[bool]) -> Graph | None:
 
 
 def _functions() -> dict[str, Any]:
-    driver = tensormap.driver()
-    found = {name: getattr(driver, name) for name in _FUNCTIONS}
+    found = {name: getattr(driver.library(), name) for name in _FUNCTIONS}
     for name, arguments in _FUNCTIONS.items():
         found[name].argtypes = [ctypes.c_void_p] * arguments
     return found

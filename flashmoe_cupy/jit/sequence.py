@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import graph, launch, tensormap
+from flashmoe_cupy.jit import driver, graph, launch, tensormap
 from flashmoe_cupy.jit.launch import Launch
 
 _CONFIG = struct.Struct("7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memory, stream, attributes, their number
@@ -167,7 +167,7 @@ class LaunchSequence:
     def _make(self) -> _Own:
         global _calls
         if _calls is None:
-            _calls = _Calls(tensormap.driver())
+            _calls = _Calls(driver.library())
         own = _Own()
         sizes = [-(-(8 * len(places) + len(one.tail)) // _ALIGNMENT) * _ALIGNMENT for one, places in self.launches]
         storage = ctypes.create_string_buffer(sum(sizes) + _ALIGNMENT)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import BF16, FP16, DType
-from flashmoe_cupy.errors import DependencyError, FlashMoEError
+from flashmoe_cupy.errors import FlashMoEError
+from flashmoe_cupy.jit import driver
 
 BYTES = 128  # of a map; in Params its address is a multiple of as many
 MAX_STRIDE = 2**40  # bytes; every stride is less (CUDA driver API, cuTensorMapEncodeTiled)
@@ -21,7 +22,6 @@ _CODES = {FP16: 6, BF16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B = 3  # CUtensorMapSwizzle
 _PROMOTION = {128: 2, 256: 3}  # CUtensorMapL2promotion
 _PROBES = (0x1000, 0x7F5A_A5F0_1230)  # addresses to try: multiples of 16 that differ in many bits
-_cuda: Any = None
 
 
 class TensorMap(NamedTuple):
@@ -39,7 +39,7 @@ def encode(of: TensorMap, address: int) -> bytes:
     rank = len(of.dims)
     storage = ctypes.create_string_buffer(2 * BYTES)
     start = -ctypes.addressof(storage) % BYTES
-    code = driver().cuTensorMapEncodeTiled(
+    code = driver.library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(storage) + start), _CODES[of.dtype], rank, ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*of.dims), (ctypes.c_uint64 * (rank - 1))(*of.strides),
         (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B,
@@ -60,14 +60,3 @@ def template(of: TensorMap) -> bytes | None:
         if found[:8] != address.to_bytes(8, sys.byteorder) or found[8:] != one[8:]:
             return None
     return one
-
-
-def driver() -> Any:
-    """The CUDA driver library, for what CuPy does not wrap. Raises DependencyError when there is none."""
-    global _cuda
-    if _cuda is None:
-        try:
-            _cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        except OSError as error:
-            raise DependencyError(f"the CUDA driver cannot be loaded: {error}") from error
-    return _cuda

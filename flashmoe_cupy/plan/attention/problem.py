@@ -16,13 +16,12 @@ from flashmoe_cupy.plan.attention.checks import (
     check_bias,
     check_heads,
     check_lengths,
-    check_result,
     check_scalars,
     check_sinks,
     longest,
     other_layout,
 )
-from flashmoe_cupy.plan.checks import INT_MAX, SHORT, Option, asked, check_ranks, flag, show
+from flashmoe_cupy.plan.checks import INT_MAX, SHORT, Option, asked, check_out, check_ranks, flag, show
 from flashmoe_cupy.plan.hints import ATTENTION, hint
 from flashmoe_cupy.plan.options import text
 
@@ -161,7 +160,7 @@ def attention_problem(
         others.append(("out", out))
         qt = out.strides
         want = (batch, seqlen_q, heads_q, head_dim_v) if s == 1 else (batch, heads_q, seqlen_q, head_dim_v)
-        check_result(why, out, q, k, v, want if known else None)
+        check_out(why, out, "q", q.dtype, want if known else None)
         out_strides = (qt[0], qt[s], qt[h]) if len(qt) == 4 else (0, 0, 0)
     else:
         d, row, column = head_dim_v, heads_q * head_dim_v, seqlen_q * head_dim_v
@@ -243,7 +242,7 @@ def varlen_problem(
     others += [(name, x) for name, x in optional if x is not None]
     if out is not None:
         others.append(("out", out))
-        check_result(why, out, q, k, v, (total_q, heads_q, head_dim_v) if known else None)
+        check_out(why, out, "q", q.dtype, (total_q, heads_q, head_dim_v) if known else None)
         out_strides = (0, out.strides[0], out.strides[1]) if len(out.shape) == 3 else (0, 0, 0)
     else:
         out_strides = (0, heads_q * head_dim_v, head_dim_v)
