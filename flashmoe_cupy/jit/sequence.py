@@ -10,7 +10,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import driver, graph, launch, tensormap
@@ -30,12 +30,16 @@ Place = tuple[int, int]  # (which address of a call's table, bytes from there on
 NULL: Place = (-1, 0)
 
 
-class Fill(NamedTuple):
-    """An array that gets the same 4 bytes everywhere before the launches."""
+class Fill:
+    """An array that gets the same 4 bytes everywhere before the launches.
 
-    place: int  # of its address in the table
-    size: int  # bytes, a multiple of 4
-    word: int  # the 4 bytes, as an unsigned number
+    place: of its address in the table. size: in bytes, a multiple of 4. word: the 4 bytes, as an unsigned number.
+    """
+
+    __slots__ = ("place", "size", "word")
+
+    def __init__(self, place: int, size: int, word: int) -> None:
+        self.place, self.size, self.word = place, size, word
 
 
 class _Own:
@@ -93,7 +97,7 @@ class LaunchSequence:
         at = {place: i for i, place in enumerate(order)}
         return LaunchSequence(
             [(one, tuple([(at[i], offset) if i in at else NULL for i, offset in of])) for one, of in self.launches],
-            [fill._replace(place=at[fill.place]) for fill in self.fills],
+            [Fill(at[fill.place], fill.size, fill.word) for fill in self.fills],
         )
 
     def run(self, table: tuple[int, ...], stream: int, recorded: bool = True) -> None:

@@ -7,7 +7,7 @@ look at its arrays, their addresses, new outputs, the launches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -135,14 +135,15 @@ def _run(
         raise UnsupportedProblem(told(operation, named | chosen | {"out": out}), error.reasons, error.hint) from None
 
 
-class Form(NamedTuple):
+class Form:
     """An output: its name, shape, dtype, row-major strides, and what it holds where nothing is written."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    strides: tuple[int, ...]
-    fill: float
+    __slots__ = ("dtype", "fill", "name", "shape", "strides")
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], dtype: DType, strides: tuple[int, ...], fill: float
+    ) -> None:  # fmt: skip
+        self.name, self.shape, self.dtype, self.strides, self.fill = name, shape, dtype, strides, fill
 
 
 def forms(
