@@ -112,6 +112,17 @@ def test_a_guard_of_tensors_refuses_what_is_none(access: ArrayAccess) -> None:
         assert guard(*[x.numpy() for x in arrays]) is False
 
 
+class Touchy(torch.Tensor):  # type: ignore[misc, name-defined, unused-ignore]
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("asked")
+
+
+def test_a_guard_asks_no_subclass_for_attributes(access: ArrayAccess) -> None:
+    guard = access.guard((torch.rand(6, 8),))
+    assert guard is not None and not guard(torch.rand(6, 8).as_subclass(Touchy))
+
+
 def test_arrays_that_are_one_must_be_one_again(access: ArrayAccess) -> None:
     """A guard of torch wants each tensor once, and packed sequences often come with one list of offsets for both."""
     x, y = torch.rand(6, 8), torch.arange(3)

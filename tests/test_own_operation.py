@@ -6,6 +6,7 @@ package knows its name. What this file does is what an operation of the package 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import FP32, DType
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import source
+from flashmoe_cupy.ops import public
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan import kernels, operation
@@ -191,6 +193,21 @@ def declared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             kernels.register(kernel)
         operation.register(OPERATION)
         yield
+
+
+@pytest.mark.parametrize("name", [*public.__all__, "centre_rows"])
+def test_a_function_hands_over_what_is_declared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of its operation: each argument carries its own name here."""
+    its, seen = operation.registered(name), []
+
+    def note(call: Call, required: Any, options: Any, optional: Any = None, out: Any = None) -> None:
+        seen.append((call.operation, required, options, optional, out))
+
+    monkeypatch.setitem(its.function.__globals__, "run", note)
+    its.function(**{parameter: parameter for parameter in inspect.signature(its.function).parameters})
+    ((called, required, options, optional, out),) = seen
+    assert called is its and (*required, *(optional or ())) == its.arguments and len(required) == its.required
+    assert options == tuple(its.options) and out == ("out" if its.has_out else None)
 
 
 def test_the_package_does_not_know_it() -> None:

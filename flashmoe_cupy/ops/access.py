@@ -146,11 +146,14 @@ def _torch(torch: Any) -> ArrayAccess:
         # What else traces changes the dispatch keys, which the guard compares. It compares who wants a gradient, but
         # not whether that counts, and ends the process at nested tensors, which have no strides. Written out for speed.
         names = [f"x{i}" for i in range(len(arrays))]
-        refused = [f"{names[i]} is not {names[j]}" for i, j in enumerate(first) if i != j]
+        # A subclass may do anything when it is asked for an attribute.
+        refused = ["type(x0) is not kind", *[f"{names[i]} is not {names[j]}" for i, j in enumerate(first) if i != j]]
         refused += ["forward_ad._current_level >= 0", "modes()", *[f"{names[i]}.is_nested" for i in alone]]
         if any(x.requires_grad for x in arrays):
             refused.append("grad_enabled()")
-        found: dict[str, Any] = {"same": same, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled}
+        found: dict[str, Any] = {
+            "same": same, "kind": kind, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled
+        }  # fmt: skip
         exec(
             f"def check({', '.join(names)}):\n"
             f"    try: return not ({' or '.join(refused)}) and same({', '.join([names[i] for i in alone])})\n"

@@ -47,7 +47,7 @@ def attention_lse(
 
     Returns lse (batch, heads_q, seqlen_q), float32, the natural logarithm of the softmax's denominator, sinks included;
     -inf for a query that sees no key. The same bits as those of `flash_attention` with these arguments are not
-    promised. It takes about as long as that, with 16 bytes of workspace for each query and head (32 in float32).
+    promised. It runs the kernel of that, with 16 bytes of workspace for each query and head (32 in float32).
     Nothing is copied between host and device, and nothing waits.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing. There
