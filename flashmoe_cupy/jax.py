@@ -214,10 +214,8 @@ def _joined(
     for name, (x, m) in by_name.items():
         rank, shape = operation.batched.get(name, 0), x.shape[m:]
         own = len(shape) == rank  # it has a batch axis
-        if not m and not own:
-            arrays[name] = x
-        elif not m and shape[0] == 1 and batch != 1:
-            arrays[name] = x[0]  # the same for all
+        if not m and (not own or (shape[0] == 1 and batch != 1)):
+            arrays[name] = x  # the same for all
         else:
             inner = shape[1:] if own else (1,) * (rank - 1 - len(shape)) + shape
             x = x.reshape(size if m else 1, shape[0] if own else 1, *inner)

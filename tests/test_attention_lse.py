@@ -111,8 +111,11 @@ def test_errors_speak_of_this_call() -> None:
     text = str(caught.value)
     assert "batch sizes differ: q has 1, k has 2\n" in text and "causal must be" in text and "dtypes differ" in text
     assert " v " not in text and "head_dim_v" not in text
-    with pytest.raises(UnsupportedProblem, match="head_dim is 4"):
-        attention_lse(q[..., :4], q[..., :4])
+    wrongs = (q[..., :4], "head_dim is 4"), (q.astype(np.int32), "k has dtype int32"), (q[0], "k must have 4")
+    for wrong, reason in wrongs:
+        with pytest.raises(UnsupportedProblem, match=reason) as caught:
+            attention_lse(wrong, wrong)
+        assert not any(one.startswith(("v ", "head_dim_v")) for one in caught.value.reasons)
     with pytest.raises(TypeError, match="it is called softmax_scale here"):
         attention_lse(q, q, scale=1.0)  # type: ignore[call-overload]
 

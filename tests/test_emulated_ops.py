@@ -241,9 +241,9 @@ def test_attention(machine: Machine, rng: np.random.Generator, dtype: Any) -> No
 
 
 def test_rows_of_no_sequence_are_cleared(machine: Machine, rng: np.random.Generator) -> None:
-    """By the kernel on Hopper, by a fill in front of it elsewhere; new arrays begin with NaN. A given out keeps them."""
+    """By the kernel on Hopper, by a fill in front of it elsewhere; arrays begin with NaN. A given out keeps them."""
     q, k = (rng.standard_normal((n, 2, 64)).astype(np.float16) for n in (30, 40))
-    given = {"q": q, "k": k, "v": k, "cu_seqlens_q": np.array([3, 20, 26], np.int32)}
+    given: dict[str, Any] = {"q": q, "k": k, "v": k, "cu_seqlens_q": np.array([3, 20, 26], np.int32)}
     given["cu_seqlens_k"] = np.array([0, 31, 40], np.int32)
     options: dict[str, Any] = {"max_seqlen_q": 17, "max_seqlen_k": 31, "return_lse": True}
     out, lse = flashmoe_cupy.flash_attention_varlen(**resident(given), **options)
