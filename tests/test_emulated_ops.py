@@ -230,7 +230,7 @@ def test_grouped_gemm(machine: Machine, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_attention(machine: Machine, rng: np.random.Generator, dtype: Any) -> None:
     q, k, v = (rng.standard_normal((2, n, h, 64)).astype(dtype) for n, h in ((40, 4), (70, 2), (70, 2)))
-    given = {"q": q, "k": k, "v": v}
+    given: dict[str, Any] = {"q": q, "k": k, "v": v}
     want = reference.flash_attention(**given, causal=True, return_lse=True)
     for _ in range(2):
         out, lse = flashmoe_cupy.flash_attention(**resident(given), causal=True, return_lse=True)
