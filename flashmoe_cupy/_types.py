@@ -30,6 +30,10 @@ if TYPE_CHECKING:
         """Options of flash_attention, without return_lse and out."""
 
         bias: Any
+        seqused_q: Any
+        seqused_k: Any
+        leftpad_q: Any
+        leftpad_k: Any
         layout: Layout
 
     class Packed(Scores, total=False):

@@ -160,7 +160,8 @@ class AttentionCase(NamedTuple):
 
     head_dim_v 0 means head_dim. sinks: "" none, "float32", or "same" for q's dtype. alibi: "" none, "h" one slope per
     head, "bh" per batch and head. bias: its shape as letters of (b)atch, (h)ead, (q)uery, (k)ey and 1, such as "bhqk",
-    "h1k", "qk"; bias_dtype: "same", "float32" or "bool".
+    "h1k", "qk"; bias_dtype: "same", "float32" or "bool". left_q, left_k, used_q, used_k: of entry b rows left[b] ...
+    used[b] - 1 count; empty: from the first, or to the last.
     """
 
     seqlen_q: int
@@ -179,6 +180,10 @@ class AttentionCase(NamedTuple):
     alibi: str = ""
     bias: str = ""
     bias_dtype: str = "same"
+    left_q: tuple[int, ...] = ()
+    left_k: tuple[int, ...] = ()
+    used_q: tuple[int, ...] = ()
+    used_k: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return case_text(self)
@@ -197,8 +202,20 @@ class AttentionCase(NamedTuple):
             "softcap": self.softcap,
         }
 
+    def spans(self, which: str) -> list[tuple[int, int]]:
+        """Per batch entry, the rows [start, stop) that count, for which = "q" or "k"."""
+        left, used, n = (self.left_q, self.used_q, self.seqlen_q)
+        if which == "k":
+            left, used, n = (self.left_k, self.used_k, self.seqlen_k)
+        return [(left[b] if left else 0, used[b] if used else n) for b in range(self.batch)]
+
+    def indices(self) -> dict[str, Any]:
+        """leftpad_q and so on, where given: int32."""
+        names = {"seqused_q": self.used_q, "seqused_k": self.used_k, "leftpad_q": self.left_q, "leftpad_k": self.left_k}
+        return {name: np.array(n, np.int32) for name, n in names.items() if n}
+
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """(argument, shape in layout bshd, dtype name) of each array."""
+        """(argument, shape in layout bshd, dtype name) of each floating-point or boolean array."""
         b, d = self.batch, self.head_dim
         yield "q", (b, self.seqlen_q, self.heads_q, d), self.dtype
         yield "k", (b, self.seqlen_k, self.heads_k, d), self.dtype
@@ -213,8 +230,15 @@ class AttentionCase(NamedTuple):
             yield "bias", tuple(letter[c] for c in self.bias), dtype
 
     def random(self, seed: int = 0) -> dict[str, Any]:
-        """Normal q, k, v, bias and sinks, slopes in (0, 1), boolean biases that let three keys in four through."""
-        return {n: _random(n, s, t, np.random.default_rng((seed, i))) for i, (n, s, t) in enumerate(self.shapes())}
+        """Normal q, k, v, bias and sinks, slopes in (0, 1), boolean biases that let three keys in four through.
+
+        With the lengths, where given; rows of q, k and v that do not count are NaN.
+        """
+        out = {n: _random(n, s, t, np.random.default_rng((seed, i))) for i, (n, s, t) in enumerate(self.shapes())}
+        for name in "qkv":
+            for one, (start, stop) in zip(out[name], self.spans("q" if name == "q" else "k"), strict=True):
+                one[:start], one[stop:] = np.nan, np.nan
+        return out | self.indices()
 
 
 class VarlenCase(NamedTuple):

@@ -20,7 +20,7 @@ from flashmoe_cupy.testing import TOLERANCES, Case, VarlenCase, compare_lse, wit
 SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"
 _ORDER = (
     "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q",
-    "seqused_k",
+    "seqused_k", "leftpad_q", "leftpad_k",
 )  # fmt: skip
 Arrays = dict[str, NDArray[Any]]
 
@@ -63,7 +63,7 @@ def attention(
     pointers = [arrays[name].ctypes.data if name in arrays else 0 for name in _ORDER]
     params = bytearray(spec.params.size)
     spec.params.pack_pointers(params, 0, *pointers)
-    clear = 3 if p.varlen and spec.clears else 0
+    clear = 0 if p.even or not spec.clears else 3
     values = spec.values(p, config, p.rows_aligned, sms) | ({"clear_rest": clear} if spec.clears else {})
     behind = spec.params.maps_at
     params[8 * len(pointers) : behind] = spec.params.pack(values)
@@ -104,16 +104,17 @@ def faults(case: Case, kernel: str, out: NDArray[Any], lse: NDArray[Any], arrays
     """What is wrong with a result; rows of no sequence must be zeros, or untouched by a kernel that does not clear."""
     want, want_lse = _reference(case, arrays) if arrays else _truth(case)
     mine, mine_lse, found = out.astype(np.float64), lse.astype(np.float64), []
-    if isinstance(case, VarlenCase):
-        idle = np.ones(len(out), bool)
-        for start, stop in case.spans("q"):
-            idle[start:stop] = False
+    if isinstance(case, VarlenCase) or case.indices():
+        idle = np.ones(out.shape[:-2], bool)
+        for b, (start, stop) in enumerate(case.spans("q")):
+            (idle if isinstance(case, VarlenCase) else idle[b])[start:stop] = False
+        mine_lse, want_lse = mine_lse.swapaxes(-1, -2), want_lse.swapaxes(-1, -2)
         rest, rest_lse = (0.0, -np.inf) if KERNELS[kernel].clears else (np.nan, np.nan)
         if not np.array_equal(mine[idle], np.full_like(mine[idle], rest), equal_nan=True):
             found.append("out of rows of no sequence")
-        if not np.array_equal(mine_lse[:, idle], np.full_like(mine_lse[:, idle], rest_lse), equal_nan=True):
+        if not np.array_equal(mine_lse[idle], np.full_like(mine_lse[idle], rest_lse), equal_nan=True):
             found.append("lse of rows of no sequence")
-        mine, want, mine_lse, want_lse = mine[~idle], want[~idle], mine_lse[:, ~idle], want_lse[:, ~idle]
+        mine, want, mine_lse, want_lse = mine[~idle], want[~idle], mine_lse[~idle], want_lse[~idle]
     verdicts = (
         within_tolerance(mine, want, case.dtype, softcap=case.softcap),
         compare_lse(mine_lse, want_lse, atol=TOLERANCES[case.dtype].lse),

@@ -45,6 +45,10 @@ def cases() -> list[AttentionCase | VarlenCase]:
     for dtype, d in itertools.product(("bfloat16", "float32"), (64, 128)):
         found.append(packed._replace(head_dim=d, dtype=dtype, causal=True))
         found.append(packed._replace(head_dim=d, dtype=dtype, softcap=9.0, alibi="bh"))
+    padded = AttentionCase(133, 147, 3, 2, 1, left_q=(0, 130, 5), used_q=(133, 131, 9), left_k=(20, 0, 7), causal=True)
+    for dtype, d in itertools.product(("bfloat16", "float32"), (64, 128)):
+        found.append(padded._replace(head_dim=d, dtype=dtype))
+        found.append(padded._replace(head_dim=d, dtype=dtype, bias="b1qk", used_k=(147, 90, 7)))
     sizes = ((1, 1), (1, 300), (300, 1), (5, 0))
     for dtype, d in itertools.product(("bfloat16", "float16"), (64, 128)):  # tiles that only long sequences get
         found += [AttentionCase(1100, 147, 1, 2, 1, d, d, dtype, **features) for features in FEATURES[:5]]

@@ -23,6 +23,11 @@ pytestmark = [
 CUDA = Path(__file__).resolve().parent.parent / "cuda_src"
 SEEDS = range(10)
 RAGGED = VarlenCase((70, 0, 1, 130), (33, 5, 90, 201), tail_q=3, tail_k=2)
+# Batch entries with padding: in front, behind, on both sides, all of it, on either side.
+PADDED = AttentionCase(
+    130, 201, 5, used_q=(130, 129, 0, 70, 130), used_k=(201, 9, 150, 61, 201), left_q=(0, 30, 0, 3, 129),
+    left_k=(0, 3, 40, 61, 140),
+)  # fmt: skip
 
 CASES: tuple[tuple[str, Case], ...] = (
     (SM80, AttentionCase(150, 203, 1, 4, 2, 64, causal=True)),
@@ -30,6 +35,8 @@ CASES: tuple[tuple[str, Case], ...] = (
     (SM80, AttentionCase(33, 65, 1, 2, 2, 40, dtype="float32", softcap=15.0, sinks="float32")),
     (SM80, AttentionCase(65, 70, 1, 2, 2, 64, bias="h1k", bias_dtype="bool", alibi="bh")),
     (SM80, RAGGED._replace(used_k=(30, 5, 0, 190), causal=True)),
+    (SM80, PADDED._replace(causal=True)),
+    (SM80, PADDED._replace(bias="b11k", used_q=(), left_q=(), window_size=(70, 3), dtype="float16")),
     (SM90, AttentionCase(150, 203, 1, 4, 2, 64, causal=True)),
     (SM90, AttentionCase(400, 300, 1, 2, 1, 128, causal=True)),
     (SM90, AttentionCase(131, 259, 2, 2, 1, 128, dtype="float16", window_size=(100, 7))),
@@ -49,6 +56,11 @@ CASES: tuple[tuple[str, Case], ...] = (
     (SM90, RAGGED._replace(heads_q=8, heads_k=1, head_dim=64, causal=True, sinks="float32")),
     (SM90, RAGGED._replace(heads_q=32, heads_k=1, used_q=(70, 0, 1, 99), used_k=(30, 5, 0, 190), head_dim=72)),
     (SM90, RAGGED._replace(used_q=(70, 0, 1, 99), used_k=(30, 5, 0, 190), head_dim=72, dtype="float16")),
+    (SM90, PADDED._replace(causal=True, head_dim=128, sinks="float32")),
+    (SM90, PADDED._replace(left_q=(), left_k=(), heads_q=8, alibi="bh")),
+    (SM90, PADDED._replace(used_q=(), used_k=(), window_size=(60, 9), head_dim=72, dtype="float16")),
+    (SM90, PADDED._replace(left_q=(), used_q=(), bias="bhqk", bias_dtype="bool")),
+    (SM90, PADDED._replace(seqlen_q=9, heads_q=16, heads_k=1, causal=True, used_q=(), left_q=(3, 0, 9, 8, 1))),
     # Four consumers that scale queries and clear the ends of sequences: a named barrier for each.
     (SM90, VarlenCase((60, 256, 256, 250), (70, 201, 9, 250), (), (), 0, 2, 1, 1, 64, causal=True, softcap=30.0)),
 )

@@ -127,6 +127,27 @@ def attend_varlen(case: VarlenCase, t: Arrays, dtype: Any) -> tuple[Tensor, Tens
     return out, lse, counts
 
 
+def attend_padded(case: AttentionCase, t: Arrays, dtype: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend` on what counts of each batch entry: out, lse (batch, seqlen_q, heads_q) and which rows of out count."""
+    q, v, bias = t["q"], t["v"], t.get("bias")
+    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+    counts = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
+    if bias is not None:
+        bias = bias.expand(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k)
+    for i, ((q0, q1), (k0, k1)) in enumerate(zip(case.spans("q"), case.spans("k"), strict=True)):
+        own, slopes = slice(i, i + 1), t.get("alibi_slopes")
+        more: dict[str, Any] = {
+            "sinks": t.get("sinks"), "bias": None if bias is None else bias[own, :, q0:q1, k0:k1],
+            "alibi_slopes": slopes[own] if slopes is not None and slopes.ndim == 2 else slopes,
+        }  # fmt: skip
+        more |= case.options()
+        o, part = attend(q[own, q0:q1], t["k"][own, k0:k1], v[own, k0:k1], dtype=dtype, **more)
+        out[i, q0:q1], lse[i, q0:q1], counts[i, q0:q1] = o[0], part[0].T, True
+    return out, lse, counts
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # drawing, running and judging problems
 
@@ -146,8 +167,11 @@ def tensors(case: Case, device: str, seed: int = 0) -> Arrays:
             for start, stop in case.spans("q" if name == "q" else "k"):
                 idle[start:stop] = False
             out[name][idle.to(device)] = math.nan
-        out |= {n: torch.from_numpy(x).to(device) for n, x in case.indices().items()}
-    return out
+    else:
+        for name in "qkv":
+            for one, (start, stop) in zip(out[name], case.spans("q" if name == "q" else "k"), strict=True):
+                one[:start], one[stop:] = math.nan, math.nan
+    return out | {n: torch.from_numpy(x).to(device) for n, x in case.indices().items()}
 
 
 def one_key(case: Case) -> bool:
@@ -211,7 +235,7 @@ def check_once(case: Case, t: Arrays, known: Truth) -> list[str]:
 
 
 class Truth(NamedTuple):
-    """What a problem's result is, what the low dtype can give of it, and which rows of a packed one count."""
+    """What a problem's result is, what the low dtype can give of it, and which rows of a packed or padded one count."""
 
     out: Tensor
     lse: Tensor
@@ -227,18 +251,25 @@ def truth(case: Case, t: Arrays, exact: Any = None) -> Truth:
         ref, lse, counts = attend_varlen(case, t, exact)
         naive = None if low is None else attend_varlen(case, t, low)[0][counts]
         return Truth(ref[counts], lse[:, counts], naive, counts)
+    if case.indices():
+        ref, lse, counts = attend_padded(case, t, exact)
+        naive = None if low is None else attend_padded(case, t, low)[0][counts]
+        return Truth(ref[counts], lse[counts], naive, counts)
     naive = None if low is None else attend(**t, **case.options(), dtype=low)[0]
     return Truth(*attend(**t, **case.options(), dtype=exact), naive, None)
 
 
 def judge(case: Case, t: Arrays, out: Tensor, lse: Tensor, known: Truth | None = None) -> list[str]:
-    """What is wrong with a result, against the truth. Rows of a varlen result that do not count must still be NaN."""
+    """What is wrong with a result, against the truth. Rows of out that do not count must still be NaN."""
     ref, ref_lse, low, counts = known or truth(case, t)
     wrong = []
     if counts is not None:
         if not bool(out[~counts].isnan().all()):
             wrong.append("wrote rows of out that belong to no query")
-        out, lse = out[counts], lse[:, counts]
+        rows = lse.transpose(-1, -2)
+        if not bool((rows[~counts] == -math.inf).all()):
+            wrong.append("lse of rows that belong to no query is not -inf")
+        out, lse = out[counts], lse[:, counts] if isinstance(case, VarlenCase) else rows[counts]
     return wrong + [v.text for v in verdicts(case, out, ref, low, lse, ref_lse) if not v]
 
 
@@ -293,6 +324,7 @@ def problem(case: Case) -> Any:
     if isinstance(case, VarlenCase):
         views |= {name: view(x.shape, "int32") for name, x in case.indices().items()}
         return varlen_problem(**views, **case.options())
+    views |= {name: view(x.shape, "int32") for name, x in case.indices().items()}
     return attention_problem(**views, **case.options())
 
 

@@ -16,6 +16,7 @@ import flashmoe_cupy
 from flashmoe_cupy import UnsupportedProblem
 from flashmoe_cupy.ops import access, attention, moe, route
 from flashmoe_cupy.plan import kernels, options
+from flashmoe_cupy.plan.attention.problem import PADDING
 from flashmoe_cupy.plan.operation import registered
 
 Arrays = dict[str, Any]
@@ -119,7 +120,7 @@ def check(name: str, option: str, convert: Callable[[Any], Any]) -> None:
 
 def test_every_option_is_tried() -> None:
     arrays = {
-        "out", "sinks", "alibi_slopes", "bias", "seqused_q", "seqused_k", "e_score_correction_bias", "expert_map",
+        "out", "sinks", "alibi_slopes", "bias", *PADDING, "e_score_correction_bias", "expert_map",
         "group_sizes", "gather_indices", "b_gate_up", "b_down", "shared_w_gate_up", "shared_w_down", "shared_gate",
     }  # fmt: skip
     for name, (given, _, right) in CALLS.items():

@@ -38,6 +38,8 @@ CASES = [
     AttentionCase(24, 40, dtype="float32", softcap=5.0, softmax_scale=0.3, bias="h1k", alibi="h", sinks="float32"),
     AttentionCase(17, 19, dtype="bfloat16", bias="b1qk", bias_dtype="bool"),
     AttentionCase(17, 19, dtype="float16", bias="qk", bias_dtype="float32", heads_q=6),
+    AttentionCase(33, 40, used_q=(33, 9), used_k=(40, 12), left_q=(5, 0), left_k=(2, 10), causal=True, heads_q=4),
+    AttentionCase(17, 19, dtype="float16", used_k=(3, 19), bias="b11k"),
 ]
 VARLEN = VarlenCase(
     (5, 0, 13, 7), (9, 3, 0, 21), used_q=(4, 0, 13, 7), used_k=(9, 2, 0, 17), tail_q=3, tail_k=2, heads_q=4,

@@ -339,14 +339,14 @@ def test_params_of_the_hopper_kernel() -> None:
     assert {name: values[name] for name in base} == base | {"m_blocks": 32}
     section = hopper.section(p, config, 100)
     assert section > 1 and {name: values[name] for name in values if name not in base} == {
-        "tiles": 512, "batch": 2, "section": section, "ragged": 0, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
+        "tiles": 512, "batch": 2, "section": section, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
         "pack_bits": 0, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
-    assert len(hopper.params.pack(values)) == 384 - 96 and len(portable.params.pack(base)) == 304 - 96
-    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 320
+    assert len(hopper.params.pack(values)) == 512 - 112 and len(portable.params.pack(base)) == 328 - 112
+    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 344
     rest = hopper.values(packed(), config, True, 100)
     assert (rest["total_q"], rest["clear_rest"]) == (packed().total_q, 0)
-    assert hopper.params.size == 896 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
+    assert hopper.params.size == 1024 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
     assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
 
 
@@ -371,7 +371,7 @@ def test_softcap_is_a_polynomial_of_small_scores() -> None:
             np.testing.assert_allclose(found, want, rtol=wrong, atol=1e-30)
     odd = problem(softcap=2e-38, softmax_scale=1e38)
     config = hopper.choose(odd, "sm_90a")
-    assert config.variant == "SoftcapScores" and len(hopper.params.pack(hopper.values(odd, config, True))) == 288
+    assert config.variant == "SoftcapScores" and len(hopper.params.pack(hopper.values(odd, config, True))) == 400
     assert hopper.choose(problem(softcap=56.5), "sm_90a").variant == "SoftcapScores", "exponents beyond bf16's range"
     for options in ({"alibi_slopes": array(8, dtype=FP32)}, {"softmax_scale": -1.0}):
         assert hopper.choose(problem(softcap=1.0, **options), "sm_90a").variant == "ModifiedScores<false>"
@@ -393,9 +393,26 @@ def test_scores_below_two_need_two_coefficients(scale: float, cap: float) -> Non
 def test_packed_sequences_have_their_own_order() -> None:
     p = packed(causal=True)
     values = hopper.values(p, hopper.choose(p, "sm_90a"), True)
-    assert values.items() >= ({"tiles": p.batch * p.heads_k, "batch": p.batch, "section": 1, "ragged": 1} | {
+    assert values.items() >= ({"tiles": p.batch * p.heads_k, "batch": p.batch, "section": 1, "lengths": 2} | {
         "tile_counter": 0, "total_q": p.total_q, "clear_rest": 0, "pack_bits": 1,
     }).items()  # fmt: skip
+
+
+def test_padded_batches_have_that_order_too() -> None:
+    """The lengths are on the device: no section, a counter of tiles, and rows may follow the last key."""
+    used = array(2, dtype=INT32)
+    even = problem(causal=True, q=4096, k=4096)
+    p = problem(causal=True, q=4096, k=4096, seqused_k=used, leftpad_q=used, return_lse=True)
+    config = hopper.choose(p, "sm_90a")
+    assert config == hopper.choose(even, "sm_90a"), "the lengths change no configuration"
+    assert (even.lengths, p.lengths, p.clear_rest) == ((), ("seqused_k", "leftpad_q"), 3)
+    assert hopper.values(even, config, True)["lengths"] == 0 and hopper.counter_at(even) == 0
+    values = hopper.values(p, config, True)
+    assert (values["lengths"], values["section"], values["total_q"]) == (1, 1, 0)
+    assert hopper.counter_at(p) == hopper.params.fields["tile_counter"].at
+    assert hopper.map_arguments(p, config) == hopper.map_arguments(even, config)
+    assert problem(seqused_k=used).clear_rest == 0, "all queries count"
+    assert problem(leftpad_q=used, out=array(2, 300, 8, 128)).clear_rest == 0, "a given out keeps its other rows"
 
 
 def test_maps_of_a_dense_problem() -> None:

@@ -156,14 +156,15 @@ def test_a_first_reading_takes_three_minutes() -> None:
 
 
 def readme_examples() -> dict[str, str]:
-    """The README's Python blocks by the library that they show, or as "moe" (a mixture of experts) and "packed"."""
+    """The README's Python blocks by the library that they show, or as "moe", "packed" and "padded"."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     found = {}
     for block in blocks:
         lines = re.findall(r"^import (\w+)", block, re.MULTILINE)
         shown = (name for name in ("cupy", "torch", "jax", "numpy") if name in lines)
-        key = "moe" if "fused_moe" in block else "packed" if "varlen" in block else next(shown)
+        kinds = (("moe", "fused_moe"), ("packed", "varlen"), ("padded", "leftpad"))
+        key = next((kind for kind, word in kinds if word in block), None) or next(shown)
         assert key not in found
         found[key] = block
     return found
@@ -174,6 +175,7 @@ def readme_examples() -> dict[str, str]:
     [
         "numpy",
         "moe",
+        "padded",
         pytest.param("jax", marks=pytest.mark.jax),
         pytest.param("torch", marks=pytest.mark.torch),
         pytest.param("packed", marks=pytest.mark.torch),
@@ -185,7 +187,7 @@ def test_readme_example_runs(library: str) -> None:
     if library == "moe":
         python(readme_examples()[library] + "assert out.shape == x.shape and ids.shape == (100, 2)\n")
         return
-    room = "torch" if library == "packed" else library
+    room = {"packed": "torch", "padded": "numpy"}.get(library, library)
     check = (
         f"assert type(out).__module__.split('.')[0].removesuffix('lib') == {room!r}, type(out)\n"
         "assert out.shape[-1] == v.shape[-1]\n"
@@ -195,7 +197,7 @@ def test_readme_example_runs(library: str) -> None:
     python(readme_examples()[library] + check)
 
 
-@pytest.mark.parametrize(("name", "others"), [("flash_attention", 9), ("fused_moe", 4), ("moe_route", 3)])
+@pytest.mark.parametrize(("name", "others"), [("flash_attention", 10), ("fused_moe", 4), ("moe_route", 3)])
 def test_help_says_what_names_of_other_libraries_mean(name: str, others: int) -> None:
     """As the TypeError for each of them does."""
     function = getattr(flashmoe_cupy, name)

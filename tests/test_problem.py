@@ -64,7 +64,7 @@ def test_dense_fields() -> None:
     assert (p.out_strides, p.lse_strides) == ((640, 128, 32), (20, 5))
     assert (p.causal, p.window_left, p.window_right) == (False, -1, -1)
     assert (p.alibi, p.bias_dtype, p.sinks_dtype) == (0, None, None)
-    assert (p.varlen, p.total_q, p.total_k, p.has_seqused_q, p.has_seqused_k) == (False, 10, 14, False, False)
+    assert (p.varlen, p.total_q, p.total_k, p.lengths, p.even) == (False, 10, 14, (), True)
     assert p.describe() == "attention bf16 b2 q5 k7 h4/2 d64/32"
 
 
@@ -89,9 +89,9 @@ def test_varlen_fields() -> None:
     assert (p.varlen, p.batch, p.total_q, p.total_k, p.seqlen_q, p.seqlen_k) == (True, 3, 12, 20, 6, 9)
     assert (p.q_strides, p.k_strides, p.v_strides) == ((0, 256, 64), (0, 128, 64), (0, 64, 32))
     assert (p.out_strides, p.lse_strides) == ((0, 128, 32), (0, 12))
-    assert (p.has_seqused_q, p.has_seqused_k, p.alibi, p.alibi_stride_b, p.sinks_dtype) == (False, True, 2, 4, BF16)
+    assert (p.lengths, p.even, p.alibi, p.alibi_stride_b, p.sinks_dtype) == (("seqused_k",), False, 2, 4, BF16)
     assert p.describe() == "attention varlen bf16 b3 q6 k9 h4/2 d64/32 total12/20 causal alibi-per-batch sinks seqused"
-    assert packed(seqused_q=used).has_seqused_q
+    assert packed(seqused_q=used).lengths == ("seqused_q",)
 
 
 @pytest.mark.parametrize(

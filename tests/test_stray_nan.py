@@ -164,7 +164,7 @@ def test_docstrings_say_what_counts() -> None:
     dense = words(inspect.getdoc(flashmoe_cupy.flash_attention))
     packed = words(inspect.getdoc(flashmoe_cupy.flash_attention_varlen))
     assert "k and v of a key that causal, window_size or bias hides from a query must be finite" in dense
-    assert "beyond the arrays or in another sequence, head or batch never counts, NaN included" in dense
+    assert "beyond the arrays, in padding or in another head or batch entry never counts, NaN included" in dense
     assert "All others: as in `flash_attention`" in packed
     assert "What rows of no sequence hold in q, k and v never counts, NaN included" in packed
     truth = words(attention_head.__doc__)

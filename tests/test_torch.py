@@ -10,6 +10,7 @@ import pytest
 from flashmoe_cupy import reference
 from flashmoe_cupy._types import Layout
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.plan.attention.problem import PADDING
 from flashmoe_cupy.testing import TOLERANCES, AttentionCase, VarlenCase, compare_lse, within_tolerance
 
 torch = pytest.importorskip("torch")
@@ -27,6 +28,7 @@ CASES = [
     AttentionCase(33, 70, heads_q=4, heads_k=2, head_dim=64, head_dim_v=32, dtype="bfloat16", causal=True),
     AttentionCase(24, 40, dtype="float32", softcap=5.0, softmax_scale=0.3, bias="h1k", alibi="h", sinks="float32"),
     AttentionCase(17, 19, dtype="float16", bias="b1qk", bias_dtype="bool", window_size=(9, 2)),
+    AttentionCase(33, 40, used_q=(33, 9), used_k=(40, 12), left_q=(5, 0), left_k=(2, 10), causal=True, heads_q=4),
 ]
 VARLEN = VarlenCase(
     (5, 0, 13, 7), (9, 3, 0, 21), used_q=(4, 0, 13, 7), used_k=(9, 2, 0, 17), tail_q=3, tail_k=2, heads_q=4,
@@ -67,7 +69,7 @@ def _dense_arguments(
     given: dict[str, Any], case: AttentionCase, layout: str = "bshd", lse: bool = True
 ) -> tuple[Any, ...]:
     """All arguments of the operator, in the schema's order."""
-    extra = [given.get(name) for name in ("sinks", "alibi_slopes", "bias")]
+    extra = [given.get(name) for name in ("sinks", "alibi_slopes", "bias", *PADDING)]
     scalars = (case.causal, case.window_size, case.softmax_scale, case.softcap)
     return (given["q"], given["k"], given["v"], *scalars, *extra, layout, lse)
 

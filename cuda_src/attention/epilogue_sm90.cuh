@@ -56,19 +56,38 @@ struct AttentionEpilogueSm90 {
     }
   }
 
-  // One warp of each block. Rows of packed arrays that are no sequence's become 0 in out, -inf in lse.
+  // One warp of each block. Rows that are no sequence's become 0 in out, -inf in lse. Of packed arrays a block
+  // takes whole gaps, which are short; of padded ones some rows of each batch entry.
   FM_DEVICE static void clear_rest(const Params& p) {
-    for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x) {
-      for (auto [row, end] = PackedKeys::gap(p, gap); row < end; ++row)
-        for (int head = 0; head < p.heads_q; ++head) {
-          uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + row * p.out_stride_s +
-                                                  head * p.out_stride_h);
-          if (p.clear_rest & kClearOut)
-            for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32)
-              g_row[chunk] = make_uint4(0, 0, 0, 0);
-          if ((p.clear_rest & kClearLse) && lane_id() == 0) p.lse[head * p.lse_stride_h + row] = -infinity();
-        }
+    if (p.lengths == kPackedLengths) {
+      for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x)
+        clear_rows(p, 0, PackedKeys::gap(p, gap));
+      return;
     }
+    const int parts = div_up(p.seqlen_q, kClearedRows);
+    for (i64 part = blockIdx.x; part < static_cast<i64>(parts) * p.batch; part += gridDim.x) {
+      const int batch = part / parts, begin = part % parts * kClearedRows;
+      const int end = min(begin + kClearedRows, p.seqlen_q);
+      const Rows counted = DenseKeys::queries(p, batch);
+      clear_rows(p, batch, {begin, min(end, counted.begin)});
+      clear_rows(p, batch, {max(begin, counted.end), end});
+    }
+  }
+
+ private:
+  enum { kClearedRows = 16 };  // enough of them to hide the look at the lengths
+
+  FM_DEVICE static void clear_rows(const Params& p, int batch, Rows rows) {
+    for (int row = rows.begin; row < rows.end; ++row)
+      for (int head = 0; head < p.heads_q; ++head) {
+        uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + batch * p.out_stride_b +
+                                                row * p.out_stride_s + head * p.out_stride_h);
+        if (p.clear_rest & kClearOut)
+          for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32)
+            g_row[chunk] = make_uint4(0, 0, 0, 0);
+        if ((p.clear_rest & kClearLse) && lane_id() == 0)
+          p.lse[batch * p.lse_stride_b + head * p.lse_stride_h + row] = -infinity();
+      }
   }
 };
 

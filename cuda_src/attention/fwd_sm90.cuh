@@ -387,7 +387,7 @@ struct AttentionFwdSm90 {
   // Every consumer does it for itself before its product; that another one does the same at the same time
   // changes nothing.
   FM_DEVICE static int tail_rows(const Params& p, const Work& w, int n) {
-    return p.ragged ? max(0, (n + 1) * kBlockN - w.band.cols) : 0;
+    return !Keys::even(p) ? max(0, (n + 1) * kBlockN - w.band.cols) : 0;
   }
   FM_DEVICE static void clear_tail(u32 s_base, int consumer, const RingKV& v, int rows) {
     clear_last_rows<TileV>(s_base + Smem::kV + v.stage * TileV::kBytes, rows, kTailCleared + consumer);

@@ -1,7 +1,8 @@
 // Where the queries and keys of a sequence lie in their arrays. An attention kernel has one type Keys. It
 // asks that type, and looks neither at cu_seqlens nor at the coordinates of a tensor map itself:
 //
-//   even(p)              every sequence is like each(p): then a tile's number says where it lies
+//   even(p)              every sequence is like each(p): then a tile's number says where it lies, and no row
+//                        follows the last key
 //   sequence(p, batch)   the rows of one sequence, where they differ
 //   map_batch(p, batch)  its last coordinate in the tensor maps of q, k, v and out
 //   load_queries<Tile>(p, work, s_tile, s_full, row)         one thread lets the copy engine fetch queries,
@@ -34,36 +35,50 @@ concept AttentionKeys = requires(const AttentionFwdSm90Params& p, int batch) {
   K::even(p) && K::each(p).seqlen_q && K::sequence(p, batch).seqlen_k && K::map_batch(p, batch);
 };
 
-// One sequence after the other along a batch dimension, all of the same lengths.
+// Rows begin .. end - 1.
+struct Rows {
+  int begin, end;
+  FM_DEVICE int count() const { return end - begin; }
+};
+
+// One sequence after the other along a batch dimension, each with seqlen_q and seqlen_k rows, of which some
+// may be padding: rows leftpad .. seqused - 1 count.
 struct DenseKeys {
   FM_DEVICE static Sequence each(const AttentionFwdParams& p) { return {0, 0, p.seqlen_q, p.seqlen_k}; }
+  FM_DEVICE static Sequence sequence(const AttentionFwdParams& p, int batch) {
+    const Rows q = queries(p, batch), k = keys(p, batch);
+    return {q.begin, k.begin, q.count(), k.count()};
+  }
+  FM_DEVICE static Rows queries(const AttentionFwdParams& p, int batch) {
+    return counted(p.leftpad_q, p.seqused_q, batch, p.seqlen_q);
+  }
+  FM_DEVICE static Rows keys(const AttentionFwdParams& p, int batch) {
+    return counted(p.leftpad_k, p.seqused_k, batch, p.seqlen_k);
+  }
   FM_DEVICE static int map_batch(int batch) { return batch; }
+
+ private:
+  // Whatever the numbers are, the rows lie in the array.
+  FM_DEVICE static Rows counted(const int* leftpad, const int* seqused, int batch, int seqlen) {
+    const int begin = leftpad == nullptr ? 0 : min(max(leftpad[batch], 0), seqlen);
+    return {begin, seqused == nullptr ? seqlen : max(min(seqused[batch], seqlen), begin)};
+  }
 };
 
 // All sequences in one array of tokens: rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1 are those of sequence b,
 // the first seqused[b] count.
 struct PackedKeys {
   FM_DEVICE static Sequence sequence(const AttentionFwdParams& p, int batch) {
-    Sequence found = rows(p, batch);
-    shorten(p, batch, found);
-    return found;
-  }
-  FM_DEVICE static Sequence rows(const AttentionFwdParams& p, int batch) {
     const int q_row = p.cu_seqlens_q[batch], k_row = p.cu_seqlens_k[batch];
-    return {q_row, k_row, p.cu_seqlens_q[batch + 1] - q_row, p.cu_seqlens_k[batch + 1] - k_row};
-  }
-  template <class Row>
-  FM_DEVICE static void shorten(const AttentionFwdParams& p, int batch, SequenceOf<Row>& found) {
-    if (p.seqused_q != nullptr) found.seqlen_q = min(found.seqlen_q, p.seqused_q[batch]);
-    if (p.seqused_k != nullptr) found.seqlen_k = min(found.seqlen_k, p.seqused_k[batch]);
+    int seqlen_q = p.cu_seqlens_q[batch + 1] - q_row, seqlen_k = p.cu_seqlens_k[batch + 1] - k_row;
+    if (p.seqused_q != nullptr) seqlen_q = min(seqlen_q, p.seqused_q[batch]);
+    if (p.seqused_k != nullptr) seqlen_k = min(seqlen_k, p.seqused_k[batch]);
+    return {q_row, k_row, max(seqlen_q, 0), max(seqlen_k, 0)};
   }
   FM_DEVICE static int map_batch(int) { return 0; }
 
-  // The rows begin .. end - 1 of q and out that are no sequence's: gap 0 lies before the first sequence, gap
-  // b behind what counts of sequence b - 1.
-  struct Rows {
-    int begin, end;
-  };
+  // The rows of q and out that are no sequence's: gap 0 lies before the first sequence, gap b behind what
+  // counts of sequence b - 1.
   FM_DEVICE static Rows gap(const AttentionFwdSm90Params& p, int gap) {
     int begin = 0;
     if (gap > 0) {
@@ -76,23 +91,19 @@ struct PackedKeys {
 
 // Either of them, as the call has it: one compiled kernel serves both.
 struct RowKeys {
-  FM_DEVICE static bool even(const AttentionFwdParams& p) { return p.cu_seqlens_q == nullptr; }
+  FM_DEVICE static bool even(const AttentionFwdParams& p) { return p.lengths == kEvenLengths; }
+  FM_DEVICE static bool packed(const AttentionFwdParams& p) { return p.lengths == kPackedLengths; }
   FM_DEVICE static Sequence each(const AttentionFwdParams& p) { return DenseKeys::each(p); }
   FM_DEVICE static Sequence sequence(const AttentionFwdParams& p, int batch) {
-    return PackedKeys::sequence(p, batch);
+    return packed(p) ? PackedKeys::sequence(p, batch) : DenseKeys::sequence(p, batch);
   }
   // For kernels that ask for one sequence and not for all in turn: q_row is that of its query m0.
   FM_DEVICE static SequenceOf<i64> sequence_from(const AttentionFwdParams& p, int batch, int m0) {
-    SequenceOf<i64> found = {m0, 0, p.seqlen_q, p.seqlen_k};
-    if (!even(p)) {
-      const Sequence packed = PackedKeys::rows(p, batch);
-      found = {found.q_row + packed.q_row, packed.k_row, packed.seqlen_q, packed.seqlen_k};
-    }
-    PackedKeys::shorten(p, batch, found);
-    return found;
+    const Sequence found = even(p) ? each(p) : sequence(p, batch);
+    return {static_cast<i64>(found.q_row) + m0, found.k_row, found.seqlen_q, found.seqlen_k};
   }
   FM_DEVICE static int map_batch(const AttentionFwdParams& p, int batch) {
-    return even(p) ? DenseKeys::map_batch(batch) : PackedKeys::map_batch(batch);
+    return packed(p) ? PackedKeys::map_batch(batch) : DenseKeys::map_batch(batch);
   }
 
   // row: of the tile of queries, whose rows are those of packed heads.

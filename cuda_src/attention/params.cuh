@@ -5,6 +5,9 @@
 
 namespace fm {
 
+// Where the rows of a sequence lie that count: all rows of a batch entry; some, which seqused and leftpad say;
+// rows of a packed array, which cu_seqlens say.
+enum Lengths : int { kEvenLengths = 0, kPaddedLengths = 1, kPackedLengths = 2 };
 // section: one head after the other.
 enum Section : int { kHeadByHead = 0 };
 // Bits of clear_rest: what happens to the rows that belong to no sequence.
@@ -15,8 +18,9 @@ struct AttentionFwdParams {
   void* out;
   float* lse;                                // natural logarithm; null: not wanted
   const void *bias, *alibi_slopes, *sinks;   // null: none
-  const int *cu_seqlens_q, *cu_seqlens_k;    // null: every sequence has seqlen_q, seqlen_k
-  const int *seqused_q, *seqused_k;          // rows of a sequence that count; null: all
+  const int *cu_seqlens_q, *cu_seqlens_k;    // of packed sequences
+  const int *seqused_q, *seqused_k;          // the first of a sequence's rows behind those that count; null: none
+  const int *leftpad_q, *leftpad_k;          // the first of a batch entry's rows that counts; null: 0
   i64 q_stride_b, q_stride_s, q_stride_h;
   i64 k_stride_b, k_stride_s, k_stride_h;
   i64 v_stride_b, v_stride_s, v_stride_h;
@@ -29,6 +33,7 @@ struct AttentionFwdParams {
   int m_blocks, v_blocks;                    // tiles along the queries of a head; tiles along head_dim_v
   int alibi_stride_b, bias_dtype;            // alibi_stride_b: 0 where all of the batch have the same slopes
   int sinks_dtype, aligned;                  // aligned: rows of q, k, v, out start at multiples of 16 bytes
+  int lengths;                               // one of Lengths
   float softmax_scale, softcap;              // softcap: 0 is none
 };
 
@@ -36,9 +41,8 @@ struct AttentionFwdParams {
 struct AttentionFwdSm90Params : AttentionFwdParams {
   int tiles, batch;      // tiles: m_blocks * v_blocks * heads_q * batch; the most that packed sequences have
   int section;           // heads worked on together, so many that L2 holds their keys; or kHeadByHead
-  int ragged;            // 1: rows that exist may follow the last key of a sequence
   int* tile_counter;     // two zeros, left as zeros: blocks take tiles by it; null: each counts alone
-  int total_q;           // rows of q and out, of packed sequences
+  int total_q;           // rows of q and out, of packed sequences; else 0
   int clear_rest;        // bits of ClearRest
   int pack_bits;         // 2^pack_bits heads share tiles: row r: query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];        // of SoftcapExponent in math/softmax.cuh

@@ -9,6 +9,7 @@
 //               multiplied by p.query_scale first
 // A new expression on scores is a new struct here (or in a generated translation unit); no kernel changes.
 #pragma once
+#include "attention/keys.cuh"
 #include "attention/params.cuh"
 #include "math/softmax.cuh"
 #include "tile/mask.cuh"
@@ -94,7 +95,10 @@ struct ModifiedScores {
     }
     if constexpr (kBias) {
       if (p.bias != nullptr) {
-        const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h;
+        // Row 0 and column 0 of the band are the first that count.
+        const Sequence found = DenseKeys::sequence(p, batch);
+        const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h + found.q_row * p.bias_stride_q +
+                         found.k_row * p.bias_stride_k;
         auto add = [&](auto* g_bias, auto convert) {
           for_each_score(r_s, row, col, [&](float& s, int i, int j) {
             if (i < band.rows && j < band.cols)

@@ -45,18 +45,20 @@ def attention(
     cu_seqlens_k: Array | None = None,
     seqused_q: Array | None = None,
     seqused_k: Array | None = None,
+    leftpad_q: Array | None = None,
+    leftpad_k: Array | None = None,
 ) -> None:
     """Write the attention of a validated problem into out and, unless None, lse.
 
     q (batch, seqlen_q, heads_q, head_dim), k, v and out in the same axis order, or packed (total, heads, dim) when
     problem.varlen; bfloat16, float16 or float32 with any strides. lse (batch, heads_q, seqlen_q) or (heads_q, total_q),
     float32. bias broadcasts to (batch, heads_q, seqlen_q, seqlen_k). Rows with no visible key get 0 and -inf (the sink
-    with sinks); rows outside the sequences are not written. Raises UnsupportedProblem for offsets that do not fit the
-    arrays or the given maxima.
+    with sinks); rows that do not count are not written. Raises UnsupportedProblem for offsets and lengths that do not
+    fit the arrays or the given maxima.
     """
     if problem.heads_q == 0:
         return
-    plain = bias is None and alibi_slopes is None and sinks is None and not problem.varlen
+    plain = bias is None and alibi_slopes is None and sinks is None and problem.even
     if plain and attend_small(problem, q, k, v, out, lse):
         return
     slopes = sink = None
@@ -64,11 +66,23 @@ def attention(
         slopes = np.broadcast_to(alibi_slopes.astype(np.float32), (problem.batch, problem.heads_q))
     if sinks is not None:
         sink = sinks.astype(np.float32)
-    if not problem.varlen:
+    why: dict[str, str] = {}
+    if problem.even:
         work = list(_tiles(Sequences(problem, q, k, v, out, lse, _four(bias), slopes, sink)))
+    elif not problem.varlen:
+        work = []
+        counts_q = _counted(problem.seqlen_q, "q", problem.batch, leftpad_q, seqused_q, why)
+        counts_k = _counted(problem.seqlen_k, "k", problem.batch, leftpad_k, seqused_k, why)
+        if why:
+            raise UnsupportedProblem(problem.describe(), [*why], "; ".join(why.values()))
+        for b, (rows, keys) in enumerate(zip(counts_q, counts_k, strict=True)):
+            one = slice(b, b + 1)
+            own = (q[one, rows], k[one, keys], v[one, keys], out[one, rows])
+            own_lse = None if lse is None else lse[one, :, rows]
+            own_slopes = None if slopes is None else slopes[one]
+            work += _tiles(Sequences(problem, *own, own_lse, _part(_four(bias), one, rows, keys), own_slopes, sink))
     else:
         work = []
-        why: dict[str, str] = {}
         spans_q = _spans(problem, "q", cu_seqlens_q, seqused_q, why)
         spans_k = _spans(problem, "k", cu_seqlens_k, seqused_k, why)
         if why:
@@ -86,6 +100,31 @@ def attention(
 def _four(bias: Array | None) -> Array | None:
     """bias with all four axes; along those of size 1 it is the same everywhere."""
     return None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+
+
+def _part(bias: Array | None, batch: slice, rows: slice, keys: slice) -> Array | None:
+    """A part of a bias with four axes, which stays 1 along those where it is the same."""
+    if bias is None:
+        return None
+    cuts = batch, slice(None), rows, keys
+    return bias[tuple([slice(None) if n == 1 else cut for n, cut in zip(bias.shape, cuts, strict=True)])]
+
+
+def _counted(
+    seqlen: int, side: str, batch: int, leftpad: Array | None, seqused: Array | None, why: dict[str, str]
+) -> list[slice]:
+    """The rows of each batch entry that count. The lengths are in host memory here, so they are checked."""
+    begins: list[int] = [0] * batch if leftpad is None else leftpad.tolist()
+    ends: list[int] = [seqlen] * batch if seqused is None else seqused.tolist()
+    if any(not 0 <= begin <= end <= seqlen for begin, end in zip(begins, ends, strict=True)):
+        names = " and ".join(
+            name for name, x in ((f"leftpad_{side}", leftpad), (f"seqused_{side}", seqused)) if x is not None
+        )
+        reason = f"{names} must lie between 0 and {seqlen}, the rows of {side}"
+        if leftpad is not None and seqused is not None:
+            reason += ", and leftpad must not be larger than seqused"
+        why[reason] = f"rows leftpad_{side} ... seqused_{side} - 1 of an entry count"
+    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
 
 def _spans(

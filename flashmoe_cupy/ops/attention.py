@@ -11,7 +11,7 @@ from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Wind
 from flashmoe_cupy.dtypes import FP32
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
-from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
+from flashmoe_cupy.plan.attention.problem import PADDING, AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.plan.checks import need_ranks
 from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
 from flashmoe_cupy.plan.step import Step, same
@@ -55,6 +55,10 @@ def flash_attention(
     sinks: Any = None,
     alibi_slopes: Any = None,
     bias: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    leftpad_q: Any = None,
+    leftpad_k: Any = None,
     layout: Layout = "bshd",
     return_lse: bool = False,
     out: Any = None,
@@ -80,20 +84,27 @@ def flash_attention(
     bias: 2 to 4 dimensions that broadcast to (batch, heads_q, seqlen_q, seqlen_k), with missing ones in front, as in
         NumPy; one number per key is (1, seqlen_k). q's dtype or float32 is added to the scores, bool keeps the pairs
         that are True. Any strides.
+    seqused_q, seqused_k, leftpad_q, leftpad_k: (batch,) int32 on q's device, for batches with padding. Of entry b only
+        rows leftpad[b] ... seqused[b] - 1 count; None = from the first row, or to the last. causal, window_size and
+        alibi_slopes are aligned at the ends of what counts; bias keeps the places of the arrays. They are read on the
+        device, so nothing waits for them, and what they leave out costs nothing. Numbers that are no rows are taken as
+        the nearest row; in host memory they are refused.
     out: array of q's library for the result, overwritten; None = a new one. Not for JAX, whose arrays are immutable.
+        Rows of q that do not count are left alone in it.
 
     Returns out (batch, seqlen_q, heads_q, head_dim_v) in q's dtype and layout; with return_lse also the float32 natural
     logarithm of the softmax's denominator, (batch, heads_q, seqlen_q), sinks included. A query that sees no key gives
-    out 0 and lse -inf (with sinks: the sink). The same inputs give the same bits in every run.
+    out 0 and lse -inf (with sinks: the sink); a row of q that does not count 0 and -inf. The same inputs give the same
+    bits in every run.
 
     Hidden keys: k and v of a key that causal, window_size or bias hides from a query must be finite. On GPUs such a key
     may lie in a tile with others that the query sees; it then has weight 0, and 0 * NaN is NaN. NumPy leaves it out.
-    What lies beyond the arrays or in another sequence, head or batch never counts, NaN included; only the last bit of a
-    result may depend on it.
+    What lies beyond the arrays, in padding or in another head or batch entry never counts, NaN included; only the last
+    bit of a result may depend on it.
 
     Names elsewhere: is_causal is causal; scale and sm_scale are softmax_scale; mask, attn_mask and attn_bias are bias;
-    sliding_window and local_window_size are window_size; s_aux is sinks. enable_gqa follows from the shapes, and there
-    is no dropout_p.
+    sliding_window and local_window_size are window_size; s_aux is sinks; key_value_seq_lengths is seqused_k. enable_gqa
+    follows from the shapes, and there is no dropout_p.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
     Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode.
@@ -104,9 +115,11 @@ def flash_attention(
     if unknown:
         raise no_argument(flash_attention, unknown)
     options = causal, window_size, softmax_scale, softcap, layout, return_lse
-    if sinks is None and alibi_slopes is None and bias is None and out is None:
+    plain = sinks is None and alibi_slopes is None and bias is None and out is None
+    if plain and seqused_q is None and seqused_k is None and leftpad_q is None and leftpad_k is None:
         return run(_DENSE, (q, k, v), options)
-    return run(_DENSE, (q, k, v), options, (sinks, alibi_slopes, bias), out)
+    others = sinks, alibi_slopes, bias, seqused_q, seqused_k, leftpad_q, leftpad_k
+    return run(_DENSE, (q, k, v), options, others, out)
 
 
 @overload
@@ -224,7 +237,8 @@ def _host(p: AttentionProblem, given: Mapping[str, Any], made: Mapping[str, Any]
 _ROWS = ("q", "k", "v", "out")
 _LSE = Output(FP32, fill=-np.inf)
 _POINTERS = same(
-    *_ROWS, "lse", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
+    *_ROWS, "lse", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+    "leftpad_q", "leftpad_k",
 )
 
 
@@ -239,8 +253,9 @@ def _operation(function: Any, arguments: tuple[str, ...], required: int, **diffe
 
 _DENSE = Call(
     _operation(
-        flash_attention, ("q", "k", "v", "sinks", "alibi_slopes", "bias"), 3, shapes=_dense_shapes,
-        make=attention_problem, batched={"q": 4, "k": 4, "v": 4, "alibi_slopes": 2, "bias": 4},
+        flash_attention, ("q", "k", "v", "sinks", "alibi_slopes", "bias", *PADDING), 3, shapes=_dense_shapes,
+        make=attention_problem,
+        batched={"q": 4, "k": 4, "v": 4, "alibi_slopes": 2, "bias": 4} | dict.fromkeys(PADDING, 1),
     )
 )
 _PACKED = Call(

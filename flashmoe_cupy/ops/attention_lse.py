@@ -12,7 +12,7 @@ from flashmoe_cupy.dtypes import FP32
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan.attention.lse import VALUE_COLUMNS, lse_problem
-from flashmoe_cupy.plan.attention.problem import AttentionProblem
+from flashmoe_cupy.plan.attention.problem import PADDING, AttentionProblem
 from flashmoe_cupy.plan.checks import need_ranks
 from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
 from flashmoe_cupy.plan.step import Step, same
@@ -37,6 +37,10 @@ def attention_lse(
     sinks: Any = None,
     alibi_slopes: Any = None,
     bias: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    leftpad_q: Any = None,
+    leftpad_k: Any = None,
     layout: Layout = "bshd",
     **unknown: object,
 ) -> Any:
@@ -46,9 +50,9 @@ def attention_lse(
     head_dim); layout="bhsd" swaps axes 1, 2.
 
     Returns lse (batch, heads_q, seqlen_q), float32, the natural logarithm of the softmax's denominator, sinks included;
-    -inf for a query that sees no key. The same bits as those of `flash_attention` with these arguments are not
-    promised. It runs the kernel of that, with 16 bytes of workspace for each query and head (32 in float32).
-    Nothing is copied between host and device, and nothing waits.
+    -inf for a query that sees no key, and for one that does not count. The same bits as those of `flash_attention` with
+    these arguments are not promised. It runs the kernel of that, with 16 bytes of workspace for each query and head (32
+    in float32). Nothing is copied between host and device, and nothing waits.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing. There
     is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.
@@ -58,9 +62,8 @@ def attention_lse(
     if unknown:
         raise no_argument(attention_lse, unknown)
     options = causal, window_size, softmax_scale, softcap, layout
-    if sinks is None and alibi_slopes is None and bias is None:
-        return run(_CALL, (q, k), options)
-    return run(_CALL, (q, k), options, (sinks, alibi_slopes, bias))
+    others = sinks, alibi_slopes, bias, seqused_q, seqused_k, leftpad_q, leftpad_k
+    return run(_CALL, (q, k), options, others)
 
 
 def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -73,8 +76,9 @@ def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, 
 def _steps(p: AttentionProblem) -> tuple[list[Step], Workspace]:
     work = Workspace()
     work.add("out", p.batch * p.seqlen_q * p.heads_q * p.head_dim_v * p.dtype.itemsize)
-    arguments = same("q", "k", "out", "lse", "sinks", "alibi_slopes", "bias") | {"v": "k"}
-    return [Step("attention_fwd", p, arguments, {"clear_rest": p.clear_rest})], work
+    arguments = same("q", "k", "out", "lse", *_OPTIONAL) | {"v": "k"}
+    clears = {"lse": p.heads_q * p.total_q * FP32.itemsize} if p.clear_rest else {}
+    return [Step("attention_fwd", p, arguments, {"clear_rest": p.clear_rest}, clears)], work
 
 
 def _host(p: AttentionProblem, given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
@@ -84,15 +88,19 @@ def _host(p: AttentionProblem, given: Mapping[str, Any], made: Mapping[str, Any]
     if p.heads_first:  # the back end's axes are (batch, seq, heads, dim)
         q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
     out = np.empty((p.batch, p.seqlen_q, p.heads_q, p.head_dim_v), q.dtype)
-    rest = {name: given[name] for name in ("sinks", "alibi_slopes", "bias")}
-    attention(p, q, k, k[..., :VALUE_COLUMNS], out, made["lse"], **rest)
+    lse: Any = made["lse"]
+    if p.clear_rest:
+        lse[...] = -np.inf
+    attention(p, q, k, k[..., :VALUE_COLUMNS], out, lse, **{name: given[name] for name in _OPTIONAL})
 
+
+_OPTIONAL = "sinks", "alibi_slopes", "bias", *PADDING
 
 _CALL = Call(
     register(
         Operation(
             attention_lse,
-            ("q", "k", "sinks", "alibi_slopes", "bias"),
+            ("q", "k", *_OPTIONAL),
             2,
             {"lse": Output(FP32, fill=-np.inf)},
             _shapes,
@@ -102,7 +110,7 @@ _CALL = Call(
             _host,
             rows=("q", "k"),
             empty=lambda p: p.empty,
-            batched={"q": 4, "k": 4, "alibi_slopes": 2, "bias": 4},
+            batched={"q": 4, "k": 4, "alibi_slopes": 2, "bias": 4} | dict.fromkeys(PADDING, 1),
         )
     )
 )

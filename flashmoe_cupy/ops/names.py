@@ -22,6 +22,8 @@ _ATTENTION = {
     "return_attn_probs": "return_lse", "return_residual": "return_lse", "return_softmax_lse": "return_lse",
     "s_aux": "sinks", "sink": "sinks", "learnable_sink": "sinks",
     "logits_soft_cap": "softcap", "logit_softcap": "softcap", "soft_cap": "softcap", "logit_cap": "softcap",
+    "query_seq_lengths": "seqused_q", "key_value_seq_lengths": "seqused_k", "cache_leftpad": "leftpad_k",
+    "cache_seqlens": "seqused_k", "key_padding_mask": "seqused_k, or leftpad_k for padding in front",
     "qkv_layout": "layout='bshd' or 'bhsd'",
 }  # fmt: skip
 _ATTENTION_ELSE = {

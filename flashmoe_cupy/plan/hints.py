@@ -41,6 +41,9 @@ _ONE: Topics = (
     (rf"^[qkv] must have 4.*{_THREE}", "one sequence is a batch of one: q[None], k[None], v[None], and [0] of the "
      "result; for packed sequences there is flash_attention_varlen"),
 )  # fmt: skip
+_PADDING: Topics = (
+    (r"^(seqused|leftpad)", "seqused and leftpad are (batch,) int32; rows leftpad ... seqused - 1 of an entry count"),
+)  # fmt: skip
 _SIZES = r"^batch sizes|sequence length|number of rows|^[qkv] must have|^a dimension|number of heads"
 ATTENTION: dict[str, Topics] = {
     "bshd": (
@@ -49,6 +52,7 @@ ATTENTION: dict[str, Topics] = {
         (r"^layout", "layout='bshd' is (batch, seqlen, heads, head_dim), 'bhsd' (batch, heads, seqlen, head_dim)"),
         *_QKV,
         (r"^bias", _BIAS),
+        *_PADDING,
         *_SHARED,
     ),
     "bhsd": (
@@ -56,6 +60,7 @@ ATTENTION: dict[str, Topics] = {
         *_ONE,
         *_QKV,
         (r"^bias", _BIAS),
+        *_PADDING,
         *_SHARED,
     ),
     "packed": (

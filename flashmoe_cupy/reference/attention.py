@@ -34,9 +34,18 @@ class _Cuts(NamedTuple):
     q: Callable[[Array], list[Array]]
     k: Callable[[Array], list[Array]]
     lse: Callable[[Array], list[Array]]
+    bias: Callable[[Array], list[Array]]  # of (batch, heads, seqlen_q, seqlen_k), in all heads
 
 
-_BATCH = _Cuts(list, list, list)  # (batch, seqlen, heads, dim) and (batch, heads, seqlen): the first axis
+
+
+class _Padding(NamedTuple):
+    """Which rows of a batch entry count: leftpad .. seqused - 1; None: from the first row, or to the last."""
+
+    seqused_q: AnyArray | None
+    seqused_k: AnyArray | None
+    leftpad_q: AnyArray | None
+    leftpad_k: AnyArray | None
 
 
 class _Call:
@@ -80,7 +89,7 @@ class _Call:
             v=self.cuts.k(self.v)[b][:, g],
             sink=None if self.sinks is None else float(self.sinks[h]),
             slope=None if self.slopes is None else float(self.slopes[b, h]),
-            bias=None if self.bias is None else self.bias[b, h],
+            bias=None if self.bias is None else self.cuts.bias(self.bias)[b][h],
         )
 
     def forward(self) -> tuple[Array, Array]:
@@ -120,7 +129,7 @@ class _Call:
                 if dsinks is not None:
                     dsinks[h] += grad.dsink
                 if dbias is not None:
-                    dbias[b, h] = grad.ds
+                    self.cuts.bias(dbias)[b][h] = grad.ds
         return dq, dk, dv, dsinks, dbias
 
 
@@ -192,7 +201,32 @@ def _packed(spans_q: list[slice], spans_k: list[slice]) -> _Cuts:
         q=lambda a: [a[rows] for rows in spans_q],
         k=lambda a: [a[rows] for rows in spans_k],
         lse=lambda a: [a[:, rows] for rows in spans_q],
+        bias=list,
     )
+
+
+def _padded(lengths: _Padding, seqlen_q: int, seqlen_k: int, batch: int) -> _Cuts:
+    rows = _counted(lengths.leftpad_q, lengths.seqused_q, seqlen_q, batch, "q")
+    keys = _counted(lengths.leftpad_k, lengths.seqused_k, seqlen_k, batch, "k")
+    return _Cuts(
+        q=lambda a: [one[own] for one, own in zip(a, rows, strict=True)],
+        k=lambda a: [one[own] for one, own in zip(a, keys, strict=True)],
+        lse=lambda a: [one[:, own] for one, own in zip(a, rows, strict=True)],
+        bias=lambda a: [one[:, own, its] for one, own, its in zip(a, rows, keys, strict=True)],
+    )
+
+
+def _counted(
+    leftpad: AnyArray | None, seqused: AnyArray | None, seqlen: int, batch: int, name: str
+) -> list[slice]:  # fmt: skip
+    """The rows of each batch entry that count."""
+    begins = [0] * batch if leftpad is None else [int(n) for n in np.asarray(leftpad)]
+    ends = [seqlen] * batch if seqused is None else [int(n) for n in np.asarray(seqused)]
+    if len(begins) != batch or len(ends) != batch:
+        raise ValueError(f"leftpad_{name} and seqused_{name} must have shape ({batch},)")
+    if any(not 0 <= begin <= end <= seqlen for begin, end in zip(begins, ends, strict=True)):
+        raise ValueError(f"0 <= leftpad_{name} <= seqused_{name} <= {seqlen} must hold, got {begins} and {ends}")
+    return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------- public
@@ -210,6 +244,10 @@ def flash_attention(
     sinks: AnyArray | None = None,
     alibi_slopes: AnyArray | None = None,
     bias: AnyArray | None = None,
+    seqused_q: AnyArray | None = None,
+    seqused_k: AnyArray | None = None,
+    leftpad_q: AnyArray | None = None,
+    leftpad_k: AnyArray | None = None,
     layout: str = "bshd",
     return_lse: bool = False,
 ) -> Any:
@@ -217,12 +255,15 @@ def flash_attention(
 
     k is (batch, seqlen_k, heads_k, head_dim), v (batch, seqlen_k, heads_k, head_dim_v); layout "bhsd" swaps axes 1 and
     2 of all. Any NumPy float dtype. bias broadcasts to (batch, heads_q, seqlen_q, seqlen_k); bool means True = attend.
+    Of batch entry b only rows leftpad[b] .. seqused[b] - 1 count, all four (batch,); causal, window and slopes are
+    aligned at the ends of what counts, and rows that do not count hold 0 and -inf.
     Returns out (batch, seqlen_q, heads_q, head_dim_v) in the same layout, or (out, lse) with lse (batch, heads_q,
     seqlen_q), natural logarithm. Raises ValueError for shapes or options that do not fit.
     """
     q, k, v = (_bshd(np.asarray(a), layout) for a in (q, k, v))
     _check_shapes(q, k, v, 4)
-    call = _Call(_BATCH, (q, k, v), causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias)
+    cuts = _padded(_Padding(seqused_q, seqused_k, leftpad_q, leftpad_k), q.shape[1], k.shape[1], len(q))
+    call = _Call(cuts, (q, k, v), causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias)
     out, lse = call.forward()
     return (_bshd(out, layout), lse) if return_lse else _bshd(out, layout)
 
@@ -247,6 +288,10 @@ def flash_attention_backward(
     sinks: AnyArray | None = None,
     alibi_slopes: AnyArray | None = None,
     bias: AnyArray | None = None,
+    seqused_q: AnyArray | None = None,
+    seqused_k: AnyArray | None = None,
+    leftpad_q: AnyArray | None = None,
+    leftpad_k: AnyArray | None = None,
     layout: str = "bshd",
     dlse: AnyArray | None = None,
 ) -> AttentionGradients:
@@ -258,7 +303,8 @@ def flash_attention_backward(
     """
     q, k, v, dout = (_bshd(np.asarray(a), layout) for a in (q, k, v, dout))
     _check_shapes(q, k, v, 4)
-    call = _Call(_BATCH, (q, k, v), causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias)
+    cuts = _padded(_Padding(seqused_q, seqused_k, leftpad_q, leftpad_k), q.shape[1], k.shape[1], len(q))
+    call = _Call(cuts, (q, k, v), causal, window_size, softmax_scale, softcap, sinks, alibi_slopes, bias)
     out = None if out is None else _bshd(np.asarray(out), layout)
     dq, dk, dv, dsinks, dbias = call.backward(dout, dlse, out, lse)
     if dbias is not None and bias is not None:

@@ -31,6 +31,7 @@ SIZES = (
          metavar="DTYPE", const="same"),
     Size("sinks", "--sinks", "flag", "attention sinks"),
     Size("varlen", "--varlen", "flag", "packed sequences (cu_seqlens)"),
+    Size("padded", "--padded", "flag", "batch entries with padding (seqused_q, seqused_k)"),
 )  # fmt: skip
 HEAD_DIM = Filter(
     "head_dim", "--head-dim", "positive", "only what calls with this head dimension need",
@@ -60,15 +61,17 @@ def explain_attention(
     bias: str | None = None,
     sinks: bool = False,
     varlen: bool = False,
+    padded: bool = False,
 ) -> Explanation:
     """`explain` for attention.
 
     seqlen_k, heads_k, head_dim_v: None = as seqlen_q, heads_q, head_dim. bias: None, "same" (q's dtype), "float32" or
     "bool", of shape (batch, heads_q, seqlen_q, seqlen_k). varlen: `batch` packed sequences of exactly these lengths.
+    padded: seqused_q and seqused_k come with the call; flops and bytes are those of no padding.
     """
     problem = problem_of(
         batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
-        softmax_scale, softcap, alibi, bias, sinks, varlen,
+        softmax_scale, softcap, alibi, bias, sinks, varlen, padded,
     )  # fmt: skip
     choices = [choice("attention_fwd", problem, name) for name in target_archs(arch)]
     pairs = visible_pairs(problem.seqlen_q, problem.seqlen_k, problem.window_left, problem.window_right)
@@ -97,7 +100,7 @@ def visible_pairs(seqlen_q: int, seqlen_k: int, left: int = -1, right: int = -1)
 def problem_of(
     batch: int, seqlen_q: int, seqlen_k: int | None, heads_q: int, heads_k: int | None, head_dim: int,
     head_dim_v: int | None, dtype: str, causal: bool, window_size: tuple[int, int], softmax_scale: float | None,
-    softcap: float, alibi: bool, bias: str | None, sinks: bool, varlen: bool,
+    softcap: float, alibi: bool, bias: str | None, sinks: bool, varlen: bool, padded: bool = False,
 ) -> Any:  # fmt: skip
     """The problem that a call with contiguous arrays of these sizes would make; the arrays do not exist."""
     from flashmoe_cupy import dtypes
@@ -106,7 +109,7 @@ def problem_of(
     check_sizes(
         {"batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "heads_q": heads_q, "heads_k": heads_k,
          "head_dim": head_dim, "head_dim_v": head_dim_v},
-        {"alibi": alibi, "sinks": sinks, "varlen": varlen}, ("seqlen_k", "heads_k", "head_dim_v"),
+        {"alibi": alibi, "sinks": sinks, "varlen": varlen, "padded": padded}, ("seqlen_k", "heads_k", "head_dim_v"),
     )  # fmt: skip
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     heads_k = heads_q if heads_k is None else heads_k
@@ -117,6 +120,7 @@ def problem_of(
     options["softcap"] = softcap
     options["sinks"] = array(dtypes.FP32, heads_q) if sinks else None
     options["alibi_slopes"] = array(dtypes.FP32, heads_q) if alibi else None
+    used = {name: array(dtypes.INT32, batch) for name in ("seqused_q", "seqused_k")} if padded else {}
     if varlen:
         if bias is not None:
             raise UnsupportedProblem("flash_attention_varlen", ["bias is not an argument of packed attention"])
@@ -129,6 +133,7 @@ def problem_of(
             max_seqlen_q=seqlen_q,
             max_seqlen_k=seqlen_k,
             **options,
+            **used,
         )
     if bias is not None:
         of = kind if bias == "same" else named_dtype(bias)
@@ -138,6 +143,7 @@ def problem_of(
         array(kind, batch, seqlen_k, heads_k, head_dim),
         array(kind, batch, seqlen_k, heads_k, dim_v),
         **options,
+        **used,
     )
 
 

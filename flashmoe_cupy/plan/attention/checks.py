@@ -117,7 +117,7 @@ def check_bias(why: list[str], x: View, dtype: DType, full: tuple[int, ...] | No
     return t[0], t[1], t[2], t[3]
 
 
-def check_lengths(why: list[str], cu_q: View, cu_k: View, used_q: View | None, used_k: View | None) -> int:
+def check_offsets(why: list[str], cu_q: View, cu_k: View) -> int:
     """The batch size, or -1 when the offsets do not tell it."""
     if cu_q.shape != cu_k.shape or len(cu_q.shape) != 1 or cu_q.shape[0] < 1:
         have = f"{cu_q.shape} and {cu_k.shape}"
@@ -125,16 +125,22 @@ def check_lengths(why: list[str], cu_q: View, cu_k: View, used_q: View | None, u
         batch = -1
     else:
         batch = cu_q.shape[0] - 1
-    for name, x in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k), ("seqused_q", used_q), ("seqused_k", used_k)):
-        if x is None:
-            continue
+    for name, x in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if x.dtype is not INT32:
             why.append(f"{name} has dtype {x.dtype}, which must be int32; {cast(name, x, 'int32')}")
-        if name[0] == "s" and (len(x.shape) != 1 or batch not in (-1, x.shape[0])):
+        check_last(why, name, x)
+    return batch
+
+
+def check_lengths(why: list[str], named: Sequence[tuple[str, View]], batch: int) -> None:
+    """Arrays with one int32 for each batch entry or sequence. batch: -1 where it is not known."""
+    for name, x in named:
+        if x.dtype is not INT32:
+            why.append(f"{name} has dtype {x.dtype}, which must be int32; {cast(name, x, 'int32')}")
+        if len(x.shape) != 1 or batch not in (-1, x.shape[0]):
             want = f"({batch},)" if batch >= 0 else "(batch,)"
             why.append(f"{name} must have shape {want}, but has {x.shape}")
         check_last(why, name, x)
-    return batch
 
 
 def longest(why: list[str], name: str, value: object) -> int:

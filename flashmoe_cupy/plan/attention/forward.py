@@ -111,6 +111,7 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
             "bias_dtype": _code(p.bias_dtype),
             "sinks_dtype": _code(p.sinks_dtype),
             "aligned": int(aligned),
+            "lengths": 0 if p.even else 2 if p.varlen else 1,  # of the enum Lengths
             "softmax_scale": p.softmax_scale,
             "softcap": p.softcap,
         }
@@ -220,8 +221,8 @@ class AttentionFwdSm90(AttentionFwd):
         if bits <= 0 or _variant_sm90(p) not in (PLAIN, *softcap.VARIANTS) or p.seqlen_q >= _MAX_PACKED_QUERIES:
             return 0
         rows = _mean(p.seqlen_q, p.total_q, p)
-        # Only the device knows the lengths of packed sequences: each ends with half a tile, on average.
-        single, packed = (r / 128 + 0.5 if p.varlen else -(-r // 128) for r in (rows, rows << bits))
+        # Uneven lengths, which only the device knows, end with half a tile each, on average.
+        single, packed = (-(-r // 128) if p.even else r / 128 + 0.5 for r in (rows, rows << bits))
         return bits if packed <= _WORTH_PACKING * single * 2**bits else 0
 
     def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
@@ -239,8 +240,8 @@ class AttentionFwdSm90(AttentionFwd):
         return min(sms, self.tiles(problem, config))
 
     def section(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
-        """How many heads are worked on together; see order.py. Packed sequences have an order of their own."""
-        if p.varlen or max(_window(p.window_left, p), _window(p.window_right, p)) < 0:
+        """How many heads are worked on together; see order.py. Uneven lengths have an order of their own."""
+        if not p.even or max(_window(p.window_left, p), _window(p.window_right, p)) < 0:
             return 1
         m_blocks, v_blocks = self.blocks(p, config)
         if m_blocks >= 2 * sms:
@@ -257,7 +258,6 @@ class AttentionFwdSm90(AttentionFwd):
             "tiles": self.tiles(p, config),
             "batch": p.batch,
             "section": self.section(p, config, sms),
-            "ragged": int(p.varlen),
             "tile_counter": 0,  # the launch stores the address of one
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": 0,
@@ -266,8 +266,8 @@ class AttentionFwdSm90(AttentionFwd):
         }
 
     def counter_at(self, p: AttentionProblem) -> int:
-        """Packed sequences want one: only the device knows their lengths, so no order of the host's could be even."""
-        return self.params.fields["tile_counter"].at if p.varlen else 0
+        """Uneven lengths want one: only the device knows them, so no order of the host's could be even."""
+        return 0 if p.even else self.params.fields["tile_counter"].at
 
     def map_arguments(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
         group, batch, (rows_q, rows_k) = _heads_per_key(p), 1 if p.varlen else p.batch, _rows(p)

@@ -16,6 +16,7 @@ from flashmoe_cupy.plan.attention.checks import (
     check_bias,
     check_heads,
     check_lengths,
+    check_offsets,
     check_scalars,
     check_sinks,
     longest,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
 
 
+PADDING = "seqused_q", "seqused_k", "leftpad_q", "leftpad_k"  # which rows of a batch entry count
 _MAX_TILE_ROWS = 256  # of the tiles of all kernels (plan/attention/tiles.py)
 
 
@@ -61,8 +63,7 @@ class AttentionProblem(NamedTuple):
     varlen: bool  # sequences are packed
     total_q: int  # rows of all entries or sequences
     total_k: int
-    has_seqused_q: bool
-    has_seqused_k: bool
+    lengths: tuple[str, ...] = ()  # the arrays that say which rows of an entry or sequence count: seqused_q and so on
     heads_first: bool = False  # arrays come as (batch, heads, seq, dim); strides are in the order above all the same
     clear_rest: int = 0  # rows that no sequence owns become, 1: in out 0, 2: in lse -inf, 3: both
 
@@ -70,6 +71,11 @@ class AttentionProblem(NamedTuple):
     def empty(self) -> bool:
         """Whether there is no query to compute."""
         return 0 in (self.batch, self.seqlen_q, self.heads_q, self.head_dim_v) or (self.varlen and not self.total_q)
+
+    @property
+    def even(self) -> bool:
+        """Whether every row of every entry counts, so that the host knows all lengths."""
+        return not self.varlen and not self.lengths
 
     @property
     def rows_aligned(self) -> bool:
@@ -108,8 +114,7 @@ class AttentionProblem(NamedTuple):
             words.append(f"bias-{self.bias_dtype.name}")
         if self.sinks_dtype is not None:
             words.append("sinks")
-        if self.has_seqused_q or self.has_seqused_k:
-            words.append("seqused")
+        words += [kind for kind in ("seqused", "leftpad") if any(name.startswith(kind) for name in self.lengths)]
         return " ".join(words)
 
 
@@ -125,6 +130,10 @@ def attention_problem(
     sinks: View | None = None,
     alibi_slopes: View | None = None,
     bias: View | None = None,
+    seqused_q: View | None = None,
+    seqused_k: View | None = None,
+    leftpad_q: View | None = None,
+    leftpad_k: View | None = None,
     layout: object = "bshd",
     return_lse: object = False,
     out: View | None = None,
@@ -132,6 +141,7 @@ def attention_problem(
     """Validate the arguments of `flash_attention`. Raises one UnsupportedProblem that holds every reason.
 
     q, k, v, out: rank 4 in the order of `layout`. bias: broadcastable to (batch, heads_q, seqlen_q, seqlen_k).
+    seqused_*, leftpad_*: (batch,) int32; what they hold stays on the device and is not looked at.
     Without `out` the strides are those of a fresh contiguous array in the same layout.
     """
     why: list[str] = []
@@ -156,6 +166,12 @@ def attention_problem(
         check_ranks(why, 4, (("q", q), ("k", k), ("v", v)))
     optional = (("sinks", sinks), ("alibi_slopes", alibi_slopes), ("bias", bias))
     others = [(name, x) for name, x in optional if x is not None]
+    padding: list[tuple[str, View]] = []
+    if seqused_q is not None or seqused_k is not None or leftpad_q is not None or leftpad_k is not None:
+        given = zip(PADDING, (seqused_q, seqused_k, leftpad_q, leftpad_k), strict=True)
+        padding = [(name, x) for name, x in given if x is not None]
+        check_lengths(why, padding, batch if known else -1)
+        others += padding
     if out is not None:
         others.append(("out", out))
         qt = out.strides
@@ -192,8 +208,8 @@ def attention_problem(
         causal=is_causal, window_left=left, window_right=right, softmax_scale=scale, softcap=cap, alibi=alibi,
         alibi_stride_b=alibi_stride_b, bias_dtype=None if bias is None else bias.dtype, bias_strides=bias_strides,
         sinks_dtype=None if sinks is None else sinks.dtype, varlen=False, total_q=batch * seqlen_q,
-        total_k=batch * seqlen_k, has_seqused_q=False, has_seqused_k=False,
-        heads_first=s == 2,
+        total_k=batch * seqlen_k, lengths=tuple([name for name, _ in padding]), heads_first=s == 2,
+        clear_rest=(out is None) + 2 * bool(return_lse) if seqused_q is not None or leftpad_q is not None else 0,
     )  # fmt: skip
 
 
@@ -236,9 +252,11 @@ def varlen_problem(
             why.append("a dimension is larger than 2**31 - 1")
     else:
         check_ranks(why, 3, (("q", q), ("k", k), ("v", v)))
-    batch = check_lengths(why, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    optional = (("seqused_q", seqused_q), ("seqused_k", seqused_k), ("sinks", sinks), ("alibi_slopes", alibi_slopes))
-    others = [("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)]
+    batch = check_offsets(why, cu_seqlens_q, cu_seqlens_k)
+    used = [(name, x) for name, x in (("seqused_q", seqused_q), ("seqused_k", seqused_k)) if x is not None]
+    check_lengths(why, used, batch)
+    optional = ("sinks", sinks), ("alibi_slopes", alibi_slopes)
+    others = [("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k), *used]
     others += [(name, x) for name, x in optional if x is not None]
     if out is not None:
         others.append(("out", out))
@@ -270,7 +288,7 @@ def varlen_problem(
         window_left=left, window_right=right, softmax_scale=scale, softcap=cap, alibi=alibi,
         alibi_stride_b=alibi_stride_b, bias_dtype=None, bias_strides=(0, 0, 0, 0),
         sinks_dtype=None if sinks is None else sinks.dtype, varlen=True, total_q=total_q, total_k=total_k,
-        has_seqused_q=seqused_q is not None, has_seqused_k=seqused_k is not None,
+        lengths=tuple([name for name, _ in used]),
         clear_rest=(out is None) + 2 * bool(return_lse),
     )  # fmt: skip
 
