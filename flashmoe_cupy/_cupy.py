@@ -29,6 +29,7 @@ _PARTS = {  # packages that each extra brings, for an installation whose metadat
     "13": ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"),
 }
 _lock = threading.Lock()
+_sound: Any = None  # CuPy, once it was imported and no other package of it was found
 _working: Any = None  # CuPy, once a driver answered it
 
 
@@ -37,6 +38,9 @@ def load(what: str = "a GPU") -> ModuleType:
 
     Raises DependencyError, which says what to install or which variable to set.
     """
+    global _sound
+    if _sound is not None and sys.modules.get("cupy") is _sound:
+        return _sound  # type: ignore[no-any-return]  # looking at all packages takes a millisecond
     wheels = installed()
     if len(wheels) > 1:
         raise DependencyError(
@@ -47,13 +51,14 @@ def load(what: str = "a GPU") -> ModuleType:
         with _lock:
             _choose_folder()
     try:
-        return import_module("cupy")
+        _sound = import_module("cupy")
     except Exception as error:  # whatever a broken or a half-installed package raises
         if not wheels:
             said = f"{what} needs CuPy, which is not installed"
         else:
             said = f"{what} needs CuPy, and {wheels[0]} does not import ({type(error).__name__}: {error})"
         raise DependencyError(f"{said}; repair: {repair()}") from error
+    return _sound
 
 
 def with_driver() -> Any:

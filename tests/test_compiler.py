@@ -174,6 +174,7 @@ def test_no_cupy_is_refused_with_the_repair(monkeypatch: pytest.MonkeyPatch) -> 
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(_cupy, "import_module", missing)
+    monkeypatch.setattr(_cupy, "_sound", None)
     monkeypatch.setattr(compiler, "_nvrtc_module", None)
     monkeypatch.setattr(compiler, "_version", None)
     monkeypatch.setattr(_cupy, "installed", list)
@@ -185,6 +186,7 @@ def test_no_cupy_is_refused_with_the_repair(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_two_cupy_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cupy, "_sound", None)
     monkeypatch.setattr(compiler, "_nvrtc_module", None)
     monkeypatch.setattr(compiler, "_version", None)
     monkeypatch.setattr(_cupy, "installed", lambda: ["cupy-cuda12x", "cupy-cuda13x"])
