@@ -39,8 +39,9 @@ def load(what: str = "a GPU") -> ModuleType:
     Raises DependencyError, which says what to install or which variable to set.
     """
     global _sound
-    if _sound is not None and sys.modules.get("cupy") is _sound:
-        return _sound  # type: ignore[no-any-return]  # looking at all packages takes a millisecond
+    known = sys.modules.get("cupy")
+    if known is not None and known is _sound:
+        return known  # to look at all packages takes a millisecond
     wheels = installed()
     if len(wheels) > 1:
         raise DependencyError(
@@ -51,14 +52,15 @@ def load(what: str = "a GPU") -> ModuleType:
         with _lock:
             _choose_folder()
     try:
-        _sound = import_module("cupy")
+        cupy = import_module("cupy")
     except Exception as error:  # whatever a broken or a half-installed package raises
         if not wheels:
             said = f"{what} needs CuPy, which is not installed"
         else:
             said = f"{what} needs CuPy, and {wheels[0]} does not import ({type(error).__name__}: {error})"
         raise DependencyError(f"{said}; repair: {repair()}") from error
-    return _sound
+    _sound = cupy
+    return cupy
 
 
 def with_driver() -> Any:

@@ -12,6 +12,7 @@ import pytest
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import CompileError
 from flashmoe_cupy.jit import cache, compiler, disk, source
+from flashmoe_cupy.jit.log import Compiled
 
 HEADERS = {
     "toy/kernel.cuh": '#pragma once\n#include "toy/params.cuh"\nnamespace fm { template <int N> struct Toy {\n'
@@ -37,13 +38,13 @@ class Fake:
 
     def __call__(
         self, tu: str, headers: Mapping[str, str], arch: str, options: Sequence[str], name: str = "kernel"
-    ) -> compiler.Compiled:
+    ) -> Compiled:
         self.count += 1
         time.sleep(self.seconds)
         if self.log:
             raise CompileError(f"{name} does not compile", self.log)
         body = repr((tu, sorted(headers.items()), arch, tuple(options))).encode()
-        return compiler.Compiled(b"\x7fELF" + body * 20, "the log", 32, 0, 0, 0, 256, 1.5, (), "the ptx")
+        return Compiled(b"\x7fELF" + body * 20, "the log", 32, 0, 0, 0, 256, 1.5, (), "the ptx")
 
 
 def fresh() -> None:

@@ -10,6 +10,7 @@ import pytest
 from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import CompileError, DependencyError
 from flashmoe_cupy.jit import compiler, source
+from flashmoe_cupy.jit.log import map_places, parse_log
 
 KERNEL = """#pragma once
 #include "toy/params.cuh"
@@ -137,7 +138,7 @@ def test_wgmma_remarks_are_seen() -> None:
 
 
 def test_a_log_of_two_functions_is_summed() -> None:
-    made = compiler.parse_log(
+    made = parse_log(
         "ptxas info    : Function properties for helper\n"
         "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
         "ptxas info    : Function properties for fm_entry\n"
@@ -154,7 +155,7 @@ def test_a_log_of_two_functions_is_summed() -> None:
 def test_places_outside_the_headers_keep_their_names() -> None:
     log = "toy/params.cuh(3): error: no\nother.cuh(4): warning #177-D: unused\n  f(2): error in text\n"
     log += '   instantiation of "f" at line 9 of toy/kernel.cuh\n   instantiation of "g" at line 8 of fm_entry.cu\n'
-    assert compiler.map_places(log, HEADERS) == (
+    assert map_places(log, HEADERS) == (
         "cuda_src/toy/params.cuh:3: error: no\nother.cuh:4: warning #177-D: unused\n  f(2): error in text\n"
         '   instantiation of "f" at cuda_src/toy/kernel.cuh:9\n   instantiation of "g" at fm_entry.cu:8\n'
     )

@@ -1,19 +1,21 @@
-"""NVRTC: source + headers + arch -> cubin and what ptxas said. No device, no driver, no disk.
+"""NVRTC: source + headers + arch -> cubin and what ptxas said (`jit.log`). No device, no driver, no disk.
 
 NVRTC is reached through `cupy.cuda.nvrtc` (importable, not documented: wrapped here and nowhere else).
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import CompileError, DependencyError
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.jit.log import Compiled
 
 # All that NVRTC would otherwise choose by itself is stated, so that a new version cannot change it in silence.
 OPTIONS: tuple[str, ...] = (
@@ -30,31 +32,6 @@ OPTIONS: tuple[str, ...] = (
 
 MINIMUM = (12, 4)  # older versions do not assemble fp8 mma.sync
 _FILE = "fm_entry.cu"  # of every program: the name stands in the cubin, which must not depend on it
-
-_REGISTERS = re.compile(r"Used (\d+) registers")
-_SMEM = re.compile(r"(\d+) bytes smem")
-_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_STACK = re.compile(r"(\d+) bytes cumulative stack size")
-_REMARK = re.compile(r"\(C75\d\d\)")
-_PLACE = re.compile(r"^([^\s(:][^\s(]*)\((\d+)\): (?=error|warning|remark|catastrophic)", re.MULTILINE)
-_INSIDE = re.compile(r"\bat line (\d+) of (\S+)")
-_PTX_LINE = re.compile(r"ptx input, line (\d+);")
-
-
-class Compiled(NamedTuple):
-    """One cubin and what ptxas reported about its entry."""
-
-    cubin: bytes
-    log: str
-    registers: int  # of a thread
-    spill_stores: int  # bytes, like the next three
-    spill_loads: int
-    stack: int
-    static_smem: int
-    milliseconds: float  # of the whole NVRTC call
-    remarks: tuple[str, ...]  # lines with a C75xx code: ptxas serialised wgmma or added waits
-    ptx: str = ""
-
 
 _lock = threading.Lock()
 _FIRST_WITH_CACHE = (12, 9)  # the first NVRTC with a cache of its own
@@ -91,13 +68,15 @@ def compile_cubin(
             f"NVRTC {version[0]}.{version[1]} is too old, {MINIMUM[0]}.{MINIMUM[1]} or newer is needed; "
             f"repair: {_cupy.repair()}"
         )
+    from flashmoe_cupy.jit.log import blames_ptx, map_places, parse_log, quote_ptx  # a kernel on the disk has no log
+
     start = time.perf_counter()
     try:
         log, cubin, ptx = _run(tu, headers, (f"-arch={arch}", *options))
     except CompileError as error:
         log = map_places(error.log, headers)
-        if _PTX_LINE.search(log):
-            log = _quote_ptx(log, tu, headers, arch, options)
+        if blames_ptx(log):
+            log = quote_ptx(log, _ptx(tu, headers, arch, options))
         asked = f"{name} does not compile for {arch} with NVRTC {version[0]}.{version[1]}"
         raise CompileError(asked, log or error.message) from None
     milliseconds = (time.perf_counter() - start) * 1e3
@@ -124,48 +103,13 @@ def _run(tu: str, headers: Mapping[str, str], options: tuple[str, ...]) -> tuple
     return log, cubin, (ptx if isinstance(ptx, str) else ptx.decode()).rstrip("\0")
 
 
-def _quote_ptx(log: str, tu: str, headers: Mapping[str, str], arch: str, options: Sequence[str]) -> str:
-    """Put the PTX text under each ptxas error: ptxas names only line numbers of a text that nobody has seen."""
+def _ptx(tu: str, headers: Mapping[str, str], arch: str, options: Sequence[str]) -> str:
+    """The PTX of what ptxas does not take; "" where there is none either."""
     virtual = [o for o in options if not o.startswith("--ptxas-options")]
     try:
-        ptx = _run(tu, headers, (f"-arch={arch.replace('sm_', 'compute_')}", *virtual))[2].split("\n")
+        return _run(tu, headers, (f"-arch={arch.replace('sm_', 'compute_')}", *virtual))[2]
     except CompileError:
-        return log
-    lines = []
-    for line in log.splitlines():
-        lines.append(line)
-        at = _PTX_LINE.search(line)
-        if at and 0 < int(at[1]) <= len(ptx):
-            lines.append(f"    error in PTX: {ptx[int(at[1]) - 1].strip()}")
-    return "\n".join(lines)
-
-
-def parse_log(log: str, cubin: bytes = b"", milliseconds: float = 0.0, ptx: str = "") -> Compiled:
-    """Read registers, spills, stack, static shared memory and wgmma remarks from the log of a successful compile."""
-    frames = [tuple(map(int, m.groups())) for m in _FRAME.finditer(log)]
-    stacks = [f[0] for f in frames] + [int(s) for s in _STACK.findall(log)]
-    return Compiled(
-        cubin=cubin,
-        log=log,
-        registers=max(map(int, _REGISTERS.findall(log)), default=0),
-        spill_stores=sum(f[1] for f in frames),
-        spill_loads=sum(f[2] for f in frames),
-        stack=max(stacks, default=0),
-        static_smem=max(map(int, _SMEM.findall(log)), default=0),
-        milliseconds=milliseconds,
-        remarks=tuple(line.strip() for line in log.splitlines() if _REMARK.search(line)),
-        ptx=ptx,
-    )
-
-
-def map_places(log: str, headers: Mapping[str, str]) -> str:
-    """Rewrite `ptx/x.cuh(12): error` to `cuda_src/ptx/x.cuh:12: error`, the place where a reader can edit it."""
-
-    def place(file: str, line: str) -> str:
-        return f"cuda_src/{file}:{line}" if file in headers else f"{file}:{line}"
-
-    log = _PLACE.sub(lambda m: f"{place(m[1], m[2])}: ", log)
-    return _INSIDE.sub(lambda m: f"at {place(m[2], m[1])}", log)
+        return ""
 
 
 def _nvrtc() -> ModuleType:
