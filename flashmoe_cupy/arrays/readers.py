@@ -18,7 +18,6 @@ import numpy as np
 from flashmoe_cupy import _cupy
 from flashmoe_cupy.arrays.views import View, make, refused, row_major, type_name
 from flashmoe_cupy.dtypes import ALL, DType, accepted, from_numpy
-from flashmoe_cupy.torch_reasons import instead, reasons
 
 Adapter = Callable[[Any, str], View]
 _adapters: dict[type, Adapter] = {}  # by array type; filled when the first array of a type arrives
@@ -117,8 +116,11 @@ def _torch_adapter(torch: Any, kind: type) -> Adapter:
             ) and (x.data_ptr() or x.numel() == 0)
         except RuntimeError:  # no storage: sparse, or inside vmap, grad and their kin
             plain = False
-        if not plain and (why := reasons(torch, x, wrapper, dtype)):
-            raise refused(x, name, why, f"{name} may be {accepted(name)}" if dtype is None else instead(x, name))
+        if not plain:
+            from flashmoe_cupy.torch_reasons import instead, reasons  # words of errors alone
+
+            if why := reasons(torch, x, wrapper, dtype):
+                raise refused(x, name, why, f"{name} may be {accepted(name)}" if dtype is None else instead(x, name))
         return make(View, (x.data_ptr(), tuple(x.shape), x.stride(), dtype, x.get_device(), "torch", False, x))
 
     return adapt

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 from flashmoe_cupy.jit import driver
 
@@ -16,11 +16,13 @@ _COUNTERS = 16384  # of a device: 128 KB; more streams and recorded launches tha
 _BYTES = 8  # of one
 
 
-class _Pool(NamedTuple):
-    """The counters of one device."""
+class _Pool:
+    """The counters of one device. taken: how many are handed out."""
 
-    address: int
-    taken: list[int]  # one number: how many are handed out
+    __slots__ = ("address", "taken")
+
+    def __init__(self, address: int) -> None:
+        self.address, self.taken = address, 0
 
 
 _pools: dict[int, _Pool] = {}  # by device
@@ -53,15 +55,15 @@ def _make(runtime: Any) -> _Pool:
     address = int(runtime.malloc(_COUNTERS * _BYTES))  # never given back: graphs keep addresses
     runtime.memset(address, 0, _COUNTERS * _BYTES)
     runtime.deviceSynchronize()
-    return _Pool(address, [0])
+    return _Pool(address)
 
 
 def _take(pool: _Pool | None) -> int:
     if pool is None:
         return 0
     with _lock:
-        if pool.taken[0] == _COUNTERS:
+        if pool.taken == _COUNTERS:
             return 0
-        pool.taken[0] += 1
-        return pool.address + (pool.taken[0] - 1) * _BYTES
+        pool.taken += 1
+        return pool.address + (pool.taken - 1) * _BYTES
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
-from flashmoe_cupy.jit import cache, counters, tensormap
+from flashmoe_cupy.jit import cache, tensormap
 from flashmoe_cupy.jit.cache import Entry
 from flashmoe_cupy.jit.source import ENTRY
 from flashmoe_cupy.jit.tensormap import TensorMap
@@ -21,11 +21,13 @@ from flashmoe_cupy.jit.tensormap import TensorMap
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-class Loaded(NamedTuple):
+class Loaded:
     """A kernel that a device can run: CUfunction as an integer, and the module that keeps it alive."""
 
-    function: int
-    module: object
+    __slots__ = ("function", "module")
+
+    def __init__(self, function: int, module: object) -> None:
+        self.function, self.module = function, module
 
 
 _loaded: dict[tuple[str, int], Loaded] = {}
@@ -206,6 +208,8 @@ def bind(device: int) -> Iterator[None]:
 
 def counter(device: int, stream: int) -> int:
     """The address of the counter for a launch on a stream of the device, which is the current one; 0: none."""
+    from flashmoe_cupy.jit import counters  # which only packed sequences want
+
     return counters.counter(_runtime, device, stream)
 
 
