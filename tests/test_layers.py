@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("testing", ("reference", "testing")),
     ("_types.py", ()),
     ("plan/options.py", ()),
-    ("plan/hints.py", ("dtypes",)),
+    ("plan/hints.py", ("plan.checks", "dtypes")),
     ("plan/checks.py", ("plan.options", "arrays", "dtypes", "errors")),
     ("plan/archs.py", ()),
     ("plan/attention/checks.py", ("plan.checks", "plan.hints", "plan.options", "arrays", "dtypes")),

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 INT_MAX = 2**31 - 1  # kernels count rows, heads and assignments in 32 bits
 FLOAT_MAX = 3.4028234663852886e38  # numbers reach the kernels as float32
 FLOAT_TINY = 1.1754943508222875e-38
+MAX_HEAD_DIM = 256  # the largest compiled size (plan/attention/tiles.py)
+MAX_HEAD_DIM_V = 512  # two blocks of that size
+MAX_EXPERTS = 1024  # of the router: 32 scores of a token in each lane of a warp (plan/moe/small.py)
+MAX_TOP_K = 32  # of the router: one choice for each lane
 SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT = 1.702, 7.0  # of gpt-oss, whose activation it is
 SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}  # the dtypes of the arrays that are computed with
 Option = tuple[str, object, object]  # name, value, default

@@ -1,4 +1,4 @@
-"""What would run, said in an error: only what concerns the reasons that it gives."""
+"""What would run, said in an error: only what concerns the reasons that it gives. Loaded when an error is made."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import re
 from collections.abc import Sequence
 
 from flashmoe_cupy.dtypes import FLOATS
+from flashmoe_cupy.plan.checks import MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEAD_DIM_V, MAX_TOP_K
 
 Topics = Sequence[tuple[str, str]]  # a pattern for reasons, and what concerns them
-
-MAX_HEAD_DIM = 256  # the largest compiled size (plan/attention/tiles.py)
-MAX_HEAD_DIM_V = 512  # two blocks of that size
-MAX_EXPERTS = 1024  # of the router: 32 scores of a token in each lane of a warp (plan/moe/small.py)
-MAX_TOP_K = 32  # of the router: one choice for each lane
 
 _SHARED: Topics = (
     (r"one library", "all arrays of a call belong to one library and lie on one device"),

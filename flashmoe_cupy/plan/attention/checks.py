@@ -10,6 +10,8 @@ from flashmoe_cupy.plan.checks import (
     FLOAT_MAX,
     FLOAT_TINY,
     INT_MAX,
+    MAX_HEAD_DIM,
+    MAX_HEAD_DIM_V,
     cast,
     cast_bias,
     check_dtypes,
@@ -20,7 +22,6 @@ from flashmoe_cupy.plan.checks import (
     or_else,
     show,
 )
-from flashmoe_cupy.plan.hints import MAX_HEAD_DIM, MAX_HEAD_DIM_V
 from flashmoe_cupy.plan.options import integer, real, window
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from flashmoe_cupy.plan.attention.checks import (
     other_layout,
 )
 from flashmoe_cupy.plan.checks import INT_MAX, SHORT, Option, asked, check_out, check_ranks, flag, show
-from flashmoe_cupy.plan.hints import ATTENTION, hint
 from flashmoe_cupy.plan.options import text
 
 if TYPE_CHECKING:
@@ -193,6 +192,8 @@ def attention_problem(
     is_causal, left, right, scale, cap = check_scalars(why, causal, window_size, softmax_scale, softcap, head_dim)
     flag(why, "return_lse", return_lse)
     if why:
+        from flashmoe_cupy.plan.hints import ATTENTION, hint  # words of errors alone
+
         named = (("q", q), ("k", k), ("v", v), *others)
         options = _options(causal, window_size, softmax_scale, softcap, return_lse)
         call = asked("flash_attention", named, (*options, ("layout", layout, "bshd")))
@@ -275,6 +276,8 @@ def varlen_problem(
     is_causal, left, right, scale, cap = check_scalars(why, causal, window_size, softmax_scale, softcap, head_dim)
     flag(why, "return_lse", return_lse)
     if why:
+        from flashmoe_cupy.plan.hints import ATTENTION, hint  # words of errors alone
+
         named = (("q", q), ("k", k), ("v", v), *others)
         call = asked_varlen(
             named, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, return_lse

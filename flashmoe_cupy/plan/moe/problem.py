@@ -28,7 +28,6 @@ from flashmoe_cupy.plan.checks import (
     or_else,
     show,
 )
-from flashmoe_cupy.plan.hints import GROUPED_GEMM, moe
 from flashmoe_cupy.plan.moe.layouts import check_shared, check_w, check_weights
 from flashmoe_cupy.plan.moe.routing import check_ids, check_map, refuse
 from flashmoe_cupy.plan.options import text
@@ -175,6 +174,8 @@ def grouped_gemm_problem(
     if out is not None:
         check_out(why, out, "x", x.dtype, want if known else None)
     if why:
+        from flashmoe_cupy.plan.hints import GROUPED_GEMM  # words of errors alone
+
         refuse("grouped_gemm", named, [], why, GROUPED_GEMM)
     contiguous = (rows * n, n) if masked else (0, n)
     bias_dtype, bias_stride = _bias(bias)
@@ -266,6 +267,8 @@ def moe_problem(
     if out is not None:
         check_out(why, out, "x", x.dtype, x.shape if hidden is not None else None)
     if why:
+        from flashmoe_cupy.plan.hints import moe  # words of errors alone
+
         options: list[Option] = [
             ("activation", activation, "swiglu"), ("interleaved", interleaved, False),
             ("swiglu_alpha", swiglu_alpha, None), ("swiglu_limit", swiglu_limit, None),

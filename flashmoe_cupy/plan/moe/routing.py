@@ -15,6 +15,8 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.checks import (
     FLOAT_MAX,
     INT_MAX,
+    MAX_EXPERTS,
+    MAX_TOP_K,
     SHORT,
     Option,
     asked,
@@ -30,11 +32,11 @@ from flashmoe_cupy.plan.checks import (
     have,
     show,
 )
-from flashmoe_cupy.plan.hints import MAX_EXPERTS, MAX_TOP_K, PERMUTE, ROUTE, Topics, hint
 from flashmoe_cupy.plan.options import real, text
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
+    from flashmoe_cupy.plan.hints import Topics
 
 SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
 
@@ -151,6 +153,8 @@ def route_problem(
     if capacity_factor is not None and (factor is None or not 0.0 <= factor < math.inf):
         why.append(f"capacity_factor must be None (drop nothing) or a number from 0 on, but is {have(capacity_factor)}")
     if why:
+        from flashmoe_cupy.plan.hints import ROUTE  # words of errors alone
+
         options: list[Option] = [
             ("top_k", top_k, None), ("scoring_func", scoring_func, "softmax"), ("renormalize", renormalize, False),
             ("routed_scaling_factor", routed_scaling_factor, 1.0), ("num_expert_group", num_expert_group, 1),
@@ -179,6 +183,8 @@ def permute_problem(topk_ids: View, expert_map: View | None = None, *, num_exper
     experts = count(why, "num_experts", num_experts)
     num_global = check_map(why, expert_map)
     if why:
+        from flashmoe_cupy.plan.hints import PERMUTE  # words of errors alone
+
         refuse("moe_permute", named, [("num_experts", num_experts, None)], why, PERMUTE)
     return PermuteProblem(topk_ids.dtype, tokens, k, topk_ids.strides[0], experts, num_global)
 
@@ -187,6 +193,8 @@ def refuse(
     op: str, named: Sequence[tuple[str, View]], options: list[Option], why: list[str], topics: Topics
 ) -> NoReturn:
     """Raise the reasons, with the call they are about and what would run."""
+    from flashmoe_cupy.plan.hints import hint  # words of errors alone
+
     raise UnsupportedProblem(asked(op, named, options), why, hint(why, topics))
 
 
