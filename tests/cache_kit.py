@@ -82,7 +82,8 @@ def get(tu: str = TU, arch: str = "sm_80", name: str = "toy") -> cache.Entry:
 
 
 def counts() -> tuple[int, int, int]:
-    return cache.stats()[:3]
+    found = cache.stats()
+    return found.hits_memory, found.hits_disk, found.compiled
 
 
 def key(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -157,12 +158,13 @@ def test_recent_plans_are_found_by_arrays_and_options(access: ArrayAccess, guard
 
 def test_what_always_changes_is_not_guarded_for_ever(access: ArrayAccess, guarded: GuardedPlans) -> None:
     made = []
+    counting = copy(access)
 
     def guard(arrays: tuple[Any, ...]) -> Any:
         made.append(arrays)
         return access.guard(arrays)
 
-    counting = access._replace(guard=guard)
+    counting.guard = guard
     for n in range(50):
         guarded.note(counting, (torch.rand(n + 1),), (1,), "plan")
     assert len(made) == GuardedPlans._MOST_GUARDS and len(guarded.entries[(1,)]) == GuardedPlans._MOST

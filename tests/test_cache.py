@@ -267,7 +267,7 @@ open(sys.argv[1] + f"/ready.{{os.getpid()}}", "w").close()
 while not os.path.exists(sys.argv[1] + "/go"):
     time.sleep(0.01)
 entry = cache.get({TU!r}, "toy", "sm_90a", {HEADERS!r})
-print(json.dumps([entry.key, str(entry.path), *cache.stats()[:3]]))
+print(json.dumps([entry.key, str(entry.path), *list(vars(cache.stats()).values())[:3]]))
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import params
-from flashmoe_cupy.plan.params import MAP, Field, Params
+from flashmoe_cupy.plan.params import MAP, Params
 
 HEADER = """
 // struct P { int not_this; };
@@ -49,11 +49,11 @@ def test_members_are_where_a_compiler_puts_them(header: str) -> None:
     p = Params(header, "P")
     assert p.pointers == ("q", "k", "lse") and p.maps == ("q_map", "k_map")
     assert (p.size, p.align, p.maps_at) == (384, 128, 128)
-    assert p.fields == {
-        "q": Field(0, "*", 1), "k": Field(8, "*", 1), "lse": Field(16, "*", 1), "stride": Field(24, "i64", 1),
-        "rows": Field(32, "int", 1), "unused": Field(36, "int", 1), "scale": Field(40, "float", 1),
-        "tiles": Field(48, "int", 1), "counter": Field(56, "*", 1), "c": Field(64, "float", 4),
-        "limit": Field(80, "float", 1), "q_map": Field(128, MAP, 1), "k_map": Field(256, MAP, 1),
+    assert {name: (field.at, field.kind, field.length) for name, field in p.fields.items()} == {
+        "q": (0, "*", 1), "k": (8, "*", 1), "lse": (16, "*", 1), "stride": (24, "i64", 1),
+        "rows": (32, "int", 1), "unused": (36, "int", 1), "scale": (40, "float", 1),
+        "tiles": (48, "int", 1), "counter": (56, "*", 1), "c": (64, "float", 4),
+        "limit": (80, "float", 1), "q_map": (128, MAP, 1), "k_map": (256, MAP, 1),
     }  # fmt: skip
     late = Params(header, "Late")
     assert (late.size, late.align, late.maps_at, late.fields["out_map"].at) == (256, 128, 128, 128)

@@ -239,7 +239,7 @@ def cache(args: argparse.Namespace) -> int:
     if args.action == "list":
         stored = disk.entries()
         if args.json:
-            show.emit_json([entry._asdict() for entry in stored])
+            show.emit_json([vars(entry) for entry in stored])
             return 0
         rows = []
         for entry in stored:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flashmoe_cupy import _env
 from flashmoe_cupy.errors import CompileError
@@ -30,13 +30,14 @@ WARMUP = "FLASHMOE_JIT=1 python -m flashmoe_cupy warmup --arch {arch}"
 _log = _env.log
 
 
-class Stats(NamedTuple):
+class Stats:
     """Counts of this process: kernels found in memory, found on disk, compiled; milliseconds in the compiler."""
 
-    hits_memory: int = 0
-    hits_disk: int = 0
-    compiled: int = 0
-    milliseconds: float = 0.0
+    def __init__(
+        self, hits_memory: int = 0, hits_disk: int = 0, compiled: int = 0, milliseconds: float = 0.0
+    ) -> None:  # fmt: skip
+        self.hits_memory, self.hits_disk = hits_memory, hits_disk
+        self.compiled, self.milliseconds = compiled, milliseconds
 
 
 _guard = threading.Lock()  # for the four names below

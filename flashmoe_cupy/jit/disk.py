@@ -34,16 +34,19 @@ class Entry(NamedTuple):
     info: dict[str, Any]  # what the .json file holds
 
 
-class Stored(NamedTuple):
-    """One kernel on disk."""
+class Stored:
+    """One kernel on disk. `vars` has its parts by name."""
 
-    key: str
-    name: str  # of the configuration
-    arch: str
-    path: Path  # of the cubin
-    size: int  # bytes of its three files
-    written: float  # seconds since the epoch
-    info: dict[str, Any]  # what the .json file holds
+    def __init__(self, path: Path, size: int, written: float, info: dict[str, Any]) -> None:
+        """path: of the cubin. size: bytes of its three files. written: seconds since the epoch.
+
+        info: what the .json file holds, with the kernel's key, the name of its configuration and its arch. Raises
+        KeyError and TypeError where it does not.
+        """
+        self.key: str = info["key"]
+        self.name: str = info["name"]
+        self.arch: str = info["arch"]
+        self.path, self.size, self.written, self.info = path, size, written, info
 
 
 def cache_dir() -> Path | None:
@@ -71,7 +74,7 @@ def entries() -> list[Stored]:
         try:
             info = json.loads(json_path.read_bytes())
             size = sum(json_path.with_suffix(s).stat().st_size for s in (".json", ".cubin", ".cu"))
-            found.append(Stored(info["key"], info["name"], info["arch"], cubin, size, cubin.stat().st_mtime, info))
+            found.append(Stored(cubin, size, cubin.stat().st_mtime, info))
         except (OSError, ValueError, TypeError, KeyError):
             continue
     return sorted(found, key=lambda stored: (stored.written, stored.key))

@@ -11,7 +11,7 @@ import operator
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,24 +19,30 @@ Key = tuple[Any, ...]
 Shape = tuple[int, ...]
 
 
-class ArrayAccess(NamedTuple):
+class ArrayAccess:
     """How the arrays of one type are read."""
 
-    key: Callable[[tuple[Any, ...]], Key | None]  # what decides the plan of a call on these arrays, or None
-    pointer: Callable[[Any], int]
-    empty: Callable[[int, Shape, Shape, Any], Any]  # device, shape, row-major strides, dtype -> new array
-    dtypes: dict[str, Any]  # the library's float32, int32 and uint8
-    device: Callable[[Any], int]
-    stream: Callable[[int], int]  # the current one of a device
-    # Asked once for many calls on a device, which then ask less:
-    maker: Callable[[int, Shape, Shape, Any], Callable[[], Any]]  # `empty` with these arguments
-    recorder: Callable[[int], Callable[[int], bool]]  # whether a graph is recorded on a stream of a device
-    graph_pool: bool = True  # what is allocated while a graph is recorded stays the graph's
-    # A function that tells whether other arrays are like these, where one can be made. Arrays that are one object here
-    # must be one there.
-    guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None
-    guards: bool = False  # whether it may ever give one
-    host: bool = False  # arrays in host memory: only `key` serves
+    def __init__(
+        self,
+        key: Callable[[tuple[Any, ...]], Key | None],  # what decides the plan of a call on these arrays, or None
+        pointer: Callable[[Any], int],
+        empty: Callable[[int, Shape, Shape, Any], Any],  # device, shape, row-major strides, dtype -> new array
+        dtypes: dict[str, Any],  # the library's float32, int32 and uint8
+        device: Callable[[Any], int],
+        stream: Callable[[int], int],  # the current one of a device
+        # Asked once for many calls on a device, which then ask less:
+        maker: Callable[[int, Shape, Shape, Any], Callable[[], Any]],  # `empty` with these arguments
+        recorder: Callable[[int], Callable[[int], bool]],  # whether a graph is recorded on a stream of a device
+        graph_pool: bool = True,  # what is allocated while a graph is recorded stays the graph's
+        # A function that tells whether other arrays are like these, where one can be made. Arrays that are one object
+        # here must be one there.
+        guard: Callable[[tuple[Any, ...]], Callable[..., bool] | None] = lambda _: None,
+        guards: bool = False,  # whether it may ever give one
+        host: bool = False,  # arrays in host memory: only `key` serves
+    ) -> None:
+        self.key, self.pointer, self.empty, self.dtypes, self.device = key, pointer, empty, dtypes, device
+        self.stream, self.maker, self.recorder, self.graph_pool = stream, maker, recorder, graph_pool
+        self.guard, self.guards, self.host = guard, guards, host
 
     @property
     def uint8(self) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
-from typing import NamedTuple
 
 from flashmoe_cupy.jit import source, tensormap
 
@@ -19,12 +18,13 @@ _FORMATS = {"i64": "q", "u64": "Q", "int": "i", "u32": "I", "float": "f", "*": "
 Values = Mapping[str, float | Sequence[float]]
 
 
-class Field(NamedTuple):
+class Field:
     """A member of Params: where it lies, in bytes, its C++ type without const ("*": a pointer), how many there are."""
 
-    at: int
-    kind: str
-    length: int
+    __slots__ = ("at", "kind", "length")
+
+    def __init__(self, at: int, kind: str, length: int) -> None:
+        self.at, self.kind, self.length = at, kind, length
 
 
 class Params:

@@ -181,7 +181,7 @@ def _cache() -> dict[str, Any]:
         "error": error,
         "entries": len(stored),
         "bytes": sum(entry.size for entry in stored),
-        "process": cache.stats()._asdict(),
+        "process": vars(cache.stats()),
     }
 
 
