@@ -52,7 +52,7 @@ def section(costs: Sequence[float], groups: int, blocks: int, bytes_per_group: f
     bytes_per_group: of keys and values.
     """
     m_blocks = len(costs)
-    sizes = [max(1, min(groups, round(k * blocks / m_blocks))) for k in _ROUNDS]
+    sizes = [*dict.fromkeys(max(1, min(groups, round(k * blocks / m_blocks))) for k in _ROUNDS)]
     sizes = [size for size in sizes if size * bytes_per_group <= _L2_BYTES] or sizes[:1]
     one_by_one = m_blocks <= _ONE_BY_ONE_TILES
     if m_blocks * groups > _MAX_SIMULATED:
