@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flashmoe_cupy.errors import FlashMoEError
-from flashmoe_cupy.jit import driver, graph, launch, tensormap
+from flashmoe_cupy.jit import driver, launch, tensormap
 from flashmoe_cupy.jit.launch import Launch
+
+if TYPE_CHECKING:
+    from flashmoe_cupy.jit import graph
 
 _CONFIG = struct.Struct("7I4xQQI4x")  # CUlaunchConfig: grid, block, shared memory, stream, attributes, their number
 _ATTRIBUTE = struct.Struct("i4xi60x")  # CUlaunchAttribute
@@ -46,8 +49,8 @@ class _Own:
     """The launches in one thread."""
 
     __slots__ = (
-        "bound", "calls", "configs", "counters", "encoded", "graph", "keep", "known", "last", "nodes", "others",
-        "settings", "stream", "table", "view", "words",
+        "bound", "calls", "configs", "counters", "encoded", "find_graph", "graph", "keep", "known", "last", "nodes",
+        "others", "settings", "stream", "table", "view", "words",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -60,7 +63,8 @@ class _Own:
         self.known: dict[tuple[int, ...], list[bytes]] = {}  # encoded maps by their addresses
         self.configs: list[Any] = []  # CUlaunchConfig of each
         self.calls: list[tuple[int, int, int, None]] = []  # arguments of cuLaunchKernelEx
-        self.nodes: list[Any] = []  # of a graph
+        self.nodes: list[Any] = []  # of a graph, if they may become one
+        self.find_graph: Callable[..., graph.Graph | None] | None = None  # graph.find; None: they never become one
         self.keep: list[Any] = []
         self.bound = False  # the device's context is the thread's for good
         self.stream = 0  # what is stored
@@ -144,9 +148,9 @@ class LaunchSequence:
             own.table = table
         if not self._plain:
             self._prepare(own, table, stream)
-        if not recorded and len(own.calls) >= _FEWEST and not own.counters:
+        if not recorded and own.find_graph is not None and not own.counters:
             if own.graph is None:
-                own.graph = graph.find(stream, self._kernels, own.nodes, self._early)
+                own.graph = own.find_graph(stream, self._kernels, own.nodes, self._early)
                 own.settings = own.graph.settings(own.nodes) if own.graph else []
             if own.graph is not None:
                 own.graph.run(own.settings, own.table, stream)
@@ -200,9 +204,13 @@ class LaunchSequence:
             )
             own.configs.append(config)
             own.calls.append((ctypes.addressof(config), one.function, ctypes.addressof(array), None))
-            own.nodes.append(graph.node(one, ctypes.addressof(array)))
             own.keep.append(array)
             at += size
+        if len(self.launches) >= _FEWEST:
+            from flashmoe_cupy.jit import graph  # which a single launch does without
+
+            own.nodes = [graph.node(one, its[2]) for (one, _), its in zip(self.launches, own.calls, strict=True)]
+            own.find_graph = graph.find
         return own
 
 
