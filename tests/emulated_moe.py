@@ -110,7 +110,7 @@ class Machine:
                 self.counts.append(kernel.counts_per_row(problem, config))
             params, maps_at = bytearray(kernel.params.size), kernel.params.maps_at
             kernel.params.pack_pointers(params, 0, *pointers)
-            values = kernel.values(problem, config, aligned, self.sms) | (step.values or {})
+            values = kernel.values(problem, config, aligned, self.sms) | step.values
             params[8 * len(pointers) : maps_at] = kernel.params.pack(values)
             for i, one in enumerate(kernel.map_arguments(problem, config)):
                 params[maps_at + 128 * i : maps_at + 128 * (i + 1)] = tensor_map(one, pointers[i])

@@ -133,7 +133,7 @@ def launch_of(
         _env.log.warning("%s: %s", problem.describe(), slow)
     loaded = driver.load_for(kernel.source(config), kernel.title(config), arch, device, config.smem_bytes, stream)
     params = kernel.params
-    known = {name: value for name, value in (step.values or {}).items() if name in params.fields}
+    known = {name: value for name, value in step.values.items() if name in params.fields}
     tail = params.pack(kernel.values(problem, config, aligned, sms) | known)
     ready = Launch(
         device, loaded.function, kernel.grid(problem, config, sms), config.threads, config.smem_bytes,

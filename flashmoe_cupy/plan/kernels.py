@@ -125,8 +125,8 @@ def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int)
     (first, counting, config), (second, waiting, its_config) = chosen
     counts = first.counts_per_row(counting, config)
     if counts and second.waits_for_counts(waiting, its_config):
-        found[pair[0]] = steps[pair[0]]._replace(problem=counting._replace(counts_rows=True))
-        found[pair[1]] = steps[pair[1]]._replace(problem=waiting._replace(counts_of_x=counts))
+        found[pair[0]] = steps[pair[0]].with_problem(counting._replace(counts_rows=True))
+        found[pair[1]] = steps[pair[1]].with_problem(waiting._replace(counts_of_x=counts))
     return found
 
 
