@@ -2,7 +2,8 @@
 
 Conventions. FLOP of attention forward: 2 * heads_q * pairs * (head_dim + head_dim_v), which is 4*b*h*sq*sk*d when
 head_dim_v == head_dim. `pairs` is sq*sk for full attention, half of it for causal with sq == sk, and the exact count of
-visible pairs for a window or for causal with sq != sk. Bytes: q, k, v, out and bias once each.
+visible pairs for a window or for causal with sq != sk. Bytes: q, k, v, out and bias once each. The log-sum-exp alone
+has no values: head_dim_v is 0.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ OUR_LIBRARIES = (OURS, OURS_SM80)
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 # ||out - truth|| / ||truth|| that a right kernel of that dtype stays under; one row may have three times as much.
 ERROR_LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+LSE_LIMIT = 1e-4  # of a log-sum-exp in place of these, absolute: its size says nothing
 
 
 class Case(NamedTuple):
@@ -34,6 +36,7 @@ class Case(NamedTuple):
 
     bias: "" none, else the dtype of a dense (batch, heads_q, seqlen_q, seqlen_k) bias ("same" = the case's dtype,
     "float32", "bool").
+    head_dim_v: 0 = the log-sum-exp alone, without values.
     arrays: the array library that holds the inputs ("torch", "cupy" or "numpy").
     """
 
@@ -61,6 +64,11 @@ class Case(NamedTuple):
     @property
     def varlen(self) -> bool:
         return bool(self.seqlens)
+
+    @property
+    def lse(self) -> bool:
+        """Whether the answer is the log-sum-exp alone: (batch, heads_q, seqlen_q), float32."""
+        return self.head_dim_v == 0
 
     @property
     def tokens_q(self) -> int:
@@ -101,6 +109,8 @@ class Case(NamedTuple):
         size = ITEMSIZE[self.dtype]
         moved = size * self.tokens_q * self.heads_q * (self.head_dim + self.head_dim_v)
         moved += size * self.tokens_k * self.heads_k * (self.head_dim + self.head_dim_v)
+        if self.lse:
+            moved += ITEMSIZE["float32"] * self.tokens_q * self.heads_q
         if self.bias:
             bias_size = {"same": size, "float32": 4, "bool": 1}[self.bias]
             moved += bias_size * self.batch * self.heads_q * self.seqlen_q * self.seqlen_k
@@ -149,6 +159,11 @@ def _dense(suite: str, source: str, seqlens: tuple[int, ...]) -> Iterator[Case]:
 def _square(name: str, suite: str, source: str, b: int, s: int, heads: tuple[int, int], d: int, **options: Any) -> Case:
     dv = options.pop("head_dim_v", d)
     return Case(name, suite, source, b, s, s, *heads, d, dv, **options)
+
+
+def _lse() -> Iterator[Case]:
+    for case in _dense("attention_lse", "attention forward's rows, without values", (8192,)):
+        yield case._replace(head_dim_v=0)
 
 
 def _packed(
@@ -227,6 +242,8 @@ def _smoke() -> Iterator[Case]:
     yield case("bias", bias="same", dtype="float32")
     yield case("mask", bias="bool", dtype="float32")
     yield case("wide_v", head_dim_v=48, dtype="float32")
+    yield case("lse", causal=True, head_dim_v=0)
+    yield case("lse_bhsd_fp32", layout="bhsd", sinks=True, head_dim_v=0, dtype="float32")
     yield case("numpy_fp32", arrays="numpy", dtype="float32")
     yield case("numpy_bf16", arrays="numpy")
     yield _packed("varlen", "smoke", "every feature, tiny", (3, 17, 1, 40), (4, 2), 32, dtype="float32", causal=True)
@@ -258,6 +275,13 @@ SUITES: dict[str, Suite[Case]] = {
             tuple(_dense("attention_forward", _FA3_TABLE, (512, 1024, 2048, 4096, 8192, 16384))),
             (OURS, "torch_cudnn", "fa3"),
             ("torch_cudnn", "fa3"),
+        ),
+        Suite(
+            "attention_lse",
+            "the log-sum-exp of attention's scores alone, which no rival computes",
+            tuple(_lse()),
+            (OURS,),
+            (),
         ),
         Suite(
             "attention_forward_features",
@@ -301,6 +325,8 @@ class Inputs(NamedTuple):
 
 def out_shape(case: Case) -> tuple[int, ...]:
     """Shape of the output in the case's layout."""
+    if case.lse:
+        return case.batch, case.heads_q, case.seqlen_q
     if case.varlen:
         return case.tokens_q, case.heads_q, case.head_dim_v
     if case.layout == "bhsd":
@@ -348,7 +374,10 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
 
 
 class Check(NamedTuple):
-    """How far an output is from the truth: over all sampled rows, and the worst row (both relative 2-norms)."""
+    """How far an output is from the truth: over all sampled rows, and the worst row.
+
+    Both are relative 2-norms; of a log-sum-exp the root of the mean square and the largest difference.
+    """
 
     error: float
     error_row: float
@@ -378,21 +407,22 @@ def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: i
         return [population[0], *(population[i] for i in sorted(draw.sample(between, count - 2))), population[-1]]
 
     pairs = some([(b, h) for b in range(case.batch) for h in range(case.heads_q)], heads)
-    differences, truths = [], []
+    differences, sizes = [], []
     for b, h in pairs:
         shared = h // (case.heads_q // case.heads_k)
-        q, o = _one_head(case, inputs.q, b, h), _one_head(case, out, b, h)
+        q, o = _one_head(case, inputs.q, b, h), out[b, h, :, None] if case.lse else _one_head(case, out, b, h)
         k, v = _one_head(case, inputs.k, b, shared), _one_head(case, inputs.v, b, shared)
         picked = some(range(q.shape[0]), rows)
         index = torch.tensor(picked, device=q.device, dtype=torch.int64)
         truth = _rows(case, inputs, b, h, q[index].double(), k.double(), v.double(), index, q.shape[0])
         differences.append((o[index].double() - truth).norm(dim=-1))
-        truths.append(truth.norm(dim=-1))
-    difference, size = torch.cat(differences), torch.cat(truths)
+        sizes.append(torch.ones_like(truth[:, 0]) if case.lse else truth.norm(dim=-1))
+    difference, size = torch.cat(differences), torch.cat(sizes)
     worst = (difference / size.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=math.inf).max()
     error = float(difference.norm() / size.norm())
     finite = bool(torch.isfinite(out).all())
-    return Check(error if error == error else math.inf, float(worst), ERROR_LIMIT[case.dtype], finite)
+    limit = LSE_LIMIT if case.lse else ERROR_LIMIT[case.dtype]
+    return Check(error if error == error else math.inf, float(worst), limit, finite)
 
 
 def _one_head(case: Case, tensor: torch.Tensor, b: int, h: int) -> torch.Tensor:
@@ -427,5 +457,9 @@ def _rows(
     scores = scores.masked_fill(hidden, -math.inf)
     if inputs.sinks is not None:
         sink = inputs.sinks[h].double().expand(scores.shape[0], 1)
-        return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[:, :-1] @ v
+        scores = torch.cat((scores, sink), dim=-1)
+    if case.lse:
+        return torch.logsumexp(scores, dim=-1, keepdim=True)
+    if inputs.sinks is not None:
+        return torch.softmax(scores, dim=-1)[:, :-1] @ v
     return torch.softmax(scores, dim=-1).nan_to_num(nan=0.0) @ v  # a row that sees nothing gives 0

@@ -71,8 +71,12 @@ def first_reason(*reasons: tuple[object, str]) -> str:
     return next((text for holds, text in reasons if holds), "")
 
 
-def _torch_only(case: Case) -> tuple[object, str]:
-    return case.arrays != "torch", f"takes torch tensors, not {case.arrays} arrays"
+def _common(case: Case) -> tuple[tuple[object, str], ...]:
+    """What no rival can do."""
+    return (
+        (case.arrays != "torch", f"takes torch tensors, not {case.arrays} arrays"),
+        (case.lse, "computes no log-sum-exp without values"),
+    )
 
 
 def bhsd(case: Case, tensor: torch.Tensor) -> torch.Tensor:
@@ -119,15 +123,16 @@ class Ours(Library):
             options["window_size"] = case.window_size
         if case.softcap:
             options["softcap"] = case.softcap
+        arguments = 2 if case.lse else 3
         if case.varlen:
             function = package.flash_attention_varlen
             longest = max(case.seqlens)
             options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
         else:
-            function = package.flash_attention
+            function = package.attention_lse if case.lse else package.flash_attention
             if case.layout != "bshd":
                 options["layout"] = case.layout
-        calls = [(one[:3], options | _array_options(one)) for one in native]
+        calls = [(one[:arguments], options | _array_options(one)) for one in native]
 
         def run(i: int) -> Any:
             arrays, keywords = calls[i % len(calls)]
@@ -137,7 +142,7 @@ class Ours(Library):
             arrays, keywords = calls[i % len(calls)]
             return function(*arrays, **keywords, out=from_torch(out, case.arrays))
 
-        return Prepared(run, lambda out: to_torch(out, case.arrays), into)
+        return Prepared(run, lambda out: to_torch(out, case.arrays), None if case.lse else into)
 
 
 class OursForced(Ours):
@@ -206,7 +211,7 @@ class Sdpa(Library):
 
     def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
         return first_reason(
-            _torch_only(case),
+            *_common(case),
             (case.varlen, "SDPA has no packed sequences"),
             (case.window_size != (-1, -1), "SDPA has no window"),
             (case.softcap, "SDPA has no softcap"),
@@ -255,7 +260,7 @@ class TorchFA2(Sdpa):
 
     def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
         return first_reason(
-            _torch_only(case),
+            *_common(case),
             (case.dtype == "float32", "FA2 takes bf16 and fp16"),
             (case.head_dim != case.head_dim_v, "torch's FA2 wants head_dim_v == head_dim"),
             (case.softcap, "torch's FA2 has no softcap"),
@@ -301,7 +306,7 @@ class Flex(Library):
         return super().missing(setup)
 
     def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
-        return first_reason(_torch_only(case), (case.varlen, "packed sequences are not adapted for FlexAttention here"))
+        return first_reason(*_common(case), (case.varlen, "packed sequences are not adapted for FlexAttention here"))
 
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:
         import torch
@@ -387,7 +392,7 @@ class FA3(Library):
 
     def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
         return first_reason(
-            _torch_only(case),
+            *_common(case),
             (case.dtype == "float32", "FA3 takes bf16 and fp16"),
             (case.softcap, "this FA3 build has no softcap"),
             (case.sinks, "this FA3 has no sinks"),
@@ -429,7 +434,8 @@ def poison(case: Case, device: str) -> torch.Tensor:
     """An output full of NaN in the case's layout."""
     import torch
 
-    return torch.full(out_shape(case), float("nan"), dtype=getattr(torch, case.dtype), device=device)
+    dtype = torch.float32 if case.lse else getattr(torch, case.dtype)
+    return torch.full(out_shape(case), float("nan"), dtype=dtype, device=device)
 
 
 LIBRARIES: dict[str, Library] = {

@@ -40,6 +40,8 @@ def case_of(suite: str, name: str) -> Case:
         ("attention_forward_features", "window1024_d128_16k", 4 * 16 * 128 * (16384 * 1024 - 1024 * 1023 // 2)),
         # Query i of the chunk sees the 7168 keys before it and i + 1 of its own.
         ("models", "llama3.1_8b_chunk", 4 * 4 * 32 * 128 * (1024 * 7168 + 1024 * 1025 // 2)),
+        # Products of queries and keys alone.
+        ("attention_lse", "d128_s8192_causal", 2 * 2 * 16 * 8192 * 8192 * 128 // 2),
         ("models", "deepseek_v3_4k", 2 * 128 * 4096 * 4096 * 320 // 2),
         ("smoke", "varlen", 4 * 4 * 32 * (9 + 289 + 1 + 1600) // 2),
     ],
@@ -69,6 +71,7 @@ def test_bytes_count_each_array_once() -> None:
     assert case.bytes() == 2 * (4 * 2048 * 32 * 8 * 64 + 2048 * 8 * 32 * 32)
     gqa = case_of("attention_forward_features", "gqa_64_8_d128_8k_full")
     assert gqa.bytes() == 2 * 16384 * 128 * (64 + 8 + 8 + 64)
+    assert case_of("attention_lse", "d128_s8192_full").bytes() == 2 * 16384 * 128 * (16 + 16) + 4 * 16384 * 16
 
 
 def test_the_suites_are_the_measured_tables() -> None:
@@ -81,6 +84,11 @@ def test_the_suites_are_the_measured_tables() -> None:
             assert case.dtype == "bfloat16"
     portable = {case.name for case in SUITES["attention_forward_portable"].cases}
     assert portable < {case.name for case in SUITES["attention_forward"].cases}
+    without_values = [case._replace(suite="attention_forward", head_dim_v=case.head_dim) for case in
+                      SUITES["attention_lse"].cases]  # fmt: skip
+    assert len(without_values) == 6 and set(without_values) < {
+        case._replace(source=without_values[0].source) for case in SUITES["attention_forward"].cases
+    }
     for suite in SUITES.values():
         names = [case.name for case in suite.cases]
         assert len(set(names)) == len(names)
@@ -135,6 +143,8 @@ def truth(case: Case, inputs: Any) -> Any:
         )
     else:
         bias = inputs.bias
+        if case.lse:
+            return torch.from_numpy(reference.attention_lse(q, k, layout=case.layout, **options)).float()
         if bias is not None:
             options["bias"] = bias.numpy() if bias.dtype == torch.bool else bias.double().numpy()
         out = reference.flash_attention(q, k, v, layout=case.layout, **options)
@@ -155,7 +165,8 @@ def test_check_takes_the_reference_and_no_other(name: str) -> None:
 
     # Every head and row of these small cases is sampled: one wrong row of one head must show.
     wrong = out.clone()
-    row: tuple[Any, ...] = (-1, 0) if case.varlen else (1 % case.batch, 0, -1) if case.layout == "bhsd" else (0, -1, 0)
+    heads_first = case.layout == "bhsd" or case.lse
+    row: tuple[Any, ...] = (-1, 0) if case.varlen else (1 % case.batch, 0, -1) if heads_first else (0, -1, 0)
     wrong[row] = -wrong[row]
     assert not check(case, inputs, wrong, heads=100, rows=100).passed
     # The neighbour's inputs: right values in the wrong place.
@@ -291,6 +302,8 @@ def test_rivals_say_why_they_are_missing() -> None:
     assert all(library.why_not(plain, Setup("cuda")) == "" for library in LIBRARIES.values())
     softcap = case_of("attention_forward_features", "softcap_d128_8k_causal")
     assert "softcap" in LIBRARIES["fa3"].why_not(softcap, Setup("cuda"))
+    lse, ours = case_of("attention_lse", "d128_s8192_full"), (OURS, OURS_SM80)
+    assert {name for name, one in LIBRARIES.items() if not one.why_not(lse, Setup("cuda"))} == set(ours)
     assert "softcap" in LIBRARIES["torch_fa2"].why_not(softcap, Setup("cuda"))
     assert LIBRARIES["flex_attention"].why_not(softcap, Setup("cuda")) == ""
 
