@@ -15,9 +15,9 @@ from flashmoe_cupy.ops.adapters import adapter
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.route import RouterStats, moe_route
-from flashmoe_cupy.plan.checks import SHORT, asked, check_dtypes, check_last, check_places, count
+from flashmoe_cupy.plan.checks import ACTIVATIONS, GATED, SHORT, asked, check_dtypes, check_last, check_places, count
 from flashmoe_cupy.plan.hints import hint, layer
-from flashmoe_cupy.plan.moe.problem import ACTIVATIONS, GATED, moe_problem
+from flashmoe_cupy.plan.moe.problem import moe_problem
 from flashmoe_cupy.plan.moe.routing import route_problem
 from flashmoe_cupy.torch_reasons import no_strides
 

@@ -17,6 +17,7 @@ from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.archs import ARCHS
+from flashmoe_cupy.plan.checks import GATED
 from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import problem as moe_problem
 from flashmoe_cupy.plan.moe import routing
@@ -60,7 +61,7 @@ def problems(seed: int, count: int) -> list[Any]:
         if experts * rows < 2**31:
             found.append(moe_problem.grouped_gemm_problem(x, w, **lists))
         activation, limit = one(("swiglu", None), ("swiglu", 7.0), ("relu2", None), ("swigluoai", None), ("gelu", None))
-        halves = 2 if activation in moe_problem.GATED else 1
+        halves = 2 if activation in GATED else 1
         shared = one(0, 24)
         w1 = array(kind, experts, halves * n, d)
         more: dict[str, Any] = {}

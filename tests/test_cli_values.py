@@ -14,7 +14,7 @@ from flashmoe_cupy.cli import commands, options
 from flashmoe_cupy.errors import DependencyError
 from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.plan.kernels import of_op
-from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
+from flashmoe_cupy.plan.checks import ACTIVATIONS
 
 Capture = pytest.CaptureFixture[str]
 

@@ -13,7 +13,7 @@ from flashmoe_cupy.service.names import named_dtype, target_archs
 
 def activations() -> tuple[str, ...]:
     """What `activation` may be."""
-    from flashmoe_cupy.plan.moe.problem import ACTIVATIONS
+    from flashmoe_cupy.plan.checks import ACTIVATIONS
 
     return ACTIVATIONS
 
@@ -61,8 +61,9 @@ def explain_moe(
     of a shared expert, 0 for none. bytes: weights of no more experts than there are assignments.
     """
     from flashmoe_cupy import dtypes
+    from flashmoe_cupy.plan.checks import ACTIVATIONS, GATED
     from flashmoe_cupy.plan.moe import steps as moe
-    from flashmoe_cupy.plan.moe.problem import ACTIVATIONS, GATED, moe_problem
+    from flashmoe_cupy.plan.moe.problem import moe_problem
     from flashmoe_cupy.plan.moe.routing import route_problem
 
     check_sizes({"tokens": tokens, "hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k,

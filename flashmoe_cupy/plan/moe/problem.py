@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flashmoe_cupy.dtypes import FP32, INT32, INT64, DType
 from flashmoe_cupy.plan.checks import (
+    ACTIVATIONS,
+    GATED,
     INT_MAX,
     SHORT,
     Option,
@@ -34,9 +36,6 @@ from flashmoe_cupy.plan.options import text
 
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
-
-GATED = ("swiglu", "geglu", "geglu_tanh", "swigluoai")
-ACTIVATIONS = (*GATED, "gelu", "gelu_tanh", "relu", "relu2")
 
 
 class GroupedGemmProblem(NamedTuple):

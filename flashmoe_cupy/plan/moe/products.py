@@ -11,6 +11,7 @@ from typing import NamedTuple
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
+from flashmoe_cupy.plan.checks import ACTIVATIONS
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
@@ -30,9 +31,7 @@ from flashmoe_cupy.plan.moe.tiles import (
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Values
 
-_ACTIVATIONS = (  # in the order of enum Activation of moe/params.cuh
-    "", "swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2",
-)  # fmt: skip
+_CODES = ("", *ACTIVATIONS)  # in the order of enum Activation of moe/params.cuh
 _KINDS = ((False, False), (True, False), (True, True))  # (gated, clamped) of the configurations
 
 
@@ -215,7 +214,7 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
             "n": p.n,
             "n_blocks": n_blocks(p, config),
             "gather_divisor": p.gather_divisor,
-            "activation": _ACTIVATIONS.index(p.activation.name),
+            "activation": _CODES.index(p.activation.name),
             "bias_dtype": _code(p.bias.dtype),
             "row_weights_dtype": _code(p.row_weights.dtype),
             "aligned": int(aligned),

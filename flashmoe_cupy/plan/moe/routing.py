@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
     from flashmoe_cupy.plan.hints import Topics
 
-SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
+SCORING = ("softmax", "sigmoid", "sqrtsoftplus")  # in the order of enum ScoringFunc of moe/params.cuh
 
 
 class RouteProblem(NamedTuple):

@@ -6,7 +6,7 @@ from flashmoe_cupy.dtypes import FP32, INT32, DType
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
 from flashmoe_cupy.plan.moe.products import Activation, Bias, Product, Rows, RowWeights, TileCounter, Weights
-from flashmoe_cupy.plan.moe.routing import PermuteProblem, RouteProblem
+from flashmoe_cupy.plan.moe.routing import SCORING, PermuteProblem, RouteProblem
 from flashmoe_cupy.plan.moe.small import (
     CAPACITY,
     CLEAR,
@@ -29,7 +29,6 @@ _PERMUTE_ONE_BLOCK = 4096  # assignments, up to which one block places all and n
 _PERMUTE_PER_BLOCK = 2048  # assignments of one of several blocks, as long as there are no more blocks than ...
 _PERMUTE_BLOCKS = 256
 _COMBINE_BLOCKS = 2**16  # at most; then each block goes through several stretches
-_SCORING = ("softmax", "sigmoid", "sqrtsoftplus")  # in the order of enum ScoringFunc of moe/params.cuh
 
 
 def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
@@ -55,7 +54,7 @@ def route_steps(p: RouteProblem) -> tuple[list[Step], Workspace]:
         "tokens_per_block": tokens_per_block,
         "logits_dtype": p.dtype.code,
         "bias_dtype": _code(p.bias_dtype),
-        "scoring_func": _SCORING.index(p.scoring_func),
+        "scoring_func": SCORING.index(p.scoring_func),
         "renormalize": int(p.renormalize),
         "groups": p.num_expert_group,
         "topk_groups": p.topk_group,
