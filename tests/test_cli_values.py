@@ -13,8 +13,8 @@ from flashmoe_cupy import _env, service
 from flashmoe_cupy.cli import commands, options
 from flashmoe_cupy.errors import DependencyError
 from flashmoe_cupy.plan.archs import ARCHS
-from flashmoe_cupy.plan.kernels import of_op
 from flashmoe_cupy.plan.checks import ACTIVATIONS
+from flashmoe_cupy.plan.kernels import of_op
 
 Capture = pytest.CaptureFixture[str]
 

@@ -65,18 +65,20 @@ C = TypeVar("C", bound="AnyConfig")
 
 
 class Kernel(ABC, Generic[P, C]):
-    """What all kernels share. A subclass says which problems it runs, and in which configuration.
-
-    op: what `warmup` and the command line call the family, "attention" or "moe". task: what it computes; of the kernels
-    of one task, the first of the registry that takes a problem runs it.
-    """
+    """What all kernels share. A subclass says which problems it runs, and in which configuration."""
 
     op: str
+    """What `warmup` and the command line call the family: "attention", "moe" or a family declared elsewhere."""
     task: str
+    """What it computes. Of the kernels of one task, the first of the registry that takes a problem runs it."""
     name: str
+    """Different from those of all other kernels."""
     header: str
+    """Its file, below cuda_src: "attention/fwd_sm80.cuh"."""
     summary: str
+    """What it runs on and for which GPUs, in one line for people."""
     params: Params
+    """The struct that its header declares, or includes."""
     clears = False  # whether it can write the rows of no sequence
     waits = False  # whether it waits for the launch in front of it by itself (griddepcontrol.wait): it may start early
 
