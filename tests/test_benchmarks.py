@@ -221,7 +221,9 @@ def test_run_on_the_cpu_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     ours = [row for row in rows if row["library"] == OURS]
     assert {row["status"] for row in ours} == {"ok"}  # every feature, checked against float64
     for row in ours:
-        assert row["poisoned"] and row["same_bits"]
+        assert row["same_bits"]
+        # attention_lse has no out: whether its result lies where poison was left is the allocator's choice.
+        assert row["poisoned"] or row["shape"]["head_dim_v"] == 0
         assert 0 <= row["error"] <= row["error_limit"] and row["error_row"] <= 3 * row["error_limit"]
         assert row["device_us"] > 0 and row["rounds"] == 2 and row["ceiling_tflops"] > 0
         assert row["tflops"] == pytest.approx(row["flops"] / row["device_us"] / 1e6, rel=1e-3)
