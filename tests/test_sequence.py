@@ -68,9 +68,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 def two(**change: Any) -> LaunchSequence:
     """A launch of two pointers, one of them also in a map behind 48 bytes, and one of three, of which one is moved."""
-    first = Launch(0, 77, 5, 384, 1000, 2, bytes(range(160)), maps=((6, 1),), early=True)
+    given: dict[str, Any] = {"grid": 5, "maps": ((6, 1),), "early": True} | change
+    first = Launch(0, 77, threads=384, smem=1000, pointers=2, tail=bytes(range(160)), **given)
     second = Launch(0, 78, 1, 64, 0, 3, bytes([7] * 20))
-    return LaunchSequence([(first._replace(**change), ((2, 0), (1, 0))), (second, (NULL, (3, 0), (3, 256)))])
+    return LaunchSequence([(first, ((2, 0), (1, 0))), (second, (NULL, (3, 0), (3, 256)))])
 
 
 def test_a_call_stores_addresses(driver: Driver) -> None:

@@ -9,7 +9,8 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from copy import copy
+from typing import Any
 
 from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
@@ -130,7 +131,7 @@ def is_capturing(stream: int) -> bool:
     return bool(_runtime.streamIsCapturing(stream))
 
 
-class Launch(NamedTuple):
+class Launch:
     """A loaded kernel and all of its launch that stays the same from call to call.
 
     pointers: addresses that Params begins with, each a word of 8 bytes. tail: the bytes of Params behind them.
@@ -142,18 +143,19 @@ class Launch(NamedTuple):
     itself where it must.
     """
 
-    device: int
-    function: int
-    grid: int
-    threads: int
-    smem: int
-    pointers: int
-    tail: bytes
-    check: bool = False
-    maps: tuple[tuple[int, int], ...] = ()
-    encoded: tuple[tuple[int, TensorMap, int], ...] = ()
-    counter: int = 0
-    early: bool = False
+    __slots__ = (
+        "check", "counter", "device", "early", "encoded", "function", "grid", "maps", "pointers", "smem", "tail",
+        "threads",
+    )  # fmt: skip
+
+    def __init__(
+        self, device: int, function: int, grid: int, threads: int, smem: int, pointers: int, tail: bytes,
+        check: bool = False, maps: tuple[tuple[int, int], ...] = (),
+        encoded: tuple[tuple[int, TensorMap, int], ...] = (), counter: int = 0, early: bool = False,
+    ) -> None:  # fmt: skip
+        self.device, self.function, self.grid, self.threads, self.smem = device, function, grid, threads, smem
+        self.pointers, self.tail, self.check, self.maps, self.encoded = pointers, tail, check, maps, encoded
+        self.counter, self.early = counter, early
 
 
 def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
@@ -164,12 +166,15 @@ def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
         templates = [tensormap.template(one) for one in maps]
     places = [at + i * tensormap.BYTES for i in range(len(maps))]
     known = [found for found in templates if found is not None]
+    made = copy(kernel)
     if len(known) < len(maps):
         room = bytes(tensormap.BYTES * len(maps))
-        encoded = tuple([(place, one, i) for i, (place, one) in enumerate(zip(places, maps, strict=True))])
-        return kernel._replace(tail=kernel.tail + room, encoded=encoded)
-    words = tuple([(place // 8, i) for i, place in enumerate(places)])
-    return kernel._replace(tail=kernel.tail + b"".join(known), maps=words)
+        made.tail += room
+        made.encoded = tuple([(place, one, i) for i, (place, one) in enumerate(zip(places, maps, strict=True))])
+    else:
+        made.tail += b"".join(known)
+        made.maps = tuple([(place // 8, i) for i, place in enumerate(places)])
+    return made
 
 
 @contextmanager
