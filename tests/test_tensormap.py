@@ -204,10 +204,11 @@ def test_the_operation_launches_the_hopper_kernel(driver: Driver, loaded: list[s
         call(p, q=q)
         shape, params = driver.launched[-1]
         assert shape == (1, min(132, kernel.tiles(p, config)), 1, 1, config.threads, 1, 1, config.smem_bytes, 9)
-        numbers = params[8 * len(kernel.params.pointers) : kernel.params.maps_at]
-        assert numbers == kernel.params.pack(kernel.values(p, config, True, 132))
+        maps_at = kernel.params.maps_at
+        numbers = kernel.params.pack(kernel.values(p, config, True, 132))
+        assert params[8 * len(kernel.params.pointers) : maps_at] == numbers
         for i, address in enumerate((q, 0x2000, 0x3000, 0x4000)):
-            assert params[8 * i : 8 * i + 8] == params[kernel.params.maps_at + 128 * i :][:8] == struct.pack("<Q", address)
+            assert params[8 * i : 8 * i + 8] == params[maps_at + 128 * i :][:8] == struct.pack("<Q", address)
     assert len(loaded) == 1 and "AttentionFwdSm90<" in loaded[0]
     encoded = [(given[2], given[4]) for given in library.calls[::2]]
     assert encoded == [(of.dims, of.box) for of in kernel.map_arguments(p, config)]
