@@ -16,7 +16,8 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from benchmarks.cases import Case, Check, Inputs, check, make_inputs
+from benchmarks.attention_inputs import Check, Inputs, check, make_inputs
+from benchmarks.cases import Case
 from benchmarks.rivals import LIBRARIES, Prepared, Setup, poison
 from benchmarks.timing import Clocks, GpuTimer, Reference, Timer, host_microseconds, machine
 

@@ -1,25 +1,21 @@
-"""Named benchmark cases: shapes, where they come from, their work, their inputs and the check of an answer.
+"""Named cases of attention: shapes, where they come from, their work and the suites.
 
 Conventions. FLOP of attention forward: 2 * heads_q * pairs * (head_dim + head_dim_v), which is 4*b*h*sq*sk*d when
 head_dim_v == head_dim. `pairs` is sq*sk for full attention, half of it for causal with sq == sk, and the exact count of
 visible pairs for a window or for causal with sq != sk. Bytes: q, k, v, out and bias once each. The log-sum-exp alone
-has no values: head_dim_v is 0.
+has no values: head_dim_v is 0. Making the inputs and checking an answer are in attention_inputs.py.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    import torch
-
-T = TypeVar("T")
 C = TypeVar("C")
 
 OURS = "flashmoe_cupy"  # with the kernel that the library chooses for the device
@@ -309,157 +305,3 @@ SUITES: dict[str, Suite[Case]] = {
         Suite("smoke", "every feature, tiny", tuple(_smoke()), (OURS, "torch_sdpa"), ("torch_sdpa",)),
     )
 }
-
-
-class Inputs(NamedTuple):
-    """Torch tensors of one case in the case's layout (packed cases: (tokens, heads, head_dim))."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    sinks: torch.Tensor | None
-    alibi_slopes: torch.Tensor | None
-    bias: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-
-
-def out_shape(case: Case) -> tuple[int, ...]:
-    """Shape of the output in the case's layout."""
-    if case.lse:
-        return case.batch, case.heads_q, case.seqlen_q
-    if case.varlen:
-        return case.tokens_q, case.heads_q, case.head_dim_v
-    if case.layout == "bhsd":
-        return case.batch, case.heads_q, case.seqlen_q, case.head_dim_v
-    return case.batch, case.seqlen_q, case.heads_q, case.head_dim_v
-
-
-def make_inputs(case: Case, device: str, seed: int) -> Inputs:
-    """Random normal inputs; the same case, device kind and seed give the same bits for every library."""
-    import torch
-
-    draw = torch.Generator(device=device).manual_seed(seed)
-    dtype: torch.dtype = getattr(torch, case.dtype)
-
-    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=draw, device=device, dtype=torch.float32).to(dtype)
-
-    def heads(n: int, seqlen: int, tokens: int, dim: int) -> torch.Tensor:
-        if case.varlen:
-            return normal(tokens, n, dim)
-        return normal(case.batch, n, seqlen, dim) if case.layout == "bhsd" else normal(case.batch, seqlen, n, dim)
-
-    q = heads(case.heads_q, case.seqlen_q, case.tokens_q, case.head_dim)
-    k = heads(case.heads_k, case.seqlen_k, case.tokens_k, case.head_dim)
-    v = heads(case.heads_k, case.seqlen_k, case.tokens_k, case.head_dim_v)
-    slopes = [2.0 ** (-8.0 * (h + 1) / case.heads_q) for h in range(case.heads_q)]
-    bias = None
-    if case.bias:
-        bias_dtype = torch.float32 if case.bias == "float32" else dtype
-        bias = normal(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, dtype=bias_dtype)
-        bias = bias > -0.5 if case.bias == "bool" else bias
-    cu_seqlens = None
-    if case.varlen:
-        ends = np.concatenate(([0], np.cumsum(case.seqlens)))
-        cu_seqlens = torch.tensor(ends.tolist(), dtype=torch.int32, device=device)
-    return Inputs(
-        q,
-        k,
-        v,
-        normal(case.heads_q, dtype=torch.float32) if case.sinks else None,
-        torch.tensor(slopes, dtype=torch.float32, device=device) if case.alibi else None,
-        bias,
-        cu_seqlens,
-    )
-
-
-class Check(NamedTuple):
-    """How far an output is from the truth: over all sampled rows, and the worst row.
-
-    Both are relative 2-norms; of a log-sum-exp the root of the mean square and the largest difference.
-    """
-
-    error: float
-    error_row: float
-    limit: float
-    finite: bool
-
-    @property
-    def passed(self) -> bool:
-        return self.finite and self.error <= self.limit and self.error_row <= 3 * self.limit
-
-
-def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: int = 4, rows: int = 64) -> Check:
-    """Compare `out` (case's layout) with float64 maths on sampled query rows of sampled heads.
-
-    The scores of the whole problem never exist. Every element of `out` must be finite, sampled or not: an unwritten
-    element of a poisoned output is NaN. `heads` and `rows` are at least 2.
-    """
-    import torch
-
-    draw = random.Random(seed)
-
-    def some(population: Sequence[T], count: int) -> list[T]:
-        """First, last and a random draw between them, `count` in all."""
-        if len(population) <= count:
-            return list(population)
-        between = range(1, len(population) - 1)
-        return [population[0], *(population[i] for i in sorted(draw.sample(between, count - 2))), population[-1]]
-
-    pairs = some([(b, h) for b in range(case.batch) for h in range(case.heads_q)], heads)
-    differences, sizes = [], []
-    for b, h in pairs:
-        shared = h // (case.heads_q // case.heads_k)
-        q, o = _one_head(case, inputs.q, b, h), out[b, h, :, None] if case.lse else _one_head(case, out, b, h)
-        k, v = _one_head(case, inputs.k, b, shared), _one_head(case, inputs.v, b, shared)
-        picked = some(range(q.shape[0]), rows)
-        index = torch.tensor(picked, device=q.device, dtype=torch.int64)
-        truth = _rows(case, inputs, b, h, q[index].double(), k.double(), v.double(), index, q.shape[0])
-        differences.append((o[index].double() - truth).norm(dim=-1))
-        sizes.append(torch.ones_like(truth[:, 0]) if case.lse else truth.norm(dim=-1))
-    difference, size = torch.cat(differences), torch.cat(sizes)
-    worst = (difference / size.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=math.inf).max()
-    error = float(difference.norm() / size.norm())
-    finite = bool(torch.isfinite(out).all())
-    limit = LSE_LIMIT if case.lse else ERROR_LIMIT[case.dtype]
-    return Check(error if error == error else math.inf, float(worst), limit, finite)
-
-
-def _one_head(case: Case, tensor: torch.Tensor, b: int, h: int) -> torch.Tensor:
-    if case.varlen:
-        first = sum(case.seqlens[:b])
-        return tensor[first : first + case.seqlens[b], h]
-    return tensor[b, h] if case.layout == "bhsd" else tensor[b, :, h]
-
-
-def _rows(
-    case: Case, inputs: Inputs, b: int, h: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: torch.Tensor,
-    seqlen_q: int,
-) -> torch.Tensor:  # fmt: skip
-    import torch
-
-    scores = q @ k.T * case.head_dim**-0.5
-    if case.softcap:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
-    diagonal = (index + (k.shape[0] - seqlen_q))[:, None]
-    column = torch.arange(k.shape[0], device=k.device)[None, :]
-    if inputs.alibi_slopes is not None:
-        scores = scores - inputs.alibi_slopes[h].double() * (diagonal - column).abs()
-    if inputs.bias is not None:
-        bias = inputs.bias[b, h][index]
-        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.double()
-    left, right = case.band()
-    hidden = torch.zeros_like(scores, dtype=torch.bool)
-    if right >= 0:
-        hidden |= column > diagonal + right
-    if left >= 0:
-        hidden |= column < diagonal - left
-    scores = scores.masked_fill(hidden, -math.inf)
-    if inputs.sinks is not None:
-        sink = inputs.sinks[h].double().expand(scores.shape[0], 1)
-        scores = torch.cat((scores, sink), dim=-1)
-    if case.lse:
-        return torch.logsumexp(scores, dim=-1, keepdim=True)
-    if inputs.sinks is not None:
-        return torch.softmax(scores, dim=-1)[:, :-1] @ v
-    return torch.softmax(scores, dim=-1).nan_to_num(nan=0.0) @ v  # a row that sees nothing gives 0

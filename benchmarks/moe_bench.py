@@ -6,8 +6,9 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import moe_inputs
+from benchmarks.attention_inputs import Check
 from benchmarks.bench import Bench, Timed, rounded
-from benchmarks.cases import OURS, Check
+from benchmarks.cases import OURS
 from benchmarks.moe_cases import MoECase
 from benchmarks.moe_inputs import MoEInputs
 from benchmarks.moe_rivals import GroupedMM, Liger, MoELibrary, OursMoE, SonicMoE, TorchLoop

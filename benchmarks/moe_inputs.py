@@ -6,7 +6,8 @@ import math
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.cases import ERROR_LIMIT, Check
+from benchmarks.attention_inputs import Check
+from benchmarks.cases import ERROR_LIMIT
 
 if TYPE_CHECKING:
     import torch

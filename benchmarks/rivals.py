@@ -14,7 +14,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.cases import OURS, OURS_SM80, Case, Inputs, out_shape
+from benchmarks.attention_inputs import Inputs, out_shape
+from benchmarks.cases import OURS, OURS_SM80, Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

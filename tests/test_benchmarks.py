@@ -154,7 +154,7 @@ def truth(case: Case, inputs: Any) -> Any:
 @pytest.mark.torch
 @pytest.mark.parametrize("name", [case.name for case in SUITES["smoke"].cases])
 def test_check_takes_the_reference_and_no_other(name: str) -> None:
-    from benchmarks.cases import check, make_inputs, out_shape
+    from benchmarks.attention_inputs import check, make_inputs, out_shape
 
     case = case_of("smoke", name)
     inputs = make_inputs(case, "cpu", seed=1)
@@ -182,7 +182,7 @@ def test_check_takes_the_reference_and_no_other(name: str) -> None:
 def test_inputs_are_random_and_repeatable() -> None:
     import torch
 
-    from benchmarks.cases import make_inputs
+    from benchmarks.attention_inputs import make_inputs
 
     case = case_of("smoke", "sinks")
     first, again, other = (make_inputs(case, "cpu", seed) for seed in (3, 3, 4))
@@ -351,7 +351,7 @@ def test_the_forced_kernel_is_forced_around_every_call(monkeypatch: pytest.Monke
     import contextlib
 
     from benchmarks import rivals
-    from benchmarks.cases import check, make_inputs
+    from benchmarks.attention_inputs import check, make_inputs
     from flashmoe_cupy.plan import kernels
 
     library = rivals.LIBRARIES[OURS_SM80]
@@ -383,7 +383,7 @@ def test_fa3_is_called_as_its_operator_reads(monkeypatch: pytest.MonkeyPatch) ->
     import torch
 
     from benchmarks import rivals
-    from benchmarks.cases import make_inputs
+    from benchmarks.attention_inputs import make_inputs
 
     calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
 
