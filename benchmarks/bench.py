@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from benchmarks.attention_inputs import Check, Inputs, check, make_inputs
 from benchmarks.cases import Case
-from benchmarks.rivals import LIBRARIES, Prepared, Setup, poison
+from benchmarks.library import Prepared, Setup, poison
+from benchmarks.rivals import LIBRARIES
 from benchmarks.timing import Clocks, GpuTimer, Reference, Timer, host_microseconds, machine
 
 if TYPE_CHECKING:

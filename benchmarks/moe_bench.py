@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from benchmarks.rivals import Prepared
+    from benchmarks.library import Prepared
     from benchmarks.timing import Reference
 
 GRAPH_US = 1500.0  # the least microseconds of a graph: launching it must not show

@@ -2,7 +2,7 @@
 
 All get the same inputs and the same routing, each with the layout of weights that it wants, made outside of the time.
 Only our own call contains a router, where the case asks for it: weights and ids are given to the others. As in
-rivals.py, what is not installed is reported as missing with its reason, and the run goes on.
+library.py, what is not installed is reported as missing with its reason, and the run goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import OURS
+from benchmarks.library import Prepared, Setup, first_reason, from_torch, to_torch
 from benchmarks.moe_inputs import ALPHA, LIMIT, MoEInputs, activate
-from benchmarks.rivals import Prepared, Setup, first_reason, from_torch, to_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MoELibrary:
-    """An adapter, as rivals.Library is one. `waits` says why its calls cannot be captured in a CUDA graph, or ""."""
+    """An adapter, as library.Library is one. `waits` says why its calls cannot be captured in a CUDA graph, or ""."""
 
     name = ""
     waits = ""

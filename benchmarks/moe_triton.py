@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from benchmarks.library import Prepared, Setup, first_reason
 from benchmarks.moe_inputs import ALPHA, LIMIT, MoEInputs
 from benchmarks.moe_rivals import MoELibrary, concatenated
-from benchmarks.rivals import Prepared, Setup, first_reason
 from benchmarks.timing import fastest
 
 if TYPE_CHECKING:

@@ -35,10 +35,11 @@ if not __package__:  # run as a file: the repository takes the place of this fol
 
 from benchmarks.bench import QUICK, AttentionBench, Bench, Effort, Run  # noqa: E402
 from benchmarks.cases import OUR_LIBRARIES, SUITES  # noqa: E402
+from benchmarks.library import Setup, default_peers  # noqa: E402
 from benchmarks.moe_bench import MOE_LIBRARIES, MoEBench  # noqa: E402
 from benchmarks.moe_cases import ALL_SUITES, MOE_SUITES  # noqa: E402
 from benchmarks.numpy_backend import HOST_SUITES, TORCH, HostBench  # noqa: E402
-from benchmarks.rivals import LIBRARIES, Setup, default_peers  # noqa: E402
+from benchmarks.rivals import LIBRARIES  # noqa: E402
 from benchmarks.timing import CpuTimer, GpuTimer, Timer  # noqa: E402
 
 if TYPE_CHECKING:

@@ -238,14 +238,14 @@ def test_run_on_the_cpu_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.torch
 def test_one_library_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import bench, rivals, run
+    from benchmarks import bench, library, rivals, run
 
     class Failing(rivals.Sdpa):
-        def prepare(self, *_: Any) -> rivals.Prepared:
+        def prepare(self, *_: Any) -> library.Prepared:
             raise RuntimeError("it broke\nbadly")
 
     class Late(rivals.Sdpa):
-        def prepare(self, case: Case, sets: Any, setup: rivals.Setup) -> rivals.Prepared:
+        def prepare(self, case: Case, sets: Any, setup: library.Setup) -> library.Prepared:
             made = super().prepare(case, sets, setup)
             calls = iter(range(1000))
 
@@ -257,7 +257,7 @@ def test_one_library_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch
             return made._replace(run=once)
 
     class Wrong(rivals.Sdpa):
-        def prepare(self, case: Case, sets: Any, setup: rivals.Setup) -> rivals.Prepared:
+        def prepare(self, case: Case, sets: Any, setup: library.Setup) -> library.Prepared:
             made = super().prepare(case, sets, setup)
             return made._replace(run=lambda i: made.run(i) * 1.1)
 
@@ -293,7 +293,8 @@ def test_a_spent_budget_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.torch
 def test_rivals_say_why_they_are_missing() -> None:
-    from benchmarks.rivals import LIBRARIES, Setup
+    from benchmarks.library import Setup
+    from benchmarks.rivals import LIBRARIES
 
     cpu = Setup("cpu")
     for name in ("torch_fa2", "torch_cudnn", "flex_attention", "fa3", OURS_SM80):
@@ -350,11 +351,11 @@ def test_host_time_is_of_one_call_and_drains_the_queue() -> None:
 def test_the_forced_kernel_is_forced_around_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     import contextlib
 
-    from benchmarks import rivals
+    from benchmarks import library, rivals
     from benchmarks.attention_inputs import check, make_inputs
     from flashmoe_cupy.plan import kernels
 
-    library = rivals.LIBRARIES[OURS_SM80]
+    forcing = rivals.LIBRARIES[OURS_SM80]
     forced: list[str] = []
 
     @contextlib.contextmanager
@@ -366,7 +367,7 @@ def test_the_forced_kernel_is_forced_around_every_call(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "only", only, raising=False)
     case = case_of("smoke", "causal_bf16")
     inputs = make_inputs(case, "cpu", seed=1)
-    made = library.prepare(case, [inputs], rivals.Setup("cpu"))
+    made = forcing.prepare(case, [inputs], library.Setup("cpu"))
     assert forced == []  # nothing is held between the loops of calls
     for _ in range(2):
         with made.scope():
@@ -382,7 +383,7 @@ def test_fa3_is_called_as_its_operator_reads(monkeypatch: pytest.MonkeyPatch) ->
 
     import torch
 
-    from benchmarks import rivals
+    from benchmarks import library, rivals
     from benchmarks.attention_inputs import make_inputs
 
     calls: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = []
@@ -393,7 +394,7 @@ def test_fa3_is_called_as_its_operator_reads(monkeypatch: pytest.MonkeyPatch) ->
 
     fake = SimpleNamespace(fwd=SimpleNamespace(default=operator))
     monkeypatch.setattr(torch.ops, "flash_attn_3", fake, raising=False)
-    fa3, setup = rivals.LIBRARIES["fa3"], rivals.Setup("cpu")
+    fa3, setup = rivals.LIBRARIES["fa3"], library.Setup("cpu")
 
     def called(case: Case) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
         made = fa3.prepare(case, [make_inputs(case, "cpu", seed=1)], setup)

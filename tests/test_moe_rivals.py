@@ -23,9 +23,9 @@ from benchmarks.moe_cases import TORCH_LIBRARIES, MoECase
 @pytest.mark.parametrize("name", [OURS, *TORCH_LIBRARIES])
 @pytest.mark.parametrize("case", SMOKE, ids=named)
 def test_adapters_compute_the_dense_formula(case: MoECase, name: str) -> None:
+    from benchmarks.library import Setup
     from benchmarks.moe_bench import MOE_LIBRARIES
     from benchmarks.moe_inputs import check, make_inputs
-    from benchmarks.rivals import Setup
 
     library, setup = MOE_LIBRARIES[name], Setup("cpu")
     assert library.missing(setup) == ""
@@ -46,9 +46,9 @@ def test_adapters_compute_the_dense_formula(case: MoECase, name: str) -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("arrays", ["torch", "numpy"])
 def test_our_adapter_times_the_router_only_where_asked(monkeypatch: pytest.MonkeyPatch, arrays: str) -> None:
+    from benchmarks.library import Setup
     from benchmarks.moe_inputs import check, make_inputs
     from benchmarks.moe_rivals import OursMoE
-    from benchmarks.rivals import Setup
 
     calls: list[dict[str, Any]] = []
     route = flashmoe_cupy.moe_route
@@ -82,9 +82,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None
 def test_liger_is_called_as_it_reads(monkeypatch: pytest.MonkeyPatch, interleaved: bool) -> None:
     import torch
 
+    from benchmarks.library import Setup
     from benchmarks.moe_inputs import check, make_inputs
     from benchmarks.moe_rivals import Liger
-    from benchmarks.rivals import Setup
 
     class Function:
         @staticmethod
@@ -111,9 +111,9 @@ def test_liger_is_called_as_it_reads(monkeypatch: pytest.MonkeyPatch, interleave
 def test_sonicmoe_is_called_as_it_reads(monkeypatch: pytest.MonkeyPatch, interleaved: bool) -> None:
     import torch
 
+    from benchmarks.library import Setup
     from benchmarks.moe_inputs import activate, check, make_inputs
     from benchmarks.moe_rivals import SonicMoE
-    from benchmarks.rivals import Setup
 
     def metadata(ids: Any, experts: int, counts: Any, offsets: Any, gather: Any, scatter: Any, back: Any) -> None:
         order = ids.flatten().sort(stable=True).indices
@@ -185,7 +185,7 @@ def fused_moe_kernel(
 
 def test_two_functions_are_taken_out_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from benchmarks import moe_triton
-    from benchmarks.rivals import Setup
+    from benchmarks.library import Setup
 
     stand_in(monkeypatch, "triton.language", word="read", constexpr=int)
     triton = sys.modules["triton"]
@@ -272,8 +272,8 @@ def kernel_in_torch(calls: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("options", [{}, {"activation": "swigluoai", "biases": True, "interleaved": True}])
 def test_vllm_is_called_as_it_reads(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], experts: int) -> None:
     from benchmarks import moe_triton
+    from benchmarks.library import Setup
     from benchmarks.moe_inputs import activate, check, make_inputs
-    from benchmarks.rivals import Setup
 
     calls: list[dict[str, Any]] = []
     kernel = kernel_in_torch(calls)

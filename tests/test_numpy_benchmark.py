@@ -21,7 +21,7 @@ def small(case: HostCase) -> HostCase:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_case_is_measured(case: HostCase) -> None:
     from benchmarks.bench import QUICK, Run
-    from benchmarks.rivals import Setup
+    from benchmarks.library import Setup
     from benchmarks.timing import CpuTimer
 
     written: list[dict[str, Any]] = []
@@ -40,7 +40,7 @@ def test_a_case_is_measured(case: HostCase) -> None:
 def test_a_wrong_answer_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import numpy_backend
     from benchmarks.bench import QUICK, Run
-    from benchmarks.rivals import Setup
+    from benchmarks.library import Setup
     from benchmarks.timing import CpuTimer
 
     case = small(CASES[0])
