@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from benchmarks.cases import ERROR_LIMIT, LSE_LIMIT, Case
+from benchmarks.cases import ERROR_LIMIT, LSE_LIMIT, MASK_TILE, Case
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,8 @@ class Inputs(NamedTuple):
     alibi_slopes: torch.Tensor | None
     bias: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
+    seqused: torch.Tensor | None = None  # of q and k: where the rows that count end
+    leftpad: torch.Tensor | None = None  # of q and k: where they begin
 
 
 def out_shape(case: Case) -> tuple[int, ...]:
@@ -61,10 +63,13 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
     v = heads(case.heads_k, case.seqlen_k, case.tokens_k, case.head_dim_v)
     slopes = [2.0 ** (-8.0 * (h + 1) / case.heads_q) for h in range(case.heads_q)]
     bias = None
-    if case.bias:
+    if case.bias == "bool" and case.pattern:
+        bias = {"lengths": _prefixes, "tiles": _tiles}[case.pattern](case, draw)
+    elif case.bias:
         bias_dtype = torch.float32 if case.bias == "float32" else dtype
-        bias = normal(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k, dtype=bias_dtype)
+        bias = normal(*case.whole_bias(), dtype=bias_dtype)
         bias = bias > -0.5 if case.bias == "bool" else bias
+    ends = torch.tensor(case.used, dtype=torch.int32, device=device) if case.used else None
     cu_seqlens = None
     if case.varlen:
         ends = np.concatenate(([0], np.cumsum(case.seqlens)))
@@ -77,7 +82,31 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
         torch.tensor(slopes, dtype=torch.float32, device=device) if case.alibi else None,
         bias,
         cu_seqlens,
+        ends if case.padding == "right" else None,
+        case.seqlen_q - ends if ends is not None and case.padding == "left" else None,
     )
+
+
+def _prefixes(case: Case, draw: torch.Generator) -> torch.Tensor:
+    """(batch, 1, 1, seqlen_k), True: the keys before a length between a tenth and the whole."""
+    import torch
+
+    n = case.seqlen_k
+    lengths = torch.randint(-(-n // 10), n + 1, (case.batch, 1), generator=draw, device=draw.device)
+    return (torch.arange(n, device=draw.device) < lengths)[:, None, None]
+
+
+def _tiles(case: Case, draw: torch.Generator) -> torch.Tensor:
+    """True: what is seen. Of ten tiles four are hidden, three seen, three half seen; query i sees key i in all."""
+    import torch
+
+    *lead, rows, columns = case.whole_bias()
+    sizes = *lead, -(-rows // MASK_TILE), -(-columns // MASK_TILE)
+    kinds = torch.rand(sizes, generator=draw, device=draw.device)
+    kinds = kinds.repeat_interleave(MASK_TILE, -2)[..., :rows, :].repeat_interleave(MASK_TILE, -1)[..., :columns]
+    pairs = torch.rand((*lead, rows, columns), generator=draw, device=draw.device) < 0.5
+    diagonal = torch.eye(rows, columns, dtype=torch.bool, device=draw.device)
+    return (kinds >= 0.7) | (kinds >= 0.4) & pairs | diagonal
 
 
 class Check(NamedTuple):
@@ -100,7 +129,7 @@ def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: i
     """Compare `out` (case's layout) with float64 maths on sampled query rows of sampled heads.
 
     The scores of the whole problem never exist. Every element of `out` must be finite, sampled or not: an unwritten
-    element of a poisoned output is NaN. `heads` and `rows` are at least 2.
+    element of a poisoned output is NaN. Rows that do not count hold that NaN or 0. `heads` and `rows` are at least 2.
     """
     import torch
 
@@ -127,7 +156,14 @@ def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: i
     difference, size = torch.cat(differences), torch.cat(sizes)
     worst = (difference / size.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(nan=math.inf).max()
     error = float(difference.norm() / size.norm())
-    finite = bool(torch.isfinite(out).all())
+    right = torch.isfinite(out)
+    if case.padding:
+        counts = torch.zeros(case.batch, case.seqlen_q, dtype=torch.bool, device=out.device)
+        for b, n in enumerate(case.used):
+            counts[b, case.first_row(b) : case.first_row(b) + n] = True
+        counts = counts[:, None, :, None] if case.layout == "bhsd" else counts[:, :, None, None]
+        right = torch.where(counts, right, out.isnan() | (out == 0))
+    finite = bool(right.all())
     limit = LSE_LIMIT if case.lse else ERROR_LIMIT[case.dtype]
     return Check(error if error == error else math.inf, float(worst), limit, finite)
 
@@ -136,7 +172,8 @@ def _one_head(case: Case, tensor: torch.Tensor, b: int, h: int) -> torch.Tensor:
     if case.varlen:
         first = sum(case.seqlens[:b])
         return tensor[first : first + case.seqlens[b], h]
-    return tensor[b, h] if case.layout == "bhsd" else tensor[b, :, h]
+    whole = tensor[b, h] if case.layout == "bhsd" else tensor[b, :, h]
+    return whole[case.first_row(b) : case.first_row(b) + case.used[b]] if case.padding else whole
 
 
 def _rows(
@@ -153,7 +190,7 @@ def _rows(
     if inputs.alibi_slopes is not None:
         scores = scores - inputs.alibi_slopes[h].double() * (diagonal - column).abs()
     if inputs.bias is not None:
-        bias = inputs.bias[b, h][index]
+        bias = inputs.bias.expand(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k)[b, h][index]
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.double()
     left, right = case.band()
     hidden = torch.zeros_like(scores, dtype=torch.bool)

@@ -8,6 +8,7 @@ has no values: head_dim_v is 0. Making the inputs and checking an answer are in 
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -20,7 +21,10 @@ C = TypeVar("C")
 
 OURS = "flashmoe_cupy"  # with the kernel that the library chooses for the device
 OURS_SM80 = "flashmoe_cupy_sm80"  # with the portable kernel, also where the library would choose another
-OUR_LIBRARIES = (OURS, OURS_SM80)
+OURS_PLAIN = "flashmoe_cupy_plain"  # the same call without the case's bias: what the bias costs
+OURS_PACKED = "flashmoe_cupy_packed"  # the packed call on the rows that count, gathered before
+OUR_LIBRARIES = (OURS, OURS_SM80, OURS_PLAIN, OURS_PACKED)
+MASK_TILE = 128  # rows and columns of a tile of the pattern "tiles"
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 # ||out - truth|| / ||truth|| that a right kernel of that dtype stays under; one row may have three times as much.
 ERROR_LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -30,8 +34,10 @@ LSE_LIMIT = 1e-4  # of a log-sum-exp in place of these, absolute: its size says 
 class Case(NamedTuple):
     """One attention problem. `seqlens` given: packed sequences of these lengths (batch and seqlen_* follow from them).
 
-    bias: "" none, else the dtype of a dense (batch, heads_q, seqlen_q, seqlen_k) bias ("same" = the case's dtype,
-    "float32", "bool").
+    bias: "" none, else its dtype ("same" = the case's, "float32", "bool"). bias_shape: what broadcasts to
+    (batch, heads_q, seqlen_q, seqlen_k); () = all of that. pattern: what a bool bias shows: "" two of three pairs at
+    random, "lengths" the first keys of each batch entry, "tiles" hidden, visible and mixed tiles of MASK_TILE.
+    padding: "" none, "left" or "right": of batch entry b only used[b] rows of q and k count, at the other end.
     head_dim_v: 0 = the log-sum-exp alone, without values.
     arrays: the array library that holds the inputs ("torch", "cupy" or "numpy").
     """
@@ -53,6 +59,10 @@ class Case(NamedTuple):
     sinks: bool = False
     alibi: bool = False
     bias: str = ""
+    bias_shape: tuple[int, ...] = ()
+    pattern: str = ""
+    padding: str = ""
+    used: tuple[int, ...] = ()
     layout: str = "bshd"
     seqlens: tuple[int, ...] = ()
     arrays: str = "torch"
@@ -68,15 +78,25 @@ class Case(NamedTuple):
 
     @property
     def tokens_q(self) -> int:
-        return sum(self.seqlens) if self.seqlens else self.batch * self.seqlen_q
+        """Rows of q that count."""
+        return sum(sq for sq, _ in self.spans())
 
     @property
     def tokens_k(self) -> int:
-        return sum(self.seqlens) if self.seqlens else self.batch * self.seqlen_k
+        return sum(sk for _, sk in self.spans())
 
     def spans(self) -> list[tuple[int, int]]:
-        """(seqlen_q, seqlen_k) of every sequence of the batch."""
-        return [(n, n) for n in self.seqlens] if self.seqlens else [(self.seqlen_q, self.seqlen_k)] * self.batch
+        """(seqlen_q, seqlen_k) of every sequence of the batch; of padded ones what counts."""
+        lengths = self.seqlens or self.used
+        return [(n, n) for n in lengths] if lengths else [(self.seqlen_q, self.seqlen_k)] * self.batch
+
+    def first_row(self, b: int) -> int:
+        """The first row of batch entry b that counts."""
+        return self.seqlen_q - self.used[b] if self.padding == "left" else 0
+
+    def whole_bias(self) -> tuple[int, ...]:
+        """The shape of the bias."""
+        return self.bias_shape or (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
 
     def band(self) -> tuple[int, int]:
         """(left, right) with causal folded in; -1 = unlimited."""
@@ -109,14 +129,16 @@ class Case(NamedTuple):
             moved += ITEMSIZE["float32"] * self.tokens_q * self.heads_q
         if self.bias:
             bias_size = {"same": size, "float32": 4, "bool": 1}[self.bias]
-            moved += bias_size * self.batch * self.heads_q * self.seqlen_q * self.seqlen_k
+            moved += bias_size * math.prod(self.whole_bias())
         return moved
 
     def shape(self) -> dict[str, Any]:
         """The fields that say what was computed, for a row of results."""
         skip = ("name", "suite", "seqlens")
         fields = {key: value for key, value in self._asdict().items() if key not in skip}
-        return fields | {"sequences": len(self.seqlens), "tokens": self.tokens_q} if self.seqlens else fields
+        if not self.seqlens and not self.used:
+            return fields
+        return fields | {"sequences": len(self.spans()), "tokens": self.tokens_q}
 
 
 # A feature that rivals do not have is measured against our own kernel on the same shape without it.
@@ -251,8 +273,66 @@ def _small_systems() -> Iterator[Case]:
         yield _square(name, "attention_small_systems", source, systems, atoms, (8, 8), 64, bias="same")
 
 
+# (batch, seqlen, heads, head_dim) and the shape of what is added to the scores, or hides them.
+_BIASED = {
+    "padding": ((8, 1024, 12, 64), (8, 1, 1, 1024)),
+    "per_head": ((2, 2048, 16, 64), (1, 16, 2048, 2048)),
+    "per_batch": ((2, 4096, 32, 128), (2, 1, 4096, 4096)),
+    "pair": ((64, 384, 4, 32), (64, 4, 384, 384)),
+}
+
+
+def _biased(suite: str, shape: str, kind: str, **options: Any) -> Case:
+    (b, s, heads, d), bias_shape = _BIASED[shape]
+    name, source = f"{shape}_{kind}", "bias table, one H200"
+    options |= {"bias_shape": bias_shape, "layout": "bhsd"}
+    return _square(name, suite, source, b, s, (heads, heads), d, **options)
+
+
+def _bias() -> Iterator[Case]:
+    for shape in _BIASED:
+        yield _biased("attention_bias", shape, "bf16", bias="same")
+        yield _biased("attention_bias", shape, "fp32", bias="float32")
+        yield _biased("attention_bias", shape, "fp16", bias="same", dtype="float16")
+
+
+def _mask() -> Iterator[Case]:
+    yield _biased("attention_mask", "padding", "lengths", bias="bool", pattern="lengths")
+    for shape in ("per_head", "per_batch", "pair"):
+        yield _biased("attention_mask", shape, "tiles", bias="bool", pattern="tiles")
+        yield _biased("attention_mask", shape, "random", bias="bool")
+
+
+PADDING_SEEDS = (1, 2)  # of the lengths of attention_padding
+
+
+def _padding() -> Iterator[Case]:
+    b, s, suite, source = 8, 4096, "attention_padding", "lengths between a tenth and the whole"
+    masks: dict[str, dict[str, Any]] = {"causal": {"causal": True}, "full": {}}
+    masks["window512"] = {"causal": True, "window_size": (511, 0)}
+    for d in (64, 128):
+        for mask, options in masks.items():
+            for side in ("left", "right"):
+                for seed in PADDING_SEEDS:
+                    draw = random.Random(seed)
+                    used = tuple(draw.randint(-(-s // 10), s) for _ in range(b))
+                    name, heads = f"{side}_d{d}_{mask}_seed{seed}", (2048 // d, 2048 // d)
+                    yield _square(name, suite, source, b, s, heads, d, padding=side, used=used, **options)
+
+
+def _few_keys() -> Iterator[Case]:
+    def case(name: str, sq: int, sk: int, heads: tuple[int, int], d: int, **options: Any) -> Case:
+        suite, source = "attention_few_keys", "few keys, few queries and odd ratios"
+        return Case(name, suite, source, 8, sq, sk, *heads, d, d, **options)
+
+    yield case("q5121_k33_b2_d128_causal", 5121, 33, (8, 8), 128, causal=True)._replace(batch=2)
+    yield case("q448_k1500_b8_d64_full", 448, 1500, (20, 20), 64)
+    yield case("q33_k5121_b8_gqa_32_8_d128_full", 33, 5121, (32, 8), 128)
+
+
 _FA2_TABLE, _FA3_TABLE = "FA2 table, one H100", "FA3 and cuDNN table, one H100"
-_ALL_RIVALS = ("torch_fa2", "torch_cudnn", "flex_attention", "fa3")
+_ALL_RIVALS = ("torch_fa2", "torch_cudnn", "flex_attention", "fa3", "fa4")
+_BIAS_RIVALS = ("torch_cudnn", "torch_efficient")
 
 SUITES: dict[str, Suite[Case]] = {
     suite.name: suite
@@ -269,8 +349,8 @@ SUITES: dict[str, Suite[Case]] = {
             "attention_forward",
             "the 36 rows of the FA3 and cuDNN table",
             tuple(_dense("attention_forward", _FA3_TABLE, (512, 1024, 2048, 4096, 8192, 16384))),
-            (OURS, "torch_cudnn", "fa3"),
-            ("torch_cudnn", "fa3"),
+            (OURS, "torch_cudnn", "fa3", "fa4"),
+            ("torch_cudnn", "fa3", "fa4"),
         ),
         Suite(
             "attention_lse",
@@ -283,8 +363,36 @@ SUITES: dict[str, Suite[Case]] = {
             "attention_forward_features",
             "GQA, windows, odd sizes, packed sequences, softcap, ALiBi, sinks",
             tuple(_features()),
-            (OURS, "fa3"),
-            ("fa3",),
+            (OURS, "fa3", "fa4"),
+            ("fa3", "fa4"),
+        ),
+        Suite(
+            "attention_few_keys",
+            "few keys, few queries and odd ratios",
+            tuple(_few_keys()),
+            (OURS, "fa3", "fa4"),
+            ("fa3", "fa4"),
+        ),
+        Suite(
+            "attention_bias",
+            "dense biases that broadcast, as the user holds them: a cast that a rival needs is in its time",
+            tuple(_bias()),
+            (OURS, OURS_PLAIN, *_BIAS_RIVALS, "cuequivariance"),
+            (*_BIAS_RIVALS, "cuequivariance"),
+        ),
+        Suite(
+            "attention_mask",
+            "the same shapes with boolean masks; all passes over a mask are in the time",
+            tuple(_mask()),
+            (OURS, OURS_PLAIN, *_BIAS_RIVALS),
+            _BIAS_RIVALS,
+        ),
+        Suite(
+            "attention_padding",
+            "padded batches with their lengths, against our packed call on rows gathered before",
+            tuple(_padding()),
+            (OURS, OURS_PACKED),
+            (OURS_PACKED,),
         ),
         Suite("models", "shapes of published models", tuple(_models()), (OURS, *_ALL_RIVALS), _ALL_RIVALS),
         Suite(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.library import Library, Prepared, Setup, bshd, first_reason, no_rival
+from benchmarks.library import Library, Prepared, Setup, bshd, first_reason, no_rival, why_not_imported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +63,7 @@ class FA3(Library):
             (case.sinks, "this FA3 has no sinks"),
             (case.alibi, "FA3 has no ALiBi slopes"),
             (case.bias, "FA3 has no dense bias"),
+            (case.padding, "padded batches are not adapted for FA3 here"),
             (case.head_dim > 256, "FA3 takes head_dim up to 256"),
             (
                 case.head_dim_v != case.head_dim
@@ -92,3 +94,55 @@ class FA3(Library):
             return operator(*arrays, **keywords)[0]
 
         return Prepared(run, lambda out: out if case.varlen else bshd(case, out))
+
+
+class FA4(Library):
+    """FA4, the package flash-attn-4 in CuTe DSL: the public functions of flash_attn.cute, compiled at the first call.
+
+    Causal is aligned bottom-right, as ours. num_splits stays at its default, which is 1 on Hopper.
+    """
+
+    name = "fa4"
+    module = "flash_attn.cute.interface"
+
+    def missing(self, setup: Setup) -> str:
+        return super().missing(setup) or why_not_imported(self.module)
+
+    def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
+        return first_reason(
+            *no_rival(case),
+            (case.dtype == "float32", "FA4 takes bf16 and fp16"),
+            (case.alibi, "FA4 has no ALiBi slopes"),
+            (case.bias, "FA4 has no dense bias"),
+            (case.padding, "padded batches are not adapted for FA4 here"),
+            (max(case.head_dim, case.head_dim_v) > 256, "FA4 takes head_dim and head_dim_v up to 256"),
+        )
+
+    def unsupported(self, error: Exception) -> str:
+        return f"it refuses this case: {error}" if isinstance(error, (AssertionError, NotImplementedError)) else ""
+
+    def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
+        import torch
+
+        package = importlib.import_module(self.module)
+        options: dict[str, Any] = {"causal": case.causal}
+        if case.window_size != (-1, -1):  # None = unlimited
+            options["window_size"] = tuple(None if side < 0 else side for side in case.band())
+            options["causal"] = False  # a window that ends at the diagonal says the same
+        if case.softcap:
+            options["softcap"] = case.softcap
+        function = package.flash_attn_varlen_func if case.varlen else package.flash_attn_func
+        if case.varlen:
+            longest = max(case.seqlens)
+            options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        calls = []
+        for one in sets:
+            arrays = one[:3] if case.varlen else tuple(bshd(case, t) for t in one[:3])
+            named = {"learnable_sink": one.sinks, "cu_seqlens_q": one.cu_seqlens, "cu_seqlens_k": one.cu_seqlens}
+            calls.append((arrays, options | {key: value for key, value in named.items() if value is not None}))
+
+        def run(i: int) -> Any:
+            arrays, keywords = calls[i % len(calls)]
+            return function(*arrays, **keywords)[0]
+
+        return Prepared(run, lambda out: out if case.varlen else bshd(case, out), scope=torch.no_grad)

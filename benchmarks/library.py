@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.attention_inputs import Inputs, out_shape
+from benchmarks.attention_inputs import Check, Inputs, out_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,12 +39,14 @@ class Prepared(NamedTuple):
     run(i) computes input set i and returns the library's own output; as_torch gives that output as a torch tensor in
     the case's layout; into(i, out), where the library has an `out` argument, writes into the given torch tensor;
     scope() is entered around every loop of calls (back-end choices), so that its cost is not in a call's time.
+    check(out) is there for what computes another thing than the case says.
     """
 
     run: Callable[[int], Any]
     as_torch: Callable[[Any], torch.Tensor]
     into: Callable[[int, torch.Tensor], Any] | None = None
     scope: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    check: Callable[[torch.Tensor], Check] | None = None
 
 
 class Library:
@@ -68,6 +71,17 @@ class Library:
 def first_reason(*reasons: tuple[object, str]) -> str:
     """The text of the first pair whose condition holds, else ""."""
     return next((text for holds, text in reasons if holds), "")
+
+
+@cache
+def why_not_imported(*modules: str) -> str:
+    """Why one of `modules` cannot be imported, or "". Found out once: a failing import can take seconds."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except Exception as error:  # any failure to load a foreign package means: not here
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def no_rival(case: Case) -> tuple[tuple[object, str], ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.attention_inputs import Inputs
-from benchmarks.cases import OURS, Case
+from benchmarks.attention_inputs import Inputs, check
+from benchmarks.cases import OURS, OURS_PACKED, OURS_PLAIN, Case
 from benchmarks.library import Library, Prepared, Setup, first_reason, from_torch, to_torch
 
 if TYPE_CHECKING:
@@ -96,8 +97,58 @@ class OursForced(Ours):
         return super().prepare(case, sets, setup)._replace(scope=lambda: kernels.only(self.kernel))
 
 
+class OursPlain(Ours):
+    """flashmoe_cupy without the case's bias: what the bias costs."""
+
+    name = OURS_PLAIN
+
+    def why_not(self, case: Case, setup: Setup) -> str:
+        return super().why_not(case, setup) or ("" if case.bias else "the case has no bias")
+
+    def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:
+        plain = case._replace(bias="", bias_shape=(), pattern="")
+        without = [one._replace(bias=None) for one in sets]
+        made = super().prepare(plain, without, setup)
+        return made._replace(check=lambda out: check(plain, without[0], out))
+
+
+class OursPacked(Ours):
+    """flash_attention_varlen on the rows of a padded batch that count; they are gathered before and are not timed."""
+
+    name = OURS_PACKED
+
+    def why_not(self, case: Case, setup: Setup) -> str:
+        return super().why_not(case, setup) or first_reason(
+            (not case.padding, "the case has no padding"),
+            (case.layout != "bshd", "packed rows are those of the layout bshd"),
+            (case.bias, "packed sequences have no bias"),
+        )
+
+    def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:
+        import torch
+
+        spans = [(case.seqlen_q * b + case.first_row(b), n) for b, n in enumerate(case.used)]
+        rows = torch.cat([torch.arange(first, first + n) for first, n in spans]).to(setup.device)
+        ends = torch.tensor([0, *accumulate(case.used)], dtype=torch.int32, device=setup.device)
+        packed = case._replace(padding="", used=(), seqlens=case.used)
+        gathered = []
+        for one in sets:
+            q, k, v = (x.flatten(0, 1)[rows] for x in one[:3])
+            gathered.append(one._replace(q=q, k=k, v=v, cu_seqlens=ends, seqused=None, leftpad=None))
+        made = super().prepare(packed, gathered, setup)
+
+        def padded(out: Any) -> torch.Tensor:
+            answer = made.as_torch(out)
+            whole = answer.new_zeros(case.batch * case.seqlen_q, *answer.shape[1:])
+            whole[rows] = answer
+            return whole.unflatten(0, (case.batch, case.seqlen_q))
+
+        return Prepared(made.run, padded, scope=made.scope)
+
+
 def _array_options(one: Inputs) -> dict[str, Any]:
     named = {"sinks": one.sinks, "alibi_slopes": one.alibi_slopes, "bias": one.bias}
+    named |= {"seqused_q": one.seqused, "seqused_k": one.seqused, "leftpad_q": one.leftpad, "leftpad_k": one.leftpad}
     if one.cu_seqlens is not None:
         named |= {"cu_seqlens_q": one.cu_seqlens, "cu_seqlens_k": one.cu_seqlens}
     return {key: value for key, value in named.items() if value is not None}

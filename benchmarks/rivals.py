@@ -8,9 +8,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import OURS_SM80
-from benchmarks.flash_rivals import FA3
-from benchmarks.library import Library, Prepared, Setup, bhsd, bshd, first_reason, no_rival
-from benchmarks.ours import Ours, OursForced
+from benchmarks.flash_rivals import FA3, FA4
+from benchmarks.library import Library, Prepared, Setup, bhsd, bshd, first_reason, no_rival, why_not_imported
+from benchmarks.ours import Ours, OursForced, OursPacked, OursPlain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Sdpa(Library):
-    """torch.nn.functional.scaled_dot_product_attention: one back end of it, or the one that torch picks."""
+    """torch.nn.functional.scaled_dot_product_attention: one back end of it, or the one that torch picks.
+
+    Its back ends want an additive bias in q's dtype: a cast is part of the call, as it is for a user with another one.
+    """
 
     def __init__(self, name: str, backend: str = "") -> None:
         self.name = name
@@ -38,7 +41,7 @@ class Sdpa(Library):
             (case.sinks, "SDPA has no sinks"),
             (case.alibi, "SDPA has no ALiBi slopes"),
             (case.causal and case.seqlen_q != case.seqlen_k, "SDPA's causal mask is aligned top-left"),
-            (case.bias == "float32" and case.dtype != "float32", "SDPA wants the bias in q's dtype"),
+            (case.padding, "SDPA has no lengths of padded batches"),
         )
 
     def unsupported(self, error: Exception) -> str:
@@ -53,14 +56,13 @@ class Sdpa(Library):
             options["is_causal"] = True
         if case.heads_q != case.heads_k:
             options["enable_gqa"] = True
-        calls = [
-            (tuple(bhsd(case, t) for t in one[:3]), options | ({} if one.bias is None else {"attn_mask": one.bias}))
-            for one in sets
-        ]
+        calls = [(tuple(bhsd(case, t) for t in one[:3]), one.bias) for one in sets]
+        cast = case.bias == "float32" and case.dtype != "float32"
 
         def run(i: int) -> Any:
-            arrays, keywords = calls[i % len(calls)]
-            return scaled_dot_product_attention(*arrays, **keywords)
+            arrays, bias = calls[i % len(calls)]
+            mask = bias.to(arrays[0].dtype) if cast and bias is not None else bias
+            return scaled_dot_product_attention(*arrays, attn_mask=mask, **options)
 
         @contextlib.contextmanager
         def scope() -> Any:
@@ -87,6 +89,7 @@ class TorchFA2(Sdpa):
             (case.sinks, "FA2 has no sinks"),
             (case.alibi, "torch's FA2 has no ALiBi slopes"),
             (case.bias, "FA2 has no dense bias"),
+            (case.padding, "padded batches are not adapted for FA2 here"),
         )
 
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:
@@ -126,7 +129,11 @@ class Flex(Library):
         return super().missing(setup)
 
     def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
-        return first_reason(*no_rival(case), (case.varlen, "packed sequences are not adapted for FlexAttention here"))
+        return first_reason(
+            *no_rival(case),
+            (case.varlen, "packed sequences are not adapted for FlexAttention here"),
+            (case.padding, "padded batches are not adapted for FlexAttention here"),
+        )
 
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:
         import torch
@@ -146,6 +153,8 @@ class Flex(Library):
 
         # One compile for all input sets: q, k and v rotate, the small extras are those of the first set.
         slopes, bias, sinks = sets[0].alibi_slopes, sets[0].bias, sets[0].sinks
+        if bias is not None:
+            bias = bias.expand(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k)
 
         def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
             if case.softcap:
@@ -171,15 +180,60 @@ class Flex(Library):
         return Prepared(lambda i: compiled(*arrays[i % len(arrays)]), lambda out: bhsd(case, out))
 
 
+class CuEquivariance(Library):
+    """cuEquivariance's triangle attention: n batches of one bias, (B, n, heads, seq, head_dim) and (B, 1, heads, ...).
+
+    It casts the bias to what its kernel reads, float32 on Hopper, inside its call.
+    """
+
+    name = "cuequivariance"
+
+    def missing(self, setup: Setup) -> str:
+        # The first is what the second computes with.
+        return super().missing(setup) or why_not_imported("cuequivariance_ops_torch", "cuequivariance_torch")
+
+    def why_not(self, case: Case, setup: Setup) -> str:  # noqa: ARG002
+        rows = (case.heads_q, case.seqlen_q, case.seqlen_k)
+        return first_reason(
+            *no_rival(case),
+            (case.bias not in ("same", "float32"), "triangle attention wants an additive bias"),
+            (case.varlen or case.padding, "triangle attention has no sequences of lengths of their own"),
+            (case.causal or case.window_size != (-1, -1), "triangle attention has no causal mask and no window"),
+            (case.softcap or case.sinks or case.alibi, "triangle attention has no softcap, sinks or ALiBi slopes"),
+            (case.heads_q != case.heads_k, "triangle attention wants as many key heads as query heads"),
+            (case.head_dim != case.head_dim_v, "triangle attention wants head_dim_v == head_dim"),
+            (case.whole_bias()[1:] != rows, "triangle attention wants a bias for every head, query and key"),
+        )
+
+    def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
+        triangle_attention = importlib.import_module("cuequivariance_torch").triangle_attention
+        apart = 1 if case.whole_bias()[0] == case.batch else 0  # where n is: a bias of each entry has one, else all
+        calls = [
+            (*(bhsd(case, t).unsqueeze(apart) for t in one[:3]), one.bias.unsqueeze(1))
+            for one in sets
+            if one.bias is not None
+        ]
+
+        def run(i: int) -> Any:
+            return triangle_attention(*calls[i % len(calls)])
+
+        return Prepared(run, lambda out: bhsd(case, out.squeeze(apart)))
+
+
 LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
         Ours(),
         OursForced(OURS_SM80, "attention_fwd_sm80"),
+        OursPlain(),
+        OursPacked(),
         TorchFA2(),
         Sdpa("torch_cudnn", "CUDNN_ATTENTION"),
+        Sdpa("torch_efficient", "EFFICIENT_ATTENTION"),
         Sdpa("torch_sdpa"),
         Flex(),
         FA3(),
+        FA4(),
+        CuEquivariance(),
     )
 }

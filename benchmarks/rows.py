@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.cases import OURS, OURS_SM80
+from benchmarks.cases import OURS, OURS_PACKED, OURS_PLAIN, OURS_SM80
 from benchmarks.moe_cases import ALL_SUITES
 
 if TYPE_CHECKING:
@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 LABELS = {
     OURS: "flashmoe_cupy",
     OURS_SM80: "flashmoe_cupy (sm_80 kernel)",
+    OURS_PLAIN: "flashmoe_cupy without the bias",
+    OURS_PACKED: "flashmoe_cupy, packed rows",
     "torch_fa2": "torch FA2",
     "torch_cudnn": "torch cuDNN",
+    "torch_efficient": "torch efficient",
     "torch_sdpa": "torch SDPA",
     "torch_cpu": "torch on the CPU",
     "flex_attention": "FlexAttention",
     "fa3": "FA3",
+    "fa4": "FA4",
+    "cuequivariance": "cuEquivariance",
     "torch_grouped_mm": "torch grouped_mm",
     "torch_index_add": "torch grouped_mm, index_add",
     "torch_loop": "torch loop over experts",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.cases import ITEMSIZE, OURS, OURS_SM80, PLAIN_TWIN, SUITES, Case
+from benchmarks.cases import ITEMSIZE, OURS, OURS_PACKED, OURS_PLAIN, OURS_SM80, PLAIN_TWIN, SUITES, Case
 from flashmoe_cupy import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def test_the_suites_are_the_measured_tables() -> None:
 
 def test_the_feature_suite_has_its_rows() -> None:
     suite = SUITES["attention_forward_features"]
-    assert (suite.libraries, suite.rivals) == ((OURS, "fa3"), ("fa3",))
+    assert (suite.libraries, suite.rivals) == ((OURS, "fa3", "fa4"), ("fa3", "fa4"))
     found = {case.name: case for case in suite.cases}
     assert list(found) == [
         "d128_8k_causal", "gqa_32_4_d128_8k_causal", "gqa_64_8_d128_8k_full", "window1024_d128_16k",
@@ -297,12 +297,17 @@ def test_rivals_say_why_they_are_missing() -> None:
     from benchmarks.rivals import LIBRARIES
 
     cpu = Setup("cpu")
-    for name in ("torch_fa2", "torch_cudnn", "flex_attention", "fa3", OURS_SM80):
+    for name in ("torch_fa2", "torch_cudnn", "torch_efficient", "flex_attention", "fa3", "fa4", OURS_SM80):
         assert LIBRARIES[name].missing(cpu) == "needs a CUDA device"
     assert LIBRARIES["torch_sdpa"].missing(cpu) == "" and LIBRARIES[OURS].missing(cpu) == ""
     assert "--peers" in LIBRARIES["fa3"].missing(Setup("cuda"))
     plain = case_of("attention_forward", "d128_s512_full")
-    assert all(library.why_not(plain, Setup("cuda")) == "" for library in LIBRARIES.values())
+    refused = {name: library.why_not(plain, Setup("cuda")) for name, library in LIBRARIES.items()}
+    assert {name: reason for name, reason in refused.items() if reason} == {
+        OURS_PLAIN: "the case has no bias",
+        OURS_PACKED: "the case has no padding",
+        "cuequivariance": "triangle attention wants an additive bias",
+    }
     softcap = case_of("attention_forward_features", "softcap_d128_8k_causal")
     assert "softcap" in LIBRARIES["fa3"].why_not(softcap, Setup("cuda"))
     lse, ours = case_of("attention_lse", "d128_s8192_full"), (OURS, OURS_SM80)
