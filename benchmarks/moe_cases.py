@@ -7,6 +7,7 @@ inputs and checking an answer are in moe_inputs.py.
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.cases import ITEMSIZE, OURS, SUITES, Suite
@@ -124,6 +125,8 @@ SONIC_TABLE = (
     *((32768, 4096, n, e, k) for n, e, k in ((512, 256, 16), (1024, 128, 8), (2048, 64, 4))),
 )
 DECODE_TOKENS = (1, 4, 16, 64, 256)
+DRAWN_SEED = 20  # of the shapes of moe_decode that are of no model
+DRAWN = "shapes drawn at random"
 CURVE_TOKENS = tuple(2**i for i in range(16))
 
 
@@ -159,6 +162,11 @@ def _decode() -> Iterator[MoECase]:
         yield MoECase(shape_name(tokens, sizes), suite, source, tokens, *sizes, graph=True, routing=False)
     for tokens in DECODE_TOKENS:
         yield MODELS["mixtral_8x7b"].case(suite, tokens, **options)
+    draw = random.Random(DRAWN_SEED)
+    for _ in range(12):
+        n, experts, k = draw.randrange(1024, 1537, 64), draw.randint(60, 160), draw.randint(4, 8)
+        tokens, sizes = draw.randint(20, 250), (draw.choice((2048, 2880, 4096)), n, experts, k)
+        yield MoECase(shape_name(tokens, sizes), suite, DRAWN, tokens, *sizes, graph=True, routing=False)
 
 
 def _host() -> Iterator[MoECase]:

@@ -3,7 +3,7 @@
 python benchmarks/report.py                                     tables of the newest results
 python benchmarks/report.py --ratio attention_forward_portable  last line: geomean X.XXX min Y.YYY rows N
 python benchmarks/report.py --ratio attention_forward_features  and, above it, our features over our plain kernel
-python benchmarks/report.py --ratio moe_forward                 and, above it, what the mixture of experts is held to
+python benchmarks/report.py --ratio moe_forward                 and, above it, the bars that the suite is held to
 python benchmarks/report.py --plot --readme                     plots, and the block of README.md made from them
 """
 
@@ -19,8 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
-from benchmarks import moe_report  # noqa: E402
-from benchmarks.cases import OUR_LIBRARIES, OURS, OURS_SM80, PLAIN_TWIN, SUITES, TWIN_LIMIT, Suite  # noqa: E402
+from benchmarks import bars, moe_report  # noqa: E402
+from benchmarks.cases import (  # noqa: E402
+    OUR_LIBRARIES,
+    OURS,
+    OURS_PLAIN,
+    OURS_SM80,
+    PLAIN_TWIN,
+    SUITES,
+    TWIN_LIMIT,
+    Suite,
+)
 from benchmarks.moe_cases import ALL_SUITES, MOE_SUITES  # noqa: E402
 from benchmarks.rows import (  # noqa: E402
     LABELS,
@@ -48,6 +57,7 @@ COLOURS = {
     "torch_sdpa": "#e69f00",
     "flex_attention": "#cc79a7",
     "fa3": "#56b4e9",
+    "fa4": "#000000",
 }
 _FAILED = ("error", "wrong", "missing")
 MEASURES = {"device_us": "µs", "host_us": "host µs"}
@@ -65,10 +75,11 @@ class Comparison(NamedTuple):
 def compare(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Comparison]:
     """Ours against the best rival, for every case of the suite.
 
-    A case that every rival declares unsupported has rival None and takes no part in the ratio. Anything else that is
-    lacking, of ours or of all rivals, raises ReportError with the whole list.
+    A case that every rival of these rows declares unsupported has rival None and takes no part in the ratio. Anything
+    else that is lacking, of ours or of all rivals, raises ReportError with the whole list.
     """
     found = newest(rows, suite.name, device)
+    known = [name for name in suite.rivals if any(name in here for here in found.values())]
     made, lacking = [], []
     for case in suite.cases:
         here = found.get(case.name, {})
@@ -81,7 +92,7 @@ def compare(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Co
         if right:
             best = min(right, key=lambda row: float(row[suite.measure]))
             made.append(Comparison(case.name, ours, best, best[suite.measure] / ours[suite.measure]))
-        elif rivals and all(row["status"] == "unsupported" for row in rivals) and len(rivals) == len(suite.rivals):
+        elif rivals and all(row["status"] == "unsupported" for row in rivals) and len(rivals) == len(known):
             made.append(Comparison(case.name, ours, None, math.nan))
         else:
             states = ", ".join(f"{name} {state(here.get(name))}" for name in suite.rivals)
@@ -114,6 +125,16 @@ def twins(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Comp
         made.append(Comparison(name, ours, plain, plain[suite.measure] / ours[suite.measure]))
     if lacking:
         raise ReportError("\n  ".join([f"features of {suite.name} without their plain twin", *lacking]))
+    return made
+
+
+def beside_plain(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Comparison]:
+    """Ours with a bias against ours without it, in turns in one run: `rival` is the row without it."""
+    made = []
+    for case, here in newest(rows, suite.name, device).items():
+        ours, plain = here.get(suite.ours), here.get(OURS_PLAIN)
+        if ours and plain and timed(ours, suite.measure) and timed(plain, suite.measure):
+            made.append(Comparison(case, ours, plain, plain[suite.measure] / ours[suite.measure]))
     return made
 
 
@@ -201,6 +222,17 @@ def twin_table(comparisons: Sequence[Comparison], suite: Suite[Any]) -> Table:
     return Table(f"{suite.name}: against our own plain kernel", head, cells)
 
 
+def plain_table(comparisons: Sequence[Comparison], suite: Suite[Any]) -> Table:
+    """One line per case with a bias: ours with it, ours without it, the ratio."""
+    unit = MEASURES[suite.measure]
+    cells: list[tuple[str, ...]] = []
+    for item in comparisons:
+        mine, plain = f"{item.ours[suite.measure]:.1f}", f"{(item.rival or {})[suite.measure]:.1f}"
+        cells.append((item.case, mine, plain, f"{item.ratio:.3f}"))
+    title = f"{suite.name}: against our own kernel without the bias"
+    return Table(title, ("case", f"ours {unit}", f"without the bias {unit}", "ratio"), cells)
+
+
 def plot(rows: Sequence[Row], suite: str, folder: Path, device: str = "") -> list[Path]:
     """Throughput against length, a column of panels per head dim, causal and full; the measured ceiling drawn in."""
     import matplotlib as mpl
@@ -260,7 +292,7 @@ def readme_block(rows: Sequence[Row], suite: Suite[Any], image: str, device: str
     at = {shapes[item.case]: item for item in comparisons}
     left_out = absent(rows, suite, device)
     rivals = [LABELS[name] for name in suite.rivals if not any(line.startswith(LABELS[name]) for line in left_out)]
-    others = rivals[0] if len(rivals) == 1 else f"the best of {' and '.join(rivals)}"
+    others = rivals[0] if len(rivals) == 1 else f"the best of {', '.join(rivals[:-1])} and {rivals[-1]}"
     cells = []
     for dim in sorted({key[0] for key in at}):
         for causal in (False, True):
@@ -326,10 +358,10 @@ def _main(options: argparse.Namespace) -> int:
     rows = load(files)
     if options.ratio:
         suite = ALL_SUITES[options.ratio]
-        verdicts = moe_report.judge(rows, suite.name, options.device)
+        verdicts = bars.judge(rows, suite.name, options.device)
         if verdicts:  # before the ratios, which want a row of every case
-            show(moe_report.bars_table(verdicts, suite.name), options.markdown)
-            print(moe_report.bars_summary(verdicts))
+            show(bars.bars_table(verdicts, suite.name), options.markdown)
+            print(bars.bars_summary(verdicts))
         comparisons = compare(rows, suite, options.device)
         features = twins(rows, suite, options.device)
         alone = {item.case for item in features} & {item.case for item in comparisons if item.rival is None}
@@ -337,6 +369,9 @@ def _main(options: argparse.Namespace) -> int:
         if features:
             show(twin_table(features, suite), options.markdown)
             print(twin_summary(features))
+        if plain := beside_plain(rows, suite, options.device):
+            show(plain_table(plain, suite), options.markdown)
+            print(f"against our own kernel without the bias: {summary(plain)}")
         for line in (*absent(rows, suite, options.device), *gaps(comparisons, rows, suite, options.device)):
             print(f"not compared: {line}")
         print(summary(comparisons))

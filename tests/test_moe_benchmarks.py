@@ -14,7 +14,7 @@ from moe_kit import SMOKE, TINY, case_of, dense, named
 import flashmoe_cupy
 from benchmarks import report
 from benchmarks.cases import ITEMSIZE, OURS
-from benchmarks.moe_cases import ALL_SUITES, MODELS, MOE_SUITES, SONIC_TABLE, MoECase
+from benchmarks.moe_cases import ALL_SUITES, DRAWN, MODELS, MOE_SUITES, SONIC_TABLE, MoECase
 
 ALL_CASES = [case for suite in MOE_SUITES.values() for case in suite.cases]
 
@@ -62,6 +62,11 @@ def test_the_suites_hold_what_must_be_shown() -> None:
     decode = {(c.hidden, c.intermediate, c.experts, c.top_k, c.tokens) for c in MOE_SUITES["moe_decode"].cases}
     for model in ((2048, 768, 128, 8), (2048, 512, 512, 10), (4096, 14336, 8, 2)):
         assert {tokens for *rest, tokens in decode if tuple(rest) == model} == {1, 4, 16, 64, 256}
+    drawn = [case for case in MOE_SUITES["moe_decode"].cases if case.source == DRAWN]
+    assert len(drawn) == 12 and drawn[0].name == "t243_d2880_n1152_e93_k4"  # that seed's
+    for case in drawn:
+        assert 60 <= case.experts <= 160 and 4 <= case.top_k <= 8 and 20 <= case.tokens <= 250
+        assert 1024 <= case.intermediate <= 1536 and case.hidden in (2048, 2880, 4096)
     assert [case.tokens for case in MOE_SUITES["moe_curve"].cases] == [2**i for i in range(16)]
     assert MOE_SUITES["moe_host"].measure == "host_us"
 
@@ -78,7 +83,7 @@ def test_every_case_is_legal() -> None:
     graphs = {case.suite for case in ALL_CASES if case.graph}
     assert graphs == {"moe_decode", "moe_curve", "moe_smoke"}
     assert all(case.routing for case in MOE_SUITES["moe_forward"].cases)
-    assert set(ALL_SUITES) > set(MOE_SUITES) and len(ALL_SUITES) == 14
+    assert set(ALL_SUITES) > set(MOE_SUITES) and len(ALL_SUITES) == 18
 
 
 # ---- inputs and the check of an answer -------------------------------------------------------------------------------

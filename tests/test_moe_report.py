@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import moe_report, report
+from benchmarks import bars, report
+from benchmarks.bars import BARS, DENSE, HOST, LEAST, MEAN, READ, SPEED
 from benchmarks.cases import OURS
 from benchmarks.moe_cases import ALL_SUITES, MOE_SUITES, MoECase
-from benchmarks.moe_report import BARS, DENSE, HOST, READ, SPEED
 from benchmarks.rows import LABELS
 
 RUN = "2026-01-01T00:00:00Z-1"
@@ -93,8 +93,9 @@ def verdict(text: str, case: str, what: str) -> list[str]:
 
 
 def test_the_bars_are_the_ones_to_show() -> None:
-    found = {(bar.suite, bar.case, bar.kind): bar.limit for bar in BARS}
-    assert len(found) == len(BARS) == 9 + 6 + 15 + 12 + 5
+    mine = [bar for bar in BARS if bar.suite in MOE_SUITES]
+    found = {(bar.suite, bar.case, bar.kind): bar.limit for bar in mine}
+    assert len(found) == len(mine) == 9 + 10 + 12
     forward = {(case, kind): limit for (suite, case, kind), limit in found.items() if suite == "moe_forward"}
     assert forward == {
         ("qwen3_30b_a3b_t16384", DENSE): 0.71,
@@ -108,13 +109,21 @@ def test_the_bars_are_the_ones_to_show() -> None:
         ("deepseek_v3_t4096", READ): 0.80,
     }
     decode = {case: limit for (suite, case, kind), limit in found.items() if suite == "moe_decode" and kind == READ}
-    qwen = {"t1": 0.70, "t4": 0.85, "t16": 0.95, "t64": 0.95, "t256": 0.95}
-    assert decode == {f"qwen3_30b_a3b_{tokens}": limit for tokens, limit in qwen.items()} | {"mixtral_8x7b_t256": 0.90}
-    assert {limit for (suite, _, kind), limit in found.items() if suite == "moe_decode" and kind == SPEED} == {1.0}
+    qwen = {"t1": 0.70, "t4": 0.85, "t16": 0.94, "t64": 0.94, "t256": 0.94}
+    assert decode == {f"qwen3_30b_a3b_{tokens}": limit for tokens, limit in qwen.items()} | {"mixtral_8x7b_t1": 0.90}
+    groups = {(bar.case, bar.kind): (bar.limit, len(bar.cases)) for bar in mine if bar.cases}
+    assert groups == {
+        ("15 rows of models", MEAN): (1.04, 15),
+        ("15 rows of models", LEAST): (0.98, 15),
+        ("12 shapes drawn at random", MEAN): (1.0, 12),
+        ("12 shapes drawn at random", LEAST): (0.97, 12),
+    }
+    assert {bar.rivals for bar in mine if bar.cases} == {("vllm_triton",)}
     assert {limit for (suite, _, kind), limit in found.items() if suite in MOE_SUITES and kind == HOST} == {30.0}
-    for bar in BARS:  # test_numpy_benchmark.py has the limits of the NumPy back end's
+    for bar in BARS:  # test_numpy_benchmark.py has the limits of the NumPy back end's, test_bars.py those of attention
         suite = ALL_SUITES[bar.suite]
-        assert bar.case in {case.name for case in suite.cases} and set(bar.rivals) <= set(suite.libraries) & set(LABELS)
+        assert set(bar.cases or [bar.case]) <= {case.name for case in suite.cases}
+        assert set(bar.rivals) <= set(suite.libraries) & set(LABELS)
 
 
 def test_bars_hold_and_ratios_follow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +175,7 @@ def test_the_better_of_two_grouped_products_is_the_rival() -> None:
     for row in rows:
         if row["library"] == "torch_index_add":
             row["device_us"] /= 2
-    found = {(item.bar.case, item.bar.kind): item for item in moe_report.judge(rows, "moe_forward")}
+    found = {(item.bar.case, item.bar.kind): item for item in bars.judge(rows, "moe_forward")}
     item = found["qwen3_30b_a3b_t16384", SPEED]
     assert item.value == pytest.approx(1.1) and item.word() == "FAIL"
     assert item.note == "against torch grouped_mm, index_add"
@@ -176,17 +185,22 @@ def test_decode_is_held_to_the_read_rate_and_to_vllm(tmp_path: Path, capsys: pyt
     path = write(tmp_path / "a.jsonl", decode_rows())
     assert report.main([str(path), "--ratio", "moe_decode", "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert bars_line(text) == "bars: 21 of 21 hold"
-    assert text.rstrip().splitlines()[-1] == "geomean 1.100 min 1.100 rows 15"
+    assert bars_line(text) == "bars: 10 of 10 hold"
+    assert text.rstrip().splitlines()[-1] == "geomean 1.100 min 1.100 rows 27"
     rows = slower(decode_rows(share=0.96), "qwen3_30b_a3b_t64", 1.05)
     assert report.main([str(write(path, rows)), "--ratio", "moe_decode"]) == 0
     line = bars_line(capsys.readouterr().out)
-    assert line == f"bars: 20 of 21 hold; FAIL: qwen3_30b_a3b_t64 ({READ})"
+    assert line == f"bars: 9 of 10 hold; FAIL: qwen3_30b_a3b_t64 ({READ})"
     rows = slower(decode_rows(), "t16_d2048_n512_e512_k10", 1.2)
-    assert report.main([str(write(path, rows)), "--ratio", "moe_decode"]) == 0
+    assert report.main([str(write(path, rows)), "--ratio", "moe_decode", "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert bars_line(text) == "bars: 20 of 21 hold; FAIL: t16_d2048_n512_e512_k10 (speed over vLLM's Triton kernel)"
-    assert text.rstrip().splitlines()[-1].endswith("min 0.917 rows 15")
+    assert bars_line(text) == "bars: 9 of 10 hold; FAIL: 15 rows of models (least speed over vLLM's Triton kernel)"
+    note = "t16_d2048_n512_e512_k10, against vLLM's Triton kernel"
+    assert verdict(text, "15 rows of models", LEAST)[2:] == ["≥ 0.98", "0.917", "FAIL", note]
+    geomean = math.exp((14 * math.log(1.1) + math.log(1.1 / 1.2)) / 15)
+    assert verdict(text, "15 rows of models", MEAN)[2:5] == ["≥ 1.04", f"{geomean:.3f}", "pass"]
+    assert verdict(text, "12 shapes drawn at random", LEAST)[2:5] == ["≥ 0.97", "1.100", "pass"]
+    assert text.rstrip().splitlines()[-1].endswith("min 0.917 rows 27")
 
 
 def test_a_rival_that_is_missing_leaves_its_bars_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,9 +209,10 @@ def test_a_rival_that_is_missing_leaves_its_bars_open(tmp_path: Path, capsys: py
     path = write(tmp_path / "a.jsonl", rows)
     assert report.main([str(path), "--ratio", "moe_decode", "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert bars_line(text).startswith("bars: 6 of 21 hold; not measured: qwen3_30b_a3b_t1 (speed over vLLM's")
-    cells = verdict(text, "mixtral_8x7b_t1", SPEED)
-    assert cells[3:] == ["-", "not measured", "vLLM's Triton kernel: missing: no file given"]
+    assert bars_line(text).startswith("bars: 6 of 10 hold; not measured: 15 rows of models (geomean of the speed over")
+    cells = verdict(text, "15 rows of models", LEAST)
+    note = "15 of 15 rows are missing; qwen3_30b_a3b_t1: vLLM's Triton kernel: missing: no file given"
+    assert cells[3:] == ["-", "not measured", note]
     assert "not compared: vLLM's Triton kernel: missing: no file given" in text
 
 
@@ -219,12 +234,12 @@ def test_bars_are_shown_though_cases_are_lacking(tmp_path: Path, capsys: pytest.
 def test_a_bar_takes_the_newest_run_that_can_answer_it() -> None:
     later = "2026-02-01T00:00:00Z-1"
     newer = [row for row in forward_rows(0.5, 3.0, run=later) if row["library"] != "torch_loop"]
-    found = {(v.bar.case, v.bar.kind): v for v in moe_report.judge([*forward_rows(), *newer], "moe_forward")}
+    found = {(v.bar.case, v.bar.kind): v for v in bars.judge([*forward_rows(), *newer], "moe_forward")}
     assert found["olmoe_t16384", DENSE].value == pytest.approx(0.5) and not found["olmoe_t16384", DENSE].passed
     assert found["qwen3_30b_a3b_t16384", SPEED].value == pytest.approx(3.0)
     assert found["t4096_d2048_n512_e256_k8", SPEED].value == pytest.approx(6.0)  # only the older run has the loop
     other = [row | {"device": "Device B", "run": "2026-03-01T00:00:00Z-1"} for row in forward_rows(0.3)]
-    found = {(v.bar.case, v.bar.kind): v for v in moe_report.judge([*newer, *other], "moe_forward", "Device A")}
+    found = {(v.bar.case, v.bar.kind): v for v in bars.judge([*newer, *other], "moe_forward", "Device A")}
     assert found["olmoe_t16384", DENSE].value == pytest.approx(0.5)
 
 
@@ -256,9 +271,9 @@ def test_tables_show_the_references_of_the_same_rounds(tmp_path: Path, capsys: p
     assert "no rows of moe_curve" in capsys.readouterr().err
 
 
-def test_attention_has_no_such_bars() -> None:
-    assert moe_report.judge([], "attention_forward") == []
-    assert not moe_report.Verdict(BARS[0], math.nan).passed and moe_report.Verdict(BARS[0], 0.71).passed
+def test_a_suite_without_bars() -> None:
+    assert bars.judge([], "attention_host") == []
+    assert not bars.Verdict(BARS[0], math.nan).passed and bars.Verdict(BARS[0], BARS[0].limit).passed
 
 
 def test_the_curve_over_tokens_is_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.moe_report import HOST, TIME, bars_summary, judge
+from benchmarks.bars import HOST, TIME, bars_summary, judge
 from benchmarks.numpy_backend import HOST_SUITES, NAME, TORCH, HostBench, HostCase, prepare
 
 CASES = HOST_SUITES[NAME].cases

@@ -1,0 +1,175 @@
+"""The bars that suites are held to, judged from rows. Never measures."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from benchmarks.cases import OURS, OURS_PACKED, SUITES
+from benchmarks.moe_cases import DRAWN, MOE_SUITES
+from benchmarks.numpy_backend import NAME, TORCH
+from benchmarks.rows import LABELS, Row, Table, of_device, state, timed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DENSE = "share of the dense product"  # our TFLOP/s over those of an 8192³ bf16 matrix product of the same rounds
+READ = "share of the read rate"  # GB/s of the weights that are needed over those of a big read of the same rounds
+SPEED = "speed over"  # the fastest of some libraries of the same run
+MEAN = "geomean of the speed over"  # the same of every case of a group
+LEAST = "least speed over"
+HOST = "host µs of a call"
+TIME = "time over that of"  # some library of the same run
+_FIELDS = {DENSE: "share", READ: "read_share", HOST: "host_us"}
+
+
+class Bar(NamedTuple):
+    """One line that has to hold: `kind` of our row of `case` is at least `limit`; for HOST and TIME at most.
+
+    MEAN and LEAST are of the rows of all `cases`; `case` says which these are.
+    """
+
+    suite: str
+    case: str
+    kind: str
+    limit: float
+    rivals: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        return f"{self.kind} {', '.join(LABELS[name] for name in self.rivals)}" if self.rivals else self.kind
+
+
+class Verdict(NamedTuple):
+    """A bar and what was measured: `value` is NaN when there is none, and `note` says why."""
+
+    bar: Bar
+    value: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.bar.limit if self.bar.kind in (HOST, TIME) else self.value >= self.bar.limit
+
+    def word(self) -> str:
+        if math.isnan(self.value):
+            return "not measured"
+        return "pass" if self.passed else "FAIL"
+
+
+def _all(suite: str, cases: Sequence[str], what: str, mean: float, least: float, rivals: tuple[str, ...]) -> list[Bar]:
+    """The two bars of a group; mean 0: only the least has to hold."""
+    title = f"{len(cases)} {what}"
+    both = Bar(suite, title, MEAN, mean, rivals, tuple(cases)), Bar(suite, title, LEAST, least, rivals, tuple(cases))
+    return list(both if mean else both[1:])
+
+
+def _names(suite: str) -> list[str]:
+    return [case.name for case in SUITES[suite].cases]
+
+
+_VLLM = ("vllm_triton",)
+_DECODE = MOE_SUITES["moe_decode"].cases
+_GROUPED = ("torch_grouped_mm", "torch_index_add")
+_QWEN, _LOOP = "qwen3_30b_a3b", "t4096_d2048_n512_e256_k8"
+BARS = (
+    *_all("attention_forward", _names("attention_forward"), "rows", 1.01, 0.95, SUITES["attention_forward"].rivals),
+    *(Bar("attention_mask", name, TIME, 0.6, ("torch_cudnn",)) for name in _names("attention_mask")),
+    *_all("attention_padding", _names("attention_padding"), "rows", 0, 0.92, (OURS_PACKED,)),
+    *(
+        Bar("attention_few_keys", name, SPEED, limit, ("fa3",))
+        for name, limit in zip(_names("attention_few_keys"), (1.0, 1.0, 0.97), strict=True)
+    ),
+    Bar("moe_forward", f"{_QWEN}_t16384", DENSE, 0.71),
+    Bar("moe_forward", "olmoe_t16384", DENSE, 0.80),
+    Bar("moe_forward", "t24576_d1536_n256_e128_k8", DENSE, 0.56),
+    Bar("moe_forward", "t32768_d4096_n1024_e128_k8", DENSE, 0.72),
+    Bar("moe_forward", "mixtral_8x7b_t8192", DENSE, 0.80),
+    Bar("moe_forward", f"{_QWEN}_t16384", SPEED, 1.8, _GROUPED),
+    Bar("moe_forward", _LOOP, SPEED, 5.0, ("torch_loop",)),
+    Bar("moe_forward", "deepseek_v3_t4096", SPEED, 4.5, ("torch_loop",)),
+    Bar("moe_forward", "deepseek_v3_t4096", READ, 0.80),
+    Bar("moe_decode", f"{_QWEN}_t1", READ, 0.70),
+    Bar("moe_decode", f"{_QWEN}_t4", READ, 0.85),
+    *(Bar("moe_decode", f"{_QWEN}_t{tokens}", READ, 0.94) for tokens in (16, 64, 256)),
+    Bar("moe_decode", "mixtral_8x7b_t1", READ, 0.90),
+    *_all("moe_decode", [c.name for c in _DECODE if c.source != DRAWN], "rows of models", 1.04, 0.98, _VLLM),
+    *_all("moe_decode", [c.name for c in _DECODE if c.source == DRAWN], DRAWN, 1.0, 0.97, _VLLM),
+    *(Bar("moe_host", case.name, HOST, 30.0) for case in MOE_SUITES["moe_host"].cases),
+    Bar(NAME, "attention_fp32_2k_causal", TIME, 2.0, (TORCH,)),
+    Bar(NAME, "attention_bf16_2k_causal", TIME, 2.0, (TORCH,)),
+    Bar(NAME, "router_4096_64_k8", TIME, 2.0, (TORCH,)),
+    Bar(NAME, "fused_moe_t1024", TIME, 1.3, (TORCH,)),
+    Bar(NAME, "attention_8_tokens", HOST, 70.0),
+)
+
+
+def judge(rows: Sequence[Row], suite: str, device: str = "") -> list[Verdict]:
+    """Every bar of the suite against the newest run that measured all that it needs."""
+    runs: Runs = {}
+    for row in of_device(rows, suite, device):
+        runs.setdefault(row["case"], {}).setdefault(str(row["run"]), {})[row["library"]] = row
+    return [_judge_all(bar, runs) if bar.cases else _newest(bar, runs) for bar in BARS if bar.suite == suite]
+
+
+Runs = dict[str, dict[str, dict[str, Row]]]  # case -> run -> library -> row
+
+
+def _newest(bar: Bar, runs: Runs) -> Verdict:
+    """A bar against the newest run that has all that it needs."""
+    found = [_judge(bar, here) for _, here in sorted(runs.get(bar.case, {}).items(), reverse=True)]
+    measured = [verdict for verdict in found if not math.isnan(verdict.value)]
+    return (measured or found or [Verdict(bar, math.nan, "no run has this case")])[0]
+
+
+def _judge_all(bar: Bar, runs: Runs) -> Verdict:
+    """A bar of a group: every case against the fastest rival of its own run."""
+    found = [_newest(Bar(bar.suite, case, SPEED, bar.limit, bar.rivals), runs) for case in bar.cases]
+    lacking = [verdict for verdict in found if math.isnan(verdict.value)]
+    if lacking:
+        first = f"{lacking[0].bar.case}: {lacking[0].note}"
+        return Verdict(bar, math.nan, f"{len(lacking)} of {len(found)} rows are missing; {first}")
+    here = [library for case in bar.cases for run in runs[case].values() for library in run.items()]
+    seen = {name for name, row in here if timed(row, "device_us")}
+    notes = [f"without {LABELS[name]}" for name in bar.rivals if name not in seen]
+    if bar.kind == MEAN:
+        return Verdict(bar, math.exp(math.fsum(math.log(v.value) for v in found) / len(found)), ", ".join(notes))
+    least = min(found, key=lambda verdict: verdict.value)
+    return Verdict(bar, least.value, ", ".join([f"{least.bar.case}, {least.note}", *notes]))
+
+
+def _judge(bar: Bar, here: dict[str, Row]) -> Verdict:
+    """A bar against the rows of one run of its case."""
+    ours = here.get(OURS)
+    field = _FIELDS.get(bar.kind, "device_us")
+    if ours is None or not timed(ours, field):
+        return Verdict(bar, math.nan, f"{LABELS[OURS]}: {state(ours)}")
+    if bar.kind not in (SPEED, TIME):
+        return Verdict(bar, float(ours[field]))
+    rivals = [here[name] for name in bar.rivals if timed(here.get(name), "device_us")]
+    if not rivals:
+        return Verdict(bar, math.nan, f"{LABELS[bar.rivals[0]]}: {state(here.get(bar.rivals[0]))}")
+    best = min(rivals, key=lambda row: float(row["device_us"]))
+    speed = best["device_us"] / ours["device_us"]
+    return Verdict(bar, speed if bar.kind == SPEED else 1 / speed, f"against {LABELS[best['library']]}")
+
+
+def bars_table(verdicts: Sequence[Verdict], suite: str) -> Table:
+    """One line per bar."""
+    cells: list[tuple[str, ...]] = []
+    for item in verdicts:
+        sign = "≤" if item.bar.kind in (HOST, TIME) else "≥"
+        value = "-" if math.isnan(item.value) else f"{item.value:.3f}"
+        cells.append((item.bar.case, item.bar.text(), f"{sign} {item.bar.limit:g}", value, item.word(), item.note))
+    return Table(f"{suite}: what has to hold", ("case", "what", "bar", "measured", "verdict", "note"), cells)
+
+
+def bars_summary(verdicts: Sequence[Verdict]) -> str:
+    """One line: how many bars hold, and which do not."""
+
+    def names(word: str) -> str:
+        return ", ".join(f"{item.bar.case} ({item.bar.text()})" for item in verdicts if item.word() == word)
+
+    text = f"bars: {sum(item.passed for item in verdicts)} of {len(verdicts)} hold"
+    text += f"; FAIL: {names('FAIL')}" if names("FAIL") else ""
+    return text + (f"; not measured: {names('not measured')}" if names("not measured") else "")
