@@ -3,6 +3,7 @@
     python benchmarks/run.py --suite attention_forward_portable --out benchmarks/results/portable.jsonl
     FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite moe_forward moe_decode --out benchmarks/results/moe.jsonl
     python benchmarks/run.py --suite numpy_backend --out benchmarks/results/cpu_numpy.jsonl      (on the processor)
+    FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite h200 --peers FOLDER --out h200.jsonl     (all with bars)
 
 All libraries get the same random inputs. Each first computes the case into a poisoned output and is checked against
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
@@ -46,9 +47,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# Several suites by one name. What needs no peer, or the smallest, comes first: a run that ends early still has that.
+GROUPS = {
+    "h200": (
+        "attention_padding",
+        "attention_mask",
+        "attention_bias",
+        "attention_few_keys",
+        "attention_forward",
+        "moe_decode",
+    ),
+}
+
+
 def line_of(row: dict[str, Any]) -> str:
     """One row as a line for people."""
-    head = f"{row['case']:<34} {row['library']:<18} {row['status']:<11}"
+    head = f"{row['case']:<34} {row['library']:<20} {row['status']:<11}"
     if row["status"] != "ok":
         return f"{head} {row['reason']}"
     host = "" if row["host_us"] is None else f"  host {row['host_us']:6.1f} us"
@@ -61,7 +75,9 @@ def line_of(row: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--suite", nargs="+", default=["attention_forward_portable"], choices=sorted(ALL_SUITES))
+    names = sorted({*ALL_SUITES, *GROUPS})
+    parser.add_argument("--suite", nargs="+", default=["attention_forward_portable"], choices=names, metavar="SUITE",
+                        help=f"{', '.join(names)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     names = sorted({*LIBRARIES, *MOE_LIBRARIES, TORCH})
     parser.add_argument("--libraries", nargs="+", choices=names, help="default: those of each suite")
@@ -73,7 +89,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="show the cases and stop")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.suite = list(dict.fromkeys(one for name in options.suite for one in GROUPS.get(name, (name,))))
+    return options
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[Any, tuple[str, ...]]]:
