@@ -85,4 +85,16 @@ FM_DEVICE float to_float(bf16 x) { return __int_as_float(static_cast<int>(x.bits
 FM_DEVICE float to_float(fp16 x) { return cvt_f32_f16(x.bits); }
 FM_DEVICE float to_float(fp32 x) { return x; }
 
+// The two 16-bit values of a register.
+template <class E>
+FM_DEVICE float low_of(u32 x) {
+  if constexpr (is_same<E, bf16>) return __int_as_float(static_cast<int>(x << 16));
+  else return cvt_f32_f16(static_cast<u16>(x));
+}
+template <class E>
+FM_DEVICE float high_of(u32 x) {
+  if constexpr (is_same<E, bf16>) return __int_as_float(static_cast<int>(x & 0xffff0000u));
+  else return cvt_f32_f16(static_cast<u16>(x >> 16));
+}
+
 }  // namespace fm

@@ -12,16 +12,14 @@ from numpy.typing import NDArray
 
 from flashmoe_cupy import reference
 from flashmoe_cupy.arrays import view
+from flashmoe_cupy.plan.attention.bias import workspace
 from flashmoe_cupy.plan.attention.problem import AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.plan.attention.tiles import Config
-from flashmoe_cupy.plan.kernels import KERNELS
+from flashmoe_cupy.plan.kernels import KERNELS, of_task
+from flashmoe_cupy.plan.step import Step, same
 from flashmoe_cupy.testing import TOLERANCES, Case, VarlenCase, compare_lse, within_tolerance
 
 SM80, SM90 = "attention_fwd_sm80", "attention_fwd_sm90"
-_ORDER = (
-    "q", "k", "v", "out", "lse", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "seqused_q",
-    "seqused_k", "leftpad_q", "leftpad_k",
-)  # fmt: skip
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -60,24 +58,49 @@ def attention(
     rows = (p.heads_q, p.total_q) if p.varlen else (p.batch, p.heads_q, p.seqlen_q)
     arrays["out"] = guarded(np.full(shape, np.nan, arrays["q"].dtype), "out")
     arrays["lse"] = guarded(np.full(rows, np.nan, np.float32), "lse")
-    pointers = [arrays[name].ctypes.data if name in arrays else 0 for name in _ORDER]
-    params = bytearray(spec.params.size)
-    spec.params.pack_pointers(params, 0, *pointers)
     clear = 0 if p.even or not spec.clears else 3
-    values = spec.values(p, config, p.rows_aligned, sms) | ({"clear_rest": clear} if spec.clears else {})
-    behind = spec.params.maps_at
-    params[8 * len(pointers) : behind] = spec.params.pack(values)
-    for i, one in enumerate(spec.map_arguments(p, config)):
-        params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, pointers[i])
+    step = Step("attention_fwd", p, same(*spec.params.pointers), {"clear_rest": clear} if spec.clears else {})
+    room = workspace(p)
+    odd = ["bias"] if "bias" in arrays and arrays["bias"].ctypes.data % 16 else []
+    steps, more = spec.before(step, config, odd)
+    for name, size in (room | more).items():
+        arrays[name] = guarded(np.full(-(-size // 4), 0x7FC0DEAD, np.int32), name)
+    for one in steps:
+        launched = spec if one is steps[-1] else next(iter(of_task(one.task).values()))
+        its = config if one is steps[-1] else _config_for(launched, one.problem, config)
+        _launch(launched, its, one, arrays, seed, sms, resident, headers)
+    return arrays["out"], arrays["lse"]
+
+
+def _config_for(kernel: Any, p: AttentionProblem, config: Config) -> Any:
+    """The configuration of a kernel that prepares something for one that runs in `config`."""
+    found = kernel.choose(p, "sm_90a", True)
+    return found._replace(block_m=config.block_m, block_n=config.block_n) if hasattr(found, "block_m") else found
+
+
+def _launch(
+    kernel: Any, config: Any, step: Step, arrays: Arrays, seed: int, sms: int, resident: int,
+    headers: Mapping[str, str] | None,
+) -> None:  # fmt: skip
+    """One launch of a step, whose counter stays as it was."""
+    p = step.problem
+    at = [arrays[name].ctypes.data if (name := step.arguments.get(pointer, "")) in arrays else 0
+          for pointer in kernel.params.pointers]  # fmt: skip
+    params = bytearray(kernel.params.size)
+    kernel.params.pack_pointers(params, 0, *at)
+    behind = kernel.params.maps_at
+    values = kernel.values(p, config, p.rows_aligned, sms) | step.values
+    params[8 * len(at) : behind] = kernel.params.pack(values)
+    for i, one in enumerate(kernel.map_arguments(p, config)):
+        params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[i])
     counter = guarded(np.zeros(2, np.int32), "the counter of tiles")
-    if at := spec.counter_at(p):
-        params[at : at + 8] = counter.ctypes.data.to_bytes(8, "little")
+    if place := kernel.counter_at(p):
+        params[place : place + 8] = counter.ctypes.data.to_bytes(8, "little")
     run(
-        spec.source(config), bytes(params), spec.grid(p, config, sms), config.threads, config.smem_bytes, seed,
+        kernel.source(config), bytes(params), kernel.grid(p, config, sms), config.threads, config.smem_bytes, seed,
         resident=resident, headers=headers,
     )  # fmt: skip
     assert not counter.any(), "the kernel does not leave its counter as it was"
-    return arrays["out"], arrays["lse"]
 
 
 def _reference(case: Case, arrays: Arrays) -> tuple[NDArray[Any], NDArray[Any]]:

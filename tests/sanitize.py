@@ -33,6 +33,8 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"window_size": (70, 3), "softcap": 15.0, "alibi": "bh", "sinks": "same"},
     {"bias": "bhqk", "bias_dtype": "float32", "causal": True},
     {"bias": "b1q1", "bias_dtype": "bool", "window_size": (20, 20), "alibi": "h"},
+    {"bias": "b1qk", "bias_dtype": "bool"},
+    {"bias": "b11k", "alibi": "bh"},
 )
 
 

@@ -17,7 +17,7 @@ from flashmoe_cupy import _env, service
 from flashmoe_cupy.cli import commands, main, measure_attention, show
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.plan.archs import ARCHS
-from flashmoe_cupy.plan.kernels import KERNELS, of_op
+from flashmoe_cupy.plan.kernels import KERNELS, of_op, of_task
 
 ATTENTION = of_op("attention")
 NO_GPU = service.backend()[0] == "numpy"
@@ -155,8 +155,10 @@ def test_explain_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", "--d", "64", "--arch", "sm_90a")
     assert code == 0
-    for word in ("sm_90a", "GFLOP", service.backend()[1], *ATTENTION):
+    for word in ("sm_90a", "GFLOP", service.backend()[1], *of_task("attention_fwd")):
         assert word in out
+    code, out, _ = run(capsys, "explain", "--d", "64", "--arch", "sm_90a", "--bias", "bool")
+    assert code == 0 and out.index("mask: attention_mask_words") < out.index("fwd: attention_fwd_sm90")
     text = str(service.explain(head_dim=64, arch="sm_90a"))
     assert "sm_90a" in text and "GFLOP" in text
 
@@ -167,7 +169,7 @@ def test_explain_says_why_not_the_other_kernel() -> None:
         ((name, reason),) = choice.rejected
         return choice.kernel, name, reason
 
-    special, general = ATTENTION
+    special, general = of_task("attention_fwd")
     assert rejected("sm_90a") == (special, general, f"{special} comes first")
     for arch, options, word in (("sm_90a", {"dtype": "float32"}, "float32"), ("sm_80", {}, "sm_90a")):
         kernel, name, reason = rejected(arch, **options)
@@ -254,7 +256,8 @@ def test_the_warm_up_set_is_complete(arch: str) -> None:
             sinks=bool(rng.integers(2)),
             bias=str(rng.choice(["same", "float32", "bool"])) if rng.integers(2) else None,
         )
-        (choice,) = answer.choices
+        *before, choice = answer.choices
+        assert all((one.kernel, one.config) in everything for one in before)
         assert choice.config, f"nothing runs {answer.problem}"
         chosen = (choice.kernel, choice.config)
         part = {(k.name, c.name) for k, c in service.specialisations(arch, dtype=dtype, head_dim=dim, head_dim_v=dim_v)}

@@ -94,7 +94,7 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
     stand_in = SimpleNamespace(
         compute_capability=lambda device: (int(numbers[:-1]), int(numbers[-1])), multiprocessors=lambda device: 132,
         driver_version=lambda: 12040,
-        load_for=load_for, with_maps=lambda ready, at, maps: ready,
+        load_for=load_for, with_maps=lambda ready, *_: ready,
     )  # fmt: skip
     patch.setattr(gpu, "driver", stand_in)
     return asked
@@ -104,7 +104,7 @@ def prepare(problem: Any, aligned: bool = True) -> None:
     """What the first call of a problem does on a device."""
     assert public.__all__
     operation = next(one for one in operations() if type(problem) is one.problem)
-    gpu._load(operation, problem, 0, 0, aligned, operation.places(len(operation.outputs)))
+    gpu._load(operation, problem, 0, 0, aligned, (), operation.places(len(operation.outputs)))
 
 
 # -------------------------------------------------------------------------------------------------------------- explain

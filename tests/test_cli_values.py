@@ -14,7 +14,7 @@ from flashmoe_cupy.cli import commands, options
 from flashmoe_cupy.errors import DependencyError
 from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.plan.checks import ACTIVATIONS
-from flashmoe_cupy.plan.kernels import of_op
+from flashmoe_cupy.plan.kernels import of_task
 
 Capture = pytest.CaptureFixture[str]
 
@@ -72,7 +72,8 @@ def test_huge_lengths_cost_nothing() -> None:
 
 
 def test_printed_dtypes_are_taken(capsys: Capture) -> None:
-    printed = {str(getattr(c, "element", "")) for a in ARCHS for k in of_op("attention").values() for c in k.configs(a)}
+    forward = of_task("attention_fwd").values()
+    printed = {str(getattr(c, "element", "")) for a in ARCHS for k in forward for c in k.configs(a)}
     assert printed == set(service.DTYPES)
     for short, name in service.DTYPES.items():
         answers = [run_json(capsys, "explain", "--arch", "sm_80", "--dtype", each) for each in (short, name)]

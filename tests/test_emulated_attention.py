@@ -10,7 +10,7 @@ from typing import NamedTuple
 import emulate
 import numpy as np
 import pytest
-from emulated_attention import SM80, SM90, attention, faults, outcomes
+from emulated_attention import SM80, SM90, attention, choose, faults, outcomes
 
 from flashmoe_cupy.plan.attention.tiles import Config, Sm80Config, Sm90Config
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
@@ -120,7 +120,8 @@ FAULTS = {
         r"a write to .*0 bytes behind the end of out",
     ),
     "K given back before its product": Fault(
-        _90, "wgmma_wait_group<1>(r_s[0]);\n      rings.k.release(at.k);",
+        _90, "wgmma_wait_group<1>(r_s[0]);\n      add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);\n"
+        "      rings.k.release(at.k);",
         "rings.k.release(at.k);\n      wgmma_wait_group<1>(r_s[0]);",
     ),
     "V given back before its product": Fault(
@@ -132,10 +133,10 @@ FAULTS = {
     "the wrong parity": Fault("tile/pipeline.cuh", "at.parity ^ 1", "at.parity", r"deadlock(.|\n)*warp 1: mbarrier"),
     "too few arrivals": Fault(_90, "kUsers = 4 * kConsumers;", "kUsers = 4 * kConsumers - 1;"),
     "too few bytes": Fault(
-        _90, "(at.stage), Tile::kBytes);", "(at.stage), Tile::kBytes - 128);", "128 bytes more than announced"
+        _90, "(at.stage), Tile::kBytes + With", "(at.stage), Tile::kBytes - 128 + With", "128 bytes more than announced"
     ),
     "too many bytes": Fault(
-        _90, "(at.stage), Tile::kBytes);", "(at.stage), Tile::kBytes + 128);", r"deadlock(.|\n)*and 128 bytes"
+        _90, "(at.stage), Tile::kBytes + With", "(at.stage), Tile::kBytes + 128 + With", r"deadlock(.|\n)*and 128 bytes"
     ),
     "the wrong panel": Fault(
         _KEYS, "Tile::kPanelBytes, p.q_map", "Tile::kPanelBytes + 64, p.q_map", "no multiple of 128"
@@ -158,6 +159,89 @@ FAULTS = {
         "issue different products|relative error|deadlock",
     ),
 }  # fmt: skip
+
+
+# A bias of each kind: by the copy engine or written again for it, one row for all queries, packed heads; a mask as
+# words and lists, of tiles of 64 and of 128 keys.
+BIASES: tuple[Case, ...] = (
+    AttentionCase(130, 200, 1, 2, 2, 64, bias="bhqk"),
+    AttentionCase(130, 201, 1, 2, 2, 64, bias="bhqk"),
+    AttentionCase(150, 136, 2, 2, 1, 64, bias="hqk", bias_dtype="float32", causal=True),
+    AttentionCase(20, 300, 2, 16, 2, 128, dtype="float16", bias="bhqk"),
+    AttentionCase(20, 300, 2, 16, 2, 128, bias="h1k", bias_dtype="float32"),
+    AttentionCase(140, 140, 1, 2, 2, 256, bias="qk", softcap=5.0, sinks="float32"),
+    AttentionCase(140, 140, 1, 2, 2, 192, 128, bias="h11", alibi="h"),
+    AttentionCase(140, 140, 1, 2, 2, 192, bias="qk", bias_dtype="float32", window_size=(100, 20)),
+    AttentionCase(130, 200, 1, 2, 2, 64, bias="bhqk", bias_dtype="bool"),
+    AttentionCase(150, 300, 2, 4, 2, 64, bias="b11k", bias_dtype="bool", causal=True),
+    AttentionCase(150, 300, 2, 4, 1, 128, bias="1hqk", bias_dtype="bool", softcap=9.0, alibi="bh"),
+    AttentionCase(20, 300, 2, 16, 2, 128, bias="b1qk", bias_dtype="bool"),
+    AttentionCase(300, 300, 1, 2, 2, 256, bias="qk", bias_dtype="bool", window_size=(100, 20)),
+    AttentionCase(140, 137, 1, 2, 2, 64, 512, bias="q1", bias_dtype="bool"),
+    PADDED._replace(bias="bhqk"),
+    PADDED._replace(bias="b1qk", bias_dtype="float32", heads_q=4, head_dim=128, causal=True),
+    PADDED._replace(bias="11qk", bias_dtype="bool", causal=True, heads_q=4),
+    PADDED._replace(bias="bhqk", bias_dtype="bool", head_dim=72),
+)
+# Faults in what a bias needs, and the case that shows each.
+BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
+    "bytes of the bias not announced": (
+        0, Fault(_90, "Tile::kBytes + With::bytes(p)", "Tile::kBytes", "bytes more than announced")
+    ),
+    "the bias given back before it is read": (
+        3,
+        Fault(
+            _90, "add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);\n      rings.k.release(at.k);",
+            "const auto before = at;\n      rings.k.release(at.k);\n"
+            "      add_bias(p, s_works[here], s_base, consumer, before, r_s, tile_row);",
+        ),
+    ),
+    "the wrong swizzle": (0, Fault("attention/bias_sm90.cuh", "^ (lane >> 4)", "")),
+    "the wrong swizzle of 32 bits": (2, Fault("attention/bias_sm90.cuh", "(lane >> 1 & 1)", "(lane & 1)")),
+    "a row of the bias for each query": (4, Fault("attention/bias_sm90.cuh", "row & (p.bias_rows - 1)", "row")),
+    "rows without their padding": (1, Fault("attention/bias_rows.cuh", "row * p.row_chunks + chunk", "row + chunk")),
+    "the wrong half of a word": (8, Fault("attention/scores_sm90.cuh", "words[i] >> 16 * e", "words[i] >> 15 * e")),
+    "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "(t >> 1)) << 16", "(t & 1)) << 16")),
+    "the list of another tile": (9, Fault("attention/key_tiles.cuh", "w.m0 / block_m) + 1", "0) + 1", "no memory for")),
+    "the mask of rows that do not count": (
+        16, Fault("attention/mask_words.cuh", "found.q_row * p.bias_stride_q +", "0 +")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BIASES, ids=str)
+def test_biases_in_every_order(case: Case) -> None:
+    found = {seed: faults(case, SM90, *attention(case, SM90, seed, resident=1 + seed % 2)) for seed in range(6)}
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("name", BIAS_FAULTS)
+def test_faults_of_a_bias_are_found(name: str) -> None:
+    index, fault = BIAS_FAULTS[name]
+    case, others = BIASES[index], []
+    for seed, found in outcomes(case, SM90, range(16), choose(case, SM90), fault.headers()):
+        if re.search(fault.found, found):
+            return
+        others.append((seed, found))
+    pytest.fail(f"nobody noticed: {others}")
+
+
+def test_a_mask_of_hidden_and_whole_tiles() -> None:
+    """Tiles that the mask hides are not read: NaN there never counts. Rows that see nothing are 0."""
+    case = AttentionCase(300, 700, 1, 2, 2, 64, bias="11qk", bias_dtype="bool")
+    arrays = case.random()
+    mask = np.zeros((300, 700), bool)
+    mask[:128, 128:256], mask[:128, 520:600], mask[200:, 384:512] = True, True, True
+    mask[70, 200] = False  # the tile is whole for the first consumer, not for the second
+    arrays["bias"] = mask[None, None]
+    arrays["k"][:, :128], arrays["v"][:, 256:384] = np.nan, np.nan
+    clean = {name: np.nan_to_num(x) if name in "qkv" else x for name, x in arrays.items()}
+    for seed in range(4):
+        out, lse = attention(case, SM90, seed, given=arrays)
+        assert faults(case, SM90, out, lse, clean) == []
+        assert (out[0, 128:200] == 0).all() and np.isneginf(lse[0, :, 128:200]).all()
+    wrong = Fault("attention/key_tiles.cuh", "1 << (kTileBits + consumer)", "1 << (kTileBits + 1 - consumer)")
+    assert faults(case, SM90, *attention(case, SM90, 1, headers=wrong.headers(), given=arrays), clean) != []
 
 
 @pytest.mark.parametrize(("kernel", "case"), CASES, ids=str)

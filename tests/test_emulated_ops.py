@@ -72,13 +72,13 @@ class Machine:
         self.kernels.append(tu)
         return Loaded(len(self.kernels) - 1, None)
 
-    def with_maps(self, kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
+    def with_maps(self, kernel: Launch, at: int, maps: Sequence[TensorMap], size: int) -> Launch:  # noqa: ARG002
         self.maps[kernel.function] = at, maps
         return kernel
 
     def launch(self, kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
         tu = self.kernels[kernel.function]
-        waits = "AttentionFwd" not in tu
+        waits = "Attention" not in tu
         assert stream == 5 and kernel.early == (waits and self.capability >= (9, 0) and self.driver >= 12030)
         params = bytearray(4096)
         assert len(pointers) == kernel.pointers

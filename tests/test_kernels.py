@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_problem import array, dense, packed
 
-from flashmoe_cupy.dtypes import BF16, FP16, FP32, INT32
+from flashmoe_cupy.dtypes import BF16, BOOL, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan import kernels
@@ -176,7 +176,7 @@ def test_shared_memory_by_hand() -> None:
     """Two buffers of queries where they fit, one where not; rows are whole panels of 64; 16 KiB for 64 rows of out."""
     by_name = {config.name: config for config in hopper.configs("sm_90a")}
     tile, rest = 64 * 128, 2 * 16384 + 4 * (72 + 2 * 24) + 4 * 16 + 2 * 32
-    one, two = by_name["bf16 d128 128x160x2 PlainScores"], by_name["fp16 d64/256 128x64x2 ModifiedScores<true>"]
+    one, two = by_name["bf16 d128 128x160x2 PlainScores"], by_name["fp16 d64/256 128x64x2 MaskScores<fm::PlainScores>"]
     assert one.smem_bytes == 2 * 2 * tile + 2 * 2 * 160 * 256 + rest + 2 * 16
     assert two.smem_bytes == 2 * 2 * tile + 2 * 64 * (128 + 512) + rest + 2 * 2 * 16
     three = by_name["bf16 d64 192x128x3 PlainScores"].smem_bytes  # each consumer has its steps in the record
@@ -235,8 +235,11 @@ def test_few_queries_pack_the_heads_of_a_group() -> None:
     for q, want in ((8, 3), (100, 3), (112, 3), (113, 0), (128, 0), (129, 3), (1000, 0), (4096, 0)):
         assert bits(q=q, heads_q=16) == want, q
     assert bits(q=9, softcap=3.0) == 2 and bits(q=9, sinks=array(8, dtype=FP32)) == 2 and bits(q=9, causal=True) == 2
-    for score in ({"softmax_scale": -1.0}, {"bias": array(1, 1)}, {"alibi_slopes": array(2, 8, dtype=FP32)}):
+    mask = array(8, 9, 400, dtype=BOOL)
+    for score in ({"softmax_scale": -1.0}, {"bias": mask}, {"alibi_slopes": array(2, 8, dtype=FP32)}):
         assert bits(q=9, **score) == 0, "scores that depend on the head"
+    for bias in (array(1, 1), array(8, 9, 400), array(9, 400, dtype=FP32), array(2, 1, 9, 400, dtype=BOOL)):
+        assert bits(q=9, bias=bias) == 2, "the copy engine brings the rows of all heads"
     p = problem(q=9, heads_q=16, d=64)
     assert any("8 heads that share keys" in why for why in hopper.reasons(p, hopper.choose(p, "sm_90a")))
     assert hopper.choose(p, "sm_90a").block_m == 128 and AttentionFwdSm80().pack_bits(p) == 0
@@ -263,7 +266,10 @@ def test_tiles_that_lengths_do_not_choose() -> None:
         assert len({tile(d=d, dv=dv, q=q, k=k) for q in (1, 5000) for k in (1, 400, 9000)}) == 1
     for d in (8, 64, 96, 128, 192, 256):
         for q, k in ((1, 1), (5000, 9000)):
-            assert tile(d=d, q=q, k=k, bias=array(1, 1, dtype=FP32)) == (128, 64, 2)
+            wide = (128, 64, 3) if d <= 64 else (64, 64, 2) if d > 128 else (128, 64, 2)
+            assert tile(d=d, q=q, k=k, bias=array(1, 1, dtype=FP32)) == wide
+            for bias in (array(1, 1), array(1, 1, dtype=BOOL)):
+                assert len({tile(d=d, q=n, k=k, bias=bias) for n in (1, 300, 5000)}) == 1
 
 
 def test_the_other_tile_is_a_reason() -> None:
@@ -281,12 +287,15 @@ def test_every_choice_is_in_the_closed_set() -> None:
     """All head dims, features, short and long lengths, on both kernels."""
     features: tuple[dict[str, Any], ...] = (
         {}, {"softcap": 1.0}, {"softcap": 99.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
+        {"bias": None}, {"bias": array(1, 1, dtype=BOOL)}, {"bias": array(1, 1, dtype=BOOL), "softcap": 1.0},
     )  # fmt: skip
     lengths = ((1, 400), (200, 400), (2000, 5000))
     for kernel in of_task("attention_fwd").values():
         used, every = set(), set(kernel.configs("sm_90a"))
         grid = itertools.product(range(8, 257, 8), range(8, 513, 8), lengths, features, (BF16, FP16, FP32))
         for d, dv, (q, k), options, dtype in grid:
+            if "bias" in options:
+                options = options | {"bias": options["bias"] or array(1, 1, dtype=dtype)}
             p = problem(q=q, k=k, heads_k=8, d=d, dv=dv, dtype=dtype, **options) if (d + dv) % 48 == 0 else None
             if p is not None and not kernel.why_not(p, "sm_90a"):
                 used.add(kernel.choose(p, "sm_90a"))
@@ -340,13 +349,14 @@ def test_params_of_the_hopper_kernel() -> None:
     section = hopper.section(p, config, 100)
     assert section > 1 and {name: values[name] for name in values if name not in base} == {
         "tiles": 512, "batch": 2, "section": section, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
-        "pack_bits": 0, **softcap.fields("", 1.0, 0.0),
+        "pack_bits": 0, "bias_rows": 0, "mask_lists": 1, "mask_list": 33, "mask_stride_b": 0, "mask_stride_h": 0,
+        "mask_stride_q": 0, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
-    assert len(hopper.params.pack(values)) == 512 - 112 and len(portable.params.pack(base)) == 328 - 112
-    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 344
+    assert len(hopper.params.pack(values)) == 512 - 128 and len(portable.params.pack(base)) == 344 - 128
+    assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 360
     rest = hopper.values(packed(), config, True, 100)
     assert (rest["total_q"], rest["clear_rest"]) == (packed().total_q, 0)
-    assert hopper.params.size == 1024 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
+    assert hopper.params.size == 1152 and "alignof(fm::AttentionFwdSm90Params) == 128" in hopper.source(config)
     assert f"__launch_bounds__({config.threads}, 1)" in hopper.source(config)
 
 
@@ -371,7 +381,7 @@ def test_softcap_is_a_polynomial_of_small_scores() -> None:
             np.testing.assert_allclose(found, want, rtol=wrong, atol=1e-30)
     odd = problem(softcap=2e-38, softmax_scale=1e38)
     config = hopper.choose(odd, "sm_90a")
-    assert config.variant == "SoftcapScores" and len(hopper.params.pack(hopper.values(odd, config, True))) == 400
+    assert config.variant == "SoftcapScores" and len(hopper.params.pack(hopper.values(odd, config, True))) == 384
     assert hopper.choose(problem(softcap=56.5), "sm_90a").variant == "SoftcapScores", "exponents beyond bf16's range"
     for options in ({"alibi_slopes": array(8, dtype=FP32)}, {"softmax_scale": -1.0}):
         assert hopper.choose(problem(softcap=1.0, **options), "sm_90a").variant == "ModifiedScores<false>"

@@ -56,8 +56,8 @@ struct AttentionEpilogueSm90 {
     }
   }
 
-  // One warp of each block. Rows that are no sequence's become 0 in out, -inf in lse. Of packed arrays a block
-  // takes whole gaps, which are short; of padded ones some rows of each batch entry.
+  // One warp of each block. Rows that are no sequence's become 0 in out, -inf in lse. Of packed arrays a
+  // block takes whole gaps, which are short; of padded ones some rows of each batch entry.
   FM_DEVICE static void clear_rest(const Params& p) {
     if (p.lengths == kPackedLengths) {
       for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x)

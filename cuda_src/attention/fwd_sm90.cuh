@@ -21,17 +21,17 @@
 // so many rows: keys are read once for all of them, and tiles are full. The tensor maps of q and out put the
 // rows in that order and back.
 #pragma once
+#include "attention/bias_sm90.cuh"
 #include "attention/epilogue_sm90.cuh"
 #include "attention/keys.cuh"
 #include "attention/params.cuh"
 #include "attention/schedule_sm90.cuh"
 #include "attention/scores_sm90.cuh"
+#include "attention/smem_sm90.cuh"
 #include "attention/variant.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/gemm.cuh"
-#include "tile/pipeline.cuh"
-#include "tile/smem.cuh"
 #include "tile/warpgroup_gemm.cuh"
 
 namespace fm {
@@ -60,11 +60,9 @@ struct AttentionFwdSm90 {
   static_assert(kTurn + (kInTurn ? kConsumers : 0) <= kQueriesScaled);
   static_assert(kQueriesScaled + kConsumers <= kTailCleared && kTailCleared + kConsumers <= kNamedBarriers);
 
-  using TileQ = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;  // of one consumer
-  using TileK = SmemTile<Element, kBlockN, div_up(kHeadDim, 64) * 64>;
-  using TileV = SmemTile<Element, kBlockN, div_up(kHeadDimV, 64) * 64>;
-
-  using Scheduler = AttentionSchedulerSm90<kBlockM, kBlockN, kStages, Keys>;
+  using Scheduler = AttentionSchedulerSm90<kBlockM, kBlockN, kStages, Keys, Variant::kMask>;
+  using KeyTiles = KeyTilesOf<Variant::kMask>;  // which tile of keys a step is
+  using Bias = AttentionBiasOf<Element, Variant::kBiasBytes, kBlockM, kBlockN>;
   using Scores = AttentionScoresSm90<Variant, kBlockN>;
   using Softmax = typename Scores::Softmax;
   using Epilogue = AttentionEpilogueSm90<Element, kHeadDimV, Keys>;
@@ -72,41 +70,16 @@ struct AttentionFwdSm90 {
   using Steps = typename Scheduler::Steps;
   static constexpr int kWorks = Scheduler::kWorks;
 
-  struct Smem {
-    enum { kRecordBytes = 1536 };  // the most that records and barriers need: decides how many tiles of Q fit
-    static constexpr int kOutBytes = 4 * kStagedBytes;  // of one consumer
-    static constexpr int kQ = 0;
-    static constexpr int kRest =
-        kStages * (TileK::kBytes + TileV::kBytes) + kConsumers * kOutBytes + kRecordBytes;
-    static constexpr int kQStages = 2 * kConsumers * TileQ::kBytes + kRest <= kMaxSmemBytes ? 2 : 1;
-    static constexpr int kK = kQ + kQStages * kConsumers * TileQ::kBytes, kV = kK + kStages * TileK::kBytes;
-    static constexpr int kOut = kV + kStages * TileV::kBytes, kWork = kOut + kConsumers * kOutBytes;
-    static constexpr int kBarriers = kWork + kWorks * static_cast<int>(sizeof(Work));
-    static constexpr int kBarriersQ = kBarriers;
-    static constexpr int kBarriersK = kBarriersQ + kConsumers * RingBarriers<kQStages>::kBytes;
-    static constexpr int kBarriersV = kBarriersK + RingBarriers<kStages>::kBytes;
-    static constexpr int kBarriersWork = kBarriersV + RingBarriers<kStages>::kBytes;
-    static constexpr int kBytes = kBarriersWork + RingBarriers<kWorks>::kBytes;
-    static_assert(kBytes <= kMaxSmemBytes && kBytes - kWork <= kRecordBytes);
-  };
-  using RingQ = Ring<Smem::kQStages>;
-  using RingKV = Ring<kStages>;
-  using RingWork = Ring<kWorks>;
-
-  // The rings of one block, for both sides.
-  struct Rings {
-    u32 s_q;
-    RingBarriers<kStages> k, v;
-    RingBarriers<kWorks> work;
-    FM_DEVICE explicit Rings(u32 s_base)
-        : s_q(s_base + Smem::kBarriersQ),
-          k{s_base + Smem::kBarriersK},
-          v{s_base + Smem::kBarriersV},
-          work{s_base + Smem::kBarriersWork} {}
-    FM_DEVICE RingBarriers<Smem::kQStages> q(int consumer) const {
-      return {s_q + consumer * RingBarriers<Smem::kQStages>::kBytes};
-    }
-  };
+  // What the block keeps in shared memory, and the rings between both sides (attention/smem_sm90.cuh).
+  using Smem =
+      AttentionSmemSm90<Element, kHeadDim, kHeadDimV, kBlockM, kBlockN, kStages, Bias::kBytes, Work, kWorks>;
+  using TileQ = typename Smem::TileQ;
+  using TileK = typename Smem::TileK;
+  using TileV = typename Smem::TileV;
+  using RingQ = typename Smem::RingQ;
+  using RingKV = typename Smem::RingKV;
+  using RingWork = typename Smem::RingWork;
+  using Rings = typename Smem::Rings;
 
   FM_DEVICE static void run(const Params& p) {
     extern __shared__ __align__(1024) u8 smem[];
@@ -143,10 +116,10 @@ struct AttentionFwdSm90 {
     RingKV k, v;
     RingWork works;
     auto load_k = [&](const Work& w, int n) {
-      load_keys<TileK>(p, w, p.k_map, rings.k, k, s_base + Smem::kK, 0, n);
+      load_keys<TileK, Bias>(p, w, p.k_map, rings.k, k, s_base + Smem::kK, 0, n);
     };
     auto load_v = [&](const Work& w, int n) {
-      load_keys<TileV>(p, w, p.v_map, rings.v, v, s_base + Smem::kV, w.v_block * kHeadDimV, n);
+      load_keys<TileV, NoBias>(p, w, p.v_map, rings.v, v, s_base + Smem::kV, w.v_block * kHeadDimV, n);
     };
     // V comes one step later than K, since it is needed one step later: tile n_before of record `before`; -1:
     // none yet.
@@ -157,14 +130,15 @@ struct AttentionFwdSm90 {
     while (s_works[works.stage].n_end != 0) {
       const int now = works.stage;
       const Work& w = s_works[now];
+      const KeyTiles tiles = KeyTiles::of(p, w, kBlockM, 0);
       // By then the consumers have all they need to finish the tile before, whose queries and record make
       // room.
       const int n_look_ahead = max(w.n_end - kStages, w.n_begin);
       for (int n = w.n_end - 1; n >= w.n_begin; --n) {
-        load_k(w, n);
+        load_k(w, tiles.tile(n));
         if (n_before >= 0) load_v(s_works[before], n_before);
         if (n_before >= 0 && before != now) mbarrier_arrive(rings.work.empty(before));
-        n_before = n, before = now;
+        n_before = tiles.tile(n), before = now;
         if (Smem::kQStages == 1 && n == w.n_end - 1) load_q(p, w, rings, s_base, q);
         if (n == n_look_ahead) {
           works.advance();
@@ -181,7 +155,7 @@ struct AttentionFwdSm90 {
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       const u32 s_full = rings.q(i).full(q.stage);
-      const u32 s_tile = s_base + Smem::kQ + (q.stage * kConsumers + i) * TileQ::kBytes;
+      const u32 s_tile = Smem::query_tile(s_base, i, q);
       rings.q(i).wait_empty(q);
       mbarrier_arrive_expect_tx(s_full, TileQ::kBytes);
       Keys::template load_queries<TileQ>(p, w, s_tile, s_full, i * 64);
@@ -189,15 +163,16 @@ struct AttentionFwdSm90 {
     q.advance();
   }
 
-  // Tile n of K or V, from column `col` on.
-  template <class Tile>
+  // Tile n of K or V, from column `col` on, and the bias's beside K.
+  template <class Tile, class With>
   FM_DEVICE static void load_keys(const Params& p, const Work& w, const TensorMap& map,
                                   const RingBarriers<kStages>& ring, RingKV& at, u32 s_tiles, int col,
                                   int n) {
     ring.wait_empty(at);
-    mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes);
+    mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes + With::bytes(p));
     const u32 s_tile = s_tiles + at.stage * Tile::kBytes;
     Keys::template load_keys<Tile>(p, w, map, s_tile, ring.full(at.stage), col, n);
+    With::load(p, w, s_tiles - Smem::kK + Smem::kBias + at.stage * With::kBytes, ring.full(at.stage), n);
     at.advance();
   }
 
@@ -211,13 +186,16 @@ struct AttentionFwdSm90 {
     RingWork works;
     int now = 0;     // the record of the tile that step n belongs to
     Steps steps;     // of that tile
-    int n;           // the tile of keys whose scores are at hand
+    int n;           // the step whose scores are at hand
+    KeyTiles tiles;  // of its tile
+    FM_DEVICE int tile() const { return tiles.tile(n); }
+    FM_DEVICE bool whole(int step) const { return tiles.whole(step) && steps.whole(tiles.tile(step)); }
   };
   // What r_out holds, one of three: nothing (fresh), sums of the tile that step n belongs to (neither), or
   // all of the tile before, which is written while the next product with K runs (both).
   struct Held {
     RingWork done;         // the next tile to be written
-    int tail;              // rows of V tile n behind the last key
+    int tail;              // rows behind the last key in the V tile of step n
     bool fresh = true;     // the next product with V overwrites it,
     bool pending = false;  // but first it is written
   };
@@ -237,6 +215,7 @@ struct AttentionFwdSm90 {
     if (s_works[0].n_end == 0) return;
     at.steps = s_works[0].steps_of(consumer);
     at.n = at.steps.end - 1;
+    at.tiles = KeyTiles::of(p, s_works[0], kBlockM, consumer);
     at.works.advance();
 
     // The first scores, which nothing hides.
@@ -245,21 +224,22 @@ struct AttentionFwdSm90 {
     rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
     rings.k.wait_full(at.k);
     wgmma_fence();
-    multiply<Element, kHeadDim>(r_s, queries(s_base, consumer, at.q), keys(s_base, at.k), true);
+    multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k), true);
     wgmma_commit_group();
     rings.v.skip(at.v, at.steps.skip_high, [] {});
     wgmma_wait_group<0>(r_s[0]);
+    add_bias(p, s_works[0], s_base, consumer, at, r_s, tile_row);
     rings.k.release(at.k);
     at.k.advance();
     if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-    Scores::change(p, s_works[0], at.steps, r_s, tile_row, at.n);
+    Scores::change(p, s_works[0], r_s, tile_row, at.tile(), at.whole(at.n));
     if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
     Scores::exponentiate(p, softmax, s_works[0], at.steps, r_s, tile_row, at.n);
     pack_operand<Element>(r_p, r_s[0]);
 
     float out_scale[2], lse[2];  // of the tile that is about to be written
     bool k_here = false;         // the keys of the next step have been waited for
-    held.tail = tail_rows(p, s_works[0], at.n);
+    held.tail = tail_rows(p, s_works[0], at.tile());
 
     // S of step n - 1, or of the next tile's first step, then out of step n. False: there is no next tile.
     auto step = [&](auto plain) {
@@ -275,6 +255,7 @@ struct AttentionFwdSm90 {
         skip = at.steps.skip_low;
         at.steps = s_works[here].steps_of(consumer);
         at.n = at.steps.end;
+        at.tiles = KeyTiles::of(p, s_works[here], kBlockM, consumer);
         rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
         skip += at.steps.skip_high;
         at.works.advance();
@@ -287,7 +268,7 @@ struct AttentionFwdSm90 {
       const bool v_here = rings.v.is_full(at.v);
       take_turn(consumer);
       wgmma_fence();
-      multiply<Element, kHeadDim>(r_s, queries(s_base, consumer, at.q), keys(s_base, at.k), true);
+      multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k), true);
       wgmma_commit_group();
       if (!kPlain && held.pending) {
         pass_turn(consumer);
@@ -300,7 +281,7 @@ struct AttentionFwdSm90 {
       if (!kPlain && held.tail) clear_tail(s_base, consumer, at.v, held.tail);
       wgmma_fence();
       // The turn is passed before the last two products: handing over takes about as long as they do.
-      multiply<Element, 2>(r_out[0], r_p, values(s_base, at.v), !kPlain && held.fresh, [&] {
+      multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), !kPlain && held.fresh, [&] {
         if (kPlain || !held.pending) pass_turn(consumer);
       });
       wgmma_commit_group();
@@ -309,11 +290,13 @@ struct AttentionFwdSm90 {
         softmax = Softmax();
       }
       wgmma_wait_group<1>(r_s[0]);
+      add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);
       rings.k.release(at.k);
       at.k.advance();
       if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
 
-      if (!kPlain || Variant::kScore) Scores::change(p, s_works[here], at.steps, r_s, tile_row, at.n);
+      if (!kPlain || Variant::kScore)
+        Scores::change(p, s_works[here], r_s, tile_row, at.tile(), kPlain || at.whole(at.n));
       if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
       // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not
       // over this branch.
@@ -326,7 +309,7 @@ struct AttentionFwdSm90 {
       if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
       Scores::template exponentiate<kPlain>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
       pack_operand<Element>(r_p, r_s[0]);
-      held.tail = last ? tail_rows(p, s_works[here], at.n) : 0;
+      held.tail = last ? tail_rows(p, s_works[here], at.tile()) : 0;
       held.fresh = held.pending = last;
       at.now = here;
       return true;
@@ -335,7 +318,7 @@ struct AttentionFwdSm90 {
     while (step(Bool<false>())) {
       if constexpr (Variant::kWide) continue;  // a bias is slow to load and to compile: no second loop for it
 #pragma unroll 1
-      while (!held.pending && at.n > at.steps.begin && at.steps.whole(at.n - 1)) step(Bool<true>());
+      while (!held.pending && at.n > at.steps.begin && at.whole(at.n - 1)) step(Bool<true>());
     }
     // What is left: the tile before, if it is pending, then out of the last step.
 #pragma unroll 1
@@ -344,7 +327,7 @@ struct AttentionFwdSm90 {
         rings.v.wait_full(at.v);
         if (held.tail) clear_tail(s_base, consumer, at.v, held.tail);
         wgmma_fence();
-        multiply<Element, 2>(r_out[0], r_p, values(s_base, at.v), held.fresh, [] {});
+        multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), held.fresh, [] {});
         wgmma_commit_group();
         wgmma_wait_group<0>(r_out[0]);
         softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
@@ -356,6 +339,16 @@ struct AttentionFwdSm90 {
     if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
+  // The scores are at hand, and the stage of the ring not yet given back.
+  template <int kN>
+  FM_DEVICE static void add_bias(const Params& p, const Work& w, u32 s_base, int consumer, const Walk& at,
+                                 float (&r_s)[1][kN][4], int tile_row) {
+    if constexpr (Bias::kUsed) {
+      const u32 s_bias = s_base + Smem::kBias + at.k.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
+      Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(), s_bias);
+    }
+  }
+
   // Consumers issue their products in turn, two or three of them.
   FM_DEVICE static void take_turn(int consumer) {
     if constexpr (kInTurn) barrier_sync(kTurn + consumer, 256);
@@ -364,22 +357,9 @@ struct AttentionFwdSm90 {
     if constexpr (kInTurn) barrier_arrive(kTurn + (consumer + 1) % kConsumers, 256);
   }
 
-  // The operands of the products.
-  FM_DEVICE static KMajor<TileQ> queries(u32 s_base, int consumer, const RingQ& q) {
-    u32 s_q = s_base + Smem::kQ + (q.stage * kConsumers + consumer) * TileQ::kBytes;
-    keep_register(s_q);  // or every step of the product gets registers of its own, for the whole loop
-    return KMajor<TileQ>(s_q);
-  }
-  FM_DEVICE static KMajor<TileK> keys(u32 s_base, const RingKV& k) {
-    return KMajor<TileK>(s_base + Smem::kK + k.stage * TileK::kBytes);
-  }
-  FM_DEVICE static MNMajor<TileV> values(u32 s_base, const RingKV& v) {
-    return MNMajor<TileV>(s_base + Smem::kV + v.stage * TileV::kBytes);
-  }
-
   // By a power of two: exact. On the queries that have just arrived.
   FM_DEVICE static void scale_queries(const Params& p, u32 s_base, int consumer, const RingQ& q) {
-    const u32 s_tile = s_base + Smem::kQ + (q.stage * kConsumers + consumer) * TileQ::kBytes;
+    const u32 s_tile = Smem::query_tile(s_base, consumer, q);
     scale_tile<Element, TileQ>(s_tile, p.query_scale, kQueriesScaled + consumer);
   }
 

@@ -5,8 +5,8 @@
 
 namespace fm {
 
-// Where the rows of a sequence lie that count: all rows of a batch entry; some, which seqused and leftpad say;
-// rows of a packed array, which cu_seqlens say.
+// Where the rows of a sequence lie that count: all rows of a batch entry; some, which seqused and leftpad
+// say; rows of a packed array, which cu_seqlens say.
 enum Lengths : int { kEvenLengths = 0, kPaddedLengths = 1, kPackedLengths = 2 };
 // section: one head after the other.
 enum Section : int { kHeadByHead = 0 };
@@ -16,11 +16,14 @@ enum ClearRest : int { kClearNothing = 0, kClearOut = 1, kClearLse = 2 };  // 0 
 struct AttentionFwdParams {
   const void *q, *k, *v;
   void* out;
+  const void* bias;                          // null: none
   float* lse;                                // natural logarithm; null: not wanted
-  const void *bias, *alibi_slopes, *sinks;   // null: none
+  const void *alibi_slopes, *sinks;          // null: none
   const int *cu_seqlens_q, *cu_seqlens_k;    // of packed sequences
-  const int *seqused_q, *seqused_k;          // the first of a sequence's rows behind those that count; null: none
+  const int *seqused_q, *seqused_k;          // how many first rows of a sequence may count; null: all
   const int *leftpad_q, *leftpad_k;          // the first of a batch entry's rows that counts; null: 0
+  u32* mask_words;                           // of a boolean mask (mask_words.cuh)
+  int* mask_tiles;                           // lists of the key tiles that it leaves, each behind its length
   i64 q_stride_b, q_stride_s, q_stride_h;
   i64 k_stride_b, k_stride_s, k_stride_h;
   i64 v_stride_b, v_stride_s, v_stride_h;
@@ -47,9 +50,14 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int pack_bits;         // 2^pack_bits heads share tiles: row r: query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];        // of SoftcapExponent in math/softmax.cuh
   float softcap_short[2], query_scale;       // of BoundedSoftcapExponent; the factor of its queries
+  int bias_rows;         // of a consumer's tile of the bias: 64; where all queries share one: packed heads
+  int mask_lists;        // for each batch entry and tile of queries: one of all heads, or one of each
+  int mask_list;         // elements that a list has room for
+  i64 mask_stride_b, mask_stride_h, mask_stride_q;  // words of the mask
   TensorMap q_map;         // (head_dim, heads_per_key, seqlen_q, heads_k, batch): boxes of 64 rows
   TensorMap k_map, v_map;  // (head_dim, seqlen_k, heads_k, batch)
   TensorMap out_map;       // (head_dim_v, heads_q, seqlen_q, batch): boxes of 16 rows
+  TensorMap bias_map;      // (seqlen_k, heads_per_key, seqlen_q, heads_k, batch): 128 bytes of bias_rows rows
 };
 
 }  // namespace fm

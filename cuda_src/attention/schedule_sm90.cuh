@@ -2,6 +2,7 @@
 // how each consumer warpgroup goes through their keys. It runs ahead of the others, so that nobody waits for
 // the arithmetic.
 #pragma once
+#include "attention/key_tiles.cuh"
 #include "attention/keys.cuh"
 #include "math/reduce.cuh"
 #include "tile/mask.cuh"
@@ -16,9 +17,10 @@ struct AttentionScheduleSm90 {
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kWorks = 4;  // records: of tiles ahead, and of those that a consumer still needs
 
-  // A consumer's part of a tile, a step being one tile of keys. It walks down from step end - 1 to step
-  // begin. Where all its rows are masked, it lets steps pass: skip_high of them above its own, and so before
-  // them, and skip_low below. In steps first_whole .. last_whole - 1 no score of its rows is masked.
+  // A consumer's part of a tile, a step being one tile of keys (key_tiles.cuh). It walks down from step
+  // end - 1 to step begin. Where all its rows are masked, it lets steps pass: skip_high of them above its
+  // own, and so before them, and skip_low below. In key tiles first_whole .. last_whole - 1 the band masks no
+  // score of its rows.
   struct Steps {
     int begin, end, skip_high, skip_low, first_whole, last_whole;
     FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
@@ -30,7 +32,7 @@ struct AttentionScheduleSm90 {
     int batch, head, head_k;  // head: the first of those packed
     int m0, v_block;     // the tile's first row, counted as the band counts rows; block along head_dim_v
     int q_row, k_row;    // rows of the arrays where the tile's first query and the sequence's first key lie
-    int n_begin, n_end;  // key tiles; n_end 0: there is no more work
+    int n_begin, n_end;  // steps; n_end 0: there is no more work
     i64 lse_offset;      // elements of lse before the tile's first
     Steps steps[kConsumers];
 
@@ -44,7 +46,7 @@ struct AttentionScheduleSm90 {
 };
 
 // The warp of a block that finds its tiles.
-template <int kBlockM, int kBlockN, int kStages, class Keys>
+template <int kBlockM, int kBlockN, int kStages, class Keys, bool kMask>
 struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages> {
   using Schedule = AttentionScheduleSm90<kBlockM, kBlockN, kStages>;
   using typename Schedule::Params, typename Schedule::Steps, typename Schedule::Work;
@@ -144,6 +146,7 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
     // A tile that sees no key still takes one step, whose scores are all masked.
     w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
     w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
+    if constexpr (kMask) w.n_begin = 0, w.n_end = *list_of_tiles(p, w.batch, w.head, w.m0 / kBlockM);
     w.lse_offset = w.batch * p.lse_stride_b + w.head * p.lse_stride_h + w.q_row;
     return true;
   }
@@ -156,6 +159,7 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
     const int low =
         min(max(0, min(w.n_end - high - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
     const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
+    if constexpr (kMask) return {0, w.n_end, 0, 0, whole.first, whole.last};
     return {w.n_begin + low, w.n_end - high, high, low, whole.first, whole.last};
   }
 };

@@ -7,20 +7,44 @@
 
 namespace fm {
 
-// tile_row: the warp's first row in the tile of queries; n: the tile of keys. Where exponents are bounded,
-// the mask comes after exp2.
+// tile_row: the warp's first row in the tile of queries; n: the tile of keys; whole: nothing hides one of its
+// scores. Where exponents are bounded, the band comes after exp2.
 template <class Variant, int kBlockN>
 struct AttentionScoresSm90 {
   using Params = AttentionFwdSm90Params;
   using Softmax = decltype(pick<Variant::kBounded>(BoundedSoftmax(), OnlineSoftmax<1>()));
 
   // The variant's change of scores, and the mask.
-  template <class Work, class Steps, int kN>
-  FM_DEVICE static void change(const Params& p, const Work& w, const Steps& steps, float (&r_s)[1][kN][4],
-                               int tile_row, int n) {
+  template <class Work, int kN>
+  FM_DEVICE static void change(const Params& p, const Work& w, float (&r_s)[1][kN][4], int tile_row, int n,
+                               bool whole) {
     if constexpr (Variant::kScore)
       Variant::apply(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
-    if (!Variant::kBounded && !steps.whole(n)) mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
+    if (Variant::kBounded || whole) return;
+    if constexpr (Variant::kMask) {
+      const u32 words[2] = {mask_word(p, w, tile_row + (lane_id() >> 2), n),
+                            mask_word(p, w, tile_row + (lane_id() >> 2) + 8, n)};
+      mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN, -infinity(),
+                  [&](int i, int e) { return words[i] >> 16 * e; });
+    } else {
+      mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
+    }
+  }
+
+  // What the mask leaves to a thread of row `row` of the tile of queries.
+  template <class Work>
+  FM_DEVICE static u32 mask_word(const Params& p, const Work& w, int row, int n) {
+    const i64 query = min(w.m0 + row, w.band.rows - 1) >> p.pack_bits;
+    return __ldg(p.mask_words + w.batch * p.mask_stride_b + w.head * p.mask_stride_h +
+                 query * p.mask_stride_q + n * 4 + (lane_id() & 3));
+  }
+
+  // The bias's tile, where it comes beside the keys. s_bias: the consumer's part of the stage.
+  template <class Bias, class Work, int kN>
+  FM_DEVICE static void add_bias(const Params& p, const Work& w, float (&r_s)[1][kN][4], int tile_row, int n,
+                                 u32 s_bias) {
+    const float scale = Variant::prepare(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
+    Bias::add(p, r_s[0], scale, s_bias, tile_row % 64);
   }
 
   // Scores become weights, and the sums of rows grow. kPlain: no score of the tile is masked.

@@ -7,6 +7,9 @@
 //   kAligned    true: only inputs whose rows start at multiples of 16 bytes
 //   kBounded    true: exponents are so small that nothing needs to be subtracted from them; queries are
 //               multiplied by p.query_scale first
+//   kBiasBytes  of a value of a bias whose tiles come beside those of K (bias_sm90.cuh); 0: none does
+//   kMask       true: a boolean mask comes as words of bits and as lists of the key tiles that it leaves
+//               (mask_words.cuh)
 // A new expression on scores is a new struct here (or in a generated translation unit); no kernel changes.
 #pragma once
 #include "attention/keys.cuh"
@@ -31,14 +34,19 @@ FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) 
           f(r_s[m][n][2 * i + e], row + m * 16 + i * 8 + g, col + n * 8 + 2 * t + e);
 }
 
-struct PlainScores {
+struct ScoresAlone {
+  static constexpr int kBiasBytes = 0;
+  static constexpr bool kMask = false;
+};
+
+struct PlainScores : ScoresAlone {
   static constexpr bool kScore = false, kWide = false, kAligned = true, kBounded = false;
   FM_DEVICE static float scale(const AttentionFwdParams& p) { return p.softmax_scale; }
   FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams& p) { return {scale(p)}; }
 };
 
 // Softcap alone, and a positive scale: the scores stay q.k, the cap is part of the exponent.
-struct SoftcapScores {
+struct SoftcapScores : ScoresAlone {
   static constexpr bool kScore = false, kWide = false, kAligned = true, kBounded = false;
   FM_DEVICE static SoftcapExponent exponent(const AttentionFwdSm90Params& p) {
     return {p.softcap, p.to_tanh, p.softcap_exponent};
@@ -60,7 +68,7 @@ struct PlainScoresUnaligned : PlainScores {
 
 // Softcap, ALiBi and (kBias) an additive or boolean bias, each when the parameters ask for it.
 template <bool kBias>
-struct ModifiedScores {
+struct ModifiedScores : ScoresAlone {
   static constexpr bool kScore = true, kWide = kBias, kAligned = false, kBounded = false;
   // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be
   // added in those units.
@@ -73,6 +81,13 @@ struct ModifiedScores {
   template <int kM, int kN>
   FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
                               int row, int col, const BandMask& band) {
+    modify(p, r_s, batch, head, row, col, band);
+    if constexpr (kBias) add_bias(p, r_s, batch, head, row, col, band);
+  }
+
+  template <int kM, int kN>
+  FM_DEVICE static void modify(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
+                               int row, int col, const BandMask& band) {
     if (!folds(p)) for_each_score(r_s, row, col, [&](float& s, int, int) { s *= p.softmax_scale; });
     if (p.softcap > 0.f) {
       const float inverse = 1.f / p.softcap;
@@ -93,26 +108,52 @@ struct ModifiedScores {
             r_s[m][n][e] = fmaf(-slope, fabsf(first + static_cast<float>(m * 16 + e / 2 * 8 - n * 8 - e % 2)),
                                 r_s[m][n][e]);
     }
-    if constexpr (kBias) {
-      if (p.bias != nullptr) {
-        // Row 0 and column 0 of the band are the first that count.
-        const Sequence found = DenseKeys::sequence(p, batch);
-        const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h + found.q_row * p.bias_stride_q +
-                         found.k_row * p.bias_stride_k;
-        auto add = [&](auto* g_bias, auto convert) {
-          for_each_score(r_s, row, col, [&](float& s, int i, int j) {
-            if (i < band.rows && j < band.cols)
-              s = convert(s, g_bias[base + i * p.bias_stride_q + j * p.bias_stride_k]);
-          });
-        };
-        auto plus = [](float s, auto x) { return s + to_float(x); };
-        if (p.bias_dtype == kFP32) add(static_cast<const fp32*>(p.bias), plus);
-        else if (p.bias_dtype == kBF16) add(static_cast<const bf16*>(p.bias), plus);
-        else if (p.bias_dtype == kFP16) add(static_cast<const fp16*>(p.bias), plus);
-        else add(static_cast<const u8*>(p.bias), [](float s, u8 attend) { return attend ? s : -infinity(); });
-      }
-    }
   }
+
+  template <int kM, int kN>
+  FM_DEVICE static void add_bias(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
+                                 int row, int col, const BandMask& band) {
+    if (p.bias == nullptr) return;
+    // Row 0 and column 0 of the band are the first that count.
+    const Sequence found = DenseKeys::sequence(p, batch);
+    const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h + found.q_row * p.bias_stride_q +
+                     found.k_row * p.bias_stride_k;
+    auto add = [&](auto* g_bias, auto convert) {
+      for_each_score(r_s, row, col, [&](float& s, int i, int j) {
+        if (i < band.rows && j < band.cols)
+          s = convert(s, g_bias[base + i * p.bias_stride_q + j * p.bias_stride_k]);
+      });
+    };
+    auto plus = [](float s, auto x) { return s + to_float(x); };
+    if (p.bias_dtype == kFP32) add(static_cast<const fp32*>(p.bias), plus);
+    else if (p.bias_dtype == kBF16) add(static_cast<const bf16*>(p.bias), plus);
+    else if (p.bias_dtype == kFP16) add(static_cast<const fp16*>(p.bias), plus);
+    else add(static_cast<const u8*>(p.bias), [](float s, u8 attend) { return attend ? s : -infinity(); });
+  }
+};
+
+// A bias whose tiles the kernel itself adds, as values of kBytes bytes: 2, of the type of the elements, or 4.
+template <int kBytes>
+struct BiasScores : ScoresAlone {
+  static constexpr bool kScore = false, kWide = true, kAligned = true, kBounded = false;
+  static constexpr int kBiasBytes = kBytes;
+  FM_DEVICE static float scale(const AttentionFwdParams&) { return 1.f; }
+  FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams&) { return {1.f}; }
+
+  // What happens before the bias is added. Returns the factor that scores need then.
+  template <int kM, int kN>
+  FM_DEVICE static float prepare(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
+                                 int row, int col, const BandMask& band) {
+    if (p.softcap == 0.f && p.alibi_slopes == nullptr) return p.softmax_scale;
+    ModifiedScores<true>::modify(p, r_s, batch, head, row, col, band);
+    return 1.f;
+  }
+};
+
+// Any scores under a boolean mask.
+template <class Scores>
+struct MaskScores : Scores {
+  static constexpr bool kMask = true;
 };
 
 }  // namespace fm

@@ -10,6 +10,10 @@ FM_DEVICE u32 ld_shared_b32(u32 s_address) {
   return x;
 }
 
+FM_DEVICE void ld_shared_v2_f32(float& x, float& y, u32 s_address) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x), "=f"(y) : "r"(s_address) : "memory");
+}
+
 FM_DEVICE void ld_shared_v4_b32(u32 (&r)[4], u32 s_address) {
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -40,10 +40,16 @@ FM_DEVICE u32 columns_seen(int first, int last, int c) {
          ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
 }
 
+// What a mask beside the band leaves of the columns of a thread: bit n of attend(i, e) is column 8 n + 2 t + e
+// of its row i.
+struct AllAttend {
+  FM_DEVICE u32 operator()(int, int) const { return ~0u; }
+};
+
 // Scores of a warp outside of the band become `outside`; row, col are those of its 16 x (8 kN) tile.
-template <int kN>
+template <int kN, class Attend = AllAttend>
 FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col,
-                           float outside = -infinity()) {
+                           float outside = -infinity(), Attend attend = {}) {
   static_assert(kN <= 32);
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
@@ -51,7 +57,7 @@ FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, i
     const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const u32 seen = columns_seen(first, last, col + 2 * t + e);
+      const u32 seen = columns_seen(first, last, col + 2 * t + e) & attend(i, e);
 #pragma unroll
       for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : outside;
     }

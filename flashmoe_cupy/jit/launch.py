@@ -158,9 +158,12 @@ class Launch:
         self.counter, self.early = counter, early
 
 
-def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
-    """The launch with tensor maps from byte `at` of Params on, the i-th over the array of the i-th pointer."""
-    if not maps:
+def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap], size: int) -> Launch:
+    """The launch with tensor maps from byte `at` of Params on, the i-th over the array of the i-th pointer.
+
+    size: of Params. Zeros are in the place of maps that the kernel has and a configuration does not use.
+    """
+    if at == size:
         return kernel
     with current(kernel.device):
         templates = [tensormap.template(one) for one in maps]
@@ -174,6 +177,7 @@ def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap]) -> Launch:
     else:
         made.tail += b"".join(known)
         made.maps = tuple([(place // 8, i) for i, place in enumerate(places)])
+    made.tail += bytes(size - at - tensormap.BYTES * len(maps))
     return made
 
 

@@ -11,14 +11,14 @@ import ctypes
 import sys
 from typing import NamedTuple
 
-from flashmoe_cupy.dtypes import BF16, FP16, DType
+from flashmoe_cupy.dtypes import BF16, FP16, FP32, DType
 from flashmoe_cupy.errors import FlashMoEError
 from flashmoe_cupy.jit import driver
 
 BYTES = 128  # of a map; in Params its address is a multiple of as many
 MAX_STRIDE = 2**40  # bytes; every stride is less (CUDA driver API, cuTensorMapEncodeTiled)
 
-_CODES = {FP16: 6, BF16: 9}  # CUtensorMapDataType
+_CODES = {FP16: 6, FP32: 7, BF16: 9}  # CUtensorMapDataType
 _SWIZZLE_128B = 3  # CUtensorMapSwizzle
 _PROMOTION = {128: 2, 256: 3}  # CUtensorMapL2promotion
 _PROBES = (0x1000, 0x7F5A_A5F0_1230)  # addresses to try: multiples of 16 that differ in many bits

@@ -83,7 +83,8 @@ def flash_attention(
     alibi_slopes: (heads_q,) or (batch, heads_q), float32: adds -slope * |i + seqlen_k - seqlen_q - j|.
     bias: 2 to 4 dimensions that broadcast to (batch, heads_q, seqlen_q, seqlen_k), with missing ones in front, as in
         NumPy; one number per key is (1, seqlen_k). q's dtype or float32 is added to the scores, bool keeps the pairs
-        that are True. Any strides.
+        that are True. Any strides. On Hopper a boolean one is packed first, into an eighth to a half of its bytes, and
+        a bias whose rows do not start at multiples of 16 bytes is copied within the device.
     seqused_q, seqused_k, leftpad_q, leftpad_k: (batch,) int32 on q's device, for batches with padding. Of entry b only
         rows leftpad[b] ... seqused[b] - 1 count; None = from the first row, or to the last. causal, window_size and
         alibi_slopes are aligned at the ends of what counts; bias keeps the places of the arrays. They are read on the
@@ -214,7 +215,18 @@ def _steps(p: AttentionProblem) -> tuple[list[Step], Workspace]:
     if p.clear_rest & 2:
         clears["lse"] = p.heads_q * p.total_q * FP32.itemsize
     step = Step("attention_fwd", p, _POINTERS, {"clear_rest": p.clear_rest}, clears)
-    return [step], Workspace()
+    return [step], bias_workspace(p)
+
+
+def bias_workspace(p: AttentionProblem) -> Workspace:
+    """What launches share where there is a bias."""
+    work = Workspace()
+    if p.bias_dtype is not None:
+        from flashmoe_cupy.plan.attention.bias import workspace  # a call without a bias needs no kernels' sizes here
+
+        for name, size in workspace(p).items():
+            work.add(name, size)
+    return work
 
 
 def _host(p: AttentionProblem, given: Mapping[str, Any], made: Mapping[str, Any]) -> None:
@@ -246,7 +258,8 @@ def _operation(function: Any, arguments: tuple[str, ...], required: int, **diffe
     return register(
         Operation(
             function, arguments, required, {"out": Output(), "lse": _LSE}, problem=AttentionProblem, steps=_steps,
-            host=_host, rows=_ROWS, count=lambda options: 1 + options["return_lse"], empty=lambda p: p.empty, **differ,
+            host=_host, rows=_ROWS, tiles=[name for name in arguments if name == "bias"],
+            count=lambda options: 1 + options["return_lse"], empty=lambda p: p.empty, **differ,
         )
     )
 

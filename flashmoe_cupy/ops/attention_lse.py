@@ -9,6 +9,7 @@ import numpy as np
 
 from flashmoe_cupy._types import Array, Dense, Layout, Window
 from flashmoe_cupy.dtypes import FP32
+from flashmoe_cupy.ops.attention import bias_workspace
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan.attention.lse import VALUE_COLUMNS, lse_problem
@@ -74,7 +75,7 @@ def _shapes(shapes: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, 
 
 
 def _steps(p: AttentionProblem) -> tuple[list[Step], Workspace]:
-    work = Workspace()
+    work = bias_workspace(p)
     work.add("out", p.batch * p.seqlen_q * p.heads_q * p.head_dim_v * p.dtype.itemsize)
     arguments = same("q", "k", "out", "lse", *_OPTIONAL) | {"v": "k"}
     clears = {"lse": p.heads_q * p.total_q * FP32.itemsize} if p.clear_rest else {}
@@ -109,6 +110,7 @@ _CALL = Call(
             _steps,
             _host,
             rows=("q", "k"),
+            tiles=("bias",),
             empty=lambda p: p.empty,
             batched={"q": 4, "k": 4, "alibi_slopes": 2, "bias": 4} | dict.fromkeys(PADDING, 1),
         )

@@ -83,10 +83,11 @@ def loaded_for(
     bits = 0
     for name in operation.rows:
         bits |= table[places[name]]
-    key = (operation, problem, made, device, bits & 15 == 0)
+    odd = tuple([name for name in operation.tiles if table[places[name]] & 15])
+    key = (operation, problem, made, device, bits & 15 == 0, odd)
     loaded = _loaded.get(key)
     if loaded is None:
-        loaded = _load(operation, problem, device, stream, bits & 15 == 0, places)
+        loaded = _load(operation, problem, device, stream, bits & 15 == 0, odd, places)
         if len(_loaded) >= _MOST_LOADED:
             _loaded.clear()
         _loaded[key] = loaded
@@ -94,23 +95,31 @@ def loaded_for(
 
 
 def _load(
-    operation: Operation, problem: Any, device: int, stream: int | None, aligned: bool, places: dict[str, int]
+    operation: Operation, problem: Any, device: int, stream: int | None, aligned: bool, odd: tuple[str, ...],
+    places: dict[str, int],
 ) -> LoadedOperation:  # fmt: skip
-    """Choose, compile (or find) and load all kernels of a problem. aligned: rows start at multiples of 16 bytes."""
+    """Choose, compile (or find) and load all kernels of a problem.
+
+    aligned: rows start at multiples of 16 bytes. odd: arrays that are brought in tiles and do not start at one.
+    """
     steps, work = operation.steps(problem)
+    arch, sms = arch_for(driver.compute_capability(device)), driver.multiprocessors(device)
+    steps, sizes = kernels.prepared(steps, arch, aligned, sms, odd)
+    for name, size in sizes.items():
+        if name not in work.offsets:
+            work.add(name, size)
     place: dict[str, Place] = {"": NULL} | {name: (i, 0) for name, i in places.items()}
     place |= {name: (1 + len(places), offset) for name, offset in work.offsets.items()}
-    arch, sms = arch_for(driver.compute_capability(device)), driver.multiprocessors(device)
     launches, fills = [], []
-    for step in kernels.with_counted_rows(steps, arch, aligned, sms):
+    for step in steps:
         ready, pointers, clears = launch_of(step, device, stream, aligned)
         launches.append((ready, tuple([place.get(step.arguments.get(name, ""), NULL) for name in pointers])))
         if not clears:
             fills += [
                 Fill(places[name], size, _word(operation.outputs[name].fill)) for name, size in step.clears.items()
             ]
-    rows = tuple([places[name] for name in operation.rows])
-    return LoadedOperation(LaunchSequence(launches, fills), work.bytes, aligned, rows)
+    rows = tuple([places[name] for name in (*operation.rows, *operation.tiles)])
+    return LoadedOperation(LaunchSequence(launches, fills), work.bytes, aligned and not odd, rows)
 
 
 def launch_of(
@@ -141,7 +150,7 @@ def launch_of(
         early=kernel.waits and _may_be_early(arch),
     )  # fmt: skip
     maps = kernel.map_arguments(problem, config)
-    return driver.with_maps(ready, params.maps_at, maps), params.pointers, kernel.clears
+    return driver.with_maps(ready, params.maps_at, maps, params.size), params.pointers, kernel.clears
 
 
 def _may_be_early(arch: str) -> bool:

@@ -10,7 +10,7 @@ from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.tensormap import MAX_STRIDE, TensorMap
 from flashmoe_cupy.plan.params import Params
-from flashmoe_cupy.plan.step import Values
+from flashmoe_cupy.plan.step import Step, Values
 
 DEFAULT_SMS = 132  # multiprocessors of an H100, where no device is at hand
 EMPTY = "a dimension is 0: the copy engine has no empty arrays"  # why a fast kernel does not run; nothing is slow then
@@ -115,6 +115,14 @@ class Kernel(ABC, Generic[P, C]):
     def map_arguments(self, problem: P, config: C) -> tuple[TensorMap, ...]:  # noqa: ARG002
         """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
         return ()
+
+    def before(self, step: Step, config: C, odd: Sequence[str]) -> tuple[list[Step], dict[str, int]]:  # noqa: ARG002
+        """The step, perhaps changed, behind steps that prepare it for this kernel.
+
+        odd: arrays that do not start at a multiple of 16 bytes. With it bytes of arrays in the workspace that the
+        operation may not have made room for.
+        """
+        return [step], {}
 
     def reasons(self, problem: P, config: C) -> list[str]:  # noqa: ARG002
         """Why `choose` took this configuration, in sentences."""

@@ -22,9 +22,10 @@ _Kernels = tuple[Kernel[Any, Any], ...]
 
 # Of the kernels of one task, the first that takes a problem runs it: special ones come before general ones.
 def _attention() -> _Kernels:
+    from flashmoe_cupy.plan.attention.bias import AttentionBiasRows, AttentionMask
     from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
 
-    return AttentionFwdSm90(), AttentionFwdSm80()
+    return AttentionFwdSm90(), AttentionFwdSm80(), AttentionMask(), AttentionBiasRows()
 
 
 def _moe() -> _Kernels:
@@ -128,6 +129,22 @@ def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int)
         found[pair[0]] = steps[pair[0]].with_problem(counting._replace(counts_rows=True))
         found[pair[1]] = steps[pair[1]].with_problem(waiting._replace(counts_of_x=counts))
     return found
+
+
+def prepared(
+    steps: Sequence[Step], arch: str, aligned: bool, sms: int, odd: Sequence[str]
+) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
+    """The steps as the kernels that run them on `arch` want them, and what these add to the workspace: `Kernel.before`.
+    """
+    found: list[Step] = []
+    sizes: dict[str, int] = {}
+    for step in with_counted_rows(steps, arch, aligned, sms):
+        fits = aligned and step.problem.rows_aligned
+        kernel = choose(step.task, step.problem, arch, fits)
+        more, room = kernel.before(step, kernel.choose(step.problem, arch, fits, sms), odd)
+        found += more
+        sizes |= room
+    return found, sizes
 
 
 @contextmanager

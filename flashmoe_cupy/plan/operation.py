@@ -73,6 +73,7 @@ class Operation:
     host(problem, arguments, outputs): the same on NumPy arrays; None where an argument is absent. New outputs are not
         filled.
     rows: those arrays that kernels read or write by 16 bytes if they start at such addresses.
+    tiles: those that a kernel may have brought in tiles; where they do not start at such an address, it wants a copy.
     empty(problem): there is nothing to compute, and new outputs are filled.
     wrap(outputs): what the function returns.
     check(problem, fetch): under FLASHMOE_CHECK=1, raises for wrong values; fetch(name) is an argument in host memory.
@@ -93,6 +94,7 @@ class Operation:
         host: Callable[[Any, Named, Named], None],
         *,
         rows: Sequence[str] = (),
+        tiles: Sequence[str] = (),
         count: Callable[[Named], int] | None = None,
         empty: Callable[[Any], bool] = _never,
         wrap: Callable[[Sequence[Any]], Any] = _alone,
@@ -102,7 +104,7 @@ class Operation:
         self.name, self.function = function.__name__, function
         self.arguments, self.required, self.outputs = tuple(arguments), required, dict(outputs)
         self.shapes, self.problem, self.make, self.steps, self.host = shapes, problem, make, steps, host
-        self.rows, self.empty, self.wrap, self.check = tuple(rows), empty, wrap, check
+        self.rows, self.tiles, self.empty, self.wrap, self.check = tuple(rows), tuple(tiles), empty, wrap, check
         self.count = count or (lambda options: len(outputs))  # noqa: ARG005
         self.batched = dict(batched or {})
         parameters = inspect.signature(function).parameters.values()

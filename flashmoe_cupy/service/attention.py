@@ -7,7 +7,8 @@ from itertools import product
 from typing import Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_sizes, choice
+from flashmoe_cupy.plan.step import Step, same
+from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_sizes, prepared_choices
 from flashmoe_cupy.service.family import DTYPE, SIZE_DTYPE, Family, Filter, Size, elements_of, of_dtype
 from flashmoe_cupy.service.machine import backend
 from flashmoe_cupy.service.names import DTYPES, named_dtype, target_archs
@@ -73,7 +74,8 @@ def explain_attention(
         batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
         softmax_scale, softcap, alibi, bias, sinks, varlen, padded,
     )  # fmt: skip
-    choices = [choice("attention_fwd", problem, name) for name in target_archs(arch)]
+    step = Step("attention_fwd", problem, same("bias"))
+    choices = [one for name in target_archs(arch) for one in prepared_choices(step, name)]
     pairs = visible_pairs(problem.seqlen_q, problem.seqlen_k, problem.window_left, problem.window_right)
     size = problem.dtype.itemsize
     rows_q, rows_k = problem.batch * problem.seqlen_q, problem.batch * problem.seqlen_k
@@ -158,7 +160,9 @@ def _matching(
     """(kernel, config) of what calls with these can ask for, whatever their masks and features."""
     elements_of(dtype)
     for kernel in kernels:
-        dims = None if head_dim is None else _compiled_dims(kernel, arch, dtype, head_dim, head_dim_v)
+        dims = None
+        if head_dim is not None and kernel.task == "attention_fwd":  # what prepares a bias serves all head dims
+            dims = _compiled_dims(kernel, arch, dtype, head_dim, head_dim_v)
         for _, config in of_dtype(arch, [kernel], dtype=dtype):
             if dims is None or (config.head_dim, config.head_dim_v) in dims:
                 yield kernel, config
@@ -170,7 +174,7 @@ def _compiled_dims(
     """The compiled sizes in which `kernel` runs these head dimensions, asked of the kernel itself."""
     found = set()
     for name in DTYPES.values() if dtype is None else (dtype,):
-        for length, softcap, bias in product((1, 4096), (0.0, 1.0), (None, "same")):
+        for length, softcap, bias in product((1, 4096), (0.0, 1.0), (None, "same", "bool")):
             problem = problem_of(
                 1, length, length, 1, 1, head_dim, head_dim_v, name, True, (-1, -1), None, softcap, False, bias, False,
                 False,

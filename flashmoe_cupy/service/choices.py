@@ -10,6 +10,7 @@ from flashmoe_cupy.errors import UnsupportedProblem
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
     from flashmoe_cupy.dtypes import DType
+    from flashmoe_cupy.plan.step import Step
 
 
 class Choice(NamedTuple):
@@ -78,6 +79,20 @@ def choice(task: str, problem: Any, arch: str, sms: int | None = None, step: str
             why = why or [f"{chosen.kernel} comes first" if chosen else ""]
             rejected += [(kernel.name, reason) for reason in why]
     return (chosen or Choice(arch, "", "", {}, (), (), step))._replace(rejected=tuple(rejected))
+
+
+def prepared_choices(step: Step, arch: str) -> list[Choice]:
+    """The choice for a step, behind those for what its kernel wants to run before it."""
+    from flashmoe_cupy.plan import kernels
+    from flashmoe_cupy.plan.kernel import DEFAULT_SMS
+
+    aligned = step.problem.rows_aligned
+    try:
+        steps = kernels.prepared([step], arch, aligned, DEFAULT_SMS, ())[0]
+    except UnsupportedProblem:
+        steps = [step]
+    last = "" if len(steps) == 1 else step.task
+    return [choice(one.task, one.problem, arch, step=one.task if one.task != step.task else last) for one in steps]
 
 
 def check_sizes(sizes: dict[str, Any], flags: dict[str, Any], optional: Sequence[str] = ()) -> None:

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flashmoe_cupy.dtypes import BF16, DType
+from flashmoe_cupy.dtypes import BF16, BOOL, FP32, DType
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
-from flashmoe_cupy.plan.attention.problem import AttentionProblem
+from flashmoe_cupy.plan.attention.bias_layout import mask_lists, mask_words, rows_fit, with_rows
+from flashmoe_cupy.plan.attention.problem import PADDING, AttentionProblem
 from flashmoe_cupy.plan.attention.tiles import (
     BIAS,
+    BIAS16,
+    BIAS32,
+    BIASES,
+    MASK,
+    MASK_SCORES,
+    MASKS,
     PLAIN,
     SCORES,
     TILES_FP32,
@@ -30,7 +37,7 @@ from flashmoe_cupy.plan.attention.tiles import (
 )
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
 from flashmoe_cupy.plan.params import Params
-from flashmoe_cupy.plan.step import Values
+from flashmoe_cupy.plan.step import Step, Values, same
 
 _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
 
@@ -67,6 +74,10 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
             why.append("softcap alone is part of the exponent: a polynomial where its tanh stays small")
         elif config.variant == SCORES:
             why.append("softcap, ALiBi or a scale <= 0 changes the scores")
+        elif config.variant in MASKS:
+            why.append("a boolean bias comes as words of bits; key tiles that it hides are left out")
+        elif config.variant in BIASES:
+            why.append("tiles of the bias come beside those of K")
         else:
             why.append("a bias is added to the scores")
         return why
@@ -182,7 +193,7 @@ class AttentionFwdSm90(AttentionFwd):
             Sm90Config(element, *dims, *tile, variant)
             for element in ("bf16", "fp16")
             for dims in TILES_SM90
-            for variant in (PLAIN, *softcap.VARIANTS, SCORES, BIAS)
+            for variant in (PLAIN, *softcap.VARIANTS, SCORES, *BIASES, *MASKS)
             if variant != softcap.BOUNDED or element == "bf16"
             for tile in tiles_sm90(dims, variant)
         ]
@@ -201,7 +212,7 @@ class AttentionFwdSm90(AttentionFwd):
         if why:
             return why
         config = self.choose(p, arch, aligned)
-        why = far_strides(("q", "k", "v", "out"), self.map_arguments(p, config))
+        why = far_strides(("q", "k", "v", "out"), self.map_arguments(p, config)[:4])  # a bias may be written again
         tiles = self.tiles(p, config)
         if tiles >= MAX_TILES:
             why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
@@ -218,7 +229,8 @@ class AttentionFwdSm90(AttentionFwd):
         """As many heads as make fewer tiles; one head where a score depends on it."""
         group = _heads_per_key(p)
         bits = min((group & -group).bit_length() - 1, _MAX_PACK_BITS)
-        if bits <= 0 or _variant_sm90(p) not in (PLAIN, *softcap.VARIANTS) or p.seqlen_q >= _MAX_PACKED_QUERIES:
+        by_head = p.alibi or (p.bias_dtype is BOOL and p.bias_strides[1]) or _variant_sm90(p) == SCORES
+        if bits <= 0 or by_head or p.seqlen_q >= _MAX_PACKED_QUERIES:
             return 0
         rows = _mean(p.seqlen_q, p.total_q, p)
         # Uneven lengths, which only the device knows, end with half a tile each, on average.
@@ -262,6 +274,7 @@ class AttentionFwdSm90(AttentionFwd):
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": 0,
             "pack_bits": self.pack_bits(p),
+            **self._bias_values(p, config),
             **softcap.fields(config.variant, p.softmax_scale, p.softcap),
         }
 
@@ -283,7 +296,49 @@ class AttentionFwdSm90(AttentionFwd):
             _map(p.dtype, p.head_dim, keys, (64, config.block_n, 1, 1)),
             _map(p.dtype, p.head_dim_v, values, (64, config.block_n, 1, 1)),
             _map(p.dtype, p.head_dim_v, results, (64, packed, 16 // packed, 1)),  # what one warp stores
+            *self._bias_map(p, config),
         )
+
+    def _bias_map(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
+        if config.variant not in BIASES:
+            return ()
+        assert p.bias_dtype is not None
+        group, (by_batch, by_head, by_query, _) = _heads_per_key(p), p.bias_strides
+        outer = (group, by_head), (p.seqlen_q, by_query), (p.heads_k, by_head * group), (p.batch, by_batch)
+        packed = 1 << self.pack_bits(p)
+        box = 128 // p.bias_dtype.itemsize, packed, self._bias_rows(p) // packed, 1, 1
+        return (_map(p.bias_dtype, p.seqlen_k, outer, box),)
+
+    def _bias_rows(self, p: AttentionProblem) -> int:
+        """Rows of the bias for 64 rows of queries: one of each packed head where all queries have the same."""
+        return 64 if p.bias_strides[2] else 1 << self.pack_bits(p)
+
+    def _bias_values(self, p: AttentionProblem, config: Config) -> Values:
+        tiles = -(-p.seqlen_k // config.block_n)
+        by_batch, by_head, by_query = mask_words(p, tiles)[1:] if config.variant in MASKS else (0, 0, 0)
+        return {
+            "bias_rows": self._bias_rows(p) if config.variant in BIASES else 0,
+            "mask_lists": mask_lists(p),
+            "mask_list": 1 + tiles,
+            "mask_stride_b": by_batch,
+            "mask_stride_h": by_head,
+            "mask_stride_q": by_query,
+        }
+
+    def before(self, step: Step, config: Config, odd: Sequence[str]) -> tuple[list[Step], dict[str, int]]:
+        """The words and lists of a boolean bias; another bias in rows that the copy engine can fetch."""
+        p: AttentionProblem = step.problem
+        if config.variant in MASKS:
+            shared = same("mask_words", "mask_tiles")
+            read = {name: array for name, array in step.arguments.items() if name in ("bias", *PADDING)}
+            words = Step("attention_mask", p, read | shared)
+            return [words, Step(step.task, p, step.arguments | shared, step.values, step.clears)], {}
+        if config.variant not in BIASES or (rows_fit(p) and step.arguments["bias"] not in odd):
+            return [step], {}
+        moved, size = with_rows(p)
+        rows = Step("attention_bias_rows", p, {"bias": step.arguments["bias"]} | same("bias_rows"))
+        arguments = step.arguments | {"bias": "bias_rows"}
+        return [rows, Step(step.task, moved, arguments, step.values, step.clears)], {"bias_rows": size}
 
 
 def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits: int) -> Tile:
@@ -338,6 +393,10 @@ def _variant_sm90(p: AttentionProblem) -> str:
     variant = _variant(p)
     if variant == SCORES and p.softcap and not p.alibi and p.softmax_scale > 0:
         return softcap.variant(p.softmax_scale, p.softcap, p.dtype is BF16)
+    if p.bias_dtype is BOOL:
+        return MASK_SCORES if p.softcap or p.alibi or p.softmax_scale <= 0 else MASK
+    if variant == BIAS:
+        return BIAS32 if p.bias_dtype is FP32 else BIAS16
     return variant
 
 

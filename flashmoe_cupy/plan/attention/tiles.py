@@ -93,6 +93,7 @@ class Sm90Config(NamedTuple):
         consumers = self.block_m // 64
         queries, keys = self.block_m * width, self.stages * self.block_n * (width + width_v)
         output = consumers * 4 * WARP_STORE_BYTES
+        keys += self.stages * self.block_m * self.block_n * _BIAS_BYTES.get(self.variant, 0)
         q_stages = 2 if 2 * queries + keys + output + _RECORDS_BYTES <= MAX_SMEM["sm_90a"] else 1
         works, work_bytes = 4, 72 + 24 * consumers  # records of the next tiles
         buffers, barriers = consumers * q_stages + 2 * self.stages + works, 16  # bytes of the two of each buffer
@@ -117,6 +118,11 @@ def _dims(config: Config) -> str:
 # What happens to the scores: nothing but the scale, the same for rows at any address, softcap or ALiBi, a bias.
 VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 PLAIN, UNALIGNED, SCORES, BIAS = VARIANTS
+# Of the Hopper kernel alone: a bias of 16 or 32 bits whose tiles come beside those of K; a boolean one, beside scores
+# that are only scaled, and beside others.
+BIASES = BIAS16, BIAS32 = "BiasScores<2>", "BiasScores<4>"
+MASKS = MASK, MASK_SCORES = "MaskScores<fm::PlainScores>", "MaskScores<fm::ModifiedScores<false>>"
+_BIAS_BYTES = {BIAS16: 2, BIAS32: 4}  # of a value
 
 Tile = tuple[int, int, int]  # (block_m, block_n, warps) on sm_80, (block_m, block_n, stages) on sm_90a
 
@@ -159,13 +165,24 @@ TILES_SM90: dict[tuple[int, int], tuple[Tile, ...]] = {
     (256, 256): ((128, 64, 2),),
     (64, 256): ((128, 64, 2),),
 }
-# Changed scores need registers, and a bias addresses: where the tiles above would spill. A bias also compiles slowly.
+# Changed scores need registers: where the tiles above would spill. The tiles of a bias need shared memory, and words of
+# a mask belong to 64 or 128 keys. Those of biases and masks are not measured yet.
 _SM90_FOR: dict[tuple[tuple[int, int], str], tuple[Tile, ...]] = {
     ((64, 64), SCORES): ((256, 64, 4), (128, 128, 3)),
     ((64, 64), softcap.BOUNDED): ((192, 112, 3), (256, 64, 4), (128, 128, 3)),
     ((96, 96), SCORES): ((128, 128, 2),),
     ((128, 128), SCORES): ((128, 128, 2),),
-    **{(dims, BIAS): ((128, 64, 2),) for dims in TILES_SM90},
+    **{(dims, BIAS16): ((128, 64, 2),) for dims in TILES_SM90},
+    ((64, 64), BIAS16): ((128, 128, 2),),
+    ((256, 256), BIAS16): ((64, 64, 2),),
+    **{(dims, BIAS32): ((128, 64, 2),) for dims in TILES_SM90},
+    ((64, 64), BIAS32): ((128, 64, 3),),
+    ((192, 192), BIAS32): ((64, 64, 2),),
+    ((256, 256), BIAS32): ((64, 64, 2),),
+    **{(dims, mask): ((128, 64, 2),) for dims in TILES_SM90 for mask in MASKS},
+    **{((64, 64), mask): ((128, 128, 3),) for mask in MASKS},
+    **{((96, 96), mask): ((128, 128, 2),) for mask in MASKS},
+    **{((128, 128), mask): ((128, 128, 2),) for mask in MASKS},
 }
 
 

@@ -1,0 +1,109 @@
+// The bias of a tile of scores in the Hopper kernels. The copy engine brings it beside the tile of keys, into
+// the same stage of the same ring, so that every element is read once for each head that uses it. Where all
+// queries have the same bias, one row of it is brought.
+//
+// In shared memory each consumer has 64 rows in panels of 128 bytes, swizzled. Packed heads lie side by side,
+// as those of a tile of queries do.
+#pragma once
+#include "attention/params.cuh"
+#include "attention/variant.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/shared_memory.cuh"
+#include "ptx/tma.cuh"
+
+namespace fm {
+
+// What a kernel asks where its variant has no bias.
+struct NoBias {
+  enum : bool { kUsed = false };
+  enum : int { kBytes = 0 };
+  FM_DEVICE static u32 bytes(const AttentionFwdSm90Params&) { return 0; }
+  template <class Work>
+  FM_DEVICE static void load(const AttentionFwdSm90Params&, const Work&, u32, u32, int) {}
+};
+
+template <class Value, int kBlockM, int kBlockN>
+struct AttentionBiasSm90 {
+  using Params = AttentionFwdSm90Params;
+  enum : bool { kUsed = true };
+  enum : int {
+    kConsumers = kBlockM / 64,
+    kColumns = 128 / static_cast<int>(sizeof(Value)),  // of a panel
+    kPanels = kBlockN / kColumns,
+    kPanelBytes = 64 * 128,
+    kConsumerBytes = kPanels * kPanelBytes,
+    kBytes = kConsumers * kConsumerBytes  // of a stage
+  };
+  static_assert(kBlockN % kColumns == 0, "whole panels");
+
+  // Bytes that load() brings.
+  FM_DEVICE static u32 bytes(const Params& p) { return kConsumers * kPanels * 128 * p.bias_rows; }
+
+  // One thread. Key tile n of the tile of queries w; the caller has told s_full of the bytes.
+  template <class Work>
+  FM_DEVICE static void load(const Params& p, const Work& w, u32 s_stage, u32 s_full, int n) {
+    const u64 policy = createpolicy_evict_normal();  // other heads or batch entries may use it, too
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      // Where all queries have one row, its place is any query.
+      const int query = w.q_row + (p.bias_rows == 64 ? i * 64 >> p.pack_bits : 0);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        tma_load_5d(s_stage + i * kConsumerBytes + panel * kPanelBytes, p.bias_map, s_full, policy,
+                    w.k_row + n * kBlockN + panel * kColumns, w.head % p.heads_per_key, query, w.head_k,
+                    w.batch);
+    }
+  }
+
+  // Scores of a warp become softmax_scale * s + bias. s_tile: the consumer's part of the stage; row: the
+  // warp's first among the 64.
+  template <int kN>
+  FM_DEVICE static void add(const Params& p, float (&r_s)[kN][4], float scale, u32 s_tile, int row) {
+    const int lane = lane_id();
+    if constexpr (sizeof(Value) == 2) {
+      // ldmatrix hands out pairs of values as accumulators hold them: four matrices are rows 0 to 7 and 8 to
+      // 15 of two neighbouring blocks of 8 columns.
+      const int mine = row_of(p, row + (lane & 15)), swizzle = (mine & 7) ^ (lane >> 4);
+      const u32 s_row = s_tile + mine * 128;
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        u32 r[4];
+        ldmatrix_x4(r, s_row + n / 8 * kPanelBytes + ((n % 8 ^ swizzle) << 4));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float(&s)[4] = r_s[n + j / 2];
+          s[j % 2 * 2] = fmaf(s[j % 2 * 2], scale, low_of<Value>(r[j]));
+          s[j % 2 * 2 + 1] = fmaf(s[j % 2 * 2 + 1], scale, high_of<Value>(r[j]));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int mine = row_of(p, row + i * 8 + (lane >> 2));
+        const u32 s_row = s_tile + mine * 128 + (lane & 1) * 8;
+        const int swizzle = (mine & 7) ^ (lane >> 1 & 1);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          float low, high;
+          ld_shared_v2_f32(low, high, s_row + n / 4 * kPanelBytes + ((n % 4 * 2 ^ swizzle) << 4));
+          r_s[n][2 * i] = fmaf(r_s[n][2 * i], scale, low);
+          r_s[n][2 * i + 1] = fmaf(r_s[n][2 * i + 1], scale, high);
+        }
+      }
+    }
+  }
+
+ private:
+  // bias_rows is 64, or as many as there are heads side by side, a power of two.
+  FM_DEVICE static int row_of(const Params& p, int row) { return row & (p.bias_rows - 1); }
+};
+
+template <class Element, int kValueBytes, int kBlockM, int kBlockN>
+FM_DEVICE auto attention_bias_of() {
+  if constexpr (kValueBytes == 0) return NoBias();
+  else return AttentionBiasSm90<decltype(pick<kValueBytes == 2>(Element(), fp32())), kBlockM, kBlockN>();
+}
+template <class Element, int kValueBytes, int kBlockM, int kBlockN>
+using AttentionBiasOf = decltype(attention_bias_of<Element, kValueBytes, kBlockM, kBlockN>());
+
+}  // namespace fm

@@ -1,0 +1,46 @@
+"""How a bias lies in memory where it is made ready for the Hopper kernel (plan/attention/bias.py)."""
+
+from __future__ import annotations
+
+from flashmoe_cupy.jit.tensormap import MAX_STRIDE
+from flashmoe_cupy.plan.attention.problem import AttentionProblem
+
+
+def rows_fit(p: AttentionProblem) -> bool:
+    """Whether the copy engine can fetch rows of the bias, if it starts at a multiple of 16 bytes."""
+    assert p.bias_dtype is not None
+    sizes, size = (p.batch, p.heads_q, p.seqlen_q), p.bias_dtype.itemsize
+    outer = [stride * size for n, stride in zip(sizes, p.bias_strides[:3], strict=True) if n > 1]
+    near = all(stride % 16 == 0 and 0 <= stride < MAX_STRIDE for stride in outer)
+    return near and (p.bias_strides[3] == 1 or p.seqlen_k == 1)
+
+
+def with_rows(p: AttentionProblem) -> tuple[AttentionProblem, int]:
+    """The problem with a bias in rows that start at multiples of 16 bytes, and how many bytes these take."""
+    assert p.bias_dtype is not None
+    size = p.bias_dtype.itemsize
+    step = -(-p.seqlen_k * size // 16) * 16 // size
+    strides = [1]
+    for n, stride in zip((p.seqlen_q, p.heads_q, p.batch), p.bias_strides[2::-1], strict=True):
+        strides.insert(0, step if stride else 0)
+        step *= n if stride else 1
+    by_batch, by_head, by_query, key = strides
+    return p._replace(bias_strides=(by_batch, by_head, by_query, key)), step * size
+
+
+def mask_lists(p: AttentionProblem) -> int:
+    """Lists of key tiles of a boolean bias, for each batch entry and tile of queries."""
+    return p.heads_q if p.bias_strides[1] else 1
+
+
+def mask_words(p: AttentionProblem, tiles: int) -> tuple[int, int, int, int]:
+    """How many words a boolean bias makes for so many tiles of keys, and their strides by batch entry, head and query.
+
+    Where entries have padding, words are those of what counts, and so each entry's own.
+    """
+    by_batch, by_head, by_query, _ = p.bias_strides
+    query = 4 * tiles if by_query else 0
+    head = 4 * tiles * (p.seqlen_q if by_query else 1)
+    batch = head * (p.heads_q if by_head else 1)
+    many = by_batch or not p.even
+    return batch * (p.batch if many else 1), batch if many else 0, head if by_head else 0, query
