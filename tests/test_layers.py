@@ -82,8 +82,9 @@ FRAMEWORKS: dict[str, tuple[str, ...]] = {
     "transformers": ("integrations/",),
 }
 ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
-# Adapters are only imported by people who have the framework, so only they may import it when they are imported.
-AT_IMPORT = {"torch": ("torch.py",), "jax": ("jax.py", "_xla.py")}
+# Adapters are only imported by people who have the framework, so only they may import it when they are imported; so is
+# the tensor class of an integration, by the functions of its neighbour.
+AT_IMPORT = {"torch": ("torch.py", "integrations/transformers_masks.py"), "jax": ("jax.py", "_xla.py")}
 
 # A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
 # prelude itself stands on the instructions that work on registers alone.

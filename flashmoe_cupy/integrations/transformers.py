@@ -4,8 +4,15 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=register())
 
 or `model.set_attn_implementation(register())`. GQA, windows, softcaps, sinks, position biases, padding, packing and KV
-caches are served. Forward only: use `torch.no_grad()`. Rows of padding are 0. A purely causal batch needs no mask;
-padding, a window shorter than the keys and a static cache need a boolean (batch, 1, seqlen_q, seqlen_k) one.
+caches are served. Forward only: use `torch.no_grad()`. Nothing here waits for a device.
+
+A purely causal batch needs no mask. For padding on either side, holes in it, windows and static caches, our mask
+function hands over lengths, found on the device, and at most one boolean per key (`transformers_masks`); so it does for
+encoders and cross attention. Rows of padding are 0 under a causal rule, and cost nothing; an encoder computes them, for
+a mask function is not told whether the queries are the keys. A full boolean (batch, 1, seqlen_q, seqlen_k) mask is
+built for what lengths cannot say: packed sequences in one row by `position_ids` alone or beside a mask, chunks, blocks
+(images in Gemma 3), rules of a model's own; while a compiler traces or a CUDA graph is recorded; and for code that
+touches the mask.
 
 A model whose class declares neither support of `sdpa` nor that it dispatches all its attention (Bloom, RemBERT, MPT),
 or that takes its attention from a table of its own (Falcon), raises UnsupportedProblem when it is built. transformers'
@@ -67,14 +74,17 @@ def _uncompiled() -> Any:
 
 def mask(
     *, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, kv_offset: int = 0,
-    attention_mask: torch.Tensor | None = None, local_size: int | None = None, allow_is_causal_skip: bool = True,
-    **kwargs: Any,
+    mask_function: Any = None, attention_mask: torch.Tensor | None = None, local_size: int | None = None,
+    allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, **kwargs: Any,
 ) -> torch.Tensor | None:  # fmt: skip
-    """Boolean mask (batch, 1, q_length, kv_length), True = attend; None when bottom-right causal says the same.
+    """Mask (batch, 1, q_length, kv_length), boolean to all who look at it, True = attend; or None.
 
-    Arguments: transformers.masking_utils.sdpa_mask. Its own None can also mean top-left causal (a static cache's first
-    forward pass), and the attention function cannot tell the two apart. Raises UnsupportedProblem for a `config` whose
-    models would read the mask with attention code of their own.
+    Arguments: transformers.masking_utils.sdpa_mask. Where lengths say it, a `PaddedMask`, which holds no elements: for
+    causal, windowed and bidirectional rules with a 2-D mask. Else the boolean mask itself: for other rules, under a
+    compiler or tracer, and for the single query of a step that transformers may compile. None only where bottom-right
+    causal, or no mask at all, says the same. Its own None can also mean top-left causal (a static cache's first forward
+    pass), and the attention function cannot tell the two apart. Nothing waits for a device. Raises UnsupportedProblem
+    for a `config` whose models would read the mask with attention code of their own.
     """
     import torch
     from transformers.masking_utils import sdpa_mask
@@ -82,19 +92,25 @@ def mask(
 
     if "config" in kwargs and not torch.compiler.is_compiling():
         transformers_models.check_config(kwargs["config"])
-    real = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
-    if (
-        allow_is_causal_skip
-        and isinstance(q_offset, int)  # a static cache has a tensor here, and keys behind the newest token
-        and q_offset + q_length == kv_offset + kv_length
-        and (local_size is None or kv_length < local_size)
-        and not is_tracing(attention_mask)  # its values cannot be read then
-        and (real is None or (real.shape[-1] == kv_length and bool(real.all())))
-    ):
-        return None
-    kwargs |= {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
-    kwargs |= {"attention_mask": attention_mask, "local_size": local_size, "allow_is_causal_skip": False}
-    built: torch.Tensor = sdpa_mask(**kwargs)
+    if attention_mask is None and isinstance(q_offset, int):  # a static cache has a tensor, and room behind its tokens
+        ends = kv_offset + kv_length - q_offset - q_length  # keys behind the last query's own place
+        near = local_size is None or kv_length < local_size  # no window ends among the keys
+        if (allow_is_causal_skip and near and ends == 0) or (
+            allow_is_bidirectional_skip and (local_size is None or (near and 0 <= ends <= kv_length - q_length))
+        ):
+            return None
+    arguments: dict[str, Any] = kwargs | {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
+    arguments |= {"kv_offset": kv_offset, "attention_mask": attention_mask, "local_size": local_size}
+    arguments |= {} if mask_function is None else {"mask_function": mask_function}
+    if not (is_tracing(attention_mask) or is_tracing(q_offset) or (q_length == 1 and not allow_is_causal_skip)):
+        from .transformers_masks import padded, rule_of
+
+        rule = rule_of(mask_function, local_size)
+        found = None if rule is None else padded(rule, **arguments)
+        if found is not None:
+            return found
+    # With leave to skip, transformers would look at the elements of attention_mask, and wait for them.
+    built: torch.Tensor = sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return built
 
 
@@ -108,10 +124,13 @@ def attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv) -> (new contiguous out (B, L, Hq, Dv), None).
 
-    attention_mask: boolean (True = attend) or additive, 4-D, broadcastable to (B, Hq, L, S); causality and window are
-    in it. Without one: causal, bottom-right, unless `is_causal` or else `module.is_causal` is false. cu_seq_lens part
-    packed sequences in both cases. Raises UnsupportedProblem for dropout, returned weights, sparse attention.
+    attention_mask: boolean (True = attend) or additive, 4-D, broadcastable to (B, Hq, L, S), or a `PaddedMask`;
+    causality and window are in it. Without one: causal, bottom-right, unless `is_causal` or else `module.is_causal` is
+    false. cu_seq_lens part packed sequences in both cases. Raises UnsupportedProblem for dropout, returned weights,
+    sparse attention.
     """
+    from .transformers_masks import PaddedMask
+
     transformers_models.check_config(getattr(module, "config", None))
     reasons = _why_not(attention_mask, dropout, kwargs)
     if cu_seq_lens_q is not None and (query.shape[0] != 1 or position_bias is not None or cu_seq_lens_k is None):
@@ -127,9 +146,16 @@ def attention(
         "softcap": softcap or 0.0,
         "sinks": s_aux if s_aux is None or s_aux.dtype == query.dtype else s_aux.float(),
     }
+    if isinstance(attention_mask, PaddedMask):
+        fits = attention_mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
+        if not fits or attention_mask.padding.exposed or cu_seq_lens_q is not None:
+            attention_mask = attention_mask.padding.whole()
+        else:
+            options |= attention_mask.padding.rule._asdict() | attention_mask.padding.lengths
+            attention_mask = attention_mask.padding.row
     # as (B, L, H, D) views, so that the new output has the layout that transformers wants
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if cu_seq_lens_q is not None and attention_mask is None:
+    if cu_seq_lens_q is not None and attention_mask is None:  # as the model called us, for a PaddedMask is whole here
         options |= {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
         options |= {"max_seqlen_q": int(max_length_q or q.shape[1]), "max_seqlen_k": int(max_length_k or k.shape[1])}
         return flash_attention_varlen(q[0], k[0], v[0], **options)[None], None
