@@ -61,6 +61,14 @@ CASES: tuple[tuple[str, Case], ...] = (
     (SM90, PADDED._replace(used_q=(), used_k=(), window_size=(60, 9), head_dim=72, dtype="float16")),
     (SM90, PADDED._replace(left_q=(), used_q=(), bias="bhqk", bias_dtype="bool")),
     (SM90, PADDED._replace(seqlen_q=9, heads_q=16, heads_k=1, causal=True, used_q=(), left_q=(3, 0, 9, 8, 1))),
+    # The first queries see no key, and have no tiles: with sinks, biases, padding and packed sequences.
+    (SM90, AttentionCase(700, 33, 2, 2, 2, 64, causal=True)),
+    (SM90, AttentionCase(700, 33, 2, 4, 1, 128, causal=True, sinks="float32")),
+    (SM90, AttentionCase(300, 150, 1, 2, 2, 64, causal=True, bias="bhqk")),
+    (SM90, AttentionCase(300, 150, 1, 2, 2, 64, window_size=(30, 5), bias="bhqk", bias_dtype="bool")),
+    (SM90, PADDED._replace(used_k=(33, 9, 150, 61, 150), heads_q=4, causal=True, sinks="float32", bias="b11k")),
+    (SM90, VarlenCase((300, 0, 70), (33, 10, 80), (290, 0, 70), tail_q=4, causal=True, sinks="float32", heads_q=4)),
+    (SM90, VarlenCase((300, 0, 70, 5), (33, 10, 80, 0), tail_q=4, window_size=(9, 3))),
     # Four consumers that scale queries and clear the ends of sequences: a named barrier for each.
     (SM90, VarlenCase((60, 256, 256, 250), (70, 201, 9, 250), (), (), 0, 2, 1, 1, 64, causal=True, softcap=30.0)),
 )
@@ -224,6 +232,12 @@ def test_faults_of_a_bias_are_found(name: str) -> None:
             return
         others.append((seed, found))
     pytest.fail(f"nobody noticed: {others}")
+
+
+def test_a_query_that_sees_one_key_is_not_left_out() -> None:
+    case = AttentionCase(300, 150, 1, 2, 2, 64, causal=True)
+    fault = Fault(_KEYS, "s.seqlen_k - p.window_right, 0)", "s.seqlen_k - p.window_right + 1, 0)")
+    assert all(found for _, found in outcomes(case, SM90, range(2), choose(case, SM90), fault.headers()))
 
 
 def test_a_mask_of_hidden_and_whole_tiles() -> None:

@@ -203,7 +203,8 @@ def test_hopper_head_dims(dims: tuple[int, int], compiled: tuple[int, int]) -> N
 
 
 def tile(**options: Any) -> tuple[int, int, int]:
-    config = hopper.choose(problem(**({"heads_k": 8} | options)), "sm_90a")  # nothing to pack
+    # Nothing to pack, and whole rounds of tiles on 132 multiprocessors, however many a head has.
+    config = hopper.choose(problem(**({"batch": 33, "heads_k": 8} | options)), "sm_90a")
     assert config in hopper.configs("sm_90a")
     return config.block_m, config.block_n, config.stages
 
@@ -261,6 +262,27 @@ def test_keys_choose_the_tile_at_d_128() -> None:
         assert tile(d=128, **options) == tile(d=128, **(options | {"q": 10**6})) == want, options
 
 
+def test_whole_rounds_choose_the_tile_where_all_tiles_are_alike() -> None:
+    """448 queries of 160 heads: 3 rounds of 256 rows, 4 of 192 (0.93 the time of a row), 5 of 128 on 132 of them."""
+    p = problem(batch=8, q=448, k=1500, heads_q=20, heads_k=20, d=64)
+    assert hopper.choose(p, "sm_90a", True, 132).block_m == 192
+    assert hopper.choose(p._replace(causal=True, window_right=0), "sm_90a", True, 132).block_m == 256
+    assert hopper.choose(p, "sm_90a", True, 320).block_m == 256, "one round of all tiles"
+
+
+def test_queries_that_see_no_key_have_no_tiles() -> None:
+    p = problem(q=5121, k=33, heads_q=8, heads_k=8, d=128, causal=True)
+    config = hopper.choose(p, "sm_90a")
+    assert hopper.blocks(p, config)[0] == 1 and hopper.values(p, config, True)["may_unsee"] == 1
+    assert AttentionFwdSm80().blocks(p, AttentionFwdSm80().choose(p, "sm_90a"))[0] == 41, "which has no rows to fill"
+    for options in ({}, {"causal": True, "window_size": (5, 0)}, {"window_size": (-1, 3)}):
+        few, many = problem(q=300, k=200, **options), problem(q=200, k=300, **options)
+        assert hopper.values(many, hopper.choose(many, "sm_90a"), True)["may_unsee"] == 0
+        assert hopper.values(few, hopper.choose(few, "sm_90a"), True)["may_unsee"] == bool(options)
+    for uneven in (problem(q=300, k=300, causal=True, seqused_k=array(2, dtype=INT32)), packed(causal=True)):
+        assert hopper.values(uneven, hopper.choose(uneven, "sm_90a"), True)["may_unsee"] == 1
+
+
 def test_tiles_that_lengths_do_not_choose() -> None:
     for d, dv in ((256, 256), (192, 128), (64, 256)):
         assert len({tile(d=d, dv=dv, q=q, k=k) for q in (1, 5000) for k in (1, 400, 9000)}) == 1
@@ -275,7 +297,7 @@ def test_tiles_that_lengths_do_not_choose() -> None:
 def test_the_other_tile_is_a_reason() -> None:
     cases = (
         (problem(q=5), "128x128 rather than 128x160"),
-        (problem(d=64, q=2048, k=2048), "192x128 rather than 256x64, 128x128"),
+        (problem(batch=33, d=64, q=2048, k=2048), "192x128 rather than 256x64, 128x128"),
     )
     for p, words in cases:
         assert words in hopper.reasons(p, hopper.choose(p, "sm_90a"))[-1]
@@ -289,15 +311,17 @@ def test_every_choice_is_in_the_closed_set() -> None:
         {}, {"softcap": 1.0}, {"softcap": 99.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
         {"bias": None}, {"bias": array(1, 1, dtype=BOOL)}, {"bias": array(1, 1, dtype=BOOL), "softcap": 1.0},
     )  # fmt: skip
-    lengths = ((1, 400), (200, 400), (2000, 5000))
+    lengths = ((1, 400), (200, 400), (2000, 5000), (255, 400))
     for kernel in of_task("attention_fwd").values():
         used, every = set(), set(kernel.configs("sm_90a"))
         grid = itertools.product(range(8, 257, 8), range(8, 513, 8), lengths, features, (BF16, FP16, FP32))
         for d, dv, (q, k), options, dtype in grid:
             if "bias" in options:
                 options = options | {"bias": options["bias"] or array(1, 1, dtype=dtype)}
-            p = problem(q=q, k=k, heads_k=8, d=d, dv=dv, dtype=dtype, **options) if (d + dv) % 48 == 0 else None
-            if p is not None and not kernel.why_not(p, "sm_90a"):
+            if (d + dv) % 48:
+                continue
+            p = problem(batch=33, q=q, k=k, heads_k=8, d=d, dv=dv, dtype=dtype, **options)
+            if not kernel.why_not(p, "sm_90a"):
                 used.add(kernel.choose(p, "sm_90a"))
         assert used <= every
         assert {c for c in every if "Unaligned" not in c.variant} == used
@@ -332,7 +356,7 @@ def test_grid_and_section() -> None:
     assert numbers(plain._replace(window_left=100), 132) == (512, 132, 8)
     assert numbers(plain._replace(window_left=4096 + 4096), 132) == (512, 132, 1), "a window that hides nothing"
     assert numbers(plain._replace(window_right=0), 1000) == (512, 512, 16)
-    assert numbers(problem(q=10**6, causal=True), 132)[2] == 1, "one head fills two rounds"
+    assert numbers(problem(q=10**6, k=10**6, causal=True), 132)[2] == 1, "one head fills two rounds"
     wide = problem(q=100, d=64, dv=512, causal=True)  # one tile of queries, two blocks of values
     assert numbers(wide, 132) == (32, 32, 0), "few tiles in each head"
     assert numbers(problem(q=600, k=600, causal=True), 132) == (80, 80, 16), "not more heads than there are"
@@ -349,8 +373,8 @@ def test_params_of_the_hopper_kernel() -> None:
     section = hopper.section(p, config, 100)
     assert section > 1 and {name: values[name] for name in values if name not in base} == {
         "tiles": 512, "batch": 2, "section": section, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
-        "pack_bits": 0, "bias_rows": 0, "mask_lists": 1, "mask_list": 33, "mask_stride_b": 0, "mask_stride_h": 0,
-        "mask_stride_q": 0, **softcap.fields("", 1.0, 0.0),
+        "may_unsee": 0, "pack_bits": 0, "bias_rows": 0, "mask_lists": 1, "mask_list": 33, "mask_stride_b": 0,
+        "mask_stride_h": 0, "mask_stride_q": 0, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
     assert len(hopper.params.pack(values)) == 512 - 128 and len(portable.params.pack(base)) == 344 - 128
     assert hopper.counter_at(p) == 0 and hopper.counter_at(packed()) == hopper.params.fields["tile_counter"].at == 360

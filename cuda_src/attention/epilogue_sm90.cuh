@@ -56,38 +56,56 @@ struct AttentionEpilogueSm90 {
     }
   }
 
-  // One warp of each block. Rows that are no sequence's become 0 in out, -inf in lse. Of packed arrays a
-  // block takes whole gaps, which are short; of padded ones some rows of each batch entry.
+  // One warp of each block. Queries that see no key get 0 and their sink, or -inf; rows that are no
+  // sequence's 0 and -inf where that is wanted. Of packed arrays a block takes whole sequences and the gaps
+  // between them, which are short; of others some rows of each batch entry.
   FM_DEVICE static void clear_rest(const Params& p) {
+    const bool out = p.clear_rest & kClearOut, lse = p.clear_rest & kClearLse;
     if (p.lengths == kPackedLengths) {
-      for (int gap = blockIdx.x; gap <= p.batch; gap += gridDim.x)
-        clear_rows(p, 0, PackedKeys::gap(p, gap));
+      for (int i = blockIdx.x; i <= p.batch; i += gridDim.x) {
+        if (out || lse) fill_rows(p, 0, PackedKeys::gap(p, i), out, lse, nullptr);
+        if (p.may_unsee && i < p.batch) {
+          const Sequence found = PackedKeys::sequence(p, i);
+          fill_unseeing(p, 0, {found.q_row, found.q_row + unseeing(p, found)});
+        }
+      }
       return;
     }
-    const int parts = div_up(p.seqlen_q, kClearedRows);
+    const int rows = p.lengths == kEvenLengths ? unseeing(p, DenseKeys::each(p)) : p.seqlen_q;
+    const int parts = div_up(rows, kFilledRows);
     for (i64 part = blockIdx.x; part < static_cast<i64>(parts) * p.batch; part += gridDim.x) {
-      const int batch = part / parts, begin = part % parts * kClearedRows;
-      const int end = min(begin + kClearedRows, p.seqlen_q);
-      const Rows counted = DenseKeys::queries(p, batch);
-      clear_rows(p, batch, {begin, min(end, counted.begin)});
-      clear_rows(p, batch, {max(begin, counted.end), end});
+      const int batch = part / parts, begin = part % parts * kFilledRows;
+      const int end = min(begin + kFilledRows, rows);
+      const Sequence found = DenseKeys::sequence(p, batch);
+      const int seeing = found.q_row + unseeing(p, found);
+      if (out || lse) {
+        fill_rows(p, batch, {begin, min(end, found.q_row)}, out, lse, nullptr);
+        fill_rows(p, batch, {max(begin, found.q_row + found.seqlen_q), end}, out, lse, nullptr);
+      }
+      fill_unseeing(p, batch, {max(begin, found.q_row), min(end, seeing)});
     }
   }
 
  private:
-  enum { kClearedRows = 16 };  // enough of them to hide the look at the lengths
+  enum { kFilledRows = 16 };  // enough of them to hide the look at the lengths
 
-  FM_DEVICE static void clear_rows(const Params& p, int batch, Rows rows) {
-    for (int row = rows.begin; row < rows.end; ++row)
-      for (int head = 0; head < p.heads_q; ++head) {
-        uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + batch * p.out_stride_b +
-                                                row * p.out_stride_s + head * p.out_stride_h);
-        if (p.clear_rest & kClearOut)
-          for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32)
-            g_row[chunk] = make_uint4(0, 0, 0, 0);
-        if ((p.clear_rest & kClearLse) && lane_id() == 0)
-          p.lse[batch * p.lse_stride_b + head * p.lse_stride_h + row] = -infinity();
-      }
+  FM_DEVICE static void fill_unseeing(const Params& p, int batch, Rows rows) {
+    fill_rows(p, batch, rows, true, p.lse != nullptr, p.sinks);
+  }
+  FM_DEVICE static void fill_rows(const Params& p, int batch, Rows rows, bool out, bool lse,
+                                  const void* sinks) {
+    const int chunks = p.head_dim_v / 8;
+    for (int row = rows.begin; row < rows.end; ++row) {
+      Element* g_row = static_cast<Element*>(p.out) + batch * p.out_stride_b + row * p.out_stride_s;
+      if (out)
+        for (int i = lane_id(); i < p.heads_q * chunks; i += 32)
+          *reinterpret_cast<uint4*>(g_row + i / chunks * p.out_stride_h + i % chunks * 8) =
+              make_uint4(0, 0, 0, 0);
+      if (lse)
+        for (int head = lane_id(); head < p.heads_q; head += 32)
+          p.lse[batch * p.lse_stride_b + head * p.lse_stride_h + row] =
+              sinks == nullptr ? -infinity() : load_float(sinks, head, p.sinks_dtype);
+    }
   }
 };
 

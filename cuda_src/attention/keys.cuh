@@ -35,6 +35,16 @@ concept AttentionKeys = requires(const AttentionFwdSm90Params& p, int batch) {
   K::even(p) && K::each(p).seqlen_q && K::sequence(p, batch).seqlen_k && K::map_batch(p, batch);
 };
 
+// The first queries of a sequence that see no key, since causal is aligned at the ends: the Hopper kernel has
+// no tiles for them.
+FM_DEVICE int unseeing(const AttentionFwdParams& p, const Sequence& s) {
+  return p.window_right < 0 ? 0 : min(max(s.seqlen_q - s.seqlen_k - p.window_right, 0), s.seqlen_q);
+}
+FM_DEVICE Sequence without_unseeing(const AttentionFwdParams& p, const Sequence& s) {
+  const int first = unseeing(p, s);
+  return {s.q_row + first, s.k_row, s.seqlen_q - first, s.seqlen_k};
+}
+
 // Rows begin .. end - 1.
 struct Rows {
   int begin, end;

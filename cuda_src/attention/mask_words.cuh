@@ -43,7 +43,7 @@ struct AttentionMaskWords {
     index /= p.m_blocks;
     const int list = index % p.mask_lists, batch = index / p.mask_lists, head = list << p.pack_bits;
 
-    const Sequence found = DenseKeys::sequence(p, batch);
+    const Sequence found = without_unseeing(p, DenseKeys::sequence(p, batch));
     const BandMask band = {found.seqlen_q << p.pack_bits, found.seqlen_k, found.seqlen_k - found.seqlen_q,
                            p.window_left,                 p.window_right, p.pack_bits};
     const int m0 = m_block * kBlockM;

@@ -47,6 +47,7 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int* tile_counter;     // two zeros, left as zeros: blocks take tiles by it; null: each counts alone
   int total_q;           // rows of q and out, of packed sequences; else 0
   int clear_rest;        // bits of ClearRest
+  int may_unsee;         // 1: some queries may see no key
   int pack_bits;         // 2^pack_bits heads share tiles: row r: query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];        // of SoftcapExponent in math/softmax.cuh
   float softcap_short[2], query_scale;       // of BoundedSoftcapExponent; the factor of its queries

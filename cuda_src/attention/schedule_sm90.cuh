@@ -65,7 +65,7 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       const int batch = next_batch + lane_id();
       next_batch += 32;
       mine.seqlen_q = mine.seqlen_k = 0;
-      if (batch < p.batch) mine = Keys::sequence(p, batch);
+      if (batch < p.batch) mine = without_unseeing(p, Keys::sequence(p, batch));
       const int tiles =
           div_up(mine.seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
       end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;
@@ -122,7 +122,7 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       const TileIndex place = p.section == kHeadByHead ? group_by_group(index, p.m_blocks, blocks)
                                              : by_sections(index, p.m_blocks, heads * p.batch, p.section);
       w.batch = place.group / heads, group = place.group % heads;
-      const Sequence found = Keys::each(p);
+      const Sequence found = without_unseeing(p, Keys::each(p));
       w.m0 = place.m_block * kBlockM, w.q_row = (w.m0 >> p.pack_bits) + found.q_row, w.k_row = found.k_row;
       w.band.cols = found.seqlen_k, seqlen_q = found.seqlen_q;
     } else {

@@ -79,8 +79,9 @@ class AttentionMask(Kernel[AttentionProblem, MaskConfig]):
 
     def grid(self, problem: AttentionProblem, config: MaskConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
         """One block for each list."""
-        rows = problem.seqlen_q << AttentionFwdSm90().pack_bits(problem)
-        return problem.batch * mask_lists(problem) * -(-rows // config.block_m)
+        forward = AttentionFwdSm90()
+        reader = forward.choose(problem, "sm_90a")._replace(block_m=config.block_m)
+        return problem.batch * mask_lists(problem) * forward.blocks(problem, reader)[0]
 
     def values(
         self, problem: AttentionProblem, config: MaskConfig, aligned: bool, sms: int = DEFAULT_SMS

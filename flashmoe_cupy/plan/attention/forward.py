@@ -5,21 +5,27 @@ One class for each kernel of cuda_src/attention. No GPU and no CuPy: everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from flashmoe_cupy.dtypes import BF16, BOOL, FP32, DType
+from flashmoe_cupy.dtypes import BOOL, DType
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
 from flashmoe_cupy.plan.attention.bias_layout import mask_lists, mask_words, rows_fit, with_rows
+from flashmoe_cupy.plan.attention.choice import (
+    compiled_dims,
+    key_tiles,
+    mean_rows,
+    seeing,
+    tile_for,
+    variant_of,
+    variant_sm90,
+    window,
+)
 from flashmoe_cupy.plan.attention.problem import PADDING, AttentionProblem
 from flashmoe_cupy.plan.attention.tiles import (
     BIAS,
-    BIAS16,
-    BIAS32,
     BIASES,
-    MASK,
-    MASK_SCORES,
     MASKS,
     PLAIN,
     SCORES,
@@ -31,7 +37,6 @@ from flashmoe_cupy.plan.attention.tiles import (
     Config,
     Sm80Config,
     Sm90Config,
-    Tile,
     tile_sm80,
     tiles_sm90,
 )
@@ -44,11 +49,6 @@ _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes,
 _MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
 _MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
 _WORTH_PACKING = 0.9  # heads are packed if that leaves no larger a share of their tiles
-# Which of the tiles in tiles.py is the fastest; measured on an H100, benchmarks/NOTEBOOK.md has the candidates.
-_WIDE_KEYS = 4096  # keys that a query sees on average, from which on the wider of two tiles of keys is
-_ROW_TIME = {256: 1.0, 192: 1.03, 128: 1.12}  # at head dims of 64: time of one row of a tile, by the tile's rows ...
-_ROW_TIME_LONG = _ROW_TIME | {192: 0.93}  # ... and where a query sees so many keys or more:
-_ROW_TIME_LONG_KEYS = 1024
 
 
 class AttentionFwd(Kernel[AttentionProblem, Config]):
@@ -114,8 +114,8 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
             "seqlen_k": p.seqlen_k,
             "head_dim": p.head_dim,
             "head_dim_v": p.head_dim_v,
-            "window_left": _window(p.window_left, p),
-            "window_right": _window(p.window_right, p),
+            "window_left": window(p.window_left, p),
+            "window_right": window(p.window_right, p),
             "m_blocks": m_blocks,
             "v_blocks": v_blocks,
             "alibi_stride_b": p.alibi_stride_b,
@@ -167,8 +167,8 @@ class AttentionFwdSm80(AttentionFwd):
             head_dim, head_dim_v = problem.head_dim, min(problem.head_dim_v, 128)
             dims = next((d, v) for d, v in TILES_FP32 if head_dim <= d and head_dim_v <= v)
             return Sm80Config(element, *dims, *TILES_FP32[dims], BIAS)
-        dims = _compiled_dims(problem, TILES_SM80)
-        variant = _variant(problem)
+        dims = compiled_dims(problem, TILES_SM80)
+        variant = variant_of(problem)
         if variant == PLAIN and not aligned:
             variant = UNALIGNED
         return Sm80Config(element, *dims, *tile_sm80(arch, dims, variant), variant)
@@ -221,18 +221,18 @@ class AttentionFwdSm90(AttentionFwd):
     def choose(
         self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> Sm90Config:  # fmt: skip
-        dims, variant = _compiled_dims(problem, TILES_SM90), _variant_sm90(problem)
-        tile = _tile_for(problem, dims, variant, self.pack_bits(problem))
+        dims, variant = compiled_dims(problem, TILES_SM90), variant_sm90(problem)
+        tile = tile_for(seeing(problem), dims, variant, self.pack_bits(problem), sms)
         return Sm90Config(problem.dtype.cuda, *dims, *tile, variant)
 
     def pack_bits(self, p: AttentionProblem) -> int:
         """As many heads as make fewer tiles; one head where a score depends on it."""
         group = _heads_per_key(p)
         bits = min((group & -group).bit_length() - 1, _MAX_PACK_BITS)
-        by_head = p.alibi or (p.bias_dtype is BOOL and p.bias_strides[1]) or _variant_sm90(p) == SCORES
+        by_head = p.alibi or (p.bias_dtype is BOOL and p.bias_strides[1]) or variant_sm90(p) == SCORES
         if bits <= 0 or by_head or p.seqlen_q >= _MAX_PACKED_QUERIES:
             return 0
-        rows = _mean(p.seqlen_q, p.total_q, p)
+        rows = mean_rows(seeing(p).seqlen_q, p.total_q, p)
         # Uneven lengths, which only the device knows, end with half a tile each, on average.
         single, packed = (-(-r // 128) if p.even else r / 128 + 0.5 for r in (rows, rows << bits))
         return bits if packed <= _WORTH_PACKING * single * 2**bits else 0
@@ -247,19 +247,23 @@ class AttentionFwdSm90(AttentionFwd):
             why.append(f"tiles of {config.block_m}x{config.block_n} rather than {others}, by the lengths and the mask")
         return why
 
+    def blocks(self, p: AttentionProblem, config: Config) -> tuple[int, int]:
+        return super().blocks(seeing(p), config)
+
     def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
         """One block per multiprocessor, which takes tile after tile."""
         return min(sms, self.tiles(problem, config))
 
     def section(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
         """How many heads are worked on together; see order.py. Uneven lengths have an order of their own."""
-        if not p.even or max(_window(p.window_left, p), _window(p.window_right, p)) < 0:
+        if not p.even or max(window(p.window_left, p), window(p.window_right, p)) < 0:
             return 1
+        p = seeing(p)
         m_blocks, v_blocks = self.blocks(p, config)
         if m_blocks >= 2 * sms:
             return 1  # one head fills two rounds
         bits = self.pack_bits(p)
-        costs = [_key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # to begin a tile takes about a step
+        costs = [key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # to begin a tile takes about a step
         shared = _heads_per_key(p) / 2**bits * v_blocks  # groups of tiles that read the same keys
         per_group = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
         return order.section(costs, self.tiles(p, config) // m_blocks, sms, per_group)
@@ -273,6 +277,7 @@ class AttentionFwdSm90(AttentionFwd):
             "tile_counter": 0,  # the launch stores the address of one
             "total_q": p.total_q if p.varlen else 0,
             "clear_rest": 0,
+            "may_unsee": int(window(p.window_right, p) >= 0 if not p.even else seeing(p) != p),
             "pack_bits": self.pack_bits(p),
             **self._bias_values(p, config),
             **softcap.fields(config.variant, p.softmax_scale, p.softcap),
@@ -341,75 +346,6 @@ class AttentionFwdSm90(AttentionFwd):
         return [rows, Step(step.task, moved, arguments, step.values, step.clears)], {"bias_rows": size}
 
 
-def _tile_for(problem: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits: int) -> Tile:
-    """The tile of the Hopper kernel: lengths only choose among the tiles that the table, and so the warm-up, has."""
-    tiles, keys = tiles_sm90(dims, variant), _mean_keys(problem)
-    if len({m for m, _, _ in tiles}) == 1:
-        return tiles[keys < _WIDE_KEYS] if len(tiles) > 1 else tiles[0]
-
-    rows = _mean(problem.seqlen_q, problem.total_q, problem) << pack_bits
-    row_time = _ROW_TIME_LONG if keys >= _ROW_TIME_LONG_KEYS else _ROW_TIME
-
-    def time(tile: Tile) -> float:
-        m = tile[0]
-        return -(-rows // m) * m * row_time[m]  # the rows that a last tile lacks take as long as the others
-
-    return min(tiles, key=time)
-
-
-def _mean(seqlen: int, total: int, p: AttentionProblem) -> int:
-    """The length of a sequence; of packed ones the mean, because their maximum may be any bound."""
-    return -(-total // p.batch) if p.varlen and p.batch else seqlen
-
-
-def _mean_keys(p: AttentionProblem) -> float:
-    """About how many keys a query sees."""
-    left, right = _window(p.window_left, p), _window(p.window_right, p)
-    keys: float = _mean(p.seqlen_k, p.total_k, p)
-    keys = keys / 2 if right == 0 else keys
-    return min(keys, left + max(right, 0) + 1) if left >= 0 else keys
-
-
-def _key_tiles(p: AttentionProblem, config: Config, m_block: int, pack_bits: int) -> int:
-    """Tiles of keys that a tile of queries goes through, as the kernel counts them."""
-    left, right = _window(p.window_left, p), _window(p.window_right, p)
-    shift, first_row = p.seqlen_k - p.seqlen_q, m_block * config.block_m >> pack_bits
-    last_row = (min((m_block + 1) * config.block_m, p.seqlen_q << pack_bits) - 1) >> pack_bits
-    last = p.seqlen_k - 1 if right < 0 else min(p.seqlen_k - 1, last_row + shift + right)
-    first = 0 if left < 0 else max(0, first_row + shift - left)
-    end = max(1, -(-(last + 1) // config.block_n))
-    return end - min(first // config.block_n, end - 1)
-
-
-def _variant(problem: AttentionProblem) -> str:
-    """What happens to the scores, for rows that are aligned."""
-    if problem.bias_dtype is not None:
-        return BIAS
-    # A scale that is not positive would turn the order of the scores, on which the folded exponent relies.
-    return SCORES if problem.softcap or problem.alibi or problem.softmax_scale <= 0 else PLAIN
-
-
-def _variant_sm90(p: AttentionProblem) -> str:
-    variant = _variant(p)
-    if variant == SCORES and p.softcap and not p.alibi and p.softmax_scale > 0:
-        return softcap.variant(p.softmax_scale, p.softcap, p.dtype is BF16)
-    if p.bias_dtype is BOOL:
-        return MASK_SCORES if p.softcap or p.alibi or p.softmax_scale <= 0 else MASK
-    if variant == BIAS:
-        return BIAS32 if p.bias_dtype is FP32 else BIAS16
-    return variant
-
-
-def _compiled_dims(problem: AttentionProblem, table: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The smallest compiled 16-bit size for a problem; values wider than it run in blocks."""
-    head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    if head_dim <= 64 and head_dim_v > 128:
-        return 64, 256
-    if 128 < head_dim <= 192 and head_dim_v <= 128:
-        return 192, 128
-    return next((d, v) for d, v in table if d == v and head_dim <= d and min(head_dim_v, 256) <= v)
-
-
 def _map(dtype: DType, width: int, outer: Sequence[tuple[int, int]], box: tuple[int, ...]) -> TensorMap:
     """outer: (size, stride in elements) of each dimension but the contiguous one."""
     size = dtype.itemsize
@@ -425,11 +361,6 @@ def _rows(p: AttentionProblem) -> tuple[int, int]:
 
 def _heads_per_key(p: AttentionProblem) -> int:
     return p.heads_q // max(p.heads_k, 1)
-
-
-def _window(size: int, p: AttentionProblem) -> int:
-    """A window as the kernels take it: -1, unlimited, if it hides nothing; so row + window stays far from 2**31."""
-    return -1 if size >= p.seqlen_q + p.seqlen_k else size
 
 
 def _code(dtype: DType | None) -> int:
