@@ -37,6 +37,13 @@ CASES: tuple[tuple[str, Case], ...] = (
     (SM80, RAGGED._replace(used_k=(30, 5, 0, 190), causal=True)),
     (SM80, PADDED._replace(causal=True)),
     (SM80, PADDED._replace(bias="b11k", used_q=(), left_q=(), window_size=(70, 3), dtype="float16")),
+    # Biases of each type by pairs and one by one, and those of sequences that begin anywhere.
+    (SM80, AttentionCase(70, 200, 1, 2, 2, 64, bias="bhqk")),
+    (SM80, AttentionCase(70, 201, 1, 2, 2, 128, bias="hqk", dtype="float16", causal=True)),
+    (SM80, AttentionCase(70, 200, 1, 2, 2, 64, bias="1hqk", bias_dtype="float32", alibi="h")),
+    (SM80, AttentionCase(70, 200, 1, 2, 2, 64, bias="qk", bias_dtype="bool", softcap=9.0)),
+    (SM80, AttentionCase(70, 130, 2, 2, 2, 64, bias="b1q1", dtype="float32")),
+    (SM80, PADDED._replace(bias="bhqk", bias_dtype="float32")),
     (SM90, AttentionCase(150, 203, 1, 4, 2, 64, causal=True)),
     (SM90, AttentionCase(400, 300, 1, 2, 1, 128, causal=True)),
     (SM90, AttentionCase(131, 259, 2, 2, 1, 128, dtype="float16", window_size=(100, 7))),

@@ -14,6 +14,7 @@
 // K of the next tile travels while V is used, V while K is used (FlashAttention-2's order), and two blocks
 // per SM hide each other's barriers.
 #pragma once
+#include "attention/bias_sm80.cuh"
 #include "attention/keys.cuh"
 #include "attention/params.cuh"
 #include "attention/variant.cuh"
@@ -41,9 +42,11 @@ struct AttentionFwdSm80 {
   using TileK = SmemTile<Element, kBlockN, kHeadDim>;
   using TileV = SmemTile<Element, kBlockN, kHeadDimV>;
   using TileO = SmemTile<Element, kBlockM, kHeadDimV>;
+  using Bias = decltype(pick<Variant::kFetchesBias>(BiasInRegisters<kM, kBlockN / 8>(), NoBiasInRegisters()));
   // What a block works on. It stays in shared memory: in the loop every register is taken.
   struct Work {
     const Element *g_k, *g_v;
+    const void* g_bias;  // of the first query and key; null: none
     i64 q_row;  // row of the arrays where the block's first query lies
     BandMask band;
     int batch, head, m0, v_block;
@@ -77,6 +80,12 @@ struct AttentionFwdSm80 {
             head_k * p.k_stride_h;
     w.g_v = static_cast<const Element*>(p.v) + w.batch * p.v_stride_b + found.k_row * p.v_stride_s +
             head_k * p.v_stride_h + w.v_block * kHeadDimV;
+    if constexpr (Variant::kFetchesBias) {
+      const i64 first = w.batch * p.bias_stride_b + w.head * p.bias_stride_h +
+                        (found.q_row - w.m0) * p.bias_stride_q + found.k_row * p.bias_stride_k;
+      const int bytes = p.bias_dtype == kFP32 ? 4 : p.bias_dtype == kBool ? 1 : 2;
+      w.g_bias = p.bias == nullptr ? nullptr : static_cast<const u8*>(p.bias) + first * bytes;
+    }
     return true;
   }
 
@@ -127,9 +136,12 @@ struct AttentionFwdSm80 {
       __syncthreads();  // K(n) is here for all, and nobody reads V(n - 1) any more
       load_v(p, w, s_base, n * kBlockN);
 
+      Bias bias;
+      if constexpr (Variant::kFetchesBias)
+        bias.fetch(p, w.g_bias, w.m0 + warp_row, n * kBlockN, w.band);
       float r_s[kM][kBlockN / 8][4];
       gemm_ss_nt<Element, TileQ, TileK>(r_s, s_base + Smem::kQ, warp_row, s_base + Smem::kK);
-      change_scores(p, w, r_s, w.m0 + warp_row, n * kBlockN);
+      change_scores(p, w, r_s, bias, w.m0 + warp_row, n * kBlockN);
 
       cp_async_wait_group<0>();
       __syncthreads();  // V(n) is here for all, and nobody reads K(n) any more
@@ -145,9 +157,10 @@ struct AttentionFwdSm80 {
 
   template <int kN>
   FM_DEVICE static void change_scores(const AttentionFwdParams& p, const Work& w, float (&r_s)[kM][kN][4],
-                                      int row, int col) {
+                                      const Bias& bias, int row, int col) {
     const BandMask band = w.band;
     if constexpr (Variant::kScore) Variant::apply(p, r_s, w.batch, w.head, row, col, band);
+    bias.add(p, r_s);
     if (!band.template cuts<16 * kM, kBlockN>(row, col)) return;
     for_each_score(r_s, row, col, [&](float& s, int i, int j) {
       if (j < band.first(i) || j > band.last(i)) s = -infinity();

@@ -8,6 +8,7 @@
 //   kBounded    true: exponents are so small that nothing needs to be subtracted from them; queries are
 //               multiplied by p.query_scale first
 //   kBiasBytes  of a value of a bias whose tiles come beside those of K (bias_sm90.cuh); 0: none does
+//   kFetchesBias  true: threads fetch a bias of any type and strides (bias_sm80.cuh)
 //   kMask       true: a boolean mask comes as words of bits and as lists of the key tiles that it leaves
 //               (mask_words.cuh)
 // A new expression on scores is a new struct here (or in a generated translation unit); no kernel changes.
@@ -36,7 +37,7 @@ FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) 
 
 struct ScoresAlone {
   static constexpr int kBiasBytes = 0;
-  static constexpr bool kMask = false;
+  static constexpr bool kMask = false, kFetchesBias = false;
 };
 
 struct PlainScores : ScoresAlone {
@@ -66,10 +67,12 @@ struct PlainScoresUnaligned : PlainScores {
   static constexpr bool kAligned = false;
 };
 
-// Softcap, ALiBi and (kBias) an additive or boolean bias, each when the parameters ask for it.
+// Softcap and ALiBi, each when the parameters ask for it; kBias: for scores to which the kernel adds a bias
+// afterwards.
 template <bool kBias>
 struct ModifiedScores : ScoresAlone {
   static constexpr bool kScore = true, kWide = kBias, kAligned = false, kBounded = false;
+  static constexpr bool kFetchesBias = kBias;
   // Whether scores stay in units of q.k, so that the scale costs nothing: only ALiBi is added, and it can be
   // added in those units.
   FM_DEVICE static bool folds(const AttentionFwdParams& p) {
@@ -81,13 +84,6 @@ struct ModifiedScores : ScoresAlone {
   template <int kM, int kN>
   FM_DEVICE static void apply(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
                               int row, int col, const BandMask& band) {
-    modify(p, r_s, batch, head, row, col, band);
-    if constexpr (kBias) add_bias(p, r_s, batch, head, row, col, band);
-  }
-
-  template <int kM, int kN>
-  FM_DEVICE static void modify(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
-                               int row, int col, const BandMask& band) {
     if (!folds(p)) for_each_score(r_s, row, col, [&](float& s, int, int) { s *= p.softmax_scale; });
     if (p.softcap > 0.f) {
       const float inverse = 1.f / p.softcap;
@@ -109,27 +105,6 @@ struct ModifiedScores : ScoresAlone {
                                 r_s[m][n][e]);
     }
   }
-
-  template <int kM, int kN>
-  FM_DEVICE static void add_bias(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
-                                 int row, int col, const BandMask& band) {
-    if (p.bias == nullptr) return;
-    // Row 0 and column 0 of the band are the first that count.
-    const Sequence found = DenseKeys::sequence(p, batch);
-    const i64 base = batch * p.bias_stride_b + head * p.bias_stride_h + found.q_row * p.bias_stride_q +
-                     found.k_row * p.bias_stride_k;
-    auto add = [&](auto* g_bias, auto convert) {
-      for_each_score(r_s, row, col, [&](float& s, int i, int j) {
-        if (i < band.rows && j < band.cols)
-          s = convert(s, g_bias[base + i * p.bias_stride_q + j * p.bias_stride_k]);
-      });
-    };
-    auto plus = [](float s, auto x) { return s + to_float(x); };
-    if (p.bias_dtype == kFP32) add(static_cast<const fp32*>(p.bias), plus);
-    else if (p.bias_dtype == kBF16) add(static_cast<const bf16*>(p.bias), plus);
-    else if (p.bias_dtype == kFP16) add(static_cast<const fp16*>(p.bias), plus);
-    else add(static_cast<const u8*>(p.bias), [](float s, u8 attend) { return attend ? s : -infinity(); });
-  }
 };
 
 // A bias whose tiles the kernel itself adds, as values of kBytes bytes: 2, of the type of the elements, or 4.
@@ -145,7 +120,7 @@ struct BiasScores : ScoresAlone {
   FM_DEVICE static float prepare(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
                                  int row, int col, const BandMask& band) {
     if (p.softcap == 0.f && p.alibi_slopes == nullptr) return p.softmax_scale;
-    ModifiedScores<true>::modify(p, r_s, batch, head, row, col, band);
+    ModifiedScores<true>::apply(p, r_s, batch, head, row, col, band);
     return 1.f;
   }
 };
