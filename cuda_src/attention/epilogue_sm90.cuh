@@ -73,7 +73,7 @@ struct AttentionEpilogueSm90 {
     }
     const int rows = p.lengths == kEvenLengths ? unseeing(p, DenseKeys::each(p)) : p.seqlen_q;
     const int parts = div_up(rows, kFilledRows);
-    for (i64 part = blockIdx.x; part < static_cast<i64>(parts) * p.batch; part += gridDim.x) {
+    for (u32 part = blockIdx.x; part < static_cast<u32>(parts) * p.batch; part += gridDim.x) {
       const int batch = part / parts, begin = part % parts * kFilledRows;
       const int end = min(begin + kFilledRows, rows);
       const Sequence found = DenseKeys::sequence(p, batch);
@@ -94,18 +94,17 @@ struct AttentionEpilogueSm90 {
   }
   FM_DEVICE static void fill_rows(const Params& p, int batch, Rows rows, bool out, bool lse,
                                   const void* sinks) {
-    const int chunks = p.head_dim_v / 8;
-    for (int row = rows.begin; row < rows.end; ++row) {
-      Element* g_row = static_cast<Element*>(p.out) + batch * p.out_stride_b + row * p.out_stride_s;
-      if (out)
-        for (int i = lane_id(); i < p.heads_q * chunks; i += 32)
-          *reinterpret_cast<uint4*>(g_row + i / chunks * p.out_stride_h + i % chunks * 8) =
-              make_uint4(0, 0, 0, 0);
-      if (lse)
-        for (int head = lane_id(); head < p.heads_q; head += 32)
+    for (int row = rows.begin; row < rows.end; ++row)
+      for (int head = 0; head < p.heads_q; ++head) {
+        uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + batch * p.out_stride_b +
+                                                row * p.out_stride_s + head * p.out_stride_h);
+        if (out)
+          for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32)
+            g_row[chunk] = make_uint4(0, 0, 0, 0);
+        if (lse && lane_id() == 0)
           p.lse[batch * p.lse_stride_b + head * p.lse_stride_h + row] =
               sinks == nullptr ? -infinity() : load_float(sinks, head, p.sinks_dtype);
-    }
+      }
   }
 };
 
