@@ -91,6 +91,22 @@ FEW_KEYS: tuple[Case, ...] = (
     AttentionCase(150, 150, 1, 2, 2, 64, window_size=(1, 0)),
 )
 
+# Tiles of keys beside which there is no room to stage results: quads store from registers.
+UNSTAGED: tuple[tuple[Case, Config], ...] = (
+    (AttentionCase(150, 203, 1, 4, 2, 256, causal=True), Sm90Config("bf16", 256, 256, 128, 80, 2, "PlainScores")),
+    (
+        AttentionCase(37, 203, 2, 6, 1, 232, causal=True, sinks="float32"),
+        Sm90Config("bf16", 256, 256, 128, 80, 2, "PlainScores"),
+    ),
+    (
+        AttentionCase(9, 140, 1, 16, 1, 256, 512, dtype="float16"),
+        Sm90Config("fp16", 256, 256, 128, 80, 2, "PlainScores"),
+    ),
+    (RAGGED._replace(head_dim=256, causal=True), Sm90Config("bf16", 256, 256, 128, 80, 2, "PlainScores")),
+    (AttentionCase(150, 300, 1, 2, 2, 192, 128), Sm90Config("bf16", 192, 128, 128, 128, 2, "PlainScores")),
+    (AttentionCase(150, 300, 1, 2, 2, 128, 72), Sm90Config("bf16", 128, 128, 128, 144, 2, "PlainScores")),
+)
+
 # A problem whose tiles are small, so that every buffer is used several times.
 SMALL = AttentionCase(150, 300, 1, 2, 2, 64)
 TILES: dict[str, Config] = {
@@ -222,6 +238,12 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
         16, Fault("attention/mask_words.cuh", "found.q_row * p.bias_stride_q +", "0 +")
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "config"), UNSTAGED, ids=str)
+def test_results_from_registers(case: Case, config: Config) -> None:
+    found = {seed: faults(case, SM90, *attention(case, SM90, seed, config)) for seed in range(4)}
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("case", BIASES, ids=str)

@@ -288,7 +288,7 @@ def test_tiles_that_lengths_do_not_choose() -> None:
         assert len({tile(d=d, dv=dv, q=q, k=k) for q in (1, 5000) for k in (1, 400, 9000)}) == 1
     for d in (8, 64, 96, 128, 192, 256):
         for q, k in ((1, 1), (5000, 9000)):
-            wide = (128, 64, 3) if d <= 64 else (64, 64, 2) if d > 128 else (128, 64, 2)
+            wide = (128, 64, 3) if d <= 64 else (64, 64, 2) if d > 192 else (128, 64, 2)
             assert tile(d=d, q=q, k=k, bias=array(1, 1, dtype=FP32)) == wide
             for bias in (array(1, 1), array(1, 1, dtype=BOOL)):
                 assert len({tile(d=d, q=n, k=k, bias=bias) for n in (1, 300, 5000)}) == 1

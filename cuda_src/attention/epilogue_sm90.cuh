@@ -43,10 +43,12 @@ struct AttentionEpilogueSm90 {
             p.lse_stride_h};
   }
 
-  // s_panels: kStagedBytes of the warp's own.
+  // kStaged: through kStagedBytes of the warp's own at s_panels.
+  template <bool kStaged>
   FM_DEVICE static void write(const Output& to, u32 s_panels, const float (&r_out)[kHeadDimV / 8][4],
                               const float (&out_scale)[2], const float (&lse)[2]) {
-    store_accumulator_rows(to.rows, s_panels, r_out, out_scale);
+    if constexpr (kStaged) store_accumulator_rows(to.rows, s_panels, r_out, out_scale);
+    else store_accumulator_directly(to.rows, r_out, out_scale);
     if (to.g_lse != nullptr && (lane_id() & 3) == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

@@ -273,7 +273,7 @@ struct AttentionFwdSm90 {
       if (!kPlain && held.pending) {
         pass_turn(consumer);
         const auto to = Epilogue::output_of(p, s_works[held.done.stage], tile_row);
-        Epilogue::write(to, s_base + Smem::kOut + tile_row / 16 * kStagedBytes, r_out[0], out_scale, lse);
+        write(to, s_base, tile_row, r_out[0], out_scale, lse);
         mbarrier_arrive(rings.work.empty(held.done.stage));
         held.done.advance();
       }
@@ -333,10 +333,10 @@ struct AttentionFwdSm90 {
         softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
       }
       const auto to = Epilogue::output_of(p, s_works[finished ? at.now : held.done.stage], tile_row);
-      Epilogue::write(to, s_base + Smem::kOut + tile_row / 16 * kStagedBytes, r_out[0], out_scale, lse);
+      write(to, s_base, tile_row, r_out[0], out_scale, lse);
       if (finished) break;
     }
-    if (lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
+    if (Smem::kStaged && lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
   // The scores are at hand, and the stage of the ring not yet given back.
@@ -347,6 +347,13 @@ struct AttentionFwdSm90 {
       const u32 s_bias = s_base + Smem::kBias + at.k.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
       Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(), s_bias);
     }
+  }
+
+  FM_DEVICE static void write(const typename Epilogue::Output& to, u32 s_base, int tile_row,
+                              const float (&r_out)[kHeadDimV / 8][4], const float (&out_scale)[2],
+                              const float (&lse)[2]) {
+    const u32 s_panels = s_base + Smem::kOut + tile_row / 16 * kStagedBytes;
+    Epilogue::template write<Smem::kStaged>(to, s_panels, r_out, out_scale, lse);
   }
 
   // Consumers issue their products in turn, two or three of them.

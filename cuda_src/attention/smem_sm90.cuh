@@ -18,11 +18,14 @@ struct AttentionSmemSm90 {
   using TileK = SmemTile<Element, kBlockN, div_up(kHeadDim, 64) * 64>;
   using TileV = SmemTile<Element, kBlockN, div_up(kHeadDimV, 64) * 64>;
 
-  enum { kRecordBytes = 1536 };  // the most that records and barriers need: decides how many tiles of Q fit
-  static constexpr int kOutBytes = 4 * kStagedBytes;  // of one consumer
+  enum { kRecordBytes = 1536 };  // the most that records and barriers need: decides what else fits
   static constexpr int kQ = 0;
-  static constexpr int kRest =
-      kStages * (TileK::kBytes + TileV::kBytes + kBiasBytes) + kConsumers * kOutBytes + kRecordBytes;
+  static constexpr int kKeys = kStages * (TileK::kBytes + TileV::kBytes + kBiasBytes);
+  // Whether there is room through which results are stored. Large tiles of keys are worth more than that.
+  static constexpr bool kStaged =
+      kConsumers * (TileQ::kBytes + 4 * kStagedBytes) + kKeys + kRecordBytes <= kMaxSmemBytes;
+  static constexpr int kOutBytes = kStaged ? 4 * kStagedBytes : 0;  // of one consumer
+  static constexpr int kRest = kKeys + kConsumers * kOutBytes + kRecordBytes;
   static constexpr int kQStages = 2 * kConsumers * TileQ::kBytes + kRest <= kMaxSmemBytes ? 2 : 1;
   static constexpr int kK = kQ + kQStages * kConsumers * TileQ::kBytes, kV = kK + kStages * TileK::kBytes;
   static constexpr int kBias = kV + kStages * TileV::kBytes, kOut = kBias + kStages * kBiasBytes;

@@ -74,4 +74,40 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
   }
 }
 
+// Four values of each lane of a quad, transposed: lane t gets value t of lanes 0 to 3.
+FM_DEVICE void transpose_quad(u32 (&r)[4]) {
+  const bool odd = lane_id() & 1, high = lane_id() & 2;
+  auto exchange = [](u32& keep, u32& send, bool swap, int lanes) {
+    const u32 mine = swap ? keep : send, theirs = __shfl_xor_sync(0xffffffffu, mine, lanes);
+    if (swap) keep = theirs;
+    else send = theirs;
+  };
+  exchange(r[0], r[1], odd, 1), exchange(r[2], r[3], odd, 1);
+  exchange(r[0], r[2], high, 2), exchange(r[1], r[3], high, 2);
+}
+
+// The same without shared memory, for kernels that have no room to spare: a quad trades its values so that
+// each lane stores 16 bytes. Nothing else runs beside the trades.
+template <int kN, class E>
+FM_DEVICE void store_accumulator_directly(const RowsOut<E>& to, const float (&d)[kN][4],
+                                          const float (&row_scale)[2]) {
+  static_assert(sizeof(E) == 2 && kN % 4 == 0);
+  const int t = lane_id() & 3;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = i * 8 + (lane_id() >> 2);
+    E* g_row = to.g_rows + to.offset(row, to.stride_row, to.stride_head);
+#pragma unroll
+    for (int n = 0; n < kN; n += 4) {
+      u32 r[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        r[j] = pack2<E>(d[n + j][2 * i] * row_scale[i], d[n + j][2 * i + 1] * row_scale[i]);
+      transpose_quad(r);
+      if (row < to.rows && (n + t) * 8 < to.cols)
+        *reinterpret_cast<uint4*>(g_row + (n + t) * 8) = make_uint4(r[0], r[1], r[2], r[3]);
+    }
+  }
+}
+
 }  // namespace fm

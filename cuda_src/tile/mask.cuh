@@ -40,8 +40,8 @@ FM_DEVICE u32 columns_seen(int first, int last, int c) {
          ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
 }
 
-// What a mask beside the band leaves of the columns of a thread: bit n of attend(i, e) is column 8 n + 2 t + e
-// of its row i.
+// What a mask beside the band leaves of the columns of a thread: bit n of attend(i, e) is column
+// 8 n + 2 t + e of its row i.
 struct AllAttend {
   FM_DEVICE u32 operator()(int, int) const { return ~0u; }
 };

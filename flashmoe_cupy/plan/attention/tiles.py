@@ -92,8 +92,10 @@ class Sm90Config(NamedTuple):
         width, width_v = (-(-dim // 64) * 64 * ELEMENT_BYTES[self.element] for dim in (self.head_dim, self.head_dim_v))
         consumers = self.block_m // 64
         queries, keys = self.block_m * width, self.stages * self.block_n * (width + width_v)
-        output = consumers * 4 * WARP_STORE_BYTES
         keys += self.stages * self.block_m * self.block_n * _BIAS_BYTES.get(self.variant, 0)
+        output = consumers * 4 * WARP_STORE_BYTES
+        if queries + keys + output + _RECORDS_BYTES > MAX_SMEM["sm_90a"]:
+            output = 0  # results are stored from registers
         q_stages = 2 if 2 * queries + keys + output + _RECORDS_BYTES <= MAX_SMEM["sm_90a"] else 1
         works, work_bytes = 4, 72 + 24 * consumers  # records of the next tiles
         buffers, barriers = consumers * q_stages + 2 * self.stages + works, 16  # bytes of the two of each buffer
@@ -173,11 +175,9 @@ _SM90_FOR: dict[tuple[tuple[int, int], str], tuple[Tile, ...]] = {
     ((96, 96), SCORES): ((128, 128, 2),),
     ((128, 128), SCORES): ((128, 128, 2),),
     **{(dims, BIAS16): ((128, 64, 2),) for dims in TILES_SM90},
-    ((64, 64), BIAS16): ((128, 128, 2),),
-    ((256, 256), BIAS16): ((64, 64, 2),),
+    **{(dims, BIAS16): ((128, 128, 2),) for dims in ((64, 64), (96, 96), (128, 128))},
     **{(dims, BIAS32): ((128, 64, 2),) for dims in TILES_SM90},
     ((64, 64), BIAS32): ((128, 64, 3),),
-    ((192, 192), BIAS32): ((64, 64, 2),),
     ((256, 256), BIAS32): ((64, 64, 2),),
     **{(dims, mask): ((128, 64, 2),) for dims in TILES_SM90 for mask in MASKS},
     **{((64, 64), mask): ((128, 128, 3),) for mask in MASKS},
