@@ -74,6 +74,12 @@ _GROUPED = ("torch_grouped_mm", "torch_index_add")
 _QWEN, _LOOP = "qwen3_30b_a3b", "t4096_d2048_n512_e256_k8"
 BARS = (
     *_all("attention_forward", _names("attention_forward"), "rows", 1.01, 0.95, SUITES["attention_forward"].rivals),
+    *(
+        Bar("attention_bias", name, TIME, 1.0, ("torch_cudnn",))
+        for name in _names("attention_bias")
+        if not name.endswith("_fp16")
+    ),
+    Bar("attention_bias", "pair_bf16", TIME, 1.0, ("cuequivariance",)),  # where that is to be had
     *(Bar("attention_mask", name, TIME, 0.6, ("torch_cudnn",)) for name in _names("attention_mask")),
     *_all("attention_padding", _names("attention_padding"), "rows", 0, 0.92, (OURS_PACKED,)),
     *(

@@ -62,6 +62,12 @@ def test_the_bars_of_attention_are_the_ones_to_show() -> None:
     assert [(bar.suite, bar.case, bar.kind, bar.limit, bar.rivals) for bar in mine] == [
         ("attention_forward", "36 rows", MEAN, 1.01, BEST),
         ("attention_forward", "36 rows", LEAST, 0.95, BEST),
+        *(
+            ("attention_bias", f"{name}_{dtype}", TIME, 1.0, ("torch_cudnn",))
+            for name in ("padding", "per_head", "per_batch", "pair")
+            for dtype in ("bf16", "fp32")
+        ),
+        ("attention_bias", "pair_bf16", TIME, 1.0, ("cuequivariance",)),
         *(("attention_mask", case.name, TIME, 0.6, ("torch_cudnn",)) for case in SUITES["attention_mask"].cases),
         ("attention_padding", "24 rows", LEAST, 0.92, (OURS_PACKED,)),
         ("attention_few_keys", "q5121_k33_b2_d128_causal", SPEED, 1.0, ("fa3",)),
@@ -107,6 +113,15 @@ def test_a_mask_is_held_to_time(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert bars_line(text) == "bars: 6 of 7 hold; FAIL: padding_lengths (time over that of torch cuDNN)"
 
 
+def test_a_bias_is_held_to_cudnn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rivals = {"torch_cudnn": 101.0, "torch_efficient": 150.0, "cuequivariance": None, OURS_PLAIN: 70.0}
+    rows = rows_of("attention_bias", **rivals)
+    text = ratio(tmp_path, capsys, "attention_bias", rows)
+    assert bars_line(text).startswith("bars: 8 of 9 hold") and "| not measured |" in text
+    text = ratio(tmp_path, capsys, "attention_bias", slower(rows, 0, 102.0))
+    assert "padding_bf16 (time over that of torch cuDNN)" in bars_line(text)
+
+
 def test_padding_is_held_to_the_packed_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of("attention_padding", **{OURS_PACKED: 93.0})
     text = ratio(tmp_path, capsys, "attention_padding", rows)
@@ -134,7 +149,7 @@ def test_a_bias_stands_beside_our_plain_kernel(tmp_path: Path, capsys: pytest.Ca
     assert "| pair_bf16 | 100.0 | cuEquivariance | 80.0 | 0.800 |" in text
     assert "| pair_bf16 | 100.0 | 30.0 | 0.300 |" in text and text.count("| 100.0 | 30.0 | 0.300 |") == 12
     assert "against our own kernel without the bias: geomean 0.300 min 0.300 rows 12" in text
-    assert "bars:" not in text and text.rstrip().splitlines()[-1].endswith("min 0.800 rows 12")
+    assert "bars: 8 of 9 hold" in text and text.rstrip().splitlines()[-1].endswith("min 0.800 rows 12")
 
 
 def test_rows_from_before_a_rival_was_known_still_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
