@@ -57,6 +57,9 @@ def cases() -> list[AttentionCase | VarlenCase]:
             for rows in (250, 1100):
                 wide = features | {"causal": False, "window_size": (rows, -1)}
                 found.append(AttentionCase(rows, 147, 1, 2, 1, d, d, dtype, **wide))
+        for rows, alibi in itertools.product((70, 250, 1100), ("", "h")):
+            masked = AttentionCase(rows, 147, 1, 2, 1, d, d, dtype, bias="b1qk", bias_dtype="bool", alibi=alibi)
+            found.append(masked._replace(window_size=(rows, -1)))
     for dtype, d, features in itertools.product(("bfloat16", "float16"), (64, 96, 128), FEATURES[:5]):
         found += [AttentionCase(rows, 4200, 1, 2, 1, d, d, dtype, **features) for rows in (70, 190)]
         found.append(AttentionCase(250, 147, 1, 2, 1, d, d, dtype, **features))

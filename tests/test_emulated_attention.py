@@ -209,6 +209,8 @@ BIASES: tuple[Case, ...] = (
     AttentionCase(20, 300, 2, 16, 2, 128, bias="b1qk", bias_dtype="bool"),
     AttentionCase(300, 300, 1, 2, 2, 256, bias="qk", bias_dtype="bool", window_size=(100, 20)),
     AttentionCase(140, 137, 1, 2, 2, 64, 512, bias="q1", bias_dtype="bool"),
+    AttentionCase(190, 300, 1, 2, 1, 64, bias="1hqk", bias_dtype="bool", causal=True),
+    AttentionCase(400, 450, 1, 2, 1, 64, bias="b1qk", bias_dtype="bool", causal=True, dtype="float16"),
     PADDED._replace(bias="bhqk"),
     PADDED._replace(bias="b1qk", bias_dtype="float32", heads_q=4, head_dim=128, causal=True),
     PADDED._replace(bias="11qk", bias_dtype="bool", causal=True, heads_q=4),
@@ -233,9 +235,11 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     "rows without their padding": (1, Fault("attention/bias_rows.cuh", "row * p.row_chunks + chunk", "row + chunk")),
     "the wrong half of a word": (8, Fault("attention/scores_sm90.cuh", "words[i] >> 16 * e", "words[i] >> 15 * e")),
     "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "(t >> 1)) << 16", "(t & 1)) << 16")),
-    "the list of another tile": (9, Fault("attention/key_tiles.cuh", "w.m0 / block_m) + 1", "0) + 1", "no memory for")),
+    "the list of another tile": (
+        15, Fault("attention/key_tiles.cuh", "* p.m_blocks + m_block)", "* p.m_blocks + 0)", "relative|memory|deadlock")
+    ),
     "the mask of rows that do not count": (
-        16, Fault("attention/mask_words.cuh", "found.q_row * p.bias_stride_q +", "0 +")
+        18, Fault("attention/mask_words.cuh", "found.q_row * p.bias_stride_q +", "0 +")
     ),
 }  # fmt: skip
 
@@ -283,7 +287,7 @@ def test_a_mask_of_hidden_and_whole_tiles() -> None:
         out, lse = attention(case, SM90, seed, given=arrays)
         assert faults(case, SM90, out, lse, clean) == []
         assert (out[0, 128:200] == 0).all() and np.isneginf(lse[0, :, 128:200]).all()
-    wrong = Fault("attention/key_tiles.cuh", "1 << (kTileBits + consumer)", "1 << (kTileBits + 1 - consumer)")
+    wrong = Fault("attention/key_tiles.cuh", ">> (kTileBits + consumer)", ">> (kTileBits + 1 - consumer)")
     assert faults(case, SM90, *attention(case, SM90, 1, headers=wrong.headers(), given=arrays), clean) != []
 
 

@@ -116,12 +116,13 @@ struct AttentionFwdSm90 {
     RingKV k, v;
     RingWork works;
     auto load_k = [&](const Work& w, int n) {
-      load_keys<TileK, Bias>(p, w, p.k_map, rings.k, k, s_base + Smem::kK, 0, n);
+      load_keys<TileK, Bias>(p, w, p.k_map, rings.k, k, s_base + Smem::kK, 0, KeyTiles::tile(p, n));
     };
     auto load_v = [&](const Work& w, int n) {
-      load_keys<TileV, NoBias>(p, w, p.v_map, rings.v, v, s_base + Smem::kV, w.v_block * kHeadDimV, n);
+      load_keys<TileV, NoBias>(p, w, p.v_map, rings.v, v, s_base + Smem::kV, w.v_block * kHeadDimV,
+                               KeyTiles::tile(p, n));
     };
-    // V comes one step later than K, since it is needed one step later: tile n_before of record `before`; -1:
+    // V comes one step later than K, since it is needed one step later: step n_before of record `before`; -1:
     // none yet.
     int n_before = -1, before = 0;
     rings.work.wait_full(works);
@@ -130,15 +131,14 @@ struct AttentionFwdSm90 {
     while (s_works[works.stage].n_end != 0) {
       const int now = works.stage;
       const Work& w = s_works[now];
-      const KeyTiles tiles = KeyTiles::of(p, w, kBlockM, 0);
       // By then the consumers have all they need to finish the tile before, whose queries and record make
       // room.
       const int n_look_ahead = max(w.n_end - kStages, w.n_begin);
       for (int n = w.n_end - 1; n >= w.n_begin; --n) {
-        load_k(w, tiles.tile(n));
+        load_k(w, n);
         if (n_before >= 0) load_v(s_works[before], n_before);
         if (n_before >= 0 && before != now) mbarrier_arrive(rings.work.empty(before));
-        n_before = tiles.tile(n), before = now;
+        n_before = n, before = now;
         if (Smem::kQStages == 1 && n == w.n_end - 1) load_q(p, w, rings, s_base, q);
         if (n == n_look_ahead) {
           works.advance();
@@ -187,9 +187,10 @@ struct AttentionFwdSm90 {
     int now = 0;     // the record of the tile that step n belongs to
     Steps steps;     // of that tile
     int n;           // the step whose scores are at hand
-    KeyTiles tiles;  // of its tile
-    FM_DEVICE int tile() const { return tiles.tile(n); }
-    FM_DEVICE bool whole(int step) const { return tiles.whole(step) && steps.whole(tiles.tile(step)); }
+    FM_DEVICE int tile(const Params& p) const { return KeyTiles::tile(p, n); }
+    FM_DEVICE bool whole(const Params& p, int step, int consumer) const {
+      return KeyTiles::whole(p, step, consumer) && steps.whole(KeyTiles::tile(p, step));
+    }
   };
   // What r_out holds, one of three: nothing (fresh), sums of the tile that step n belongs to (neither), or
   // all of the tile before, which is written while the next product with K runs (both).
@@ -215,7 +216,6 @@ struct AttentionFwdSm90 {
     if (s_works[0].n_end == 0) return;
     at.steps = s_works[0].steps_of(consumer);
     at.n = at.steps.end - 1;
-    at.tiles = KeyTiles::of(p, s_works[0], kBlockM, consumer);
     at.works.advance();
 
     // The first scores, which nothing hides.
@@ -232,14 +232,14 @@ struct AttentionFwdSm90 {
     rings.k.release(at.k);
     at.k.advance();
     if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-    Scores::change(p, s_works[0], r_s, tile_row, at.tile(), at.whole(at.n));
+    Scores::change(p, s_works[0], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer));
     if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
     Scores::exponentiate(p, softmax, s_works[0], at.steps, r_s, tile_row, at.n);
     pack_operand<Element>(r_p, r_s[0]);
 
     float out_scale[2], lse[2];  // of the tile that is about to be written
     bool k_here = false;         // the keys of the next step have been waited for
-    held.tail = tail_rows(p, s_works[0], at.tile());
+    held.tail = tail_rows(p, s_works[0], at.tile(p));
 
     // S of step n - 1, or of the next tile's first step, then out of step n. False: there is no next tile.
     auto step = [&](auto plain) {
@@ -255,7 +255,6 @@ struct AttentionFwdSm90 {
         skip = at.steps.skip_low;
         at.steps = s_works[here].steps_of(consumer);
         at.n = at.steps.end;
-        at.tiles = KeyTiles::of(p, s_works[here], kBlockM, consumer);
         rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
         skip += at.steps.skip_high;
         at.works.advance();
@@ -296,7 +295,7 @@ struct AttentionFwdSm90 {
       if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
 
       if (!kPlain || Variant::kScore)
-        Scores::change(p, s_works[here], r_s, tile_row, at.tile(), kPlain || at.whole(at.n));
+        Scores::change(p, s_works[here], r_s, tile_row, at.tile(p), kPlain || at.whole(p, at.n, consumer));
       if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
       // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not
       // over this branch.
@@ -309,7 +308,7 @@ struct AttentionFwdSm90 {
       if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
       Scores::template exponentiate<kPlain>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
       pack_operand<Element>(r_p, r_s[0]);
-      held.tail = last ? tail_rows(p, s_works[here], at.tile()) : 0;
+      held.tail = last ? tail_rows(p, s_works[here], at.tile(p)) : 0;
       held.fresh = held.pending = last;
       at.now = here;
       return true;
@@ -318,7 +317,7 @@ struct AttentionFwdSm90 {
     while (step(Bool<false>())) {
       if constexpr (Variant::kWide) continue;  // a bias is slow to load and to compile: no second loop for it
 #pragma unroll 1
-      while (!held.pending && at.n > at.steps.begin && at.whole(at.n - 1)) step(Bool<true>());
+      while (!held.pending && at.n > at.steps.begin && at.whole(p, at.n - 1, consumer)) step(Bool<true>());
     }
     // What is left: the tile before, if it is pending, then out of the last step.
 #pragma unroll 1
@@ -345,7 +344,7 @@ struct AttentionFwdSm90 {
                                  float (&r_s)[1][kN][4], int tile_row) {
     if constexpr (Bias::kUsed) {
       const u32 s_bias = s_base + Smem::kBias + at.k.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
-      Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(), s_bias);
+      Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(p), s_bias);
     }
   }
 

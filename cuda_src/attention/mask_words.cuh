@@ -50,7 +50,7 @@ struct AttentionMaskWords {
     if (m0 >= band.rows) return;
     const int end = max(1, div_up(band.last(min(m0 + kBlockM, band.rows) - 1) + 1, kBlockN));
     const int begin = min(band.first(m0) / kBlockN, end - 1);
-    int* g_list = list_of_tiles(p, batch, head, m_block);
+    int* g_list = p.mask_tiles + list_of_tiles(p, batch, head, m_block);
     const u8* g_mask = static_cast<const u8*>(p.bias) + batch * p.bias_stride_b + head * p.bias_stride_h +
                        found.q_row * p.bias_stride_q + found.k_row * p.bias_stride_k;
     u32* g_words = p.mask_words + batch * p.mask_stride_b + head * p.mask_stride_h;

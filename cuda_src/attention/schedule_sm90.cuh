@@ -146,7 +146,10 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
     // A tile that sees no key still takes one step, whose scores are all masked.
     w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
     w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
-    if constexpr (kMask) w.n_begin = 0, w.n_end = *list_of_tiles(p, w.batch, w.head, w.m0 / kBlockM);
+    if constexpr (kMask) {
+      const int list = list_of_tiles(p, w.batch, w.head, w.m0 / kBlockM);
+      w.n_begin = list + 1, w.n_end = w.n_begin + p.mask_tiles[list];
+    }
     w.lse_offset = w.batch * p.lse_stride_b + w.head * p.lse_stride_h + w.q_row;
     return true;
   }
@@ -159,7 +162,7 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
     const int low =
         min(max(0, min(w.n_end - high - 1, w.band.first(row) / kBlockN) - w.n_begin), kStages - 1);
     const WholeTiles whole = whole_tiles<64, kBlockN>(w.band, row);
-    if constexpr (kMask) return {0, w.n_end, 0, 0, whole.first, whole.last};
+    if constexpr (kMask) return {w.n_begin, w.n_end, 0, 0, whole.first, whole.last};
     return {w.n_begin + low, w.n_end - high, high, low, whole.first, whole.last};
   }
 };
