@@ -24,6 +24,8 @@ struct AttentionMaskWords {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kConsumers = kBlockM / 64;
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kPerLane = kBlockN / 32;  // bytes of a row that a lane reads
+  using Bytes = decltype(pick<kPerLane == 4>(u32(), u16()));
+  static constexpr int kAtOnce = 8;              // rows that a warp reads before it uses the first
   static_assert(kBlockN == 64 || kBlockN == 128, "a word has bits for 16 blocks of 8 keys");
 
   // Of a tile of keys: it shows a score; kHidden << i: it hides one from consumer i.
@@ -75,41 +77,57 @@ struct AttentionMaskWords {
     g_list[0] = max(s.entries, 1);
   }
 
-  // The rows of one warp: their words, and bits of Found. Where all rows are one, that one.
+  // The rows of one warp: their words, and bits of Found. Where all rows are one, that one. Several rows are
+  // read before the first is used, for the memory's time passes once for them all.
   FM_DEVICE static u32 read_tile(const Params& p, const u8* g_mask, u32* g_words, const BandMask& band,
                                  int m0, int n) {
     const int lane = lane_id(), col = n * kBlockN + lane * kPerLane;
     const int first = m0 >> p.pack_bits;
     const bool one_row = p.bias_stride_q == 0;
     const int rows = one_row ? 1 : min(kBlockM, band.rows - m0) >> p.pack_bits;
+    const u8* g_first = g_mask + first * p.bias_stride_q + col * p.bias_stride_k;
+    const bool together = p.bias_stride_k == 1 && p.bias_stride_q % kPerLane == 0 &&
+                          (n + 1) * kBlockN <= band.cols && reinterpret_cast<u64>(g_first) % kPerLane == 0;
     u32 bits = 0;
-#pragma unroll 4
-    for (int row = one_row ? 0 : warp_id(); row < rows; row += kWarps) {
-      const u32 mine = read_bits(g_mask + (first + row) * p.bias_stride_q, col, band.cols, p.bias_stride_k);
-      const u32 word = word_of(mine);
-      if (lane < 4) g_words[(first + row) * p.mask_stride_q + n * 4 + lane] = word;
-      const bool any = __any_sync(0xffffffffu, mine != 0);
-      const bool all = __all_sync(0xffffffffu, mine == (1u << kPerLane) - 1 || col >= band.cols);
-      const u32 consumers = one_row ? (1u << kConsumers) - 1 : 1u << ((row << p.pack_bits) / 64);
-      bits |= (any ? kAny : 0) | (all ? 0 : kHidden * consumers);
+    for (int begin = one_row ? 0 : warp_id(); begin < rows; begin += kAtOnce * kWarps) {
+      u32 read[kAtOnce];
+      if (together) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          read[i] = *reinterpret_cast<const Bytes*>(g_first + row_at(begin, i, rows) * p.bias_stride_q);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const u8* g_row = g_first + row_at(begin, i, rows) * p.bias_stride_q;
+          read[i] = 0;
+#pragma unroll
+          for (int j = 0; j < kPerLane; ++j)
+            if (col + j < band.cols) read[i] |= g_row[j * p.bias_stride_k] << 8 * j;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = begin + i * kWarps;
+        if (row >= rows) break;
+        const u32 mine = bits_of(read[i]), word = word_of(mine);
+        if (lane < 4) g_words[(first + row) * p.mask_stride_q + n * 4 + lane] = word;
+        const bool any = __any_sync(0xffffffffu, mine != 0);
+        const bool all = __all_sync(0xffffffffu, mine == (1u << kPerLane) - 1);
+        const u32 consumers = one_row ? (1u << kConsumers) - 1 : 1u << ((row << p.pack_bits) / 64);
+        bits |= (any ? kAny : 0) | (all ? 0 : kHidden * consumers);
+      }
     }
     return bits;
   }
 
-  // Bit j: the row attends to key col + j.
-  FM_DEVICE static u32 read_bits(const u8* g_row, int col, int cols, i64 stride) {
+  // The i-th row of a round, or the last one again where there are no more.
+  FM_DEVICE static int row_at(int begin, int i, int rows) { return min(begin + i * kWarps, rows - 1); }
+
+  // Bit j: byte j is not 0.
+  FM_DEVICE static u32 bits_of(u32 bytes) {
     u32 bits = 0;
-    const u8* g_first = g_row + col * stride;
-    if (stride == 1 && col + kPerLane <= cols && reinterpret_cast<u64>(g_first) % kPerLane == 0) {
-      const u32 bytes = kPerLane == 4 ? *reinterpret_cast<const u32*>(g_first)
-                                      : *reinterpret_cast<const u16*>(g_first);
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) bits |= (bytes >> 8 * j & 0xff) != 0 ? 1u << j : 0;
-    } else {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j)
-        if (col + j < cols && g_first[j * stride] != 0) bits |= 1u << j;
-    }
+    for (int j = 0; j < kPerLane; ++j) bits |= (bytes >> 8 * j & 0xff) != 0 ? 1u << j : 0;
     return bits;
   }
 
