@@ -81,6 +81,22 @@ def wide(dtype: str) -> list[AttentionCase]:
     return [AttentionCase(q, k, 2, 6, 2, d, dv, dtype, bias=bias, **some) for (q, k), (d, dv), bias in grid]
 
 
+def biased(dtype: str) -> list[AttentionCase]:
+    """A bias of each kind at each head dimension, alone and beside other changes of the scores; rows of every tile."""
+    dims = ((64, 64), (128, 128), (256, 256), (40, 40), (96, 96), (192, 128), (192, 192), (64, 256), (64, 512))
+    features: tuple[dict[str, Any], ...] = ({}, {"softcap": 15.0, "alibi": "h"})
+    kinds = itertools.product(dims, ("same", "float32", "bool"), features)
+    found = []
+    for i, ((d, dv), kind, more) in enumerate(kinds):
+        shape = ("bhqk", "1hqk", "b1qk", "h1k", "b11k")[i % 5]
+        q, k = ((113, 203), (70, 512), (300, 136))[i % 3]
+        found.append(AttentionCase(q, k, 2, 8, 2, d, dv, dtype, bias=shape, bias_dtype=kind, causal=i % 4 == 0, **more))
+    masked = AttentionCase(0, 450, 2, 4, 4, 64, dtype=dtype, bias="1hqk", bias_dtype="bool", causal=True)
+    for alibi in ("", "bh"):
+        found += [masked._replace(seqlen_q=rows, alibi=alibi) for rows in (120, 190, 250, 400)]
+    return found
+
+
 def singles() -> list[AttentionCase]:
     base = AttentionCase(113, 203, 2, 6, 2, 64, dtype="float32")
     more: tuple[dict[str, Any], ...] = (
@@ -127,6 +143,7 @@ register(SINK_ALONE)
 for _dtype in HALVES:
     register(few_keys(_dtype))
     register([*sinks(_dtype), *alibis(_dtype), *biases(_dtype), *mixtures(_dtype), *wide(_dtype)])
+    register(biased(_dtype))
 register(singles())
 
 
@@ -148,6 +165,11 @@ def test_alibi(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bias_of_any_broadcast_and_dtype(dtype: str) -> None:
     check_all(biases(dtype), "cuda")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_biases_of_every_configuration(dtype: str) -> None:
+    check_all(biased(dtype), "cuda")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
