@@ -76,8 +76,14 @@ REFUSED: tuple[tuple[AttentionProblem, bool, str], ...] = (
     (dense(k=array(2, 7, 2, 64, strides=(2**40, 128, 64, 1))), True, "k has a"),
     (dense(v=array(2, 7, 2, 32, strides=(448, 64, -32, 1))), True, "v has a"),
     (dense(out=array(2, 5, 4, 32, strides=(2**40, 128, 32, 1))), True, "out has a"),
+    (
+        dense(
+            q=array(1, 5, 4, 192), k=array(1, 2**30 + 1, 2, 192, strides=(0, 0, 192, 1)),
+            v=array(1, 2**30 + 1, 2, 192, strides=(0, 0, 192, 1)), bias=array(1, 2**30 + 1, dtype=BOOL),
+        ), True, "24 bits"
+    ),
     (problem(batch=2**15, q=2**18, heads_q=64, heads_k=1), True, "tiles"),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("p", "aligned", "word"), REFUSED, ids=[f"{i}: {r[2]}" for i, r in enumerate(REFUSED)])

@@ -48,6 +48,7 @@ _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes,
 
 _MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
 _MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
+_MAX_LISTED_TILES = 2**24  # kTileBits of cuda_src/attention/key_tiles.cuh
 _WORTH_PACKING = 0.9  # heads are packed if that leaves no larger a share of their tiles
 
 
@@ -213,6 +214,8 @@ class AttentionFwdSm90(AttentionFwd):
             return why
         config = self.choose(p, arch, aligned)
         why = far_strides(("q", "k", "v", "out"), self.map_arguments(p, config)[:4])  # a bias may be written again
+        if config.variant in MASKS and -(-p.seqlen_k // config.block_n) > _MAX_LISTED_TILES:
+            why.append(f"{p.seqlen_k} keys under a boolean bias: its lists of key tiles count them in 24 bits")
         tiles = self.tiles(p, config)
         if tiles >= MAX_TILES:
             why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
