@@ -15,13 +15,15 @@ from test_cli import run, run_json
 import flashmoe_cupy
 from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.archs import ARCHS
+from flashmoe_cupy.plan.attention.problem import attention_problem
 from flashmoe_cupy.plan.checks import GATED
 from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import problem as moe_problem
 from flashmoe_cupy.plan.moe import routing
-from flashmoe_cupy.plan.operation import operations
+from flashmoe_cupy.plan.operation import operations, registered
 from flashmoe_cupy.service import warm
 from flashmoe_cupy.service.choices import absent_arrays
 
@@ -105,6 +107,24 @@ def prepare(problem: Any, aligned: bool = True) -> None:
     assert public.__all__
     operation = next(one for one in operations() if type(problem) is one.problem)
     gpu._load(operation, problem, 0, 0, aligned, (), operation.places(len(operation.outputs)))
+
+
+def test_a_caller_that_owns_the_workspace_is_told_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA made room for a bias that starts at a multiple of 16 bytes; another would be copied behind the end of it."""
+    loads(monkeypatch, "sm_90a")
+    operation, array, ran = registered("flash_attention"), absent_arrays(), []
+    monkeypatch.setattr(LaunchSequence, "run", lambda *given: ran.append(given))
+    q = array(dtypes.BF16, 1, 64, 2, 64)
+    for dtype, odd, refused in ((dtypes.BF16, 0, False), (dtypes.BF16, 2, True), (dtypes.BOOL, 1, False)):
+        problem = attention_problem(q, q, q, bias=array(dtype, 64, 64))
+        given = [4096 * i + odd * (name == "bias") for i, name in enumerate(operation.arguments, 1)]
+        before = len(ran)
+        if refused:
+            with pytest.raises(UnsupportedProblem, match="bias does not start at a multiple of 16 bytes"):
+                gpu.launch(operation, problem, 0, 0, given, [1 << 20], 0)
+        else:
+            gpu.launch(operation, problem, 0, 0, given, [1 << 20], 1 << 21)
+        assert len(ran) - before == (not refused)
 
 
 # -------------------------------------------------------------------------------------------------------------- explain

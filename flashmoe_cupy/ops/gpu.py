@@ -14,6 +14,7 @@ import numpy as np
 from flashmoe_cupy import _env, arrays
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import BF16, FP32, UINT8, to_numpy
+from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.jit import launch as driver
 from flashmoe_cupy.jit.launch import Launch
 from flashmoe_cupy.jit.sequence import NULL, Fill, LaunchSequence, Place
@@ -187,10 +188,15 @@ def launch(
 ) -> None:  # fmt: skip
     """Queue the operation for a caller that owns every buffer: XLA. All arrays are dense; an absent one's address is 0.
 
-    workspace: the address of `workspace_bytes` bytes, or 0 for none.
+    workspace: the address of `workspace_bytes` bytes, or 0 for none. Raises UnsupportedProblem where the launches want
+    more, which is so for an array of `operation.tiles` at an odd address.
     """
     table = [0, *inputs, *outputs]
     loaded = loaded_for(operation, problem, device, stream, table, len(outputs))
+    if not loaded.aligned and loaded.workspace > workspace_bytes(operation, problem):
+        names = " and ".join(name for name in operation.tiles if table[operation.places(len(outputs))[name]] & 15)
+        reason = f"{names} does not start at a multiple of 16 bytes, and the caller has made no room for a copy"
+        raise UnsupportedProblem(problem.describe(), [reason])
     loaded.sequence.run((*table, workspace) if loaded.workspace else tuple(table), stream)
 
 
