@@ -194,6 +194,15 @@ def test_explain_takes_every_feature(capsys: pytest.CaptureFixture[str]) -> None
     assert code == 1 and "bias" in err
 
 
+def test_explain_counts_the_bias(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["explain", "--arch", "sm_90a", "--batch", "2", "--q", "256", "--k", "512", "--heads", "4", "--d", "64"]
+    plain = run_json(capsys, *argv)["bytes"]
+    for dtype, size in (("bool", 1), ("same", 2), ("float32", 4)):
+        assert run_json(capsys, *argv, "--bias", dtype)["bytes"] - plain == 2 * 4 * 256 * 512 * size
+    code, _, err = run(capsys, *argv, "--bias", "int4")
+    assert code == 2 and "known: same, bool, bfloat16" in err
+
+
 def test_explain_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHMOE_ARCH", "sm_89")
     _env.reload()

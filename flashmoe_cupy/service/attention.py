@@ -82,6 +82,8 @@ def explain_attention(
     dims = problem.head_dim + problem.head_dim_v
     flops = 2 * problem.batch * problem.heads_q * pairs * dims
     moved = size * dims * (rows_q * problem.heads_q + rows_k * problem.heads_k)
+    if problem.bias_dtype is not None:
+        moved += problem.bias_dtype.itemsize * rows_q * problem.heads_q * problem.seqlen_k
     return Explanation(problem.describe(), backend()[1], flops, moved, tuple(choices))
 
 
@@ -138,7 +140,7 @@ def problem_of(
             **used,
         )
     if bias is not None:
-        of = kind if bias == "same" else named_dtype(bias)
+        of = kind if bias == "same" else dtypes.BOOL if bias == "bool" else named_dtype(bias, "same, bool")
         options["bias"] = array(of, batch, heads_q, seqlen_q, seqlen_k)
     return problem.attention_problem(
         array(kind, batch, seqlen_q, heads_q, head_dim),

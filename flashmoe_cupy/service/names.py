@@ -16,14 +16,17 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # dtypes by
 DTYPE_NAMES = ", ".join(f"{full} or {short}" for short, full in DTYPES.items())  # all of them, for people
 
 
-def named_dtype(name: str) -> DType:
-    """The dtype called `name`, in full or as it is printed in problems and configurations. Raises ValueError."""
+def named_dtype(name: str, more: str = "") -> DType:
+    """The dtype called `name`, in full or as it is printed in problems and configurations.
+
+    more: what else the caller knows, for the error. Raises ValueError.
+    """
     from flashmoe_cupy import dtypes
 
     try:
         return dtypes.from_name(DTYPES.get(name, name))
     except ValueError:
-        raise ValueError(f"unknown dtype {name!r}; known: {DTYPE_NAMES}") from None
+        raise ValueError(f"unknown dtype {name!r}; known: {more and f'{more}, '}{DTYPE_NAMES}") from None
 
 
 # The arch of GPUs, and their names as people write them; only names that mean one arch.
