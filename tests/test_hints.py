@@ -487,3 +487,9 @@ def test_lists_beside_arrays_of_jax_are_told_alike() -> None:
         "sinks is a builtins.list, not a JAX array; give jnp.asarray(sinks)",
         "alibi_slopes is a numpy.ndarray, not a JAX array",
     )
+
+
+@pytest.mark.parametrize("softcap", [{}, {"softcap": 0}, {"softcap": 0.0}, {"softcap": 2}], ids=str)
+def test_a_call_is_told_without_defaults(softcap: Arrays) -> None:
+    assert ("softcap" in str(refused("flash_attention", bias=f32(7, 7), **softcap))) == (softcap == {"softcap": 2})
+    assert "return_lse=0" in str(refused("flash_attention", return_lse=0, **softcap))

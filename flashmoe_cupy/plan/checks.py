@@ -230,8 +230,13 @@ def have(value: object) -> str:
 def asked(op: str, named: Named, options: Sequence[Option]) -> str:
     """The call in one line: dtypes and shapes of the arrays, and the options that are not at their defaults."""
     words = [f"{name}={x.dtype.name}{list(x.shape)}" for name, x in named]
-    words += [f"{name}={text}" for name, value, default in options if (text := show(value)) != show(default)]
+    words += [f"{name}={show(value)}" for name, value, default in options if not _is_default(value, default)]
     return f"{op}({', '.join(words)})"
+
+
+def _is_default(value: object, default: object) -> bool:
+    numbers = int, float  # 0 and 0.0 say the same, 0 and False do not
+    return show(value) == show(default) or (type(value) in numbers and type(default) in numbers and value == default)
 
 
 def need_ranks(op: str, ranks: Mapping[str, int], shapes: Mapping[str, Sequence[object]]) -> None:
