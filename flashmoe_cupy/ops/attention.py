@@ -83,8 +83,9 @@ def flash_attention(
     alibi_slopes: (heads_q,) or (batch, heads_q), float32: adds -slope * |i + seqlen_k - seqlen_q - j|.
     bias: 2 to 4 dimensions that broadcast to (batch, heads_q, seqlen_q, seqlen_k), with missing ones in front, as in
         NumPy; one number per key is (1, seqlen_k). q's dtype or float32 is added to the scores, bool keeps the pairs
-        that are True. Any strides. On Hopper a boolean one is packed first, into an eighth to a half of its bytes, and
-        a bias whose rows do not start at multiples of 16 bytes is copied within the device.
+        that are True. Any strides. On Hopper a boolean one is packed first: 16 bytes for 64 keys of each row, and of
+        each batch entry where there is padding. There another bias whose rows do not lie side by side from multiples
+        of 16 bytes on is copied within the device.
     seqused_q, seqused_k, leftpad_q, leftpad_k: (batch,) int32 on q's device, for batches with padding. Of entry b only
         rows leftpad[b] ... seqused[b] - 1 count; None = from the first row, or to the last. causal, window_size and
         alibi_slopes are aligned at the ends of what counts; bias keeps the places of the arrays. They are read on the

@@ -53,7 +53,7 @@ def attention_lse(
     Returns lse (batch, heads_q, seqlen_q), float32, the natural logarithm of the softmax's denominator, sinks included;
     -inf for a query that sees no key, and for one that does not count. The same bits as those of `flash_attention` with
     these arguments are not promised. It runs the kernel of that, with 16 bytes of workspace for each query and head (32
-    in float32). Nothing is copied between host and device, and nothing waits.
+    in float32), beside what a bias needs. Nothing is copied between host and device, and nothing waits.
 
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing. There
     is no gradient yet: torch tensors that require one are refused in grad mode, and so is `jax.grad`.

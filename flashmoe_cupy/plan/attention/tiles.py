@@ -156,7 +156,7 @@ TILES_FP32 = {
     (256, 128): (64, 16, 4),
 }
 
-# Of the Hopper kernel, by compiled head dims; where there are several, forward.py takes one by the lengths. Measured on
+# Of the Hopper kernel, by compiled head dims; where there are several, choice.py takes one by the lengths. Measured on
 # an H100; benchmarks/NOTEBOOK.md has the candidates.
 TILES_SM90: dict[tuple[int, int], tuple[Tile, ...]] = {
     (64, 64): ((192, 128, 3), (256, 64, 4), (128, 128, 3)),
