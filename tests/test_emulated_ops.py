@@ -1,4 +1,4 @@
-"""The operations of the mixture of experts from call to result, where the device is the emulated machine.
+"""The operations from call to result, where the device is the emulated machine.
 
 Arrays say that they lie on a GPU, and the launches of `ops.gpu` run on the CPU. So the whole way of a call is
 walked without a GPU: validation, plans, workspaces, addresses, parameters, kernels.
@@ -24,10 +24,12 @@ from flashmoe_cupy import arrays, reference
 from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
+from flashmoe_cupy.jit import launch as driver
 from flashmoe_cupy.jit.launch import Launch, Loaded
 from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.ops import access, gpu
+from flashmoe_cupy.ops.call import _workspaces
 from flashmoe_cupy.plan.forget import forget_all
 from flashmoe_cupy.plan.kernels import only
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -273,6 +275,22 @@ def test_ids_are_checked_on_demand(machine: Machine, monkeypatch: pytest.MonkeyP
         flashmoe_cupy.moe_permute(Resident(ids), num_experts=4)
 
 
+def read_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on arrays here are plain ones, which calls like earlier ones read without views."""
+
+    def empty(device: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Resident:
+        return Resident(np.full(shape, 7, dtype), "a new array")
+
+    known = access.ArrayAccess(
+        key=lambda of: tuple([(x.array.shape, x.array.strides, x.array.dtype.char) for x in of]),
+        pointer=Resident.data_ptr, empty=empty,
+        dtypes={name: np.dtype(name) for name in ("float32", "int32", "uint8")}, device=lambda x: 0,
+        stream=lambda device: 5, maker=lambda *form: lambda: empty(*form), recorder=lambda device: lambda stream: False,
+    )  # fmt: skip
+    monkeypatch.setitem(access._known, Resident, known)
+    monkeypatch.setattr(Resident, "dtype", property(lambda x: x.array.dtype), raising=False)
+
+
 def test_the_fast_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """Plain arrays whose shapes were seen before go past views and validation, to the same bits; others do not."""
     case = MoECase(40, 64, 72, 5, 3)
@@ -280,17 +298,7 @@ def test_the_fast_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: np
     logits = rng.standard_normal((40, 5)).astype(np.float32)
     bias = rng.standard_normal(5).astype(np.float32)
     here = resident(given | {"logits": logits, "bias": bias})
-    known = access.ArrayAccess(
-        key=lambda of: tuple([(x.array.shape, x.array.strides, x.array.dtype.char) for x in of]),
-        pointer=Resident.data_ptr,
-        empty=lambda device, shape, strides, dtype: Resident(np.full(shape, 7, dtype), "a new array"),
-        dtypes={name: np.dtype(name) for name in ("float32", "int32", "uint8")}, device=lambda x: 0,
-        stream=lambda device: 5,
-        maker=lambda device, shape, strides, dtype: lambda: Resident(np.full(shape, 7, dtype), "a new array"),
-        recorder=lambda device: lambda stream: False,
-    )  # fmt: skip
-    monkeypatch.setitem(access._known, Resident, known)
-    monkeypatch.setattr(Resident, "dtype", property(lambda x: x.array.dtype), raising=False)
+    read_fast(monkeypatch)
     experts = {n: here[n] for n in ("x", "w_gate_up", "w_down", "topk_weights", "topk_ids")}
     calls: tuple[Callable[[], list[Any]], ...] = (
         lambda: [flashmoe_cupy.fused_moe(**experts)],
@@ -310,6 +318,37 @@ def test_the_fast_way(machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: np
     odd.array[:] = given["x"]
     unaligned = flashmoe_cupy.fused_moe(**(experts | {"x": odd}))
     judge(unaligned, reference.fused_moe(**given, **case.options()), case.dtype)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
+@pytest.mark.parametrize("shifts", [(0, 0, 1, 1, 0, -1, 8, -1), (-1, 3, 3, 0, 0, 3)], ids=str)
+def test_a_bias_from_any_address_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, kind: str, shifts: tuple[int, ...]
+) -> None:
+    """Calls of one shape, whose bias begins so many elements behind a multiple of 16 bytes; -1: with turned axes."""
+    read_fast(monkeypatch)
+    _workspaces.kept.clear()  # those of other tests belong to other memory
+    monkeypatch.setattr(driver, "memory_bytes", lambda device: 1 << 30)
+    q, k, v = (rng.standard_normal((2, n, h, 64)).astype(ml_dtypes.bfloat16) for n, h in ((40, 4), (72, 2), (72, 2)))
+    normal = rng.standard_normal((2, 4, 40, 72))
+    bias: Any = normal < 0.5 if kind == "bool" else normal.astype(kind)
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "seqused_k": np.array([30, 72], np.int32)}
+    want, want_lse = reference.flash_attention(**given, bias=bias, causal=True, return_lse=True)
+    here = resident(given)
+    for shift in shifts:
+        if shift < 0:
+            given_bias = guarded(bias.swapaxes(2, 3), "bias").swapaxes(2, 3)
+        else:
+            given_bias = guarded(np.zeros(shift + bias.size, bias.dtype), "bias")[shift:].reshape(bias.shape)
+            given_bias[...] = bias
+        here["bias"] = Resident(bias)
+        here["bias"].array = given_bias
+        out, lse = flashmoe_cupy.flash_attention(**here, causal=True, return_lse=True)
+        judge(out, want, "bfloat16")
+        np.testing.assert_allclose(lse.array, want_lse, atol=2e-3)
+        lse = flashmoe_cupy.attention_lse(**{n: x for n, x in here.items() if n != "v"}, causal=True)
+        np.testing.assert_allclose(lse.array, want_lse, atol=2e-3)
+    _workspaces.kept.clear()
 
 
 def test_old_drivers_launch_one_after_the_other(machine: Machine) -> None:
