@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,16 @@ def attention(
     sms: int = 3,
     resident: int = 1,
     given: Arrays | None = None,
+    lay: Callable[[NDArray[Any], str], NDArray[Any]] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(out, lse) as the kernel left them, NaN where it wrote nothing. Every array lies beside memory without access.
 
-    given: arrays instead of the case's random ones.
+    given: arrays instead of the case's random ones. lay: what puts an argument into such memory, by its name; None:
+    row-major.
     """
     spec, config = KERNELS[kernel], config or choose(case, kernel)
-    arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in (given or case.random()).items()}
+    lay = lay or partial(guarded, before=seed % 2 == 1)
+    arrays = {name: lay(x, name) for name, x in (given or case.random()).items()}
     p = problem_of(case, arrays)
     shape = (p.total_q, p.heads_q, p.head_dim_v) if p.varlen else (p.batch, p.seqlen_q, p.heads_q, p.head_dim_v)
     rows = (p.heads_q, p.total_q) if p.varlen else (p.batch, p.heads_q, p.seqlen_q)
