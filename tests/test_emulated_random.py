@@ -154,6 +154,36 @@ def test_random_problems(number: int, kernel: str) -> None:
     assert what_is_wrong(number, kernel, (1, 5)) == [], drawn(number)
 
 
+FAR = 2**31 - 1
+NO_ROWS = {
+    "used_q": (-1, 500, FAR, -FAR, 60), "used_k": (FAR, 100, -7, 150, 90), "left_q": (-5, 3, 200, -FAR, 70),
+    "left_k": (0, -FAR, 40, FAR, 30),
+}  # fmt: skip
+ROWS = {
+    "used_q": (0, 70, 70, 0, 70), "used_k": (150, 100, 40, 150, 90), "left_q": (0, 3, 70, 0, 70),
+    "left_k": (0, 0, 40, 150, 30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [SM80, SM90])
+@pytest.mark.parametrize("bias", ["", "bool", "same"])
+def test_lengths_that_are_no_rows_are_the_nearest_ones(bias: str, kernel: str) -> None:
+    case = AttentionCase(70, 150, 5, 2, 1, 64, bias="1hqk" if bias else "", bias_dtype=bias or "same", causal=True)
+    case = case._replace(**ROWS)
+    arrays = case.random()
+    for name, given in (case._replace(**NO_ROWS)).indices().items():
+        assert faults(case, kernel, *attention(case, kernel, 1, given=arrays | {name: given}), arrays) == []
+
+
+@pytest.mark.parametrize("kernel", [SM80, SM90])
+def test_used_rows_of_packed_sequences_may_be_any_number(kernel: str) -> None:
+    case = VarlenCase((10, 20, 5), (10, 20, 5), (0, 20, 0), (0, 20, 5), tail_q=3, causal=True)
+    arrays = case.random()
+    given = arrays | case._replace(used_q=(-4, 300, -FAR), used_k=(-FAR, FAR, 77)).indices()
+    for seed in range(2):
+        assert faults(case, kernel, *attention(case, kernel, seed, given=given), arrays) == []
+
+
 # What the problems above have to notice: a kernel, and what is wrong in one of its headers.
 FAULTS = {
     "pairs of a bias from odd places on": (

@@ -93,7 +93,7 @@ struct PackedKeys {
     int begin = 0;
     if (gap > 0) {
       const int first = p.cu_seqlens_q[gap - 1], rows = p.cu_seqlens_q[gap] - first;
-      begin = first + (p.seqused_q == nullptr ? rows : min(rows, p.seqused_q[gap - 1]));
+      begin = first + (p.seqused_q == nullptr ? rows : max(min(rows, p.seqused_q[gap - 1]), 0));
     }
     return {begin, gap < p.batch ? p.cu_seqlens_q[gap] : p.total_q};
   }

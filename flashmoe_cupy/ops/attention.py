@@ -173,7 +173,7 @@ def flash_attention_varlen(
         lengths is logged as a warning.
     max_seqlen_q, max_seqlen_k: host ints, at least the longest sequence; they size the launch.
     seqused_q, seqused_k: (batch,) int32: only so many first rows of each sequence count; causal and window are aligned
-        to the used lengths.
+        to the used lengths. Numbers that are no rows are taken as `flash_attention` takes them.
     All others: as in `flash_attention`.
 
     Returns out (total_q, heads_q, head_dim_v), with return_lse also lse (heads_q, total_q) float32. Rows that belong to
