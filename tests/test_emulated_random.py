@@ -155,11 +155,11 @@ def test_random_problems(number: int, kernel: str) -> None:
 
 
 FAR = 2**31 - 1
-NO_ROWS = {
+NO_ROWS: dict[str, Any] = {
     "used_q": (-1, 500, FAR, -FAR, 60), "used_k": (FAR, 100, -7, 150, 90), "left_q": (-5, 3, 200, -FAR, 70),
     "left_k": (0, -FAR, 40, FAR, 30),
 }  # fmt: skip
-ROWS = {
+ROWS: dict[str, Any] = {
     "used_q": (0, 70, 70, 0, 70), "used_k": (150, 100, 40, 150, 90), "left_q": (0, 3, 70, 0, 70),
     "left_k": (0, 0, 40, 150, 30),
 }  # fmt: skip
@@ -171,7 +171,7 @@ def test_lengths_that_are_no_rows_are_the_nearest_ones(bias: str, kernel: str) -
     case = AttentionCase(70, 150, 5, 2, 1, 64, bias="1hqk" if bias else "", bias_dtype=bias or "same", causal=True)
     case = case._replace(**ROWS)
     arrays = case.random()
-    for name, given in (case._replace(**NO_ROWS)).indices().items():
+    for name, given in case._replace(**NO_ROWS).indices().items():
         assert faults(case, kernel, *attention(case, kernel, 1, given=arrays | {name: given}), arrays) == []
 
 
