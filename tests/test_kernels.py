@@ -80,8 +80,9 @@ REFUSED: tuple[tuple[AttentionProblem, bool, str], ...] = (
         dense(
             q=array(1, 5, 4, 192), k=array(1, 2**30 + 1, 2, 192, strides=(0, 0, 192, 1)),
             v=array(1, 2**30 + 1, 2, 192, strides=(0, 0, 192, 1)), bias=array(1, 2**30 + 1, dtype=BOOL),
-        ), True, "24 bits"
+        ), True, "31 and 24"
     ),
+    (problem(32, 2**20, 2**20, 1, 1, bias=array(32, 1, 1, 2**20, dtype=BOOL)), True, "31 and 24"),
     (problem(batch=2**15, q=2**18, heads_q=64, heads_k=1), True, "tiles"),
 )  # fmt: skip
 

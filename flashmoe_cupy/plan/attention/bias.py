@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import BOOL
-from flashmoe_cupy.plan.attention.bias_layout import mask_lists, mask_words, rows_fit, with_rows
+from flashmoe_cupy.plan.attention.bias_layout import mask_entries, mask_lists, mask_words, rows_fit, with_rows
 from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
 from flashmoe_cupy.plan.attention.tiles import MASKS, TILES_SM90, tiles_sm90
@@ -17,7 +17,6 @@ from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Values
 
-_FEWEST_KEYS = 64  # of a tile of the kernels that read words
 _BLOCKS_PER_SM = 8  # of AttentionBiasRows, which waits for memory
 
 
@@ -28,9 +27,8 @@ def workspace(p: AttentionProblem) -> dict[str, int]:
     if p.bias_dtype is not BOOL:
         return {} if rows_fit(p) else {"bias_rows": with_rows(p)[1]}
     forward = AttentionFwdSm90()
-    tiles, bits = -(-p.seqlen_k // _FEWEST_KEYS), forward.pack_bits(p)
-    lists = p.batch * mask_lists(p) * -(-(p.seqlen_q << bits) // 64)
-    return {"mask_words": 4 * mask_words(p, tiles)[0], "mask_tiles": 4 * lists * (1 + tiles)}
+    tiles, entries = mask_entries(p, forward.pack_bits(p))
+    return {"mask_words": 4 * mask_words(p, tiles)[0], "mask_tiles": 4 * entries}
 
 
 class MaskConfig(NamedTuple):

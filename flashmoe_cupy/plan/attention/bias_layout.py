@@ -5,6 +5,8 @@ from __future__ import annotations
 from flashmoe_cupy.jit.tensormap import MAX_STRIDE
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
 
+_FEWEST_KEYS = _FEWEST_ROWS = 64  # of a tile of the kernels that read words
+
 
 def rows_fit(p: AttentionProblem) -> bool:
     """Whether the copy engine can fetch rows of the bias, if it starts at a multiple of 16 bytes."""
@@ -31,6 +33,12 @@ def with_rows(p: AttentionProblem) -> tuple[AttentionProblem, int]:
 def mask_lists(p: AttentionProblem) -> int:
     """Lists of key tiles of a boolean bias, for each batch entry and tile of queries."""
     return p.heads_q if p.bias_strides[1] else 1
+
+
+def mask_entries(p: AttentionProblem, pack_bits: int) -> tuple[int, int]:
+    """The most tiles of keys that a list may name, and the most elements of all lists, in tiles of any kernel."""
+    tiles = -(-p.seqlen_k // _FEWEST_KEYS)
+    return tiles, p.batch * mask_lists(p) * -(-(p.seqlen_q << pack_bits) // _FEWEST_ROWS) * (1 + tiles)
 
 
 def mask_words(p: AttentionProblem, tiles: int) -> tuple[int, int, int, int]:

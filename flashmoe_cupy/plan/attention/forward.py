@@ -11,7 +11,7 @@ from flashmoe_cupy.dtypes import BOOL, DType
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
-from flashmoe_cupy.plan.attention.bias_layout import mask_lists, mask_words, rows_fit, with_rows
+from flashmoe_cupy.plan.attention.bias_layout import mask_entries, mask_lists, mask_words, rows_fit, with_rows
 from flashmoe_cupy.plan.attention.choice import (
     compiled_dims,
     key_tiles,
@@ -214,8 +214,10 @@ class AttentionFwdSm90(AttentionFwd):
             return why
         config = self.choose(p, arch, aligned)
         why = far_strides(("q", "k", "v", "out"), self.map_arguments(p, config)[:4])  # a bias may be written again
-        if config.variant in MASKS and -(-p.seqlen_k // config.block_n) > _MAX_LISTED_TILES:
-            why.append(f"{p.seqlen_k} keys under a boolean bias: its lists of key tiles count them in 24 bits")
+        if config.variant in MASKS:
+            tiles, entries = mask_entries(p, self.pack_bits(p))
+            if tiles > _MAX_LISTED_TILES or entries >= 2**31:
+                why.append(f"lists of a boolean bias: {entries} entries of {tiles} tiles do not fit in 31 and 24 bits")
         tiles = self.tiles(p, config)
         if tiles >= MAX_TILES:
             why.append(f"{tiles} tiles of work: the kernel counts them in 32 bits")
