@@ -183,7 +183,8 @@ FAULTS = {
     ),
     "output overwritten before it is read": Fault(_OUT, "if (lane == 0) bulk_wait_group_read<0>();", ""),
     "output unread at the end": Fault(
-        _90, "if (lane_id() == 0) bulk_wait_group_read<0>();", "", "before a bulk store of thread .* has read"
+        _90, "if (Smem::kStaged && lane_id() == 0) bulk_wait_group_read<0>();", "",
+        "before a bulk store of thread .* has read",
     ),
     "a record announced before all have written": Fault(
         _90, "rings.work.init(32, 1 + 128", "rings.work.init(1, 1 + 128",
