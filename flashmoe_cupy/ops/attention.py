@@ -89,8 +89,8 @@ def flash_attention(
     seqused_q, seqused_k, leftpad_q, leftpad_k: (batch,) int32 on q's device, for batches with padding. Of entry b only
         rows leftpad[b] ... seqused[b] - 1 count; None = from the first row, or to the last. causal, window_size and
         alibi_slopes are aligned at the ends of what counts; bias keeps the places of the arrays. They are read on the
-        device, so nothing waits for them, and what they leave out costs nothing. Numbers that are no rows are taken as
-        the nearest row; in host memory they are refused.
+        device, so nothing waits for them, and nothing is computed for what they leave out. Numbers that are no rows are
+        taken as the nearest row; in host memory they are refused.
     out: array of q's library for the result, overwritten; None = a new one. Not for JAX, whose arrays are immutable.
         Rows of q that do not count are left alone in it.
 
