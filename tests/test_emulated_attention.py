@@ -67,6 +67,10 @@ CASES: tuple[tuple[str, Case], ...] = (
     (SM90, PADDED._replace(left_q=(), left_k=(), heads_q=8, alibi="bh")),
     (SM90, PADDED._replace(used_q=(), used_k=(), window_size=(60, 9), head_dim=72, dtype="float16")),
     (SM90, PADDED._replace(left_q=(), used_q=(), bias="bhqk", bias_dtype="bool")),
+    # Keys that begin where the copy engine cannot read a bias from.
+    (SM90, PADDED._replace(bias="b1qk", causal=True)),
+    (SM90, PADDED._replace(bias="hqk", bias_dtype="float32", head_dim=128, heads_q=4, dtype="float16")),
+    (SM90, PADDED._replace(bias="b11k", used_q=(), left_q=(), seqlen_q=1, heads_q=8, window_size=(40, 3))),
     (SM90, PADDED._replace(seqlen_q=9, heads_q=16, heads_k=1, causal=True, used_q=(), left_q=(3, 0, 9, 8, 1))),
     # The first queries see no key, and have no tiles: with sinks, biases, padding and packed sequences.
     (SM90, AttentionCase(700, 33, 2, 2, 2, 64, causal=True)),

@@ -192,6 +192,13 @@ FAULTS = {
     "a bias whose axes lie the other way": (
         SM90, Fault("attention/bias_rows.cuh", "row = matrix * p.queries + query;", "row = matrix * p.queries;")
     ),
+    "a bias beside keys that begin elsewhere": (
+        SM90, Fault("attention/schedule_sm90.cuh", "from_step<kKeyStep>(without_unseeing", "from_step<1>(without_unseeing")
+    ),
+    "keys of padding that count": (SM90, Fault("attention/fwd_sm90.cuh", "Bias::hide(r_s[0], before)", "")),
+    "values of padding that are no numbers": (
+        SM90, Fault("attention/fwd_sm90.cuh", "if (held.head) clear_rows", "if (false) clear_rows")
+    ),
     "a mask from the first key of the array on": (
         SM90, Fault("attention/mask_words.cuh", "found.k_row * p.bias_stride_k;", "0;")
     ),

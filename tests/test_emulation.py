@@ -330,6 +330,11 @@ MISTAKES = (
     ("prefetch_tensormap(p.maps[1]);", "these 128 bytes are no tensor map"),
     ("tma_store_4d(p.maps[0], s_base, 0, 0, 0, 0);", "a copy of 4 dimensions with a tensor map of 2"),
     ("tma_store_2d(p.maps[0], s_base + 64, 0, 0);", r"a bulk store: shared \+0x40 is no multiple of 128"),
+    (
+        "init(s_full, 1); if (thread == 0) tma_load_2d(s_base, p.maps[0], s_full, 0, 4, 0);",
+        "from element 4 of rows of 2-byte elements: no multiple of 16 bytes",
+    ),
+    ("if (thread == 0) tma_store_2d(p.maps[0], s_base, 12, 0);", "from element 12 of rows"),
     ("init(s_full, 1); if (thread == 0) load(1024);", "ends while a bulk copy of thread 0 into its shared memory"),
     (
         "init(s_full, 1); if (thread == 0) load(1000); mbarrier_wait_parity(s_full, 0);",

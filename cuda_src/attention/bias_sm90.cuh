@@ -2,6 +2,9 @@
 // the same stage of the same ring, so that every element is read once for each head that uses it. Where all
 // queries have the same bias, one row of it is brought.
 //
+// The copy engine reads from multiples of 16 bytes on only. Where keys begin behind padding, tiles of keys
+// therefore begin up to kKeyStep - 1 rows before the first key; hide() takes those out of the scores.
+//
 // In shared memory each consumer has 64 rows in panels of 128 bytes, swizzled. Packed heads lie side by side,
 // as those of a tile of queries do.
 #pragma once
@@ -16,7 +19,7 @@ namespace fm {
 // What a kernel asks where its variant has no bias.
 struct NoBias {
   enum : bool { kUsed = false };
-  enum : int { kBytes = 0 };
+  enum : int { kBytes = 0, kKeyStep = 1 };
   FM_DEVICE static u32 bytes(const AttentionFwdSm90Params&) { return 0; }
   template <class Work>
   FM_DEVICE static void load(const AttentionFwdSm90Params&, const Work&, u32, u32, int) {}
@@ -29,6 +32,7 @@ struct AttentionBiasSm90 {
   enum : int {
     kConsumers = kBlockM / 64,
     kColumns = 128 / static_cast<int>(sizeof(Value)),  // of a panel
+    kKeyStep = kColumns / 8,                           // columns in 16 bytes
     kPanels = kBlockN / kColumns,
     kPanelBytes = 64 * 128,
     kConsumerBytes = kPanels * kPanelBytes,
@@ -53,6 +57,14 @@ struct AttentionBiasSm90 {
                     w.k_row + n * kBlockN + panel * kColumns, w.head % p.heads_per_key, query, w.head_k,
                     w.batch);
     }
+  }
+
+  // Scores of the first `columns` columns, at most 7, count no more.
+  template <int kN>
+  FM_DEVICE static void hide(float (&r_s)[kN][4], int columns) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if ((lane_id() & 3) * 2 + e % 2 < columns) r_s[0][e] = -infinity();
   }
 
   // Scores of a warp become softmax_scale * s + bias. s_tile: the consumer's part of the stage; row: the

@@ -56,13 +56,14 @@ struct AttentionFwdSm90 {
   static constexpr bool kInTurn = kConsumers == 2 || kConsumers == 3;
 
   // Named barriers of the block; 0 is __syncthreads. Of each kind, consumer i waits at number i.
-  enum Barrier { kTurn = 1, kQueriesScaled = 4, kTailCleared = 8 };
+  enum Barrier { kTurn = 1, kQueriesScaled = 4, kOutsideCleared = 8 };
   static_assert(kTurn + (kInTurn ? kConsumers : 0) <= kQueriesScaled);
-  static_assert(kQueriesScaled + kConsumers <= kTailCleared && kTailCleared + kConsumers <= kNamedBarriers);
+  static_assert(kQueriesScaled + kConsumers <= kOutsideCleared);
+  static_assert(kOutsideCleared + kConsumers <= kNamedBarriers);
 
-  using Scheduler = AttentionSchedulerSm90<kBlockM, kBlockN, kStages, Keys, Variant::kMask>;
-  using KeyTiles = KeyTilesOf<Variant::kMask>;  // which tile of keys a step is
   using Bias = AttentionBiasOf<Element, Variant::kBiasBytes, kBlockM, kBlockN>;
+  using Scheduler = AttentionSchedulerSm90<kBlockM, kBlockN, kStages, Keys, Variant::kMask, Bias::kKeyStep>;
+  using KeyTiles = KeyTilesOf<Variant::kMask>;  // which tile of keys a step is
   using Scores = AttentionScoresSm90<Variant, kBlockN>;
   using Softmax = typename Scores::Softmax;
   using Epilogue = AttentionEpilogueSm90<Element, kHeadDimV, Keys>;
@@ -196,7 +197,8 @@ struct AttentionFwdSm90 {
   // all of the tile before, which is written while the next product with K runs (both).
   struct Held {
     RingWork done;         // the next tile to be written
-    int tail;              // rows behind the last key in the V tile of step n
+    int head;              // rows before the first key in the V tile of step n,
+    int tail;              // and behind the last
     bool fresh = true;     // the next product with V overwrites it,
     bool pending = false;  // but first it is written
   };
@@ -239,6 +241,7 @@ struct AttentionFwdSm90 {
 
     float out_scale[2], lse[2];  // of the tile that is about to be written
     bool k_here = false;         // the keys of the next step have been waited for
+    held.head = head_rows(p, s_works[0], at.tile(p));
     held.tail = tail_rows(p, s_works[0], at.tile(p));
 
     // S of step n - 1, or of the next tile's first step, then out of step n. False: there is no next tile.
@@ -277,7 +280,7 @@ struct AttentionFwdSm90 {
         held.done.advance();
       }
       if (!v_here) rings.v.wait_full(at.v);
-      if (!kPlain && held.tail) clear_tail(s_base, consumer, at.v, held.tail);
+      if (!kPlain) clear_outside(s_base, consumer, at.v, held);
       wgmma_fence();
       // The turn is passed before the last two products: handing over takes about as long as they do.
       multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), !kPlain && held.fresh, [&] {
@@ -308,6 +311,7 @@ struct AttentionFwdSm90 {
       if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
       Scores::template exponentiate<kPlain>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
       pack_operand<Element>(r_p, r_s[0]);
+      held.head = head_rows(p, s_works[here], at.tile(p));
       held.tail = last ? tail_rows(p, s_works[here], at.tile(p)) : 0;
       held.fresh = held.pending = last;
       at.now = here;
@@ -324,7 +328,7 @@ struct AttentionFwdSm90 {
     for (bool finished = !held.pending;; finished = true) {
       if (finished) {
         rings.v.wait_full(at.v);
-        if (held.tail) clear_tail(s_base, consumer, at.v, held.tail);
+        clear_outside(s_base, consumer, at.v, held);
         wgmma_fence();
         multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), held.fresh, [] {});
         wgmma_commit_group();
@@ -345,6 +349,7 @@ struct AttentionFwdSm90 {
     if constexpr (Bias::kUsed) {
       const u32 s_bias = s_base + Smem::kBias + at.k.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
       Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(p), s_bias);
+      if (const int before = head_rows(p, w, at.tile(p))) Bias::hide(r_s[0], before);
     }
   }
 
@@ -369,14 +374,20 @@ struct AttentionFwdSm90 {
     scale_tile<Element, TileQ>(s_tile, p.query_scale, kQueriesScaled + consumer);
   }
 
-  // What follows the last key of a sequence may be anything, and 0 * NaN is NaN: those rows of V become 0.
-  // Every consumer does it for itself before its product; that another one does the same at the same time
-  // changes nothing.
+  // What lies before the first key of a sequence or behind the last may be anything, and 0 * NaN is NaN:
+  // these rows of V become 0. Every consumer does it for itself before its product; that others do so at the
+  // same time changes nothing.
+  FM_DEVICE static int head_rows(const Params& p, const Work& w, int n) {
+    if (Bias::kKeyStep == 1 || Keys::even(p) || n > 0) return 0;
+    return Keys::sequence(p, w.batch).k_row - w.k_row;
+  }
   FM_DEVICE static int tail_rows(const Params& p, const Work& w, int n) {
     return !Keys::even(p) ? max(0, (n + 1) * kBlockN - w.band.cols) : 0;
   }
-  FM_DEVICE static void clear_tail(u32 s_base, int consumer, const RingKV& v, int rows) {
-    clear_last_rows<TileV>(s_base + Smem::kV + v.stage * TileV::kBytes, rows, kTailCleared + consumer);
+  FM_DEVICE static void clear_outside(u32 s_base, int consumer, const RingKV& v, const Held& held) {
+    const u32 s_tile = s_base + Smem::kV + v.stage * TileV::kBytes;
+    if (held.head) clear_rows<TileV>(s_tile, 0, held.head, kOutsideCleared + consumer);
+    if (held.tail) clear_rows<TileV>(s_tile, kBlockN - held.tail, held.tail, kOutsideCleared + consumer);
   }
 };
 

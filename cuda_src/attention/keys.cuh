@@ -45,6 +45,14 @@ FM_DEVICE Sequence without_unseeing(const AttentionFwdParams& p, const Sequence&
   return {s.q_row + first, s.k_row, s.seqlen_q - first, s.seqlen_k};
 }
 
+// The sequence with its keys counted from a row on that is a multiple of kStep, a power of two: fewer than
+// kStep rows that are no keys come before the first key.
+template <int kStep>
+FM_DEVICE Sequence from_step(const Sequence& s) {
+  const int before = s.k_row & (kStep - 1);
+  return {s.q_row, s.k_row - before, s.seqlen_q, s.seqlen_k + before};
+}
+
 // Rows begin .. end - 1.
 struct Rows {
   int begin, end;

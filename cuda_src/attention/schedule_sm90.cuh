@@ -31,7 +31,7 @@ struct AttentionScheduleSm90 {
     BandMask band;
     int batch, head, head_k;  // head: the first of those packed
     int m0, v_block;     // the tile's first row, counted as the band counts rows; block along head_dim_v
-    int q_row, k_row;    // rows of the arrays where the tile's first query and the sequence's first key lie
+    int q_row, k_row;    // rows of the arrays where the tile's first query and the first tile of keys lie
     int n_begin, n_end;  // steps; n_end 0: there is no more work
     i64 lse_offset;      // elements of lse before the tile's first
     Steps steps[kConsumers];
@@ -45,8 +45,9 @@ struct AttentionScheduleSm90 {
   };
 };
 
-// The warp of a block that finds its tiles.
-template <int kBlockM, int kBlockN, int kStages, class Keys, bool kMask>
+// The warp of a block that finds its tiles. Of padded sequences tiles of keys begin at a multiple of kKeyStep
+// rows.
+template <int kBlockM, int kBlockN, int kStages, class Keys, bool kMask, int kKeyStep>
 struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages> {
   using Schedule = AttentionScheduleSm90<kBlockM, kBlockN, kStages>;
   using typename Schedule::Params, typename Schedule::Steps, typename Schedule::Work;
@@ -65,7 +66,7 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       const int batch = next_batch + lane_id();
       next_batch += 32;
       mine.seqlen_q = mine.seqlen_k = 0;
-      if (batch < p.batch) mine = without_unseeing(p, Keys::sequence(p, batch));
+      if (batch < p.batch) mine = from_step<kKeyStep>(without_unseeing(p, Keys::sequence(p, batch)));
       const int tiles =
           div_up(mine.seqlen_q << p.pack_bits, kBlockM) * p.v_blocks * (p.heads_q >> p.pack_bits);
       end = tiles_seen + inclusive_sum(tiles), begin = end - tiles;

@@ -94,14 +94,14 @@ FM_DEVICE void scale_tile(u32 s_tile, float factor, int barrier) {
   barrier_sync(barrier, 128);
 }
 
-// The last `rows` rows become 0.
+// `rows` rows from row `first` on become 0.
 template <class Tile>
-FM_DEVICE void clear_last_rows(u32 s_tile, int rows, int barrier) {
-  const u32 s_end = s_tile + Tile::kPanelBytes;
+FM_DEVICE void clear_rows(u32 s_tile, int first, int rows, int barrier) {
+  const u32 s_first = s_tile + first * Tile::kRowBytes;
   for (int i = thread_index() % 128; i < rows * Tile::kPanelChunks; i += 128)
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
-      st_shared_v4_b32(s_end + panel * Tile::kPanelBytes - 16 * (i + 1), 0, 0, 0, 0);
+      st_shared_v4_b32(s_first + panel * Tile::kPanelBytes + 16 * i, 0, 0, 0, 0);
   fence_proxy_async();
   barrier_sync(barrier, 128);
 }

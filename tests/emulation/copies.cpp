@@ -144,6 +144,11 @@ static const Map& map_at(const void* pointer, u32 rank) {
   return map;
 }
 
+// The copy engine reads and writes from multiples of 16 bytes on; another place is an illegal instruction to it.
+static void check_place(const Map& map, const int* at) {
+  if (static_cast<i64>(at[0]) * map.element % 16 != 0) fail("a bulk copy from element %d of rows of %u-byte elements: no multiple of 16 bytes", at[0], map.element);
+}
+
 void tma_check(const void* map, u32 rank) { map_at(map, rank); }
 
 static u32 box_bytes(const Map& map) {
@@ -181,6 +186,7 @@ static u32 swizzled(const Map& map, u32 address, u32 offset) {
 
 void tma_load(u32 target, const void* pointer, u32 barrier, u32 blocks, u32 rank, const int* at) {
   const Map& map = map_at(pointer, rank);
+  check_place(map, at);
   Block& mine = *current->block;
   if (blocks == 0) blocks = 1u << mine.rank;
   if (blocks >> run->cluster) fail("a multicast to blocks %x of a cluster of %u", blocks, run->cluster);
@@ -216,6 +222,7 @@ void run_load(const Load& load) {
 
 void tma_store(const void* pointer, u32 source, u32 rank, const int* at) {
   const Map& map = map_at(pointer, rank);
+  check_place(map, at);
   shared(*current->block, source, box_bytes(map), 128, "a bulk store");
   Store* store = new Store{current->block, current, source, current->store_group, map, {}, false, {}};
   for (u32 j = 0; j < rank; ++j) store->at[j] = at[j];
