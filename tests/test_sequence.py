@@ -161,6 +161,17 @@ def test_every_launch_gets_its_counter(driver: Driver, monkeypatch: pytest.Monke
         assert driver.early[-2][4][24:32] == struct.pack("Q", want) and driver.early[-1][4][24:32] == bytes([7] * 8)
 
 
+def test_the_counter_of_the_default_stream_stays(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until another stream comes: a handle may be that of a new stream by then."""
+    taken = iter(range(1, 9))
+    monkeypatch.setattr(counters, "counter", lambda runtime, device, stream: next(taken))
+    both, found = two(counter=3), []
+    for stream in (0, 0, 5, 5, 0, 0):
+        both.run((0, 1, 2, 3), stream)
+        found.append(struct.unpack("Q", driver.early[-2][4][24:32])[0])
+    assert found == [1, 1, 2, 3, 4, 4]
+
+
 def test_fills_come_before_the_launches(driver: Driver) -> None:
     both = LaunchSequence(two().launches, [Fill(2, 64, 0), Fill(1, 12, 0xFF80_0000)])
     both.run((0, 16, 32, 48), 9)

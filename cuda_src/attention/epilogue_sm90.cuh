@@ -62,14 +62,12 @@ struct AttentionEpilogueSm90 {
   // sequence's 0 and -inf where that is wanted. Of packed arrays a block takes whole sequences and the gaps
   // between them, which are short; of others some rows of each batch entry.
   FM_DEVICE static void clear_rest(const Params& p) {
-    const bool out = p.clear_rest & kClearOut, lse = p.clear_rest & kClearLse;
     if (p.lengths == kPackedLengths) {
       for (int i = blockIdx.x; i <= p.batch; i += gridDim.x) {
-        if (out || lse) fill_rows(p, 0, PackedKeys::gap(p, i), out, lse, nullptr);
-        if (p.may_unsee && i < p.batch) {
-          const Sequence found = PackedKeys::sequence(p, i);
-          fill_unseeing(p, 0, {found.q_row, found.q_row + unseeing(p, found)});
-        }
+        fill_rows(p, 0, PackedKeys::gap(p, i), false);
+        if (!p.may_unsee || i == p.batch) continue;
+        const Sequence found = PackedKeys::sequence(p, i);
+        fill_rows(p, 0, {found.q_row, found.q_row + unseeing(p, found)}, true);
       }
       return;
     }
@@ -79,34 +77,42 @@ struct AttentionEpilogueSm90 {
       const int batch = part / parts, begin = part % parts * kFilledRows;
       const int end = min(begin + kFilledRows, rows);
       const Sequence found = DenseKeys::sequence(p, batch);
-      const int seeing = found.q_row + unseeing(p, found);
-      if (out || lse) {
-        fill_rows(p, batch, {begin, min(end, found.q_row)}, out, lse, nullptr);
-        fill_rows(p, batch, {max(begin, found.q_row + found.seqlen_q), end}, out, lse, nullptr);
+      const int seeing = found.q_row + unseeing(p, found), behind = found.q_row + found.seqlen_q;
+#pragma unroll 1
+      for (int i = 0; i < 3; ++i) {  // before the first query, queries that see no key, behind the last one
+        const int first = i == 0 ? 0 : i == 1 ? found.q_row : behind;
+        const int last = i == 0 ? found.q_row : i == 1 ? seeing : rows;
+        fill_rows(p, batch, {max(begin, first), min(end, last)}, i == 1);
       }
-      fill_unseeing(p, batch, {max(begin, found.q_row), min(end, seeing)});
     }
   }
 
  private:
-  enum { kFilledRows = 16 };  // enough of them to hide the look at the lengths
+  enum { kFilledRows = 32 };  // of a batch entry at a time: a row of lse for each lane
 
-  FM_DEVICE static void fill_unseeing(const Params& p, int batch, Rows rows) {
-    fill_rows(p, batch, rows, true, p.lse != nullptr, p.sinks);
-  }
-  FM_DEVICE static void fill_rows(const Params& p, int batch, Rows rows, bool out, bool lse,
-                                  const void* sinks) {
-    for (int row = rows.begin; row < rows.end; ++row)
-      for (int head = 0; head < p.heads_q; ++head) {
-        uint4* g_row = reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + batch * p.out_stride_b +
-                                                row * p.out_stride_s + head * p.out_stride_h);
-        if (out)
-          for (int chunk = lane_id(); chunk < p.head_dim_v / 8; chunk += 32)
-            g_row[chunk] = make_uint4(0, 0, 0, 0);
-        if (lse && lane_id() == 0)
-          p.lse[batch * p.lse_stride_b + head * p.lse_stride_h + row] =
-              sinks == nullptr ? -infinity() : load_float(sinks, head, p.sinks_dtype);
-      }
+  // unseeing: these are queries that see no key. The consumers have most of the issue slots, so 512 bytes
+  // should take few instructions: each lane keeps to 16 bytes of the heads and goes down the rows. Unrolled,
+  // the loops would want more registers than the warp has.
+  FM_DEVICE static void fill_rows(const Params& p, int batch, Rows rows, bool unseeing) {
+    if (rows.begin >= rows.end) return;
+    const bool out = unseeing || p.clear_rest & kClearOut;
+    const bool lse = unseeing ? p.lse != nullptr : p.clear_rest & kClearLse;
+    const int chunks = p.head_dim_v / 8;
+    for (int i = lane_id(); out && i < p.heads_q * chunks; i += 32) {
+      Element* g_chunk = static_cast<Element*>(p.out) + batch * p.out_stride_b + rows.begin * p.out_stride_s +
+                         i / chunks * p.out_stride_h + i % chunks * 8;
+#pragma unroll 1
+      for (int row = rows.begin; row < rows.end; ++row, g_chunk += p.out_stride_s)
+        __stcs(reinterpret_cast<uint4*>(g_chunk), make_uint4(0, 0, 0, 0));
+    }
+#pragma unroll 1
+    for (int head = 0; lse && head < p.heads_q; ++head) {
+      const bool sink = unseeing && p.sinks != nullptr;
+      const float value = sink ? load_float(p.sinks, head, p.sinks_dtype) : -infinity();
+      float* g_lse = p.lse + batch * p.lse_stride_b + head * p.lse_stride_h;
+#pragma unroll 1
+      for (int row = rows.begin + lane_id(); row < rows.end; row += 32) g_lse[row] = value;
+    }
   }
 };
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -215,11 +215,11 @@ def bind(device: int) -> Iterator[None]:
         _local.bound = device
 
 
-def counter(device: int, stream: int) -> int:
-    """The address of the counter for a launch on a stream of the device, which is the current one; 0: none."""
-    from flashmoe_cupy.jit import counters  # which only packed sequences want
+def counters() -> Callable[[int, int], int]:
+    """The function that gives the counter of a device, which is the current one, and a stream: `jit.counters`."""
+    from flashmoe_cupy.jit import counters  # which only uneven lengths want
 
-    return counters.counter(_runtime, device, stream)
+    return functools.partial(counters.counter, _runtime)
 
 
 def fetch(address: int, like: Any, shape: tuple[int, ...], strides: tuple[int, ...], device: int) -> Any:

@@ -24,6 +24,7 @@ _ATTRIBUTE = struct.Struct("i4xi60x")  # CUlaunchAttribute
 _STREAM = struct.Struct("Q")
 _STREAM_AT = 32
 _ALIGNMENT = 128  # of Params, in bytes
+_LEGACY_STREAM = 0  # the handle of the default stream that all threads share
 _FEWEST = 3  # launches that a graph queues sooner than one by one
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_ENCODED = 64  # sets of encoded maps that a thread remembers for a sequence
@@ -49,8 +50,8 @@ class _Own:
     """The launches in one thread."""
 
     __slots__ = (
-        "bound", "calls", "configs", "counters", "encoded", "find_graph", "graph", "keep", "known", "last", "nodes",
-        "others", "settings", "stream", "table", "view", "words",
+        "bound", "calls", "configs", "counted", "counters", "encoded", "find_counter", "find_graph", "graph", "keep",
+        "known", "last", "nodes", "others", "settings", "stream", "table", "view", "words",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -59,6 +60,8 @@ class _Own:
         self.others: list[tuple[int, int]] = []  # word, and which address is stored there
         self.last: list[tuple[int, int]] = []  # word, and how many bytes behind the table's last address
         self.counters: list[int] = []  # words that hold the address of a counter
+        self.find_counter: Callable[[int, int], int] | None = None  # launch.counters(), if there are such words
+        self.counted = -1  # the stream whose counter is stored for good; -1: none
         self.encoded: list[tuple[int, tensormap.TensorMap, Place]] = []  # byte, map, and its address's place
         self.known: dict[tuple[int, ...], list[bytes]] = {}  # encoded maps by their addresses
         self.configs: list[Any] = []  # CUlaunchConfig of each
@@ -127,8 +130,12 @@ class LaunchSequence:
         """What some launches need in each call beside addresses."""
         if own.encoded:
             self._encode(own, table)
-        for word in own.counters:
-            own.words[word] = launch.counter(self.device, stream)
+        if own.counters and own.counted != stream:
+            assert own.find_counter is not None
+            for word in own.counters:
+                own.words[word] = own.find_counter(self.device, stream)
+            # This stream is the same one for good, and no graph records it. Another's handle may be a new stream's.
+            own.counted = _LEGACY_STREAM if stream == _LEGACY_STREAM else -1
         for fill in self.fills:
             _must(_calls.cuMemsetD32Async(table[fill.place], fill.word, fill.size // 4, stream), "a fill")
 
@@ -196,7 +203,9 @@ class LaunchSequence:
                 else:
                     own.words[at // 8 + word] = 0
             own.encoded += [(at + byte, of, places[index]) for byte, of, index in one.encoded]
-            own.counters += [at // 8 + one.counter] * (one.counter > 0)
+            if one.counter:
+                own.counters.append(at // 8 + one.counter)
+                own.find_counter = launch.counters()
             array = (ctypes.c_void_p * 1)(ctypes.addressof(storage) + start + at)
             config = ctypes.create_string_buffer(_CONFIG.size)
             _CONFIG.pack_into(

@@ -115,6 +115,10 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) {
 }
 
 template <class T>
+inline void __stcs(T* p, T value) {
+  *p = value;
+}
+template <class T>
 inline T __ldg(const T* p) {
   return *p;
 }
