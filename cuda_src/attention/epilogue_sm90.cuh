@@ -58,12 +58,14 @@ struct AttentionEpilogueSm90 {
     }
   }
 
-  // One warp of each block. Queries that see no key get 0 and their sink, or -inf; rows that are no
-  // sequence's 0 and -inf where that is wanted. Of packed arrays a block takes whole sequences and the gaps
-  // between them, which are short; of others some rows of each batch entry.
-  FM_DEVICE static void clear_rest(const Params& p) {
+  // kClearers warps of each block, this one the number `clearer`. Queries that see no key get 0 and their sink,
+  // or -inf; rows that are no sequence's 0 and -inf where that is wanted. Of packed arrays a warp takes whole
+  // sequences and the gaps between them, which are short; of others some rows of each batch entry.
+  enum { kClearers = 2 };
+  FM_DEVICE static void clear_rest(const Params& p, int clearer) {
+    const u32 first = blockIdx.x * kClearers + clearer, clearers = gridDim.x * kClearers;
     if (p.lengths == kPackedLengths) {
-      for (int i = blockIdx.x; i <= p.batch; i += gridDim.x) {
+      for (int i = first; i <= p.batch; i += clearers) {
         fill_rows(p, 0, PackedKeys::gap(p, i), false);
         if (!p.may_unsee || i == p.batch) continue;
         const Sequence found = PackedKeys::sequence(p, i);
@@ -73,22 +75,22 @@ struct AttentionEpilogueSm90 {
     }
     const int rows = p.lengths == kEvenLengths ? unseeing(p, DenseKeys::each(p)) : p.seqlen_q;
     const int parts = div_up(rows, kFilledRows);
-    for (u32 part = blockIdx.x; part < static_cast<u32>(parts) * p.batch; part += gridDim.x) {
+    for (u32 part = first; part < static_cast<u32>(parts) * p.batch; part += clearers) {
       const int batch = part / parts, begin = part % parts * kFilledRows;
       const int end = min(begin + kFilledRows, rows);
       const Sequence found = DenseKeys::sequence(p, batch);
       const int seeing = found.q_row + unseeing(p, found), behind = found.q_row + found.seqlen_q;
 #pragma unroll 1
       for (int i = 0; i < 3; ++i) {  // before the first query, queries that see no key, behind the last one
-        const int first = i == 0 ? 0 : i == 1 ? found.q_row : behind;
-        const int last = i == 0 ? found.q_row : i == 1 ? seeing : rows;
-        fill_rows(p, batch, {max(begin, first), min(end, last)}, i == 1);
+        const int from = i == 0 ? 0 : i == 1 ? found.q_row : behind;
+        const int to = i == 0 ? found.q_row : i == 1 ? seeing : rows;
+        fill_rows(p, batch, {max(begin, from), min(end, to)}, i == 1);
       }
     }
   }
 
  private:
-  enum { kFilledRows = 32 };  // of a batch entry at a time: a row of lse for each lane
+  enum { kFilledRows = 16 };  // of a batch entry at a time: enough of them to hide the look at the lengths
 
   // unseeing: these are queries that see no key. The consumers have most of the issue slots, so 512 bytes
   // should take few instructions: each lane keeps to 16 bytes of the heads and goes down the rows. Unrolled,

@@ -101,7 +101,7 @@ struct AttentionFwdSm90 {
       setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) produce(p, smem, rings, s_base);
       if (warp == 1) Scheduler::run(p, reinterpret_cast<Work*>(smem + Smem::kWork), rings.work);
-      if (warp == 2 && (p.clear_rest != kClearNothing || p.may_unsee)) Epilogue::clear_rest(p);
+      if (warp >= 2 && (p.clear_rest != kClearNothing || p.may_unsee)) Epilogue::clear_rest(p, warp - 2);
     } else {
       setmaxnreg_inc<kConsumerRegisters>();
       consume(p, smem, rings, s_base, warp / 4 - 1);

@@ -49,6 +49,7 @@ _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes,
 _MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
 _MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
 _MAX_LISTED_TILES = 2**24  # kTileBits of cuda_src/attention/key_tiles.cuh
+_FILLED_ROWS, _CLEARERS = 16, 2  # kFilledRows and kClearers of cuda_src/attention/epilogue_sm90.cuh
 _WORTH_PACKING = 0.9  # heads are packed if that leaves no larger a share of their tiles
 
 
@@ -256,8 +257,8 @@ class AttentionFwdSm90(AttentionFwd):
         return super().blocks(seeing(p), config)
 
     def grid(self, problem: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
-        """One block per multiprocessor, which takes tile after tile."""
-        return min(sms, self.tiles(problem, config))
+        """One block per multiprocessor, which takes tile after tile, and clears rows beside them."""
+        return min(sms, max(self.tiles(problem, config), _clearing_blocks(problem)))
 
     def section(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
         """How many heads are worked on together; see order.py. Uneven lengths have an order of their own."""
@@ -362,6 +363,15 @@ def _map(dtype: DType, width: int, outer: Sequence[tuple[int, int]], box: tuple[
 def _rows(p: AttentionProblem) -> tuple[int, int]:
     """Rows of q, and of k and v, that one batch coordinate reaches."""
     return (p.total_q, p.total_k) if p.varlen else (p.seqlen_q, p.seqlen_k)
+
+
+def _clearing_blocks(p: AttentionProblem) -> int:
+    """How many blocks find rows to clear: at most, where only the device knows the lengths."""
+    if p.varlen:
+        return -(-(p.batch + 1) // _CLEARERS)
+    rows = p.seqlen_q - (seeing(p).seqlen_q if p.even else 0)
+    parts = p.batch * -(-rows // _FILLED_ROWS)
+    return -(-parts // _CLEARERS)
 
 
 def _heads_per_key(p: AttentionProblem) -> int:
