@@ -239,7 +239,7 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     "a row of the bias for each query": (4, Fault("attention/bias_sm90.cuh", "row & (p.bias_rows - 1)", "row")),
     "rows without their padding": (1, Fault("attention/bias_rows.cuh", "row * p.row_chunks + chunk", "row + chunk")),
     "the wrong half of a word": (8, Fault("attention/scores_sm90.cuh", "words[i] >> 16 * e", "words[i] >> 15 * e")),
-    "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "(t >> 1)) << 16", "(t & 1)) << 16")),
+    "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "word<0x7362>(0)", "word<0x7263>(0)")),
     "the list of another tile": (
         15, Fault("attention/key_tiles.cuh", "* p.m_blocks + m_block)", "* p.m_blocks + 0)", "relative|memory|deadlock")
     ),

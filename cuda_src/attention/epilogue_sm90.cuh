@@ -58,9 +58,9 @@ struct AttentionEpilogueSm90 {
     }
   }
 
-  // kClearers warps of each block, this one the number `clearer`. Queries that see no key get 0 and their sink,
-  // or -inf; rows that are no sequence's 0 and -inf where that is wanted. Of packed arrays a warp takes whole
-  // sequences and the gaps between them, which are short; of others some rows of each batch entry.
+  // kClearers warps of each block, this one the number `clearer`. Queries that see no key get 0 and their
+  // sink, or -inf; rows that are no sequence's 0 and -inf where that is wanted. Of packed arrays a warp takes
+  // whole sequences and the gaps between them, which are short; of others some rows of each batch entry.
   enum { kClearers = 2 };
   FM_DEVICE static void clear_rest(const Params& p, int clearer) {
     const u32 first = blockIdx.x * kClearers + clearer, clearers = gridDim.x * kClearers;

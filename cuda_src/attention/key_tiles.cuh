@@ -12,8 +12,9 @@ enum ListEntry : int { kTileBits = 24, kTileMask = (1 << kTileBits) - 1 };
 // Where the list of a tile of queries begins in mask_tiles: the number of its entries, then these, tiles in
 // rising order. head: the first of those packed.
 FM_DEVICE int list_of_tiles(const AttentionFwdSm90Params& p, int batch, int head, int m_block) {
-  const int group = batch * p.mask_lists + (p.mask_lists > 1 ? head >> p.pack_bits : 0);
-  return (group * p.m_blocks + m_block) * p.mask_list;
+  const int of_batch = p.mask_batches > 1 ? batch * p.mask_lists : 0;
+  const int list = of_batch + (p.mask_lists > 1 ? head >> p.pack_bits : 0);
+  return (list * p.m_blocks + m_block) * p.mask_list;
 }
 
 // tile(p, step): the tile of keys of a step. whole(p, step, consumer): the mask hides none of its scores.

@@ -9,8 +9,9 @@
 // The mask is p.bias as bytes, of which 0 hides: (batch, heads, seqlen_q, seqlen_k) with any strides, 0 along
 // axes that it is spread over. Rows and tiles are counted from the first query and key that count.
 //
-// One block makes the list of one tile of queries, and the words of its rows. Where rows are the same for
-// several blocks, all write the same words. Params are those of the kernel that reads them.
+// One block makes the list of one tile of queries, and the words of its rows; a thread makes those of a row
+// and a tile of keys. Where rows are the same for several blocks, all write the same words. Params are those
+// of the kernel that reads them.
 #pragma once
 #include "attention/key_tiles.cuh"
 #include "attention/keys.cuh"
@@ -23,9 +24,7 @@ struct AttentionMaskWords {
   using Params = AttentionFwdSm90Params;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kConsumers = kBlockM / 64;
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kPerLane = kBlockN / 32;  // bytes of a row that a lane reads
-  using Bytes = decltype(pick<kPerLane == 4>(u32(), u16()));
-  static constexpr int kAtOnce = 8;              // rows that a warp reads before it uses the first
+  static constexpr int kQuads = kBlockN / 4;  // of 4 bytes that a row has in a tile
   static_assert(kBlockN == 64 || kBlockN == 128, "a word has bits for 16 blocks of 8 keys");
 
   // Of a tile of keys: it shows a score; kHidden << i: it hides one from consumer i.
@@ -40,10 +39,8 @@ struct AttentionMaskWords {
   FM_DEVICE static void run(const Params& p) {
     extern __shared__ __align__(16) u8 smem[];
     Smem& s = *reinterpret_cast<Smem*>(smem);
-    int index = static_cast<int>(blockIdx.x);
-    const int m_block = index % p.m_blocks;
-    index /= p.m_blocks;
-    const int list = index % p.mask_lists, batch = index / p.mask_lists, head = list << p.pack_bits;
+    const int index = static_cast<int>(blockIdx.x), m_block = index % p.m_blocks, list = index / p.m_blocks;
+    const int batch = list / p.mask_lists, head = list % p.mask_lists << p.pack_bits;
 
     const Sequence found = without_unseeing(p, DenseKeys::sequence(p, batch));
     const BandMask band = {found.seqlen_q << p.pack_bits, found.seqlen_k, found.seqlen_k - found.seqlen_q,
@@ -62,11 +59,18 @@ struct AttentionMaskWords {
       const int tiles = min(32, end - first);
       if (threadIdx.x < 32) s.found[threadIdx.x] = 0;
       __syncthreads();
-      // The warps share the rows of each tile, or the tiles where all rows are one.
-      const bool one_row = p.bias_stride_q == 0;
-      for (int tile = one_row ? warp_id() : 0; tile < tiles; tile += one_row ? kWarps : 1) {
-        const u32 bits = read_tile(p, g_mask, g_words, band, m0, first + tile);
-        if (lane_id() == 0 && bits != 0) atomicOr(&s.found[tile], bits);
+      if (p.bias_stride_q == 0) {  // all rows are one
+        if (threadIdx.x < tiles)
+          s.found[threadIdx.x] = read_row(p, g_mask, g_words, band, m0, 0, first + threadIdx.x);
+      } else {
+        // 32 rows of a tile for each warp in turn.
+        const int groups = div_up(min(kBlockM, band.rows - m0) >> p.pack_bits, 32);
+        for (int i = warp_id(); i < tiles * groups; i += kWarps) {
+          const int row = i % groups * 32 + lane_id();
+          const u32 mine = read_row(p, g_mask, g_words, band, m0, row, first + i / groups);
+          const u32 bits = __reduce_or_sync(0xffffffffu, mine);
+          if (lane_id() == 0 && bits != 0) atomicOr(&s.found[i / groups], bits);
+        }
       }
       __syncthreads();
       if (warp_id() == 0) add_entries(s, g_list + 1, first, tiles);
@@ -77,88 +81,56 @@ struct AttentionMaskWords {
     g_list[0] = max(s.entries, 1);
   }
 
-  // The rows of one warp: their words, and bits of Found. Where all rows are one, that one. Several rows are
-  // read before the first is used, for the memory's time passes once for them all.
-  FM_DEVICE static u32 read_tile(const Params& p, const u8* g_mask, u32* g_words, const BandMask& band,
-                                 int m0, int n) {
-    const int lane = lane_id(), col = n * kBlockN + lane * kPerLane;
-    const int first = m0 >> p.pack_bits;
-    const bool one_row = p.bias_stride_q == 0;
-    const int rows = one_row ? 1 : min(kBlockM, band.rows - m0) >> p.pack_bits;
-    const u8* g_first = g_mask + first * p.bias_stride_q + col * p.bias_stride_k;
-    const bool together = p.bias_stride_k == 1 && p.bias_stride_q % kPerLane == 0 &&
-                          (n + 1) * kBlockN <= band.cols && reinterpret_cast<u64>(g_first) % kPerLane == 0;
-    u32 bits = 0;
-    for (int begin = one_row ? 0 : warp_id(); begin < rows; begin += kAtOnce * kWarps) {
-      u32 read[kAtOnce];
-      if (together) {
+  // By one thread: the words of a row and tile n of keys, and bits of Found.
+  FM_DEVICE static u32 read_row(const Params& p, const u8* g_mask, u32* g_words, const BandMask& band, int m0,
+                                int row, int n) {
+    if (row >= min(kBlockM, band.rows - m0) >> p.pack_bits) return 0;
+    const int query = (m0 >> p.pack_bits) + row, col = n * kBlockN;
+    const u8* g_row = g_mask + query * p.bias_stride_q + col * p.bias_stride_k;
+    Words words;
+    if (p.bias_stride_k == 1 && col + kBlockN <= band.cols && reinterpret_cast<u64>(g_row) % 16 == 0) {
+      uint4 read[kQuads / 4];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          read[i] = *reinterpret_cast<const Bytes*>(g_first + row_at(begin, i, rows) * p.bias_stride_q);
-      } else {
+      for (int i = 0; i < kQuads / 4; ++i) read[i] = __ldg(reinterpret_cast<const uint4*>(g_row) + i);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const u8* g_row = g_first + row_at(begin, i, rows) * p.bias_stride_q;
-          read[i] = 0;
+      for (int i = 0; i < kQuads / 4; ++i)
+        words.add(4 * i, read[i].x), words.add(4 * i + 1, read[i].y), words.add(4 * i + 2, read[i].z),
+            words.add(4 * i + 3, read[i].w);
+    } else {
 #pragma unroll
-          for (int j = 0; j < kPerLane; ++j)
-            if (col + j < band.cols) read[i] |= g_row[j * p.bias_stride_k] << 8 * j;
-        }
-      }
+      for (int i = 0; i < kQuads; ++i) {
+        u32 quad = 0;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int row = begin + i * kWarps;
-        if (row >= rows) break;
-        const u32 mine = bits_of(read[i]), word = word_of(mine);
-        if (lane < 4) g_words[(first + row) * p.mask_stride_q + n * 4 + lane] = word;
-        const bool any = __any_sync(0xffffffffu, mine != 0);
-        const bool all = __all_sync(0xffffffffu, mine == (1u << kPerLane) - 1);
-        const u32 consumers = one_row ? (1u << kConsumers) - 1 : 1u << ((row << p.pack_bits) / 64);
-        bits |= (any ? kAny : 0) | (all ? 0 : kHidden * consumers);
+        for (int j = 0; j < 4; ++j)
+          if (col + 4 * i + j < band.cols) quad |= g_row[(4 * i + j) * p.bias_stride_k] << 8 * j;
+        words.add(i, quad);
       }
     }
-    return bits;
+    const uint4 made = words.all();
+    *reinterpret_cast<uint4*>(g_words + query * p.mask_stride_q + n * 4) = made;
+    constexpr u32 kEvery = kBlockN == 128 ? ~0u : 0x00ff00ffu;
+    const bool any = (made.x | made.y | made.z | made.w) != 0;
+    const bool all = (made.x & made.y & made.z & made.w) == kEvery;
+    const u32 consumers = p.bias_stride_q == 0 ? (1u << kConsumers) - 1 : 1u << ((row << p.pack_bits) / 64);
+    return (any ? kAny : 0) | (all ? 0 : kHidden * consumers);
   }
 
-  // The i-th row of a round, or the last one again where there are no more.
-  FM_DEVICE static int row_at(int begin, int i, int rows) { return min(begin + i * kWarps, rows - 1); }
-
-  // Bit j: byte j is not 0.
-  FM_DEVICE static u32 bits_of(u32 bytes) {
-    u32 bits = 0;
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) bits |= (bytes >> 8 * j & 0xff) != 0 ? 1u << j : 0;
-    return bits;
-  }
-
-  // The bits of all lanes as words: lane t gets word t. Pairs of keys take turns among the words.
-  FM_DEVICE static u32 word_of(u32 mine) {
-    const int t = lane_id() & 3;
-    u32 word = 0;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if constexpr (kPerLane == 4) {
-        // A lane holds two pairs: of words 0 and 1, or 2 and 3.
-        const u32 low = __ballot_sync(0xffffffffu, mine >> e & 1);
-        const u32 high = __ballot_sync(0xffffffffu, mine >> (2 + e) & 1);
-        word |= every_other((t & 1 ? high : low) >> (t >> 1)) << 16 * e;
-      } else {
-        // Lane l holds the pair of word l % 4.
-        const u32 pairs = __ballot_sync(0xffffffffu, mine >> e & 1);
-        word |= every_other(every_other(pairs >> t)) << 16 * e;
-      }
+  // Bits on their way to words. Quad i, keys 4 i to 4 i + 3, has pairs of two words: of 0 and 1 if i is even,
+  // else of 2 and 3. bytes[i % 2][i / 16]: bit i / 2 % 8 of its four bytes.
+  struct Words {
+    u32 bytes[2][2] = {};
+    FM_DEVICE void add(int i, u32 quad) {
+      const u32 high = ((quad & 0x7f7f7f7fu) + 0x7f7f7f7fu | quad) & 0x80808080u;  // of bytes that are not 0
+      bytes[i % 2][i / 16] |= high >> (7 - i / 2 % 8);
     }
-    return word;
-  }
-
-  // Bits 0, 2, 4, ... side by side.
-  FM_DEVICE static u32 every_other(u32 x) {
-    x &= 0x55555555u;
-    x = (x | x >> 1) & 0x33333333u;
-    x = (x | x >> 2) & 0x0f0f0f0fu;
-    x = (x | x >> 4) & 0x00ff00ffu;
-    return (x | x >> 8) & 0x0000ffffu;
-  }
+    FM_DEVICE uint4 all() const {
+      return {word<0x5140>(0), word<0x7362>(0), word<0x5140>(1), word<0x7362>(1)};
+    }
+    template <u32 kBytes>
+    FM_DEVICE u32 word(int half) const {
+      return __byte_perm(bytes[half][0], bytes[half][1], kBytes);
+    }
+  };
 
   // By a whole warp: a lane looks at one tile.
   FM_DEVICE static void add_entries(Smem& s, int* g_entries, int first, int tiles) {

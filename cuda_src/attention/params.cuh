@@ -52,7 +52,8 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   float to_tanh, softcap_exponent[4];        // of SoftcapExponent in math/softmax.cuh
   float softcap_short[2], query_scale;       // of BoundedSoftcapExponent; the factor of its queries
   int bias_rows;         // of a consumer's tile of the bias: 64; where all queries share one: packed heads
-  int mask_lists;        // for each batch entry and tile of queries: one of all heads, or one of each
+  int mask_batches;      // entries that have lists: each, or one for all
+  int mask_lists;        // lists of such an entry for a tile of queries: one for all heads, or one of each
   int mask_list;         // elements that a list has room for
   i64 mask_stride_b, mask_stride_h, mask_stride_q;  // words of the mask
   TensorMap q_map;         // (head_dim, heads_per_key, seqlen_q, heads_k, batch): boxes of 64 rows

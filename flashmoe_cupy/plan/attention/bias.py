@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import BOOL
-from flashmoe_cupy.plan.attention.bias_layout import mask_entries, mask_lists, mask_words, rows_fit, with_rows
+from flashmoe_cupy.plan.attention.bias_layout import (
+    mask_batches,
+    mask_entries,
+    mask_lists,
+    mask_words,
+    rows_fit,
+    with_rows,
+)
 from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
 from flashmoe_cupy.plan.attention.tiles import MASKS, TILES_SM90, tiles_sm90
@@ -38,7 +45,7 @@ class MaskConfig(NamedTuple):
     block_n: int
     threads: int = 256
     smem_bytes: int = 256
-    min_blocks: int = 1
+    min_blocks: int = 4
     cluster: int = 1
 
     @property
@@ -79,7 +86,7 @@ class AttentionMask(Kernel[AttentionProblem, MaskConfig]):
         """One block for each list."""
         forward = AttentionFwdSm90()
         reader = forward.choose(problem, "sm_90a")._replace(block_m=config.block_m)
-        return problem.batch * mask_lists(problem) * forward.blocks(problem, reader)[0]
+        return mask_batches(problem) * mask_lists(problem) * forward.blocks(problem, reader)[0]
 
     def values(
         self, problem: AttentionProblem, config: MaskConfig, aligned: bool, sms: int = DEFAULT_SMS

@@ -30,25 +30,30 @@ def with_rows(p: AttentionProblem) -> tuple[AttentionProblem, int]:
     return p._replace(bias_strides=(by_batch, by_head, by_query, key)), step * size
 
 
+def mask_batches(p: AttentionProblem) -> int:
+    """How many batch entries have words and lists of a boolean bias of their own: one where all are the same.
+
+    Where entries have padding, words and lists are those of what counts, and so each entry's own.
+    """
+    return p.batch if p.bias_strides[0] or not p.even else 1
+
+
 def mask_lists(p: AttentionProblem) -> int:
-    """Lists of key tiles of a boolean bias, for each batch entry and tile of queries."""
+    """Lists of key tiles of a boolean bias, for each of these batch entries and each tile of queries."""
     return p.heads_q if p.bias_strides[1] else 1
 
 
 def mask_entries(p: AttentionProblem, pack_bits: int) -> tuple[int, int]:
     """The most tiles of keys that a list may name, and the most elements of all lists, in tiles of any kernel."""
     tiles = -(-p.seqlen_k // _FEWEST_KEYS)
-    return tiles, p.batch * mask_lists(p) * -(-(p.seqlen_q << pack_bits) // _FEWEST_ROWS) * (1 + tiles)
+    return tiles, mask_batches(p) * mask_lists(p) * -(-(p.seqlen_q << pack_bits) // _FEWEST_ROWS) * (1 + tiles)
 
 
 def mask_words(p: AttentionProblem, tiles: int) -> tuple[int, int, int, int]:
-    """How many words a boolean bias makes for so many tiles of keys, and their strides by batch entry, head and query.
-
-    Where entries have padding, words are those of what counts, and so each entry's own.
-    """
-    by_batch, by_head, by_query, _ = p.bias_strides
+    """How many words a boolean bias makes for so many tiles of keys, and their strides by batch entry, head and query."""
+    _, by_head, by_query, _ = p.bias_strides
     query = 4 * tiles if by_query else 0
     head = 4 * tiles * (p.seqlen_q if by_query else 1)
     batch = head * (p.heads_q if by_head else 1)
-    many = by_batch or not p.even
-    return batch * (p.batch if many else 1), batch if many else 0, head if by_head else 0, query
+    entries = mask_batches(p)
+    return batch * entries, batch if entries > 1 else 0, head if by_head else 0, query

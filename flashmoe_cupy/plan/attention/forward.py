@@ -11,7 +11,14 @@ from flashmoe_cupy.dtypes import BOOL, DType
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
-from flashmoe_cupy.plan.attention.bias_layout import mask_entries, mask_lists, mask_words, rows_fit, with_rows
+from flashmoe_cupy.plan.attention.bias_layout import (
+    mask_batches,
+    mask_entries,
+    mask_lists,
+    mask_words,
+    rows_fit,
+    with_rows,
+)
 from flashmoe_cupy.plan.attention.choice import (
     compiled_dims,
     key_tiles,
@@ -329,6 +336,7 @@ class AttentionFwdSm90(AttentionFwd):
         by_batch, by_head, by_query = mask_words(p, tiles)[1:] if config.variant in MASKS else (0, 0, 0)
         return {
             "bias_rows": self._bias_rows(p) if config.variant in BIASES else 0,
+            "mask_batches": mask_batches(p),
             "mask_lists": mask_lists(p),
             "mask_list": 1 + tiles,
             "mask_stride_b": by_batch,
