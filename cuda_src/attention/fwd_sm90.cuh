@@ -234,7 +234,8 @@ struct AttentionFwdSm90 {
     rings.k.release(at.k);
     at.k.advance();
     if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-    Scores::change(p, s_works[0], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer));
+    Scores::change(p, s_works[0], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer),
+                   Scores::words_of(p, s_works[0], tile_row, at.tile(p)));
     if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
     Scores::exponentiate(p, softmax, s_works[0], at.steps, r_s, tile_row, at.n);
     pack_operand<Element>(r_p, r_s[0]);
@@ -266,6 +267,8 @@ struct AttentionFwdSm90 {
         if constexpr (kBounded) scale_queries(p, s_base, consumer, at.q);
       }
       --at.n;
+      typename Scores::Words words{};  // read while the products run
+      if (!kPlain) words = Scores::words_of(p, s_works[here], tile_row, at.tile(p));
       if (!k_here) rings.k.wait_full(at.k);
       const bool v_here = rings.v.is_full(at.v);
       take_turn(consumer);
@@ -298,7 +301,8 @@ struct AttentionFwdSm90 {
       if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
 
       if (!kPlain || Variant::kScore)
-        Scores::change(p, s_works[here], r_s, tile_row, at.tile(p), kPlain || at.whole(p, at.n, consumer));
+        Scores::change(p, s_works[here], r_s, tile_row, at.tile(p), kPlain || at.whole(p, at.n, consumer),
+                       words);
       if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
       // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not
       // over this branch.

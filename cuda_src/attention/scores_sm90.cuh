@@ -14,24 +14,33 @@ struct AttentionScoresSm90 {
   using Params = AttentionFwdSm90Params;
   using Softmax = decltype(pick<Variant::kBounded>(BoundedSoftmax(), OnlineSoftmax<1>()));
 
+  // The words of a boolean mask for a thread's two rows.
+  struct Words {
+    u32 of[2];
+  };
+  template <class Work>
+  FM_DEVICE static Words words_of(const Params& p, const Work& w, int tile_row, int n) {
+    if constexpr (!Variant::kMask) return {};
+    const int row = tile_row + (lane_id() >> 2);
+    return {mask_word(p, w, row, n), mask_word(p, w, row + 8, n)};
+  }
+
   // The variant's change of scores, and the mask.
   template <class Work, int kN>
   FM_DEVICE static void change(const Params& p, const Work& w, float (&r_s)[1][kN][4], int tile_row, int n,
-                               bool whole) {
+                               bool whole, const Words& words) {
     if constexpr (Variant::kScore)
       Variant::apply(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
     if (Variant::kBounded || whole) return;
     if constexpr (Variant::kMask) {
-      const u32 words[2] = {mask_word(p, w, tile_row + (lane_id() >> 2), n),
-                            mask_word(p, w, tile_row + (lane_id() >> 2) + 8, n)};
       mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN, -infinity(),
-                  [&](int i, int e) { return words[i] >> 16 * e; });
+                  [&](int i, int e) { return words.of[i] >> 16 * e; });
     } else {
       mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
     }
   }
 
-  // What the mask leaves to a thread of row `row` of the tile of queries.
+  // Of row `row` of the tile of queries.
   template <class Work>
   FM_DEVICE static u32 mask_word(const Params& p, const Work& w, int row, int n) {
     const i64 query = min(w.m0 + row, w.band.rows - 1) >> p.pack_bits;
