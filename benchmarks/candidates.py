@@ -104,11 +104,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         "attention_forward", _forward(64, (1024, _FULL), (8192, _CAUSAL), (8192, _FULL)),
         (*_tiles((192, 128, 3), (128, 128, 3), (256, 64, 4)), _EARLY_EXPONENTIALS),
     ),
+    "key_bias": Experiment(
+        "attention_bias", ("padding_bf16", "padding_fp32"), _tiles((192, 128, 3), (256, 64, 4), (128, 128, 3)),
+    ),
     "bias_d64": Experiment(
-        "attention_bias", ("padding_bf16", "per_head_bf16", "pair_bf16"),
-        _tiles((128, 128, 2), (192, 64, 2), (256, 64, 2), (128, 64, 3)),
+        "attention_bias", ("per_head_bf16", "pair_bf16"), _tiles((192, 64, 2), (256, 64, 2), (128, 64, 3)),
+    ),
+    "bias32_d64": Experiment(
+        "attention_bias", ("per_head_fp32", "pair_fp32"), _tiles((128, 128, 2), (128, 96, 2), (192, 64, 2)),
     ),
     "bias_d128": Experiment("attention_bias", ("per_batch_bf16",), _tiles((128, 64, 2), (128, 128, 1))),
+    "bias32_d128": Experiment("attention_bias", ("per_batch_fp32",), _tiles((128, 96, 2), (128, 128, 1))),
     "mask": Experiment(
         "attention_mask", ("per_head_tiles", "per_head_random", "per_batch_tiles", "pair_tiles"),
         (*_tiles((128, 64, 3)), _EARLY_EXPONENTIALS),

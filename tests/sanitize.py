@@ -35,7 +35,10 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {"bias": "b1q1", "bias_dtype": "bool", "window_size": (20, 20), "alibi": "h"},
     {"bias": "b1qk", "bias_dtype": "bool"},
     {"bias": "b11k", "alibi": "bh"},
+    {"bias": "b11k"},
+    {"bias": "b11k", "bias_dtype": "float32"},
 )
+SEVERAL_TILES = (*FEATURES[:5], *FEATURES[-2:])  # with which the lengths choose among tiles
 
 
 def cases() -> list[AttentionCase | VarlenCase]:
@@ -53,14 +56,14 @@ def cases() -> list[AttentionCase | VarlenCase]:
         found.append(padded._replace(head_dim=d, dtype=dtype, bias="b1qk", used_k=(147, 90, 7)))
     sizes = ((1, 1), (1, 300), (300, 1), (5, 0))
     for dtype, d in itertools.product(("bfloat16", "float16"), (64, 128)):  # tiles that only long sequences get
-        for features in FEATURES[:5]:  # under a window that hides nothing much, few tiles are no reason for small ones
+        for features in SEVERAL_TILES:  # under a window that hides nothing much, few tiles are no reason for small ones
             for rows in (250, 1100):
                 wide = features | {"causal": False, "window_size": (rows, -1)}
                 found.append(AttentionCase(rows, 147, 1, 2, 1, d, d, dtype, **wide))
         for rows, alibi in itertools.product((70, 250, 1100), ("", "h")):
             masked = AttentionCase(rows, 147, 1, 2, 1, d, d, dtype, bias="b1qk", bias_dtype="bool", alibi=alibi)
             found.append(masked._replace(window_size=(rows, -1)))
-    for dtype, d, features in itertools.product(("bfloat16", "float16"), (64, 96, 128), FEATURES[:5]):
+    for dtype, d, features in itertools.product(("bfloat16", "float16"), (64, 96, 128), SEVERAL_TILES):
         found += [AttentionCase(rows, 4200, 1, 2, 1, d, d, dtype, **features) for rows in (70, 190)]
         found.append(AttentionCase(250, 147, 1, 2, 1, d, d, dtype, **features))
         found.append(AttentionCase(70, 8400, 1, 1, 1, d, d, dtype, **features))

@@ -220,11 +220,17 @@ BIASES: tuple[Case, ...] = (
     PADDED._replace(bias="b1qk", bias_dtype="float32", heads_q=4, head_dim=128, causal=True),
     PADDED._replace(bias="11qk", bias_dtype="bool", causal=True, heads_q=4),
     PADDED._replace(bias="bhqk", bias_dtype="bool", head_dim=72),
+    # A value for each key alone.
+    AttentionCase(300, 330, 2, 4, 2, 64, bias="b11k", causal=True),
+    AttentionCase(150, 201, 1, 2, 2, 128, dtype="float16", bias="h1k", bias_dtype="float32", sinks="float32"),
+    PADDED._replace(bias="b11k", heads_q=4, causal=True),
+    PADDED._replace(bias="1h1k", bias_dtype="float32", head_dim=128, heads_k=2, window_size=(70, 9)),
+    AttentionCase(19, 300, 2, 16, 2, 64, bias="1k", bias_dtype="float32", causal=True),
 )
 # Faults in what a bias needs, and the case that shows each.
 BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     "bytes of the bias not announced": (
-        0, Fault(_90, "Tile::kBytes + With::bytes(p)", "Tile::kBytes", "bytes more than announced")
+        0, Fault(_90, "Tile::kBytes + With::kLoaded", "Tile::kBytes", "bytes more than announced")
     ),
     "the bias given back before it is read": (
         3,
@@ -236,9 +242,14 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     ),
     "the wrong swizzle": (0, Fault("attention/bias_sm90.cuh", "^ (lane >> 4)", "")),
     "the wrong swizzle of 32 bits": (2, Fault("attention/bias_sm90.cuh", "(lane >> 1 & 1)", "(lane & 1)")),
-    "a row of the bias for each query": (4, Fault("attention/bias_sm90.cuh", "row & (p.bias_rows - 1)", "row")),
+    "the wrong pair of a bias for each key": (
+        20, Fault("attention/bias_sm90.cuh", "bias[e % 2]", "bias[e / 2]")
+    ),
+    "padding before the first key of such a bias": (22, Fault(_90, "hide_keys(r_s[0], before)", "")),
     "rows without their padding": (1, Fault("attention/bias_rows.cuh", "row * p.row_chunks + chunk", "row + chunk")),
-    "the wrong half of a word": (8, Fault("attention/scores_sm90.cuh", "words[i] >> 16 * e", "words[i] >> 15 * e")),
+    "the wrong half of a word": (
+        8, Fault("attention/scores_sm90.cuh", "words.of[i] >> 16 * e", "words.of[i] >> 15 * e")
+    ),
     "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "word<0x7362>(0)", "word<0x7263>(0)")),
     "the list of another tile": (
         15, Fault("attention/key_tiles.cuh", "* p.m_blocks + m_block)", "* p.m_blocks + 0)", "relative|memory|deadlock")

@@ -193,9 +193,9 @@ FAULTS = {
         SM90, Fault("attention/bias_rows.cuh", "row = matrix * p.queries + query;", "row = matrix * p.queries;")
     ),
     "a bias beside keys that begin elsewhere": (
-        SM90, Fault("attention/schedule_sm90.cuh", "from_step<kKeyStep>(without_unseeing", "from_step<1>(without_unseeing")
+        SM90, Fault("attention/schedule_sm90.cuh", "from_step<kKeyStep>(without", "from_step<1>(without")
     ),
-    "keys of padding that count": (SM90, Fault("attention/fwd_sm90.cuh", "Bias::hide(r_s[0], before)", "")),
+    "keys of padding that count": (SM90, Fault("attention/fwd_sm90.cuh", "hide_keys(r_s[0], before)", "")),
     "values of padding that are no numbers": (
         SM90, Fault("attention/fwd_sm90.cuh", "if (held.head) clear_rows", "if (false) clear_rows")
     ),

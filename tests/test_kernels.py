@@ -281,6 +281,8 @@ def test_queries_that_see_no_key_have_no_tiles() -> None:
     p = problem(q=5121, k=33, heads_q=8, heads_k=8, d=128, causal=True)
     config = hopper.choose(p, "sm_90a")
     assert hopper.blocks(p, config)[0] == 1 and hopper.values(p, config, True)["may_unsee"] == 1
+    assert hopper.tiles(p, config) == 16 and hopper.grid(p, config, 132) == 132, "more blocks fill the other rows"
+    assert hopper.grid(problem(q=40, k=33, heads_q=8, heads_k=8, d=128, causal=True), config, 132) == 16
     assert AttentionFwdSm80().blocks(p, AttentionFwdSm80().choose(p, "sm_90a"))[0] == 41, "which has no rows to fill"
     for options in ({}, {"causal": True, "window_size": (5, 0)}, {"window_size": (-1, 3)}):
         few, many = problem(q=300, k=200, **options), problem(q=200, k=300, **options)
@@ -296,10 +298,29 @@ def test_tiles_that_lengths_do_not_choose() -> None:
     for d in (8, 64, 96, 128, 192, 256):
         for q, k in ((1, 1), (5000, 9000)):
             wide = (128, 64, 3) if d <= 64 else (64, 64, 2) if d > 192 else (128, 64, 2)
-            assert tile(d=d, q=q, k=k, bias=array(1, 1, dtype=FP32)) == wide
-            for bias in (array(1, 1), array(1, 1, dtype=BOOL)):
-                few = {tile(d=d, q=n, k=k, bias=bias) for n in (1, 300, 5000)}
-                assert len(few) == 1 or (d <= 64 and bias.dtype is BOOL)
+            assert tile(d=d, q=q, k=k, bias=array(q, k, dtype=FP32), softcap=1.0) == wide
+            few = {tile(d=d, q=n, k=k, bias=array(n, k), alibi_slopes=array(8, dtype=FP32)) for n in (1, 300, 5000)}
+            assert len(few) == 1
+            few = {tile(d=d, q=n, k=k, bias=array(1, 1, dtype=BOOL)) for n in (1, 300, 5000)}
+            assert len(few) == 1 or d <= 64
+
+
+def test_a_bias_that_all_queries_share_is_a_value_for_each_key() -> None:
+    def chosen(**options: Any) -> str:
+        return hopper.choose(problem(**options), "sm_90a").variant
+
+    b, h, q, k = 2, 8, 300, 400
+    for shape in ((1, k), (b, 1, 1, k), (1, 1), (b, 1, 1, 1)):
+        assert chosen(bias=array(*shape)) == "KeyBiasScores<2>", shape
+        assert chosen(bias=array(*shape, dtype=FP32)) == "KeyBiasScores<4>", shape
+        assert chosen(bias=array(*shape), softcap=3.0) == "BiasScores<2>", shape
+    assert chosen(bias=array(h, 1, k)) == "BiasScores<2>", "heads that lie side by side differ"
+    assert chosen(bias=array(h, 1, k), heads_k=h) == "KeyBiasScores<2>"
+    for shape in ((q, k), (b, 1, q, 1), (b, h, q, k)):
+        assert chosen(bias=array(*shape), heads_k=h) == "BiasScores<2>", shape
+    p = problem(bias=array(b, 1, 1, k), heads_k=2, q=9)
+    (bias_map,) = hopper.map_arguments(p, hopper.choose(p, "sm_90a"))[4:]
+    assert bias_map.box == (128, 1, 1, 1, 1) and bias_map.swizzle == 0 and hopper.pack_bits(p) == 2
 
 
 def test_the_other_tile_is_a_reason() -> None:
@@ -318,6 +339,7 @@ def test_every_choice_is_in_the_closed_set() -> None:
     features: tuple[dict[str, Any], ...] = (
         {}, {"softcap": 1.0}, {"softcap": 99.0}, {"softmax_scale": -1.0}, {"bias": array(1, 1, dtype=FP32)},
         {"bias": None}, {"bias": array(1, 1, dtype=BOOL)}, {"bias": array(1, 1, dtype=BOOL), "softcap": 1.0},
+        {"bias": array(1, 1, dtype=FP32), "softcap": 1.0}, {"bias": None, "softcap": 1.0},
     )  # fmt: skip
     lengths = ((1, 400), (200, 400), (2000, 5000), (255, 400))
     for kernel in of_task("attention_fwd").values():
@@ -381,7 +403,7 @@ def test_params_of_the_hopper_kernel() -> None:
     section = hopper.section(p, config, 100)
     assert section > 1 and {name: values[name] for name in values if name not in base} == {
         "tiles": 512, "batch": 2, "section": section, "tile_counter": 0, "total_q": 0, "clear_rest": 0,
-        "may_unsee": 0, "pack_bits": 0, "bias_rows": 0, "mask_lists": 1, "mask_list": 33, "mask_stride_b": 0,
+        "may_unsee": 0, "pack_bits": 0, "mask_batches": 1, "mask_lists": 1, "mask_list": 33, "mask_stride_b": 0,
         "mask_stride_h": 0, "mask_stride_q": 0, **softcap.fields("", 1.0, 0.0),
     }  # fmt: skip
     assert len(hopper.params.pack(values)) == 512 - 128 and len(portable.params.pack(base)) == 344 - 128

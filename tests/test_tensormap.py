@@ -204,7 +204,7 @@ def test_the_operation_launches_the_hopper_kernel(driver: Driver, loaded: list[s
     for q in (0x1000, 0x7000):
         call(p, q=q)
         shape, params = driver.launched[-1]
-        assert shape == (1, min(132, kernel.tiles(p, config)), 1, 1, config.threads, 1, 1, config.smem_bytes, 9)
+        assert shape == (1, kernel.grid(p, config, 132), 1, 1, config.threads, 1, 1, config.smem_bytes, 9)
         maps_at = kernel.params.maps_at
         numbers = kernel.params.pack(kernel.values(p, config, True, 132))
         assert params[8 * len(kernel.params.pointers) : maps_at] == numbers

@@ -1,12 +1,12 @@
 // The bias of a tile of scores in the Hopper kernels. The copy engine brings it beside the tile of keys, into
-// the same stage of the same ring, so that every element is read once for each head that uses it. Where all
-// queries have the same bias, one row of it is brought.
+// the same stage of the same ring, so that every element is read once for each head that uses it.
+//
+//   AttentionBiasSm90     a value for each query and key. In shared memory each consumer has 64 rows in
+//                         panels of 128 bytes, swizzled. Packed heads lie side by side, as in a tile of Q.
+//   AttentionKeyBiasSm90  a value for each key: all queries have the same row, and all heads that share keys.
 //
 // The copy engine reads from multiples of 16 bytes on only. Where keys begin behind padding, tiles of keys
-// therefore begin up to kKeyStep - 1 rows before the first key; hide() takes those out of the scores.
-//
-// In shared memory each consumer has 64 rows in panels of 128 bytes, swizzled. Packed heads lie side by side,
-// as those of a tile of queries do.
+// therefore begin up to kKeyStep - 1 rows before the first key; hide_keys takes those out of the scores.
 #pragma once
 #include "attention/params.cuh"
 #include "attention/variant.cuh"
@@ -20,10 +20,18 @@ namespace fm {
 struct NoBias {
   enum : bool { kUsed = false };
   enum : int { kBytes = 0, kKeyStep = 1 };
-  FM_DEVICE static u32 bytes(const AttentionFwdSm90Params&) { return 0; }
+  enum : u32 { kLoaded = 0 };
   template <class Work>
   FM_DEVICE static void load(const AttentionFwdSm90Params&, const Work&, u32, u32, int) {}
 };
+
+// Scores of the first `keys` keys of a tile, at most 7, count no more.
+template <int kN>
+FM_DEVICE void hide_keys(float (&r_s)[kN][4], int keys) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if ((lane_id() & 3) * 2 + e % 2 < keys) r_s[0][e] = -infinity();
+}
 
 template <class Value, int kBlockM, int kBlockN>
 struct AttentionBiasSm90 {
@@ -38,44 +46,31 @@ struct AttentionBiasSm90 {
     kConsumerBytes = kPanels * kPanelBytes,
     kBytes = kConsumers * kConsumerBytes  // of a stage
   };
+  enum : u32 { kLoaded = kBytes };  // bytes that load() brings
   static_assert(kBlockN % kColumns == 0, "whole panels");
-
-  // Bytes that load() brings.
-  FM_DEVICE static u32 bytes(const Params& p) { return kConsumers * kPanels * 128 * p.bias_rows; }
 
   // One thread. Key tile n of the tile of queries w; the caller has told s_full of the bytes.
   template <class Work>
   FM_DEVICE static void load(const Params& p, const Work& w, u32 s_stage, u32 s_full, int n) {
     const u64 policy = createpolicy_evict_normal();  // other heads or batch entries may use it, too
 #pragma unroll 1
-    for (int i = 0; i < kConsumers; ++i) {
-      // Where all queries have one row, its place is any query.
-      const int query = w.q_row + (p.bias_rows == 64 ? i * 64 >> p.pack_bits : 0);
+    for (int i = 0; i < kConsumers; ++i)
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel)
         tma_load_5d(s_stage + i * kConsumerBytes + panel * kPanelBytes, p.bias_map, s_full, policy,
-                    w.k_row + n * kBlockN + panel * kColumns, w.head % p.heads_per_key, query, w.head_k,
-                    w.batch);
-    }
+                    w.k_row + n * kBlockN + panel * kColumns, w.head % p.heads_per_key,
+                    w.q_row + (i * 64 >> p.pack_bits), w.head_k, w.batch);
   }
 
-  // Scores of the first `columns` columns, at most 7, count no more.
-  template <int kN>
-  FM_DEVICE static void hide(float (&r_s)[kN][4], int columns) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if ((lane_id() & 3) * 2 + e % 2 < columns) r_s[0][e] = -infinity();
-  }
-
-  // Scores of a warp become softmax_scale * s + bias. s_tile: the consumer's part of the stage; row: the
+  // Scores of a warp become scale * s + bias. s_tile: the consumer's part of the stage; row: the
   // warp's first among the 64.
   template <int kN>
-  FM_DEVICE static void add(const Params& p, float (&r_s)[kN][4], float scale, u32 s_tile, int row) {
+  FM_DEVICE static void add(float (&r_s)[kN][4], float scale, u32 s_tile, int row) {
     const int lane = lane_id();
     if constexpr (sizeof(Value) == 2) {
       // ldmatrix hands out pairs of values as accumulators hold them: four matrices are rows 0 to 7 and 8 to
       // 15 of two neighbouring blocks of 8 columns.
-      const int mine = row_of(p, row + (lane & 15)), swizzle = (mine & 7) ^ (lane >> 4);
+      const int mine = row + (lane & 15), swizzle = (mine & 7) ^ (lane >> 4);
       const u32 s_row = s_tile + mine * 128;
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
@@ -91,7 +86,7 @@ struct AttentionBiasSm90 {
     } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int mine = row_of(p, row + i * 8 + (lane >> 2));
+        const int mine = row + i * 8 + (lane >> 2);
         const u32 s_row = s_tile + mine * 128 + (lane & 1) * 8;
         const int swizzle = (mine & 7) ^ (lane >> 1 & 1);
 #pragma unroll
@@ -104,18 +99,52 @@ struct AttentionBiasSm90 {
       }
     }
   }
-
- private:
-  // bias_rows is 64, or as many as there are heads side by side, a power of two.
-  FM_DEVICE static int row_of(const Params& p, int row) { return row & (p.bias_rows - 1); }
 };
 
-template <class Element, int kValueBytes, int kBlockM, int kBlockN>
+template <class Value, int kBlockN>
+struct AttentionKeyBiasSm90 {
+  using Params = AttentionFwdSm90Params;
+  enum : bool { kUsed = true };
+  enum : int {
+    kSize = static_cast<int>(sizeof(Value)),
+    kKeyStep = 16 / kSize,
+    kConsumerBytes = 0,                        // all read the same row
+    kBytes = div_up(kBlockN * kSize, 128) * 128  // of a stage
+  };
+  enum : u32 { kLoaded = kBlockN * kSize };
+
+  template <class Work>
+  FM_DEVICE static void load(const Params& p, const Work& w, u32 s_stage, u32 s_full, int n) {
+    tma_load_5d(s_stage, p.bias_map, s_full, createpolicy_evict_last(), w.k_row + n * kBlockN, 0, 0, w.head_k,
+                w.batch);
+  }
+
+  template <int kN>
+  FM_DEVICE static void add(float (&r_s)[kN][4], float scale, u32 s_row, int) {
+    const u32 s_pair = s_row + (lane_id() & 3) * 2 * kSize;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      float bias[2];
+      if constexpr (kSize == 2) {
+        const u32 pair = ld_shared_b32(s_pair + n * 8 * kSize);
+        bias[0] = low_of<Value>(pair), bias[1] = high_of<Value>(pair);
+      } else {
+        ld_shared_v2_f32(bias[0], bias[1], s_pair + n * 8 * kSize);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) r_s[n][e] = fmaf(r_s[n][e], scale, bias[e % 2]);
+    }
+  }
+};
+
+template <class Element, class Variant, int kBlockM, int kBlockN>
 FM_DEVICE auto attention_bias_of() {
-  if constexpr (kValueBytes == 0) return NoBias();
-  else return AttentionBiasSm90<decltype(pick<kValueBytes == 2>(Element(), fp32())), kBlockM, kBlockN>();
+  using Value = decltype(pick<Variant::kBiasBytes == 2>(Element(), fp32()));
+  if constexpr (Variant::kBiasBytes == 0) return NoBias();
+  else if constexpr (Variant::kKeyBias) return AttentionKeyBiasSm90<Value, kBlockN>();
+  else return AttentionBiasSm90<Value, kBlockM, kBlockN>();
 }
-template <class Element, int kValueBytes, int kBlockM, int kBlockN>
-using AttentionBiasOf = decltype(attention_bias_of<Element, kValueBytes, kBlockM, kBlockN>());
+template <class Element, class Variant, int kBlockM, int kBlockN>
+using AttentionBiasOf = decltype(attention_bias_of<Element, Variant, kBlockM, kBlockN>());
 
 }  // namespace fm

@@ -61,7 +61,7 @@ struct AttentionFwdSm90 {
   static_assert(kQueriesScaled + kConsumers <= kOutsideCleared);
   static_assert(kOutsideCleared + kConsumers <= kNamedBarriers);
 
-  using Bias = AttentionBiasOf<Element, Variant::kBiasBytes, kBlockM, kBlockN>;
+  using Bias = AttentionBiasOf<Element, Variant, kBlockM, kBlockN>;
   using Scheduler = AttentionSchedulerSm90<kBlockM, kBlockN, kStages, Keys, Variant::kMask, Bias::kKeyStep>;
   using KeyTiles = KeyTilesOf<Variant::kMask>;  // which tile of keys a step is
   using Scores = AttentionScoresSm90<Variant, kBlockN>;
@@ -170,7 +170,7 @@ struct AttentionFwdSm90 {
                                   const RingBarriers<kStages>& ring, RingKV& at, u32 s_tiles, int col,
                                   int n) {
     ring.wait_empty(at);
-    mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes + With::bytes(p));
+    mbarrier_arrive_expect_tx(ring.full(at.stage), Tile::kBytes + With::kLoaded);
     const u32 s_tile = s_tiles + at.stage * Tile::kBytes;
     Keys::template load_keys<Tile>(p, w, map, s_tile, ring.full(at.stage), col, n);
     With::load(p, w, s_tiles - Smem::kK + Smem::kBias + at.stage * With::kBytes, ring.full(at.stage), n);
@@ -323,7 +323,7 @@ struct AttentionFwdSm90 {
     };
 #pragma unroll 1
     while (step(Bool<false>())) {
-      if constexpr (Variant::kWide) continue;  // a bias is slow to load and to compile: no second loop for it
+      if constexpr (Variant::kOneLoop) continue;
 #pragma unroll 1
       while (!held.pending && at.n > at.steps.begin && at.whole(p, at.n - 1, consumer)) step(Bool<true>());
     }
@@ -353,7 +353,7 @@ struct AttentionFwdSm90 {
     if constexpr (Bias::kUsed) {
       const u32 s_bias = s_base + Smem::kBias + at.k.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
       Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(p), s_bias);
-      if (const int before = head_rows(p, w, at.tile(p))) Bias::hide(r_s[0], before);
+      if (const int before = head_rows(p, w, at.tile(p))) hide_keys(r_s[0], before);
     }
   }
 

@@ -51,7 +51,6 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   int pack_bits;         // 2^pack_bits heads share tiles: row r: query r >> pack_bits of head r % 2^pack_bits
   float to_tanh, softcap_exponent[4];        // of SoftcapExponent in math/softmax.cuh
   float softcap_short[2], query_scale;       // of BoundedSoftcapExponent; the factor of its queries
-  int bias_rows;         // of a consumer's tile of the bias: 64; where all queries share one: packed heads
   int mask_batches;      // entries that have lists: each, or one for all
   int mask_lists;        // lists of such an entry for a tile of queries: one for all heads, or one of each
   int mask_list;         // elements that a list has room for
@@ -59,7 +58,7 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
   TensorMap q_map;         // (head_dim, heads_per_key, seqlen_q, heads_k, batch): boxes of 64 rows
   TensorMap k_map, v_map;  // (head_dim, seqlen_k, heads_k, batch)
   TensorMap out_map;       // (head_dim_v, heads_q, seqlen_q, batch): boxes of 16 rows
-  TensorMap bias_map;      // (seqlen_k, heads_per_key, seqlen_q, heads_k, batch): 128 bytes of bias_rows rows
+  TensorMap bias_map;      // (seqlen_k, heads_per_key, seqlen_q, heads_k, batch): tiles of bias_sm90.cuh
 };
 
 }  // namespace fm

@@ -53,7 +53,7 @@ struct AttentionScoresSm90 {
   FM_DEVICE static void add_bias(const Params& p, const Work& w, float (&r_s)[1][kN][4], int tile_row, int n,
                                  u32 s_bias) {
     const float scale = Variant::prepare(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
-    Bias::add(p, r_s[0], scale, s_bias, tile_row % 64);
+    Bias::add(r_s[0], scale, s_bias, tile_row % 64);
   }
 
   // Scores become weights, and the sums of rows grow. kPlain: no score of the tile is masked.

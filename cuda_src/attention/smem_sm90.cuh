@@ -28,8 +28,8 @@ struct AttentionSmemSm90 {
   static constexpr int kRest = kKeys + kConsumers * kOutBytes + kRecordBytes;
   static constexpr int kQStages = 2 * kConsumers * TileQ::kBytes + kRest <= kMaxSmemBytes ? 2 : 1;
   static constexpr int kK = kQ + kQStages * kConsumers * TileQ::kBytes, kV = kK + kStages * TileK::kBytes;
-  static constexpr int kBias = kV + kStages * TileV::kBytes, kOut = kBias + kStages * kBiasBytes;
-  static constexpr int kWork = kOut + kConsumers * kOutBytes;
+  static constexpr int kOut = kV + kStages * TileV::kBytes, kBias = kOut + kConsumers * kOutBytes;
+  static constexpr int kWork = kBias + kStages * kBiasBytes;
   static constexpr int kBarriers = kWork + kWorks * static_cast<int>(sizeof(Work));
   static constexpr int kBarriersQ = kBarriers;
   static constexpr int kBarriersK = kBarriersQ + kConsumers * RingBarriers<kQStages>::kBytes;

@@ -8,6 +8,8 @@
 //   kBounded    true: exponents are so small that nothing needs to be subtracted from them; queries are
 //               multiplied by p.query_scale first
 //   kBiasBytes  of a value of a bias whose tiles come beside those of K (bias_sm90.cuh); 0: none does
+//   kKeyBias    true: that bias has a value for each key alone, which all queries of a head share
+//   kOneLoop    true: plain steps have no loop of their own, since the code is slow to load and to compile
 //   kFetchesBias  true: threads fetch a bias of any type and strides (bias_sm80.cuh)
 //   kMask       true: a boolean mask comes as words of bits and as lists of the key tiles that it leaves
 //               (mask_words.cuh)
@@ -37,7 +39,7 @@ FM_DEVICE void for_each_score(float (&r_s)[kM][kN][4], int row, int col, F&& f) 
 
 struct ScoresAlone {
   static constexpr int kBiasBytes = 0;
-  static constexpr bool kMask = false, kFetchesBias = false;
+  static constexpr bool kMask = false, kFetchesBias = false, kKeyBias = false, kOneLoop = false;
 };
 
 struct PlainScores : ScoresAlone {
@@ -111,6 +113,7 @@ struct ModifiedScores : ScoresAlone {
 template <int kBytes>
 struct BiasScores : ScoresAlone {
   static constexpr bool kScore = false, kWide = true, kAligned = true, kBounded = false;
+  static constexpr bool kOneLoop = true;
   static constexpr int kBiasBytes = kBytes;
   FM_DEVICE static float scale(const AttentionFwdParams&) { return 1.f; }
   FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams&) { return {1.f}; }
@@ -122,6 +125,17 @@ struct BiasScores : ScoresAlone {
     if (p.softcap == 0.f && p.alibi_slopes == nullptr) return p.softmax_scale;
     ModifiedScores<true>::apply(p, r_s, batch, head, row, col, band);
     return 1.f;
+  }
+};
+
+// The same with a value for each key alone; without softcap and ALiBi.
+template <int kBytes>
+struct KeyBiasScores : BiasScores<kBytes> {
+  static constexpr bool kKeyBias = true, kOneLoop = false;
+  template <int kM, int kN>
+  FM_DEVICE static float prepare(const AttentionFwdParams& p, float (&)[kM][kN][4], int, int, int, int,
+                                 const BandMask&) {
+    return p.softmax_scale;
   }
 };
 

@@ -19,7 +19,7 @@ BYTES = 128  # of a map; in Params its address is a multiple of as many
 MAX_STRIDE = 2**40  # bytes; every stride is less (CUDA driver API, cuTensorMapEncodeTiled)
 
 _CODES = {FP16: 6, FP32: 7, BF16: 9}  # CUtensorMapDataType
-_SWIZZLE_128B = 3  # CUtensorMapSwizzle
+_SWIZZLE = {0: 0, 128: 3}  # CUtensorMapSwizzle
 _PROMOTION = {128: 2, 256: 3}  # CUtensorMapL2promotion
 _PROBES = (0x1000, 0x7F5A_A5F0_1230)  # addresses to try: multiples of 16 that differ in many bits
 
@@ -32,6 +32,7 @@ class TensorMap(NamedTuple):
     strides: tuple[int, ...]  # bytes, of all dimensions but the first
     box: tuple[int, ...]  # elements that one copy moves; what lies outside of the array arrives as zero
     promotion: int = 128  # bytes that L2 fetches at least: 128 or 256
+    swizzle: int = 128  # bytes of a row of a box within which 16-byte chunks change places; 0: none do
 
 
 def encode(of: TensorMap, address: int) -> bytes:
@@ -42,7 +43,7 @@ def encode(of: TensorMap, address: int) -> bytes:
     code = driver.library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(storage) + start), _CODES[of.dtype], rank, ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*of.dims), (ctypes.c_uint64 * (rank - 1))(*of.strides),
-        (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B,
+        (ctypes.c_uint32 * rank)(*of.box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE[of.swizzle],
         _PROMOTION[of.promotion], 0,
     )  # fmt: skip
     if code:

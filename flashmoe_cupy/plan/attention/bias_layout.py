@@ -50,7 +50,7 @@ def mask_entries(p: AttentionProblem, pack_bits: int) -> tuple[int, int]:
 
 
 def mask_words(p: AttentionProblem, tiles: int) -> tuple[int, int, int, int]:
-    """How many words a boolean bias makes for so many tiles of keys, and their strides by batch entry, head and query."""
+    """How many words a boolean bias makes for so many tiles of keys; their strides by batch entry, head and query."""
     _, by_head, by_query, _ = p.bias_strides
     query = 4 * tiles if by_query else 0
     head = 4 * tiles * (p.seqlen_q if by_query else 1)

@@ -11,6 +11,8 @@ from flashmoe_cupy.plan.attention.tiles import (
     BIAS,
     BIAS16,
     BIAS32,
+    KEY_BIAS16,
+    KEY_BIAS32,
     MASK,
     MASK_SCORES,
     PLAIN,
@@ -98,7 +100,12 @@ def variant_sm90(p: AttentionProblem) -> str:
     if p.bias_dtype is BOOL:
         return MASK_SCORES if p.softcap or p.alibi or p.softmax_scale <= 0 else MASK
     if variant == BIAS:
-        return BIAS32 if p.bias_dtype is FP32 else BIAS16
+        wide = p.bias_dtype is FP32
+        _, by_head, by_query, _ = p.bias_strides
+        changed = p.softcap or p.alibi
+        if by_query or changed or (by_head and p.heads_q != p.heads_k):  # heads that lie side by side share one row
+            return BIAS32 if wide else BIAS16
+        return KEY_BIAS32 if wide else KEY_BIAS16
     return variant
 
 

@@ -33,6 +33,7 @@ from flashmoe_cupy.plan.attention.problem import PADDING, AttentionProblem
 from flashmoe_cupy.plan.attention.tiles import (
     BIAS,
     BIASES,
+    KEY_BIASES,
     MASKS,
     PLAIN,
     SCORES,
@@ -87,6 +88,8 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
             why.append("a boolean bias comes as words of bits; key tiles that it hides are left out")
         elif config.variant in BIASES:
             why.append("tiles of the bias come beside those of K")
+        elif config.variant in KEY_BIASES:
+            why.append("a bias that all queries share comes beside K, a value for each key")
         else:
             why.append("a bias is added to the scores")
         return why
@@ -202,7 +205,7 @@ class AttentionFwdSm90(AttentionFwd):
             Sm90Config(element, *dims, *tile, variant)
             for element in ("bf16", "fp16")
             for dims in TILES_SM90
-            for variant in (PLAIN, *softcap.VARIANTS, SCORES, *BIASES, *MASKS)
+            for variant in (PLAIN, *softcap.VARIANTS, SCORES, *BIASES, *KEY_BIASES, *MASKS)
             if variant != softcap.BOUNDED or element == "bf16"
             for tile in tiles_sm90(dims, variant)
         ]
@@ -318,24 +321,20 @@ class AttentionFwdSm90(AttentionFwd):
         )
 
     def _bias_map(self, p: AttentionProblem, config: Config) -> tuple[TensorMap, ...]:
-        if config.variant not in BIASES:
+        if config.variant not in (*BIASES, *KEY_BIASES):
             return ()
         assert p.bias_dtype is not None
         group, (by_batch, by_head, by_query, _) = _heads_per_key(p), p.bias_strides
         outer = (group, by_head), (p.seqlen_q, by_query), (p.heads_k, by_head * group), (p.batch, by_batch)
+        if config.variant in KEY_BIASES:
+            return (_map(p.bias_dtype, p.seqlen_k, outer, (config.block_n, 1, 1, 1, 1), swizzle=0),)
         packed = 1 << self.pack_bits(p)
-        box = 128 // p.bias_dtype.itemsize, packed, self._bias_rows(p) // packed, 1, 1
-        return (_map(p.bias_dtype, p.seqlen_k, outer, box),)
-
-    def _bias_rows(self, p: AttentionProblem) -> int:
-        """Rows of the bias for 64 rows of queries: one of each packed head where all queries have the same."""
-        return 64 if p.bias_strides[2] else 1 << self.pack_bits(p)
+        return (_map(p.bias_dtype, p.seqlen_k, outer, (128 // p.bias_dtype.itemsize, packed, 64 // packed, 1, 1)),)
 
     def _bias_values(self, p: AttentionProblem, config: Config) -> Values:
         tiles = -(-p.seqlen_k // config.block_n)
         by_batch, by_head, by_query = mask_words(p, tiles)[1:] if config.variant in MASKS else (0, 0, 0)
         return {
-            "bias_rows": self._bias_rows(p) if config.variant in BIASES else 0,
             "mask_batches": mask_batches(p),
             "mask_lists": mask_lists(p),
             "mask_list": 1 + tiles,
@@ -352,7 +351,7 @@ class AttentionFwdSm90(AttentionFwd):
             read = {name: array for name, array in step.arguments.items() if name in ("bias", *PADDING)}
             words = Step("attention_mask", p, read | shared)
             return [words, Step(step.task, p, step.arguments | shared, step.values, step.clears)], {}
-        if config.variant not in BIASES or (rows_fit(p) and step.arguments["bias"] not in odd):
+        if config.variant not in (*BIASES, *KEY_BIASES) or (rows_fit(p) and step.arguments["bias"] not in odd):
             return [step], {}
         moved, size = with_rows(p)
         rows = Step("attention_bias_rows", p, {"bias": step.arguments["bias"]} | same("bias_rows"))
@@ -360,12 +359,14 @@ class AttentionFwdSm90(AttentionFwd):
         return [rows, Step(step.task, moved, arguments, step.values, step.clears)], {"bias_rows": size}
 
 
-def _map(dtype: DType, width: int, outer: Sequence[tuple[int, int]], box: tuple[int, ...]) -> TensorMap:
+def _map(
+    dtype: DType, width: int, outer: Sequence[tuple[int, int]], box: tuple[int, ...], swizzle: int = 128
+) -> TensorMap:  # fmt: skip
     """outer: (size, stride in elements) of each dimension but the contiguous one."""
     size = dtype.itemsize
     # One row has no next one, so its stride may be anything in the array; the driver wants a multiple of 16 bytes.
     strides = tuple([stride * size if n > 1 else 16 for n, stride in outer])
-    return TensorMap(dtype, (width, *[n for n, _ in outer]), strides, box)
+    return TensorMap(dtype, (width, *[n for n, _ in outer]), strides, box, swizzle=swizzle)
 
 
 def _rows(p: AttentionProblem) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class Sm90Config(NamedTuple):
         width, width_v = (-(-dim // 64) * 64 * ELEMENT_BYTES[self.element] for dim in (self.head_dim, self.head_dim_v))
         consumers = self.block_m // 64
         queries, keys = self.block_m * width, self.stages * self.block_n * (width + width_v)
-        keys += self.stages * self.block_m * self.block_n * _BIAS_BYTES.get(self.variant, 0)
+        keys += self.stages * self._bias_bytes
         output = consumers * 4 * WARP_STORE_BYTES
         if queries + keys + output + _RECORDS_BYTES > MAX_SMEM["sm_90a"]:
             output = 0  # results are stored from registers
@@ -100,6 +100,12 @@ class Sm90Config(NamedTuple):
         works, work_bytes = 4, 72 + 24 * consumers  # records of the next tiles
         buffers, barriers = consumers * q_stages + 2 * self.stages + works, 16  # bytes of the two of each buffer
         return q_stages * queries + keys + output + works * work_bytes + barriers * buffers
+
+    @property
+    def _bias_bytes(self) -> int:
+        """Shared memory for the bias of a step: of each query and key, or of each key."""
+        size = self.block_n * _BIAS_BYTES.get(self.variant, 0)
+        return -(-size // 128) * 128 if self.variant in KEY_BIASES else size * self.block_m
 
     @property
     def struct(self) -> str:
@@ -120,11 +126,12 @@ def _dims(config: Config) -> str:
 # What happens to the scores: nothing but the scale, the same for rows at any address, softcap or ALiBi, a bias.
 VARIANTS = ("PlainScores", "PlainScoresUnaligned", "ModifiedScores<false>", "ModifiedScores<true>")
 PLAIN, UNALIGNED, SCORES, BIAS = VARIANTS
-# Of the Hopper kernel alone: a bias of 16 or 32 bits whose tiles come beside those of K; a boolean one, beside scores
-# that are only scaled, and beside others.
+# Of the Hopper kernel alone: a bias of 16 or 32 bits whose tiles come beside those of K; one that all queries of a head
+# share; a boolean one, beside scores that are only scaled, and beside others.
 BIASES = BIAS16, BIAS32 = "BiasScores<2>", "BiasScores<4>"
+KEY_BIASES = KEY_BIAS16, KEY_BIAS32 = "KeyBiasScores<2>", "KeyBiasScores<4>"
 MASKS = MASK, MASK_SCORES = "MaskScores<fm::PlainScores>", "MaskScores<fm::ModifiedScores<false>>"
-_BIAS_BYTES = {BIAS16: 2, BIAS32: 4}  # of a value
+_BIAS_BYTES = {BIAS16: 2, BIAS32: 4, KEY_BIAS16: 2, KEY_BIAS32: 4}  # of a value
 
 Tile = tuple[int, int, int]  # (block_m, block_n, warps) on sm_80, (block_m, block_n, stages) on sm_90a
 
