@@ -32,13 +32,19 @@ from benchmarks.library import Setup  # noqa: E402
 from benchmarks.ours import Ours  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from benchmarks.cases import Case
+    from benchmarks.timing import Timer
+
+    Run = Callable[[int], Any]
 
 _ROUNDS = 9
 _SAMPLE_US = 4000.0  # of one graph
 _KERNEL = "attention_fwd_sm90"
+
+
+Change = tuple[str, str, str]  # (header, a text that it holds once, what stands instead)
 
 
 class Candidate(NamedTuple):
@@ -46,7 +52,7 @@ class Candidate(NamedTuple):
 
     name: str
     tile: tuple[int, int, int] | None = None
-    changes: tuple[tuple[str, str, str], ...] = ()  # (header, a text that it holds once, what stands instead)
+    changes: tuple[Change, ...] = ()
 
 
 TODAY = Candidate("today")
@@ -123,37 +129,53 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 @contextlib.contextmanager
+def changed(kernel: type[Any], name: str, changes: Sequence[Change]) -> Iterator[None]:
+    """Within it the kernel's headers hold other texts. name: of the candidate, which sources are marked with.
+
+    For one thread: the setting is global. Raises ValueError, when a kernel is compiled, for a text that its header does
+    not hold once.
+    """
+    from flashmoe_cupy.jit import source
+
+    headers, render = source.headers_for, kernel.source
+    mark = f"// candidate: {name}\n"  # a source of its own, which the changed headers belong to
+
+    def headers_for(text: str) -> dict[str, str]:
+        found = headers(text)
+        for header, old, new in changes if mark in text else ():
+            if found[header].count(old) != 1:
+                raise ValueError(f"{header} does not hold the text of {name!r} once")
+            found[header] = found[header].replace(old, new)
+        return found
+
+    patched: Any = kernel
+    if changes:
+        source.headers_for = headers_for
+        patched.source = lambda self, config: mark + render(self, config)
+    try:
+        yield
+    finally:
+        source.headers_for, patched.source = headers, render
+
+
+@contextlib.contextmanager
 def taken(one: Candidate) -> Iterator[None]:
     """Within it the Hopper kernel is the candidate's. For one thread: the setting is global."""
-    from flashmoe_cupy.jit import source
     from flashmoe_cupy.plan.attention import choice as where
     from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
     from flashmoe_cupy.plan.forget import forget_all
 
     choice: Any = where
-    patched: Any = AttentionFwdSm90
-    tiles, headers, render = choice.tiles_sm90, source.headers_for, AttentionFwdSm90.source
-    mark = f"// candidate: {one.name}\n"  # a source of its own, which the changed headers belong to
-
-    def changed(text: str) -> dict[str, str]:
-        found = headers(text)
-        for header, old, new in one.changes if mark in text else ():
-            if found[header].count(old) != 1:
-                raise ValueError(f"{header} does not hold the text of {one.name!r} once")
-            found[header] = found[header].replace(old, new)
-        return found
-
-    if one.tile is not None:
-        choice.tiles_sm90 = lambda dims, variant: (one.tile,)  # noqa: ARG005
-    if one.changes:
-        source.headers_for = changed
-        patched.source = lambda self, config: mark + render(self, config)
-    forget_all()
-    try:
-        yield
-    finally:
-        choice.tiles_sm90, source.headers_for, patched.source = tiles, headers, render
+    tiles = choice.tiles_sm90
+    with changed(AttentionFwdSm90, one.name, one.changes):
+        if one.tile is not None:
+            choice.tiles_sm90 = lambda dims, variant: (one.tile,)  # noqa: ARG005
         forget_all()
+        try:
+            yield
+        finally:
+            choice.tiles_sm90 = tiles
+            forget_all()
 
 
 def named(suite: str, name: str) -> Case:
@@ -166,7 +188,7 @@ def named(suite: str, name: str) -> Case:
 
 def compile_ahead(suite: str, cases: Sequence[Case], candidates: Sequence[Candidate]) -> None:
     """All kernels of an experiment, on all cores."""
-    from flashmoe_cupy.jit import cache, source
+    from flashmoe_cupy.jit import source
     from flashmoe_cupy.plan.kernels import KERNELS
     from flashmoe_cupy.service.attention import problem_of
 
@@ -183,11 +205,26 @@ def compile_ahead(suite: str, cases: Sequence[Case], candidates: Sequence[Candid
                 kernel = KERNELS[_KERNEL]
                 text = kernel.source(kernel.choose(problem, "sm_90a"))
                 jobs[text] = (f"{suite} {one.name}", source.headers_for(text))
+    compile_all(jobs)
+
+
+def compile_all(jobs: Mapping[str, tuple[str, dict[str, str]]]) -> None:
+    """Compile translation units for Hopper, on all cores. jobs: by source the name for people, and the headers.
+
+    One that does not compile is left to who uses it.
+    """
+    from flashmoe_cupy.errors import FlashMoEError
+    from flashmoe_cupy.jit import cache
+
+    def compiled(job: tuple[str, tuple[str, dict[str, str]]]) -> None:
+        with contextlib.suppress(FlashMoEError):
+            cache.get(job[0], job[1][0], "sm_90a", job[1][1])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: cache.get(job[0], job[1][0], "sm_90a", job[1][1]), jobs.items()))
+        list(pool.map(compiled, jobs.items()))
 
 
-def measure(case: Case, candidates: Sequence[Candidate], seed: int = 0) -> list[dict[str, Any]]:
+def measure(case: Case, candidates: Sequence[Candidate], timer: Timer, seed: int = 0) -> list[dict[str, Any]]:
     """A row for each candidate that runs and is right; the first is what the others are measured against."""
     import torch
 
@@ -215,25 +252,31 @@ def measure(case: Case, candidates: Sequence[Candidate], seed: int = 0) -> list[
                     graphs[one.name] = graph, calls
         except Exception as error:  # a candidate that does not compile or fit is a row, too
             row |= {"status": "error", "reason": str(error)[:500]}
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    order = list(graphs)
-    for turn in range(_ROUNDS):
+    runs = {name: ((lambda _, graph=graph: graph.replay()), calls) for name, (graph, calls) in graphs.items()}
+    samples = in_turns(runs, timer)
+    add_times(rows, samples, candidates[0].name)
+    return list(rows.values())
+
+
+def in_turns(runs: Mapping[str, tuple[Run, int]], timer: Timer, rounds: int = _ROUNDS) -> dict[str, list[float]]:
+    """Microseconds of one call in every round. runs: what makes so many calls at once; each goes once untimed first."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for turn in range(rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)] if order else ():
-            graph, calls = graphs[name]
-            graph.replay()  # brings clock and caches to what they are under this load
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(1000.0 * start.elapsed_time(end) / calls)
+            run, calls = runs[name]
+            samples[name].append(timer.sample(run, 1) / calls)
+    return samples
+
+
+def add_times(rows: Mapping[str, dict[str, Any]], samples: Mapping[str, Sequence[float]], first: str) -> None:
+    """Add the median time, and the median of its ratios to the first one's in the same round."""
     for name, found in samples.items():
         rows[name]["device_us"] = round(statistics.median(found), 3)
-        base = samples.get(candidates[0].name)
+        base = samples.get(first)
         if base:
             pairs = [mine / theirs for mine, theirs in zip(found, base, strict=True)]
             rows[name]["ratio"] = round(statistics.median(pairs), 4)
-    return list(rows.values())
 
 
 def main() -> int:
@@ -247,11 +290,14 @@ def main() -> int:
         for name, of in wanted.items():
             print(f"{name}: {of.suite} {' '.join(of.cases)}: {', '.join(one.name for one in of.candidates)}")
         return 0
+    from benchmarks.timing import GpuTimer
+
+    timer = GpuTimer("cuda")
     for name, of in wanted.items():
         cases, candidates = [named(of.suite, case) for case in of.cases], (TODAY, *of.candidates)
         compile_ahead(of.suite, cases, candidates)
         for case in cases:
-            for row in measure(case, candidates):
+            for row in measure(case, candidates, timer):
                 print(name, json.dumps(row), flush=True)
                 if chosen.out:
                     with chosen.out.open("a", encoding="utf-8") as file:

@@ -1,0 +1,158 @@
+"""The benchmark's candidates for grouped products: each is what runs within its scope, fits, and is right."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import emulate
+import pytest
+from emulated_moe import Machine
+
+from benchmarks import attention_inputs, moe_cases, moe_inputs
+from benchmarks.moe_candidates import (
+    EXPERIMENTS,
+    TODAY,
+    Candidate,
+    configuration,
+    line_of,
+    main,
+    measure,
+    named,
+    products_of,
+    taken,
+)
+from benchmarks.timing import CpuTimer
+from flashmoe_cupy import reference
+from flashmoe_cupy.jit import source
+from flashmoe_cupy.plan.archs import MAX_SMEM
+from flashmoe_cupy.plan.kernels import KERNELS
+from flashmoe_cupy.testing import TOLERANCES, relative_error
+from flashmoe_cupy.testing_moe import MoECase
+
+ALL = {one.name: one for of in EXPERIMENTS.values() for one in of.candidates}
+KERNEL: Any = KERNELS["grouped_gemm_sm90"]
+
+
+def drawn(name: str = "qwen3_30b_a3b_t64") -> list[Any]:
+    """What the two products of a case are on the device, and what the host tells them."""
+    found: list[Any] = []
+    for product in products_of(named(name)):
+        config = KERNEL.choose(product, "sm_90a")
+        text = KERNEL.source(config)
+        found += [text, source.headers_for(text), KERNEL.values(product, config, True), config.smem_bytes]
+        found.append(KERNEL.map_arguments(product, config))
+    return found
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_cases_and_candidates_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    of = EXPERIMENTS[name]
+    assert [named(case).name for case in of.cases] == list(of.cases)
+    assert len({one.name for one in (TODAY, *of.candidates)}) == 1 + len(of.candidates)
+    assert main([name, "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(text in listed for text in (*of.cases, *[one.name for one in of.candidates]))
+    with pytest.raises(KeyError, match="it has"):
+        named("no such case")
+
+
+def test_a_name_is_one_candidate() -> None:
+    assert all(ALL[one.name] == one for of in EXPERIMENTS.values() for one in of.candidates)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_scope_changes_something_and_leaves_nothing_behind(name: str) -> None:
+    before, one = drawn(), ALL[name]
+    with taken(one):
+        within = [drawn(case) for of in EXPERIMENTS.values() if one in of.candidates for case in of.cases]
+        assert all(smem <= MAX_SMEM["sm_90a"] for found in within for smem in found[3::5])
+    today = [drawn(case) for of in EXPERIMENTS.values() if one in of.candidates for case in of.cases]
+    assert any(a != b for a, b in zip(within, today, strict=True))
+    assert drawn() == before
+
+
+def test_tiles_are_each_products_own() -> None:
+    first, second = products_of(named("mixtral_8x7b_t4"))
+    with taken(ALL["second 64 columns"]):
+        assert configuration(first) == "bf16 64x128x128x4 gather gated"
+        assert configuration(second) == "bf16 64x64x128x6"
+    with taken(ALL["16 rows"]):
+        assert configuration(first) == "bf16 16x128x128x6 gather gated"
+        assert KERNEL.grid(second, KERNEL.choose(second, "sm_90a")) == 132
+    with taken(ALL["16 rows, two blocks"]):
+        assert KERNEL.grid(second, KERNEL.choose(second, "sm_90a")) == 256
+
+
+@pytest.mark.parametrize(("name", "per_block"), [("16 rows", 1), ("16 rows, two blocks", 2), ("two blocks", 2)])
+def test_blocks_on_a_multiprocessor(name: str, per_block: int) -> None:
+    with taken(ALL[name]):
+        for product in products_of(named("qwen3_30b_a3b_t64")):
+            assert KERNEL.choose(product, "sm_90a").min_blocks == per_block
+
+
+def test_a_case_is_measured() -> None:
+    """On the processor, where all candidates are the same NumPy back end: what rows say."""
+    case = moe_cases.MoECase("tiny", "moe_decode", "", 3, 64, 32, 8, 2, graph=True, routing=False)
+    sets: list[Any] = []
+
+    class Recorded(CpuTimer):
+        def sample(self, run: Any, launches: int, host_us: float = 0.0, lead: int = 1) -> float:
+            sets.append(run)
+            return super().sample(run, launches, host_us, lead)
+
+    rows = measure(case, (TODAY, ALL["16 rows"]), Recorded(), "cpu")
+    assert [row["candidate"] for row in rows] == ["today", "16 rows"]
+    for row in rows:
+        assert row["status"] == "ok" and row["device_us"] > 0 and row["read_share"] > 0 and row["sets"] >= 2
+        assert row["calls"] % row["sets"] == 0, "no call has the weights of the one before"
+        assert row["case"] in line_of(row) and "of today" in line_of(row)
+    assert rows[0]["ratio"] == 1.0 and rows[1]["configs"][0].startswith("bf16 16x128x128x6")
+    assert len(sets) == 1 + 9 * 3
+
+
+def test_wrong_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = moe_cases.MoECase("tiny", "moe_decode", "", 3, 64, 32, 8, 2, graph=True, routing=False)
+    monkeypatch.setattr(moe_inputs, "check", lambda *_: attention_inputs.Check(0.5, 0.5, 0.01, True))
+    rows = measure(case, (TODAY,), CpuTimer(), "cpu")
+    assert rows[0]["status"] == "wrong" and "device_us" not in rows[0] and "wrong" in line_of(rows[0])
+
+
+SHOWN = ["16 rows", "32 rows", "16 rows, second 64 columns", "16 rows, two blocks, counter", "counter",
+         "weights not first to go"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "case",
+    [MoECase(3, 1000, 200, 8, 2), MoECase(45, 200, 904, 3, 2), MoECase(70, 136, 264, 9, 3, routing="zipf")],
+    ids=["sorted by the product", "several tiles of rows", "uneven"],
+)
+def test_changed_kernels_are_right(case: MoECase, name: str) -> None:
+    arrays = case.random()
+    truth = reference.fused_moe(**arrays, **case.options())
+    for seed in range(3):
+        with taken(ALL[name]):
+            here = Machine(seed=seed)
+            got = here.fused_moe(arrays, **case.options())
+        assert sum("grouped_gemm_sm90" in used for used in here.used) == 2
+        assert relative_error(got.astype("float64"), truth) <= TOLERANCES["bfloat16"].norm
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing()))
+def test_rows_that_do_not_exist_would_be_missed() -> None:
+    """All warps of a narrow tile would write, also those that have no rows of it."""
+    one = ALL["16 rows"]
+    lost = tuple(
+        (header, old, new.replace("if (warp_row < kBlockM) ", "")) for header, old, new in one.changes
+    )  # fmt: skip
+    assert lost != one.changes
+    case = MoECase(45, 200, 136, 3, 2)
+    arrays = case.random()
+    truth = reference.fused_moe(**arrays, **case.options())
+    with taken(Candidate("lost", one.first, one.second, lost)), contextlib.suppress(emulate.EmulationError):
+        got = Machine().fused_moe(arrays, **case.options()).astype("float64")
+        assert not relative_error(got, truth) <= TOLERANCES["bfloat16"].norm
