@@ -11,6 +11,7 @@ from emulate import guarded, run, tensor_map
 from numpy.typing import NDArray
 
 from flashmoe_cupy.arrays import view
+from flashmoe_cupy.jit.device import H100
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
@@ -98,7 +99,7 @@ class Machine:
             problem, aligned = step.problem, step.problem.rows_aligned and not starts & 15
             why = kernel.why_not(problem, arch, aligned)
             assert not why, why
-            config = kernel.choose(problem, arch, aligned, self.sms)
+            config = kernel.choose(problem, arch, aligned, H100._replace(multiprocessors=self.sms))
             if product:
                 config = self._config(config, problem)
                 # The second waits for the rows of the first, whether that would be chosen or not.

@@ -15,8 +15,9 @@ from compile_kit import compile_all
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.archs import arch_for
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
+from flashmoe_cupy.plan.kernel import Kernel
 from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
@@ -140,14 +141,16 @@ def takes(kernel: Kernel[Any, Any], products: Iterable[Product], arch: str, alig
     return not any(kernel.why_not(p, arch, aligned and p.rows_aligned) for p in products)
 
 
-def configurations(case: Case, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> set[tuple[str, str]]:
+def configurations(
+    case: Case, arch: str, aligned: bool = True, device: DeviceProperties = H100
+) -> set[tuple[str, str]]:  # fmt: skip
     """(kernel, configuration) of all launches, of products on every kernel that takes the problem."""
     every = [step for stats in (False, True) for step in steps(case, stats)[0]]
     found = {(step.task, step.problem.config.name) for step in every if step.task != "grouped_gemm"}
     problems = product_problems(case)
     for kernel in of_task("grouped_gemm").values():
         if takes(kernel, problems, arch, aligned):
-            chosen = [kernel.choose(p, arch, aligned and p.rows_aligned, sms) for p in problems]
+            chosen = [kernel.choose(p, arch, aligned and p.rows_aligned, device) for p in problems]
             found |= {(kernel.name, config.name) for config in chosen}
     return found
 

@@ -103,7 +103,7 @@ def main() -> int:
 
     cupy.cuda.set_allocator(None)  # no pool: the sanitizer knows where each array ends
     compile_everything()
-    arch, sms, rng = arch_here(), launch.multiprocessors(0), np.random.default_rng(0)
+    arch, device, rng = arch_here(), launch.properties(0), np.random.default_rng(0)
     wrong: list[str] = []
     once = "once" in sys.argv
     used: set[tuple[str, str]] = set()
@@ -112,7 +112,7 @@ def main() -> int:
     def run(case: Case, t: Arrays, aligned: bool) -> None:
         """One call on each kernel that takes the problem."""
         nonlocal launches
-        if once and configurations(case, arch, aligned, sms) <= used:
+        if once and configurations(case, arch, aligned, device) <= used:
             return
         problems = product_problems(case)
         for kernel in of_task("grouped_gemm").values():
@@ -121,7 +121,7 @@ def main() -> int:
                     good = all(map(finite, call(case, t)))
                 launches += 1
                 wrong.extend([] if good else [f"{kernel.name} {case}: the result is not finite"])
-        used.update(configurations(case, arch, aligned, sms))
+        used.update(configurations(case, arch, aligned, device))
 
     for case in cases():
         t = {n: on_device(a) for n, a in arrays_of(case, rng).items()}

@@ -15,6 +15,7 @@ from test_cli import run, run_json
 import flashmoe_cupy
 from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jit.device import H100
 from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.archs import ARCHS
@@ -94,7 +95,7 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
 
     numbers = arch.removeprefix("sm_").rstrip("a")
     stand_in = SimpleNamespace(
-        compute_capability=lambda device: (int(numbers[:-1]), int(numbers[-1])), multiprocessors=lambda device: 132,
+        compute_capability=lambda device: (int(numbers[:-1]), int(numbers[-1])), properties=lambda device: H100,
         driver_version=lambda: 12040,
         load_for=load_for, with_maps=lambda ready, *_: ready,
     )  # fmt: skip

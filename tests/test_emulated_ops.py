@@ -25,6 +25,7 @@ from flashmoe_cupy.arrays import View
 from flashmoe_cupy.dtypes import to_numpy
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 from flashmoe_cupy.jit import launch as driver
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.launch import Launch, Loaded
 from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.jit.tensormap import TensorMap
@@ -61,8 +62,8 @@ class Machine:
     def compute_capability(self, *_: int) -> tuple[int, int]:
         return self.capability
 
-    def multiprocessors(self, *_: int) -> int:
-        return 3
+    def properties(self, *_: int) -> DeviceProperties:
+        return H100._replace(multiprocessors=3)
 
     def driver_version(self) -> int:
         return self.driver

@@ -11,6 +11,7 @@ from test_problem import array, dense, packed
 
 from flashmoe_cupy.dtypes import BF16, BOOL, FP16, FP32, INT32
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jit.device import H100
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan import kernels
 from flashmoe_cupy.plan.archs import ARCHS, MAX_SMEM
@@ -272,9 +273,9 @@ def test_keys_choose_the_tile_at_d_128() -> None:
 def test_whole_rounds_choose_the_tile_where_all_tiles_are_alike() -> None:
     """448 queries of 160 heads: 3 rounds of 256 rows, 4 of 192 (0.93 the time of a row), 5 of 128 on 132 of them."""
     p = problem(batch=8, q=448, k=1500, heads_q=20, heads_k=20, d=64)
-    assert hopper.choose(p, "sm_90a", True, 132).block_m == 192
-    assert hopper.choose(p._replace(causal=True, window_right=0), "sm_90a", True, 132).block_m == 256
-    assert hopper.choose(p, "sm_90a", True, 320).block_m == 256, "one round of all tiles"
+    assert hopper.choose(p, "sm_90a", True, H100).block_m == 192
+    assert hopper.choose(p._replace(causal=True, window_right=0), "sm_90a", True, H100).block_m == 256
+    assert hopper.choose(p, "sm_90a", True, H100._replace(multiprocessors=320)).block_m == 256, "one round of all tiles"
 
 
 def test_queries_that_see_no_key_have_no_tiles() -> None:

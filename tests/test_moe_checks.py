@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from moe_plans import ProductCase, configurations, every_configuration, kernel_names, registered
 from test_gpu_arrays import Dlpack, to_jax, to_numpy
 
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.archs import ARCHS
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -34,12 +35,14 @@ checked = streams.checked  # a fixture
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("sms", [108, 132])
 def test_problems_use_every_configuration(arch: str, sms: int) -> None:
-    """Of each kernel, on devices of each size; the sanitizer's few problems too."""
+    """Of each kernel, on devices of each size, with slow and with fast memory; the sanitizer's few problems too."""
     every, used, few = every_configuration(arch), set(), set()
-    for case, aligned in registered():
-        used |= configurations(case, arch, aligned, sms)
-    for problem in sanitize_moe.cases():
-        few |= configurations(problem, arch, True, sms)
+    for rate in (H100.memory_rate, 2 * H100.memory_rate):
+        device = DeviceProperties(sms, rate)
+        for case, aligned in registered():
+            used |= configurations(case, arch, aligned, device)
+        for problem in sanitize_moe.cases():
+            few |= configurations(problem, arch, True, device)
     assert sorted(every - used) == [] and sorted(every - few) == []
     assert used <= every and few <= every
 

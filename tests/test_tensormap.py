@@ -119,7 +119,7 @@ class Runtime:
         self.seen = (*self.seen, device)
 
     def deviceGetAttribute(self, which: int, *_: int) -> int:
-        return {75: 9, 76: 0, 16: 132}[which]  # compute capability, multiprocessors
+        return {75: 9, 76: 0, 16: 132, 36: 2_619_000, 37: 5120}[which]  # compute capability, multiprocessors, memory
 
 
 @pytest.fixture

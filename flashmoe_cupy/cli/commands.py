@@ -44,7 +44,7 @@ def info(args: argparse.Namespace) -> int:
         major, minor = device["compute_capability"]
         facts[f"device {device['ordinal']}"] = (
             f"{device['name']}, {major}.{minor} ({device['arch'] or 'too old'}), {device['multiprocessors']} SMs, "
-            f"{show.size(device['memory'])}, {device['shared_memory']} B shared memory per block"
+            f"{show.size(device['memory'])} at {device['memory_rate'] / 1e12:.2f} TB/s, {device['shared_memory']} B shared memory per block"
         )
     facts["CuPy"] = ", ".join(f"{name} {number}" for name, number in compiler["cupy"].items()) or "not installed"
     facts["NVRTC"] = "; ".join(filter(None, (compiler["nvrtc"], compiler["error"])))

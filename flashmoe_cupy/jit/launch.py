@@ -16,6 +16,7 @@ from flashmoe_cupy import _cupy
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
 from flashmoe_cupy.jit import cache, tensormap
 from flashmoe_cupy.jit.cache import Entry
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.source import ENTRY
 from flashmoe_cupy.jit.tensormap import TensorMap
 
@@ -68,6 +69,26 @@ def multiprocessors(device: int) -> int:
     """SMs of a CUDA device."""
     devices()
     return int(_runtime.deviceGetAttribute(16, device))
+
+
+@functools.cache
+def properties(device: int) -> DeviceProperties:
+    """What plans depend on of a CUDA device. Where the driver does not say its memory's clock or width, an H100's rate.
+
+    Both are of one clock edge and there are two, as `nvidia-smi -q` counts them.
+    """
+    kilohertz, bits = (int(_attribute(which, device)) for which in (36, 37))
+    rate = 2 * 1000 * kilohertz * bits // 8
+    return DeviceProperties(multiprocessors(device), rate or H100.memory_rate)
+
+
+def _attribute(which: int, device: int) -> int:
+    """An attribute of a CUDA device; 0 where this runtime no longer has it."""
+    devices()
+    try:
+        return int(_runtime.deviceGetAttribute(which, device))
+    except _runtime.CUDARuntimeError:
+        return 0
 
 
 @functools.cache

@@ -104,8 +104,8 @@ def _load(
     aligned: rows start at multiples of 16 bytes. odd: arrays that are brought in tiles and do not start at one.
     """
     steps, work = operation.steps(problem)
-    arch, sms = arch_for(driver.compute_capability(device)), driver.multiprocessors(device)
-    steps, sizes = kernels.prepared(steps, arch, aligned, sms, odd)
+    arch = arch_for(driver.compute_capability(device))
+    steps, sizes = kernels.prepared(steps, arch, aligned, driver.properties(device), odd)
     for name, size in sizes.items():
         if name not in work.offsets:
             work.add(name, size)
@@ -127,12 +127,12 @@ def launch_of(
     step: Step, device: int, stream: int | None, aligned: bool
 ) -> tuple[Launch, tuple[str, ...], bool]:  # fmt: skip
     """The launch of a step, the names of the pointers that it takes, and whether it clears rows by itself."""
-    arch, sms = arch_for(driver.compute_capability(device)), driver.multiprocessors(device)
-    problem = step.problem
+    arch, properties = arch_for(driver.compute_capability(device)), driver.properties(device)
+    problem, sms = step.problem, properties.multiprocessors
     aligned = aligned and problem.rows_aligned
     kernel = kernels.choose(step.task, problem, arch, aligned)
-    config = kernel.choose(problem, arch, aligned, sms)
-    why = "; ".join(kernel.reasons(problem, config))
+    config = kernel.choose(problem, arch, aligned, properties)
+    why = "; ".join(kernel.reasons(problem, config, properties))
     _env.log.debug("%s: %s, %s%s", problem.describe(), kernel.name, config.name, f"; {why}" if why else "")
     slow = kernel.slow(problem, aligned)
     passed_over = [] if problem.dtype is FP32 else kernels.passed_over(kernel, problem, arch, aligned)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.jit import source
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import MAX_STRIDE, TensorMap
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values
 
-DEFAULT_SMS = 132  # multiprocessors of an H100, where no device is at hand
+DEFAULT_SMS = H100.multiprocessors  # where no device is at hand
 EMPTY = "a dimension is 0: the copy engine has no empty arrays"  # why a fast kernel does not run; nothing is slow then
 MAX_TILES = 2**31 - 2**16  # tiles of a launch: a block counts them in 32 bits, up to one grid beyond the last
 
@@ -91,8 +92,8 @@ class Kernel(ABC, Generic[P, C]):
         """Every reason why the problem cannot run on `arch`; empty = it runs. aligned: as for `choose`."""
 
     @abstractmethod
-    def choose(self, problem: P, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS) -> C:
-        """The configuration for a problem on a device of `sms` multiprocessors.
+    def choose(self, problem: P, arch: str, aligned: bool = True, device: DeviceProperties = H100) -> C:
+        """The configuration for a problem on such a device.
 
         aligned: every row of the arrays that go by rows starts at a multiple of 16 bytes.
         """
@@ -124,8 +125,8 @@ class Kernel(ABC, Generic[P, C]):
         """
         return [step], {}
 
-    def reasons(self, problem: P, config: C) -> list[str]:  # noqa: ARG002
-        """Why `choose` took this configuration, in sentences."""
+    def reasons(self, problem: P, config: C, device: DeviceProperties = H100) -> list[str]:  # noqa: ARG002
+        """Why `choose` took this configuration on such a device, in sentences."""
         return []
 
     def slow(self, problem: P, aligned: bool) -> str:  # noqa: ARG002

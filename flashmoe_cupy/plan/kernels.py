@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flashmoe_cupy.errors import UnsupportedProblem
+from flashmoe_cupy.jit.device import DeviceProperties
 from flashmoe_cupy.plan.forget import forget, forget_all
 from flashmoe_cupy.plan.kernel import Kernel
 from flashmoe_cupy.plan.step import Step
@@ -111,7 +112,7 @@ def passed_over(kernel: Kernel[Any, Any], problem: Any, arch: str, aligned: bool
     return why
 
 
-def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int) -> list[Step]:
+def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, device: DeviceProperties) -> list[Step]:
     """The steps, where the first of two products counts its rows and the second waits for the counts, if that pays."""
     pair = [i for i, step in enumerate(steps) if step.task == "grouped_gemm" and step.problem.tile_counter]
     found = list(steps)
@@ -122,7 +123,7 @@ def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int)
         product = steps[i].problem
         fits = aligned and product.rows_aligned
         kernel: Any = choose("grouped_gemm", product, arch, fits)
-        chosen.append((kernel, product, kernel.choose(product, arch, fits, sms)))
+        chosen.append((kernel, product, kernel.choose(product, arch, fits, device)))
     (first, counting, config), (second, waiting, its_config) = chosen
     counts = first.counts_per_row(counting, config)
     if counts and second.waits_for_counts(waiting, its_config):
@@ -132,16 +133,16 @@ def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, sms: int)
 
 
 def prepared(
-    steps: Sequence[Step], arch: str, aligned: bool, sms: int, odd: Sequence[str]
+    steps: Sequence[Step], arch: str, aligned: bool, device: DeviceProperties, odd: Sequence[str]
 ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
     """The steps as the kernels that run them on `arch` want them, and what these add to the workspace: `Kernel.before`.
     """
     found: list[Step] = []
     sizes: dict[str, int] = {}
-    for step in with_counted_rows(steps, arch, aligned, sms):
+    for step in with_counted_rows(steps, arch, aligned, device):
         fits = aligned and step.problem.rows_aligned
         kernel = choose(step.task, step.problem, arch, fits)
-        more, room = kernel.before(step, kernel.choose(step.problem, arch, fits, sms), odd)
+        more, room = kernel.before(step, kernel.choose(step.problem, arch, fits, device), odd)
         found += more
         sizes |= room
     return found, sizes

@@ -10,6 +10,7 @@ from flashmoe_cupy.errors import UnsupportedProblem
 if TYPE_CHECKING:
     from flashmoe_cupy.arrays import View
     from flashmoe_cupy.dtypes import DType
+    from flashmoe_cupy.jit.device import DeviceProperties
     from flashmoe_cupy.plan.step import Step
 
 
@@ -59,21 +60,21 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-def choice(task: str, problem: Any, arch: str, sms: int | None = None, step: str = "") -> Choice:
-    """What an arch would run for one launch, and why not the other kernels of its task. sms: None = of an H100."""
+def choice(task: str, problem: Any, arch: str, device: DeviceProperties | None = None, step: str = "") -> Choice:
+    """What an arch would run for one launch, and why not the other kernels of its task. device: None = an H100."""
+    from flashmoe_cupy.jit.device import H100
     from flashmoe_cupy.plan import kernels
-    from flashmoe_cupy.plan.kernel import DEFAULT_SMS
 
-    aligned, sms = problem.rows_aligned, sms or DEFAULT_SMS
+    aligned, device = problem.rows_aligned, device or H100
     chosen: Choice | None = None
     rejected: list[tuple[str, str]] = []
     for kernel in kernels.of_task(task).values():
         why = kernel.why_not(problem, arch, aligned)
         if not why and chosen is None:
-            config = kernel.choose(problem, arch, aligned, sms)
+            config = kernel.choose(problem, arch, aligned, device)
             fields = {**kernel.fields(config), "threads": config.threads, "smem_bytes": config.smem_bytes}
-            fields["blocks"] = kernel.grid(problem, config, sms)
-            because = tuple(kernel.reasons(problem, config))
+            fields["blocks"] = kernel.grid(problem, config, device.multiprocessors)
+            because = tuple(kernel.reasons(problem, config, device))
             chosen = Choice(arch, kernel.name, config.name, fields, because, (), step)
         else:
             why = why or [f"{chosen.kernel} comes first" if chosen else ""]
@@ -83,12 +84,12 @@ def choice(task: str, problem: Any, arch: str, sms: int | None = None, step: str
 
 def prepared_choices(step: Step, arch: str) -> list[Choice]:
     """The choice for a step, behind those for what its kernel wants to run before it."""
+    from flashmoe_cupy.jit.device import H100
     from flashmoe_cupy.plan import kernels
-    from flashmoe_cupy.plan.kernel import DEFAULT_SMS
 
     aligned = step.problem.rows_aligned
     try:
-        steps = kernels.prepared([step], arch, aligned, DEFAULT_SMS, ())[0]
+        steps = kernels.prepared([step], arch, aligned, H100, ())[0]
     except UnsupportedProblem:
         steps = [step]
     last = "" if len(steps) == 1 else step.task

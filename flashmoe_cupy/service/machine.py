@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 from flashmoe_cupy import _cupy, _env
 from flashmoe_cupy._version import __version__
 from flashmoe_cupy.errors import DependencyError, FlashMoEError
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "transformers", "cuda-bindings", "cuda-pathfinder")
-# CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+# CUdevice_attribute: COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+# MEMORY_CLOCK_RATE (kHz), GLOBAL_MEMORY_BUS_WIDTH (bits)
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _SHARED_MEMORY_OPTIN = 75, 76, 16, 97
+_MEMORY_CLOCK, _MEMORY_WIDTH = 36, 37
 _FOREIGN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "CUPY_CACHE_DIR", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
 
 
@@ -29,6 +32,7 @@ class Device(NamedTuple):
     multiprocessors: int
     memory: int  # bytes
     shared_memory: int  # bytes that one block may use
+    memory_rate: int  # bytes a second, by the memory's clock and width; 0: the driver does not say
 
 
 class Driver(NamedTuple):
@@ -53,6 +57,11 @@ def driver() -> Driver:
 def devices() -> tuple[Device, ...]:
     """The CUDA devices that this process may see; empty without a driver."""
     return driver().devices
+
+
+def properties(device: Device) -> DeviceProperties:
+    """What plans depend on of it, as `jit.launch.properties` has it."""
+    return DeviceProperties(device.multiprocessors, device.memory_rate or H100.memory_rate)
 
 
 def _ask_driver() -> Driver:
@@ -86,7 +95,8 @@ def _ask_driver() -> Driver:
         capability = attribute(_CAPABILITY_MAJOR), attribute(_CAPABILITY_MINOR)
         arch = arch_for(capability) if capability >= (8, 0) else ""
         shape = attribute(_MULTIPROCESSORS), memory.value, attribute(_SHARED_MEMORY_OPTIN)
-        found.append(Device(ordinal, name.value.decode(errors="replace"), capability, arch, *shape))
+        rate = 2 * 1000 * attribute(_MEMORY_CLOCK) * attribute(_MEMORY_WIDTH) // 8
+        found.append(Device(ordinal, name.value.decode(errors="replace"), capability, arch, *shape, rate))
     return Driver(newest, tuple(found), "" if found else "the driver shows no device (see CUDA_VISIBLE_DEVICES)")
 
 

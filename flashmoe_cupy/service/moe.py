@@ -7,7 +7,7 @@ from typing import Any
 
 from flashmoe_cupy.service.choices import Explanation, absent_arrays, check_sizes, choice
 from flashmoe_cupy.service.family import SIZE_DTYPE, Family, Size
-from flashmoe_cupy.service.machine import backend, devices
+from flashmoe_cupy.service.machine import backend, devices, properties
 from flashmoe_cupy.service.names import named_dtype, target_archs
 
 
@@ -84,10 +84,10 @@ def explain_moe(
     steps = [*moe.route_steps(routed)[0], *moe.moe_steps(problem)[0]] if tokens else []
     choices = []
     for name in target_archs(arch):
-        sms = next((device.multiprocessors for device in devices() if device.arch == name), None)
+        device = next((properties(device) for device in devices() if device.arch == name), None)
         for step in steps:
             title = _TITLES[step.arguments["out"] if step.task == "grouped_gemm" else step.task]
-            choices.append(choice(step.task, step.problem, name, sms, title))
+            choices.append(choice(step.task, step.problem, name, device, title))
     assignments, size = tokens * top_k, kind.itemsize
     one, all_shared = (rows + 1) * intermediate * hidden, (rows + 1) * shared * hidden  # weights
     flops = 2 * (assignments * one + tokens * all_shared)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import BOOL
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.attention.bias_layout import (
     mask_batches,
     mask_entries,
@@ -77,9 +78,9 @@ class AttentionMask(Kernel[AttentionProblem, MaskConfig]):
         return [] if arch == "sm_90a" else ["it serves attention_fwd_sm90, which is for sm_90a"]
 
     def choose(
-        self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS
+        self, problem: AttentionProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100
     ) -> MaskConfig:  # fmt: skip
-        config = AttentionFwdSm90().choose(problem, arch, aligned, sms)
+        config = AttentionFwdSm90().choose(problem, arch, aligned, device)
         return MaskConfig(config.block_m, config.block_n)
 
     def grid(self, problem: AttentionProblem, config: MaskConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
@@ -135,7 +136,7 @@ class AttentionBiasRows(Kernel[AttentionProblem, BiasRowsConfig]):
         return [] if arch == "sm_90a" else ["it serves attention_fwd_sm90, which is for sm_90a"]
 
     def choose(
-        self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: AttentionProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> BiasRowsConfig:  # fmt: skip
         assert problem.bias_dtype is not None
         return BiasRowsConfig("u32" if problem.bias_dtype.itemsize == 4 else "u16")

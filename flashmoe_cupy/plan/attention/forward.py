@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashmoe_cupy.dtypes import BOOL, DType
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
@@ -67,7 +68,9 @@ class AttentionFwd(Kernel[AttentionProblem, Config]):
     op = "attention"
     task = "attention_fwd"
 
-    def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
+    def reasons(
+        self, problem: AttentionProblem, config: Config, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> list[str]:  # fmt: skip
         why = [
             f"head dims {problem.head_dim}/{problem.head_dim_v} run in the compiled size "
             f"{config.head_dim}/{config.head_dim_v}, the smallest that holds them"
@@ -172,7 +175,7 @@ class AttentionFwdSm80(AttentionFwd):
         return why
 
     def choose(
-        self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: AttentionProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> Sm80Config:  # fmt: skip
         element = problem.dtype.cuda
         if element == "fp32":
@@ -235,10 +238,10 @@ class AttentionFwdSm90(AttentionFwd):
         return why
 
     def choose(
-        self, problem: AttentionProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: AttentionProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> Sm90Config:  # fmt: skip
         dims, variant = compiled_dims(problem, TILES_SM90), variant_sm90(problem)
-        tile = tile_for(seeing(problem), dims, variant, self.pack_bits(problem), sms)
+        tile = tile_for(seeing(problem), dims, variant, self.pack_bits(problem), device.multiprocessors)
         return Sm90Config(problem.dtype.cuda, *dims, *tile, variant)
 
     def pack_bits(self, p: AttentionProblem) -> int:
@@ -253,8 +256,8 @@ class AttentionFwdSm90(AttentionFwd):
         single, packed = (-(-r // 128) if p.even else r / 128 + 0.5 for r in (rows, rows << bits))
         return bits if packed <= _WORTH_PACKING * single * 2**bits else 0
 
-    def reasons(self, problem: AttentionProblem, config: Config) -> list[str]:
-        why = super().reasons(problem, config)
+    def reasons(self, problem: AttentionProblem, config: Config, device: DeviceProperties = H100) -> list[str]:
+        why = super().reasons(problem, config, device)
         if bits := self.pack_bits(problem):
             why.append(f"{2**bits} heads that share keys lie side by side, since a head has few queries for a tile")
         tiles = tiles_sm90((config.head_dim, config.head_dim_v), config.variant)

@@ -9,14 +9,14 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.checks import ACTIVATIONS
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
+from flashmoe_cupy.plan.moe.few_rows import all_tiles, reason, tiles_for
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
-    TILE_64X64,
-    TILE_64X128,
     TILE_64X128_PAIR,
     TILE_128X128_PING_PONG,
     TILE_128X192_PING_PONG,
@@ -152,7 +152,7 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
     def params_of(self, config: GemmConfig) -> str:
         return f"Clamped<fm::{self.params.name}>" if config.clamped else self.params.name
 
-    def reasons(self, problem: Product, config: GemmConfig) -> list[str]:  # noqa: ARG002
+    def reasons(self, problem: Product, config: GemmConfig, device: DeviceProperties = H100) -> list[str]:  # noqa: ARG002
         if problem.batch_invariant:
             why = ["batch_invariant: one configuration for any number of tokens"]
         else:
@@ -284,7 +284,7 @@ class GroupedGemmSm80(GroupedGemm):
         return _too_many(self.tiles(product, self.choose(product, arch, aligned)))
 
     def choose(
-        self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, product: Product, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> GemmSm80Config:  # fmt: skip
         element = product.dtype.cuda
         sizes = _tiles_sm80(element)
@@ -305,10 +305,9 @@ class GroupedGemmSm90(GroupedGemm):
     summary = "grouped products on TMA and wgmma with persistent blocks: bf16 and fp16 on Hopper (sm_90a)"
     params = Params(header, "GroupedGemmSm90Params")
 
-    # Up to how many rows of a group on average each tile is taken; more rows: 128 x 256. Measured on an H100, as all
-    # numbers here; benchmarks/NOTEBOOK.md has the tables.
+    # Behind the tiles for few rows (few_rows.py), up to how many rows of a group on average each tile is taken; more
+    # rows: 128 x 256. Measured on an H100, as all numbers here; benchmarks/NOTEBOOK.md has the tables.
     tile_by_rows = (
-        (32, TILE_64X128),  # weights are read once
         (96, TILE_64X128_PAIR),  # up to two tiles of rows, which share their weights
         (144, TILE_128X128_PING_PONG),  # one tile or two, each with a consumer of its own
     )
@@ -321,8 +320,9 @@ class GroupedGemmSm90(GroupedGemm):
         if arch != "sm_90a":
             return []
         elements = ("bf16", "fp16")
-        sizes = [tile for _, tile in self.tile_by_rows] + [TILE_128X256]
-        in_order = (TILE_64X64, TILE_128X192_PING_PONG)
+        few, few_in_order = all_tiles()
+        sizes = [*few, *[tile for _, tile in self.tile_by_rows], TILE_128X256]
+        in_order = [*few_in_order, TILE_128X192_PING_PONG]
         return [
             GemmSm90Config(element, *tile, gather, *kind)
             for element in elements
@@ -353,18 +353,29 @@ class GroupedGemmSm90(GroupedGemm):
         return why + _too_many(self.tiles(p, config))
 
     def choose(
-        self, product: Product, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, product: Product, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> GemmSm90Config:  # fmt: skip
         p = product
-        in_order = not p.gather and not p.gated
-        tile = next((tile for rows, tile in self.tile_by_rows if p.mean_rows <= rows), TILE_128X256)
+        in_order, few = not p.gather and not p.gated, tiles_for(device)
+        by_rows = (*few.tiles, *self.tile_by_rows)
+        tile = next((tile for rows, tile in by_rows if p.mean_rows <= rows), TILE_128X256)
         if p.batch_invariant:
             tile = TILE_128X256
         elif in_order and p.mean_rows >= self.ping_pong_rows and p.k <= self.ping_pong_k:
             tile = TILE_128X192_PING_PONG
-        elif in_order and tile is TILE_64X128 and 2 * self.tiles(p, _config(p, tile)) <= sms:
-            tile = TILE_64X64  # wider tiles would leave half of the multiprocessors without work
+        elif in_order and self._few(p, device) and 2 * self.tiles(p, _config(p, tile)) <= device.multiprocessors:
+            tile = few.few_tiles  # wider tiles would leave half of the multiprocessors without work
         return _config(p, tile)
+
+    def _few(self, p: Product, device: DeviceProperties) -> bool:
+        """Whether groups have so few rows that reading weights is all that takes time."""
+        return not p.batch_invariant and p.mean_rows <= tiles_for(device).tiles[-1][0]
+
+    def reasons(self, problem: Product, config: GemmConfig, device: DeviceProperties = H100) -> list[str]:
+        why = super().reasons(problem, config, device)
+        if self._few(problem, device) and isinstance(config, GemmSm90Config):
+            why.append(reason(config, device))
+        return why
 
     def shares_rows(self, p: Product, config: GemmConfig) -> bool:
         """With few steps along k: no tile of rows is left over then, and that is a larger part of the work."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flashmoe_cupy.dtypes import FP32, DType
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Arguments, Step, Values
@@ -59,7 +60,7 @@ class SmallKernel(Kernel[SmallProblem, SmallConfig]):
         return []
 
     def choose(
-        self, problem: SmallProblem, arch: str, aligned: bool = True, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: SmallProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> SmallConfig:  # fmt: skip
         return problem.config
 
