@@ -42,9 +42,10 @@ def info(args: argparse.Namespace) -> int:
     facts = {"driver": "; ".join(filter(None, (found.strip(), driver["error"])))}
     for device in data["devices"]:
         major, minor = device["compute_capability"]
+        rate = f" at {device['memory_rate'] / 1e12:.2f} TB/s" if device["memory_rate"] else ""
         facts[f"device {device['ordinal']}"] = (
             f"{device['name']}, {major}.{minor} ({device['arch'] or 'too old'}), {device['multiprocessors']} SMs, "
-            f"{show.size(device['memory'])} at {device['memory_rate'] / 1e12:.2f} TB/s, {device['shared_memory']} B shared memory per block"
+            f"{show.size(device['memory'])}{rate}, {device['shared_memory']} B shared memory per block"
         )
     facts["CuPy"] = ", ".join(f"{name} {number}" for name, number in compiler["cupy"].items()) or "not installed"
     facts["NVRTC"] = "; ".join(filter(None, (compiler["nvrtc"], compiler["error"])))
