@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emulate
+import ml_dtypes
 import numpy as np
 import pytest
 from emulated_attention import SM80, SM90, attention, choose, faults, outcomes
@@ -281,6 +282,22 @@ def test_faults_of_a_bias_are_found(name: str) -> None:
             return
         others.append((seed, found))
     pytest.fail(f"nobody noticed: {others}")
+
+
+@pytest.mark.parametrize("kind", ["same", "float32"])
+@pytest.mark.parametrize("bias", ["1hqk", "b11k"])
+def test_biases_near_the_end_of_the_range(bias: str, kind: str) -> None:
+    """As transformers' additive masks are: keys, rows and whole tiles of the lowest number, beside others."""
+    case = AttentionCase(150, 330, 2, 2, 2, 64, bias=bias, bias_dtype=kind)
+    arrays = case.random()
+    lowest = float(ml_dtypes.finfo(arrays["bias"].dtype).min)
+    arrays["bias"][..., 100:] = lowest
+    arrays["bias"][..., 300] = 2.0
+    arrays["bias"][-1] = lowest if bias == "b11k" else arrays["bias"][-1]
+    arrays["bias"][..., -1, :] = lowest if bias == "1hqk" else arrays["bias"][..., -1, :]
+    assert faults(case, SM90, *attention(case, SM90, 1, given=arrays), arrays) == []
+    wrong = Fault("math/softmax.cuh", "near &= fabsf(top(i)) < Exponent::kFar", "")
+    assert faults(case, SM90, *attention(case, SM90, 1, headers=wrong.headers(), given=arrays), arrays) != []
 
 
 def test_a_query_that_sees_one_key_is_not_left_out() -> None:

@@ -19,17 +19,18 @@ FM_DEVICE float tanh_exp2(float x) {
 }
 
 // The exponent (of 2) that a score s gets in the softmax is scale * log2(e) * s ...
-template <bool kWide>
+template <bool kWide_>
 struct LinearExponent {
-  // kWide: scores may be so large (a bias of -3e38) that s * c overflows: the maximum is subtracted first,
-  // one FADD more.
-  static constexpr bool kCurved = false, kBounded = false;
-  static constexpr float kLag = kWide ? 0.f : 8.f;
+  // kWide: scores may be so large (a bias of -3e38) that s * c overflows. Where a maximum is, it is subtracted
+  // first, one FADD more.
+  static constexpr bool kWide = kWide_, kCurved = false, kBounded = false;
+  static constexpr float kLag = 8.f;
+  static constexpr float kFar = 1e37f;  // such maxima are far
   float scale;
 
   FM_DEVICE float difference(float s, float other) const { return (s - other) * (scale * kLog2e); }
   FM_DEVICE float below(float s, float top) const {
-    return kWide ? difference(s, top) : fmaf(s, scale * kLog2e, -top * (scale * kLog2e));
+    return fmaf(s, scale * kLog2e, -top * (scale * kLog2e));
   }
   FM_DEVICE float natural(float s) const { return s * scale; }
 };
@@ -37,7 +38,7 @@ struct LinearExponent {
 // ... or softcap * log2(e) * tanh(scale * s / softcap), where -inf stays -inf. It grows with s, so the
 // maximum may be taken before.
 struct SoftcapExponent {
-  static constexpr bool kCurved = true, kBounded = false;
+  static constexpr bool kWide = false, kCurved = true, kBounded = false;
   static constexpr float kLag = 8.f;
   // |argument| of tanh up to which a polynomial has a relative error of 6e-7
   static constexpr float kLimit = 0.5f;
@@ -216,6 +217,15 @@ struct OnlineSoftmax {
     if constexpr (Exponent::kCurved) {
       if (exponent.all_small(r_s)) {
         exponentiate_by(r_s, [&](float s, float top) { return exponent.below_small(s, top); });
+        return;
+      }
+    }
+    if constexpr (Exponent::kWide) {
+      bool near = true;
+#pragma unroll
+      for (int i = 0; i < 2 * kM; ++i) near &= fabsf(top(i)) < Exponent::kFar;
+      if (!__all_sync(0xffffffffu, near)) {
+        exponentiate_by(r_s, [&](float s, float top) { return exponent.difference(s, top); });
         return;
       }
     }
