@@ -69,6 +69,16 @@ class NarrowConfig(GemmSm90Config):
         return super().smem_bytes - idle * WARP_STORE_BYTES
 
 
+class BesideConfig(NarrowConfig):
+    """One that leaves registers for a block of the other product on its multiprocessor."""
+
+    __slots__ = ()
+
+    @property
+    def min_blocks(self) -> int:
+        return 2
+
+
 class Candidate(NamedTuple):
     """What stands instead of the library's choice. None: as the library has it."""
 
@@ -79,6 +89,7 @@ class Candidate(NamedTuple):
     counter: bool = False  # single blocks take tiles from the counter, too, where there is one
     prefetch_k: int | None = None  # columns of w asked of L2 before the groups are known
     promotion: int | None = None  # bytes that L2 fetches at once for w
+    beside: bool = False  # a block of each product fits on a multiprocessor, so that the second's begin early
 
 
 TODAY = Candidate("today")
@@ -172,6 +183,8 @@ _KEPT: tuple[Change, ...] = (
 
 _16, _32 = TileSm90(16, 128, 128, 6, 1, False), TileSm90(32, 128, 128, 5, 1, False)
 _16_TWICE, _16X64 = TileSm90(16, 128, 64, 6, 1, False), TileSm90(16, 64, 128, 11, 1, False)
+_16_EIGHT, _16_THREE = TileSm90(16, 128, 64, 8, 1, False), TileSm90(16, 128, 64, 3, 1, False)
+_16_SEVEN, _16_FOUR = TileSm90(16, 128, 64, 7, 1, False), TileSm90(16, 128, 64, 4, 1, False)
 _EIGHT, _TWICE = TileSm90(64, 128, 64, 8, 1, False), TileSm90(64, 128, 64, 4, 1, False)
 
 EIGHT = Candidate("eight steps of 64", _EIGHT, _EIGHT)
@@ -180,6 +193,8 @@ ROWS_16 = Candidate("16 rows", _16, _16, _NARROW)
 ROWS_32 = Candidate("32 rows", _32, _32, _NARROW)
 ROWS_16_TWICE = Candidate("16 rows, two blocks", _16_TWICE, _16_TWICE, _NARROW)
 ROWS_16_FIRST = Candidate("16 rows, second two blocks", _16, _16_TWICE, _NARROW)
+EIGHT_THREE = Candidate("16 rows, 8 and 3 steps", _16_EIGHT, _16_THREE, _NARROW, beside=True)
+SEVEN_FOUR = Candidate("16 rows, 7 and 4 steps", _16_SEVEN, _16_FOUR, _NARROW, beside=True)
 COLUMNS_64 = Candidate("second 64 columns", None, TILE_64X64)
 ROWS_16_COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW)
 COUNTER = Candidate("counter", None, None, _COUNTED, counter=True)
@@ -199,7 +214,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "one_token": Experiment(
         ("qwen3_30b_a3b_t1", "qwen3_30b_a3b_t4", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1", "mixtral_8x7b_t4",
          "mixtral_8x7b_t16"),
-        (EIGHT, TWICE, ROWS_16, ROWS_16_TWICE, ROWS_16_FIRST, COLUMNS_64, ROWS_16_COLUMNS_64, KEPT, PROMOTION),
+        (EIGHT, TWICE, ROWS_16, ROWS_16_TWICE, ROWS_16_FIRST, EIGHT_THREE, SEVEN_FOUR, COLUMNS_64, ROWS_16_COLUMNS_64,
+         KEPT, PROMOTION),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t64", "t16_d2048_n512_e512_k10",
@@ -237,7 +253,7 @@ def taken(one: Candidate) -> Iterator[None]:
         config: GemmSm90Config = before["choose"](self, product, *where, **options)
         if tile is None:
             return config
-        made = GemmSm90Config if tile.block_m >= 64 else NarrowConfig
+        made = GemmSm90Config if tile.block_m >= 64 else BesideConfig if one.beside else NarrowConfig
         return made(config.element, *tile, config.gather, config.gated, config.clamped)
 
     def map_arguments(self: Any, product: Product, config: GemmSm90Config) -> Any:

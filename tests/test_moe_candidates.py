@@ -25,7 +25,7 @@ from benchmarks.moe_candidates import (
 from benchmarks.timing import CpuTimer
 from flashmoe_cupy import reference
 from flashmoe_cupy.jit import source
-from flashmoe_cupy.plan.archs import MAX_SMEM
+from flashmoe_cupy.plan.archs import MAX_SMEM, RESERVED_SMEM, SM90_SMEM_PER_SM
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.testing import TOLERANCES, relative_error
 from flashmoe_cupy.testing_moe import MoECase
@@ -118,8 +118,17 @@ def test_wrong_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["status"] == "wrong" and "device_us" not in rows[0] and "wrong" in line_of(rows[0])
 
 
-SHOWN = ["16 rows", "32 rows", "16 rows, second 64 columns", "16 rows, two blocks, counter", "counter",
-         "weights not first to go"]  # fmt: skip
+@pytest.mark.parametrize("name", [name for name, one in ALL.items() if one.beside])
+def test_both_products_fit_on_a_multiprocessor(name: str) -> None:
+    with taken(ALL[name]):
+        both = [KERNEL.choose(product, "sm_90a") for product in products_of(named("qwen3_30b_a3b_t1"))]
+    assert all(config.min_blocks == 2 for config in both)
+    assert sum(config.smem_bytes + RESERVED_SMEM for config in both) <= SM90_SMEM_PER_SM
+    assert 2 * (both[0].smem_bytes + RESERVED_SMEM) > SM90_SMEM_PER_SM, "or two blocks would do"
+
+
+SHOWN = ["16 rows", "32 rows", "16 rows, 8 and 3 steps", "16 rows, second 64 columns", "16 rows, two blocks, counter",
+         "counter", "weights not first to go"]  # fmt: skip
 
 
 @pytest.mark.slow
