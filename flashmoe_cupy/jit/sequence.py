@@ -82,7 +82,7 @@ class LaunchSequence:
     Only the last address, that of a workspace, may be used with an offset. fills: what is written before the launches.
     """
 
-    __slots__ = ("_check", "_early", "_kernels", "_last", "_local", "_plain", "device", "fills", "launches")
+    __slots__ = ("_check", "_early", "_kernels", "_last", "_local", "_plain", "_single", "device", "fills", "launches")
 
     def __init__(
         self, launches: Sequence[tuple[Launch, tuple[Place, ...]]], fills: Sequence[Fill] = ()
@@ -95,6 +95,7 @@ class LaunchSequence:
         self._check = any(one.check for one, _ in launches)
         # A call only stores addresses.
         self._plain = not (fills or self._check or any(one.counter or one.encoded for one, _ in launches))
+        self._single = self._plain and len(launches) == 1
         self._kernels = tuple([one.function for one, _ in launches])
         self._early = [one.early for one, _ in launches]
         self._local = threading.local()
@@ -118,6 +119,11 @@ class LaunchSequence:
             own = self._local.own = self._make()
             own.bound = launch.bound() == self.device
         if own.bound:
+            if own.stream == stream and own.table == table and self._single:  # nothing to store
+                code = _calls.cuLaunchKernelEx(*own.calls[0])
+                if code:
+                    _must(code, "a launch")
+                return
             self._queue(own, table, stream, recorded)
         else:
             with launch.bind(self.device):

@@ -262,14 +262,18 @@ class Plan:
         behind = range(first + (overlap is not None), first + len(self.forms) + 1)
         run = loaded.sequence.for_places((*self.places, *behind)).run
         aligned = [i for i, place in enumerate(self.places) if place in loaded.rows]
+        first_three = aligned == [0, 1, 2]  # without a loop, which takes longer
         large = not may_stay(device, size)
         kept_by = _workspaces
 
         def call(given: tuple[Any, ...]) -> Any:
             addresses = [*map(pointer, given)]
-            bits = 0
-            for i in aligned:
-                bits |= addresses[i]
+            if first_three:
+                bits = addresses[0] | addresses[1] | addresses[2]
+            else:
+                bits = 0
+                for i in aligned:
+                    bits |= addresses[i]
             if bits & 15 or (overlap is not None and overlap.possible(addresses[-1], addresses[:-1])):
                 return None
             stream = current_stream(device)
