@@ -31,12 +31,10 @@ from benchmarks.candidates import Change, add_times, changed, compile_all, in_tu
 from benchmarks.library import Setup  # noqa: E402
 from benchmarks.moe_cases import DRAWN, MOE_SUITES, MoECase  # noqa: E402
 from benchmarks.moe_rivals import OursMoE  # noqa: E402
+from flashmoe_cupy.jit.device import H100  # noqa: E402
 from flashmoe_cupy.plan.archs import WARP_STORE_BYTES  # noqa: E402
 from flashmoe_cupy.plan.moe.tiles import (  # noqa: E402
-    TILE_64X64,
-    TILE_64X128,
     TILE_64X128_PAIR,
-    TILE_128X128_PING_PONG,
     GemmSm90Config,
     TileSm90,
 )
@@ -69,16 +67,6 @@ class NarrowConfig(GemmSm90Config):
         return super().smem_bytes - idle * WARP_STORE_BYTES
 
 
-class BesideConfig(NarrowConfig):
-    """One that leaves registers for a block of the other product on its multiprocessor."""
-
-    __slots__ = ()
-
-    @property
-    def min_blocks(self) -> int:
-        return 2
-
-
 class Candidate(NamedTuple):
     """What stands instead of the library's choice. None: as the library has it."""
 
@@ -87,9 +75,8 @@ class Candidate(NamedTuple):
     second: TileSm90 | None = None  # of down
     changes: tuple[Change, ...] = ()
     counter: bool = False  # single blocks take tiles from the counter, too, where there is one
-    prefetch_k: int | None = None  # columns of w asked of L2 before the groups are known
     promotion: int | None = None  # bytes that L2 fetches at once for w
-    beside: bool = False  # a block of each product fits on a multiprocessor, so that the second's begin early
+    waiting: bool = False  # the second product asks L2 for weights while the first one runs
 
 
 TODAY = Candidate("today")
@@ -177,63 +164,122 @@ _COUNTED: tuple[Change, ...] = (
 """,
     ),
 )
-_KEPT: tuple[Change, ...] = (
-    (_KERNEL, "tile.weights_once ? createpolicy_evict_first() :", "tile.weights_once ? createpolicy_evict_normal() :"),
+_PREFETCH_W = "  FM_DEVICE static void prefetch_w(const Params& p) {\n"
+_ASK_W = """  FM_DEVICE static void ask_w(const Params& p, const GroupTile& tile, int from, int to) {
+    const int col = tile.n_block * kColumns;
+    for (int k = from; k < to; k += 64)
+      for (int half = 0; half < 2; ++half)
+        tma_prefetch_4d(p.w_map, k, kGated ? half : 0, kGated ? col : col + half * (kBlockN / 2), tile.group);
+  }
+"""
+# Weights of a step that the ring has no room for yet go to L2: as much again is under way.
+_RING_AHEAD: tuple[Change, ...] = (
+    (
+        _KERNEL,
+        "          load_w(p, tile, rings, s_base, rank, at.stage, step);\n",
+        """          load_w(p, tile, rings, s_base, rank, at.stage, step);
+          if (step + kStages < steps) ask_w(p, tile, (step + kStages) * kBlockK, (step + kStages + 1) * kBlockK);
+""",
+    ),
+    (_KERNEL, _PREFETCH_W, _ASK_W + _PREFETCH_W),
 )
-
-_16, _32 = TileSm90(16, 128, 128, 6, 1, False), TileSm90(32, 128, 128, 5, 1, False)
-_16_TWICE, _16X64 = TileSm90(16, 128, 64, 6, 1, False), TileSm90(16, 64, 128, 11, 1, False)
-_16_EIGHT, _16_THREE = TileSm90(16, 128, 64, 8, 1, False), TileSm90(16, 128, 64, 3, 1, False)
-_16_SEVEN, _16_FOUR = TileSm90(16, 128, 64, 7, 1, False), TileSm90(16, 128, 64, 4, 1, False)
+# Blocks of the second product that are there early, while the first one has not filled the multiprocessors or has only
+# its last tiles left, ask L2 for weights behind their ring, and (p.prefetch_k >> 16 blocks) for other blocks' tiles.
+_WHILE_WAITING: tuple[Change, ...] = (
+    (_KERNEL, "if (p.prefetch_k) prefetch_w(p);", "if (p.prefetch_k && !p.groups_known_early) prefetch_w(p);"),
+    (
+        _KERNEL,
+        "      mbarrier_arrive(ring.full(at.stage));\n    }\n    if (!announces(p)) return;",
+        """      mbarrier_arrive(ring.full(at.stage));
+      if (records == 0 && found && p.groups_known_early && p.prefetch_k) ask_early(p, s_sorted);
+    }
+    if (!announces(p)) return;""",
+    ),
+    (
+        _KERNEL,
+        _PREFETCH_W,
+        _ASK_W
+        + """  FM_DEVICE static void ask_early(const Params& p, int* s_sorted) {
+    const int idle = p.prefetch_k >> 16, columns = min(p.prefetch_k & 0xffff, p.k);
+    GroupCursor<kBlockM, kCluster> cursor(s_sorted);
+    GroupTile tile;
+    if (idle > 0 && blockIdx.x >= idle) return;
+    for (u32 index = blockIdx.x; cursor.find(p, index, tile); index += idle) {
+      const int from = index == blockIdx.x ? kStages * kBlockK : 0;
+      for (int k = from + lane_id() * 64; k < columns; k += 32 * 64) ask_w(p, tile, k, k + 64);
+      if (idle == 0) break;
+    }
+  }
+"""
+        + _PREFETCH_W,
+    ),
+)
+# As many steps as shared memory holds, on one or two blocks of a multiprocessor.
 _EIGHT, _TWICE = TileSm90(64, 128, 64, 8, 1, False), TileSm90(64, 128, 64, 4, 1, False)
+_16, _16_TWICE = TileSm90(16, 128, 64, 12, 1, False), TileSm90(16, 128, 64, 6, 1, False)
+_32, _32_TWICE = TileSm90(32, 128, 64, 10, 1, False), TileSm90(32, 128, 64, 5, 1, False)
+_16X64, _16X64_128 = TileSm90(16, 64, 64, 22, 1, False), TileSm90(16, 64, 128, 11, 1, False)
+_192, _16X192 = TileSm90(64, 192, 64, 6, 1, False), TileSm90(16, 192, 64, 8, 1, False)
+_PAIR_EIGHT = TileSm90(64, 128, 64, 8, 2, False)
 
 EIGHT = Candidate("eight steps of 64", _EIGHT, _EIGHT)
-TWICE = Candidate("two blocks", _TWICE, _TWICE)
-ROWS_16 = Candidate("16 rows", _16, _16, _NARROW)
-ROWS_32 = Candidate("32 rows", _32, _32, _NARROW)
-ROWS_16_TWICE = Candidate("16 rows, two blocks", _16_TWICE, _16_TWICE, _NARROW)
-ROWS_16_FIRST = Candidate("16 rows, second two blocks", _16, _16_TWICE, _NARROW)
-EIGHT_THREE = Candidate("16 rows, 8 and 3 steps", _16_EIGHT, _16_THREE, _NARROW, beside=True)
-SEVEN_FOUR = Candidate("16 rows, 7 and 4 steps", _16_SEVEN, _16_FOUR, _NARROW, beside=True)
-COLUMNS_64 = Candidate("second 64 columns", None, TILE_64X64)
-ROWS_16_COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW)
-COUNTER = Candidate("counter", None, None, _COUNTED, counter=True)
-ROWS_16_COUNTER = Candidate("16 rows, counter", _16, _16, (*_NARROW, *_COUNTED), counter=True)
-ROWS_16_TWICE_COUNTER = Candidate(
-    "16 rows, two blocks, counter", _16_TWICE, _16_TWICE, (*_NARROW, *_COUNTED), counter=True
-)
-KEPT = Candidate("weights not first to go", None, None, _KEPT)
-NOT_EARLY = Candidate("nothing asked early", prefetch_k=0)
-EARLIER = Candidate("512 columns asked early", prefetch_k=512)
 PROMOTION = Candidate("128 bytes from L2", promotion=128)
+# All others fetch 128 bytes from L2 at once.
+EIGHT_128 = EIGHT._replace(name="eight, 128 bytes", promotion=128)
+EIGHT_COUNTER = Candidate("eight, counter", _EIGHT, _EIGHT, _COUNTED, counter=True, promotion=128)
+TWICE = Candidate("two blocks", _TWICE, _TWICE, promotion=128)
+TWICE_COUNTER = Candidate("two blocks, counter", _TWICE, _TWICE, _COUNTED, counter=True, promotion=128)
+ROWS_16 = Candidate("16 rows", _16, _16, _NARROW, promotion=128)
+ROWS_16_TWICE = Candidate("16 rows, two blocks", _16_TWICE, _16_TWICE, _NARROW, promotion=128)
+ROWS_16_TWICE_COUNTER = Candidate(
+    "16 rows, two blocks, counter", _16_TWICE, _16_TWICE, (*_NARROW, *_COUNTED), counter=True, promotion=128
+)
+ROWS_32 = Candidate("32 rows", _32, _32, _NARROW, promotion=128)
+ROWS_32_TWICE = Candidate("32 rows, two blocks", _32_TWICE, _32_TWICE, _NARROW, promotion=128)
+COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW, promotion=128)
+COLUMNS_64_128 = Candidate("16 rows, second 64 columns of 128", _16, _16X64_128, _NARROW, promotion=128)
+COLUMNS_64_TWICE = Candidate("16 rows, two blocks, second 64 columns", _16_TWICE, _16X64, _NARROW, promotion=128)
+COLUMNS_192 = Candidate("second 192 columns", _EIGHT, _192, promotion=128)
+ROWS_16_COLUMNS_192 = Candidate("16 rows, second 192 columns", _16, _16X192, _NARROW, promotion=128)
+RING_AHEAD = Candidate("eight, L2 a ring ahead", _EIGHT, _EIGHT, _RING_AHEAD, promotion=128)
+WAITING = Candidate("eight, L2 while waiting", _EIGHT, _EIGHT, _WHILE_WAITING, promotion=128, waiting=True)
+COLUMNS_64_WAITING = Candidate(
+    "16 rows, second 64 columns, L2 while waiting", _16, _16X64, (*_NARROW, *_WHILE_WAITING), promotion=128,
+    waiting=True,
+)  # fmt: skip
 PAIR = Candidate("pairs", TILE_64X128_PAIR, TILE_64X128_PAIR)
+PAIR_EIGHT = Candidate("pairs, eight steps of 64", _PAIR_EIGHT, _PAIR_EIGHT, promotion=128)
 _DRAWN = tuple(case.name for case in MOE_SUITES["moe_decode"].cases if case.source == DRAWN)
 
 EXPERIMENTS: dict[str, Experiment] = {
     # At most 32 assignments: the products sort them by themselves, and there is no counter.
     "one_token": Experiment(
-        ("qwen3_30b_a3b_t1", "qwen3_30b_a3b_t4", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1", "mixtral_8x7b_t4",
-         "mixtral_8x7b_t16"),
-        (EIGHT, TWICE, ROWS_16, ROWS_16_TWICE, ROWS_16_FIRST, EIGHT_THREE, SEVEN_FOUR, COLUMNS_64, ROWS_16_COLUMNS_64,
-         KEPT, PROMOTION),
+        ("qwen3_30b_a3b_t1", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1"),
+        (EIGHT, PROMOTION, EIGHT_128, TWICE, ROWS_16, ROWS_16_TWICE, COLUMNS_64, COLUMNS_64_128, COLUMNS_64_TWICE,
+         RING_AHEAD, WAITING, COLUMNS_64_WAITING),
+    ),
+    "few_tokens": Experiment(
+        ("qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
+        (EIGHT, PROMOTION, EIGHT_128, TWICE, ROWS_16, ROWS_16_TWICE, COLUMNS_64, COLUMNS_192, ROWS_16_COLUMNS_192,
+         RING_AHEAD, WAITING),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t64", "t16_d2048_n512_e512_k10",
          "t64_d2048_n512_e512_k10", "mixtral_8x7b_t64"),
-        (EIGHT, TWICE, ROWS_16, ROWS_32, ROWS_16_TWICE, ROWS_16_FIRST, COUNTER, ROWS_16_COUNTER, ROWS_16_TWICE_COUNTER,
-         KEPT, NOT_EARLY, EARLIER),
+        (EIGHT, PROMOTION, EIGHT_128, EIGHT_COUNTER, TWICE, TWICE_COUNTER, ROWS_16_TWICE, ROWS_16_TWICE_COUNTER,
+         ROWS_32_TWICE, RING_AHEAD),
     ),
     "many_tokens": Experiment(
         ("qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]),
-        (ROWS_16, ROWS_32, ROWS_16_TWICE, COUNTER, ROWS_16_TWICE_COUNTER, PAIR, NOT_EARLY, EARLIER),
+        (EIGHT, PROMOTION, EIGHT_128, EIGHT_COUNTER, TWICE, TWICE_COUNTER, ROWS_32, ROWS_32_TWICE, PAIR, PAIR_EIGHT),
     ),
     "two_tiles": Experiment(
         ("mixtral_8x7b_t256",),
-        (Candidate("single blocks", TILE_64X128, TILE_64X128),
-         Candidate("in turn", TILE_128X128_PING_PONG, TILE_128X128_PING_PONG),
-         Candidate("single blocks, counter", TILE_64X128, TILE_64X128, _COUNTED, counter=True)),
+        (PROMOTION, PAIR_EIGHT),
     ),
 }  # fmt: skip
+
+_WAITING_BYTES = 256 << 10  # of weights that a block of the second product asks of L2 for itself, its ring among them
 
 
 @contextlib.contextmanager
@@ -246,19 +292,28 @@ def taken(one: Candidate) -> Iterator[None]:
     host: Any = products
     kernel: Any = GroupedGemmSm90
     names = ("choose", "takes_from_counter", "map_arguments")
-    before, early = {name: getattr(kernel, name) for name in names}, host._PREFETCH_K
+    before, early = {name: getattr(kernel, name) for name in names}, host._prefetch_k
 
     def choose(self: Any, product: Product, *where: Any, **options: Any) -> GemmSm90Config:
         tile = one.first if product.gather else one.second
         config: GemmSm90Config = before["choose"](self, product, *where, **options)
         if tile is None:
             return config
-        made = GemmSm90Config if tile.block_m >= 64 else BesideConfig if one.beside else NarrowConfig
+        made = GemmSm90Config if tile.block_m >= 64 else NarrowConfig
         return made(config.element, *tile, config.gather, config.gated, config.clamped)
 
     def map_arguments(self: Any, product: Product, config: GemmSm90Config) -> Any:
         x, w, out = before["map_arguments"](self, product, config)
         return x, w._replace(promotion=one.promotion), out
+
+    def waiting(product: Product, config: GemmSm90Config) -> int:
+        """Columns that each early block asks for; in the upper half how many blocks, if any, ask for all tiles."""
+        if product.self_sorted is None or not product.groups_known_early:
+            return int(early(product, config))
+        idle = H100.multiprocessors - product.out.rows * -(-product.k // 64)  # with every row in a group of its own
+        if idle > 0:
+            return idle << 16 | product.k
+        return min(product.k, _WAITING_BYTES // (2 * config.block_n))
 
     with changed(GroupedGemmSm90, one.name, one.changes):
         kernel.choose = choose
@@ -266,15 +321,15 @@ def taken(one: Candidate) -> Iterator[None]:
             kernel.takes_from_counter = lambda self, product, config: True  # noqa: ARG005
         if one.promotion is not None:
             kernel.map_arguments = map_arguments
-        if one.prefetch_k is not None:
-            host._PREFETCH_K = one.prefetch_k
+        if one.waiting:
+            host._prefetch_k = waiting
         forget_all()
         try:
             yield
         finally:
             for name in names:
                 setattr(kernel, name, before[name])
-            host._PREFETCH_K = early
+            host._prefetch_k = early
             forget_all()
 
 
