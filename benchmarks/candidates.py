@@ -78,9 +78,9 @@ _EARLY = (
       at.v.advance();
       rings.v.skip(at.v, skip, [] {});
       if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
-      Scores::template exponentiate<kPlain>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+      Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
 """,
-    """      Scores::template exponentiate<kPlain>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+    """      Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
       wgmma_wait_group<0>(r_out[0]);
       rings.v.release(at.v);
       at.v.advance();
@@ -90,6 +90,21 @@ _EARLY = (
 )
 _EARLY_EXPONENTIALS = Candidate("exponentials before the wait", None, (_EARLY,))
 _NOT_IN_TURN = ("attention/fwd_sm90.cuh", "kConsumers == 2 || kConsumers == 3;", "false;")
+# Exponents beside a bias: the maximum that does not lag, careful exponentials for all, none for any (which is wrong
+# for biases near the end of the range).
+_LAG = "kLag = 8.f;\n  static constexpr float kFar"
+_NO_LAG = ("math/softmax.cuh", _LAG, _LAG.replace("8.f", "kWide ? 0.f : 8.f"))
+_CAREFUL = ("math/softmax.cuh", "if (!__all_sync(0xffffffffu, near)) {", "if (true) {")
+_CARELESS = ("math/softmax.cuh", "if (!__all_sync(0xffffffffu, near)) {", "if (false) {")
+_EXPONENTS = (
+    Candidate("no lag", None, (_NO_LAG,)), Candidate("careful", None, (_CAREFUL,)),
+    Candidate("no lag, careful", None, (_NO_LAG, _CAREFUL)), Candidate("careless", None, (_CARELESS,)),
+)  # fmt: skip
+_TWO_LOOPS = ("attention/variant.cuh", "  static constexpr bool kOneLoop = true;\n", "")
+_MASKED_IN_ONE_LOOP = Candidate(
+    "hidden scores in the loop of all", None,
+    (("attention/fwd_sm90.cuh", "if constexpr (Variant::kScore) break;", "if (true) break;"),),
+)  # fmt: skip
 _FULL, _CAUSAL = "full", "causal"
 
 
@@ -114,16 +129,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         "attention_bias", ("padding_bf16", "padding_fp32"), _tiles((192, 128, 3), (256, 64, 4), (128, 128, 3)),
     ),
     "bias_d64": Experiment(
-        "attention_bias", ("per_head_bf16", "pair_bf16"), _tiles((192, 64, 2), (256, 64, 2), (128, 64, 3)),
+        "attention_bias", ("per_head_bf16", "pair_bf16", "per_head_fp32", "pair_fp32"),
+        (*_tiles((256, 64, 2), (128, 96, 2)), *_EXPONENTS, Candidate("two loops", None, (_TWO_LOOPS,))),
     ),
-    "bias32_d64": Experiment(
-        "attention_bias", ("per_head_fp32", "pair_fp32"), _tiles((128, 128, 2), (128, 96, 2), (192, 64, 2)),
+    "bias_d128": Experiment(
+        "attention_bias", ("per_batch_bf16", "per_batch_fp32"),
+        (*_tiles((128, 64, 2)), *_EXPONENTS, Candidate("two loops", None, (_TWO_LOOPS,))),
     ),
-    "bias_d128": Experiment("attention_bias", ("per_batch_bf16",), _tiles((128, 64, 2), (128, 128, 1))),
-    "bias32_d128": Experiment("attention_bias", ("per_batch_fp32",), _tiles((128, 96, 2), (128, 128, 1))),
     "mask": Experiment(
-        "attention_mask", ("per_head_tiles", "per_head_random", "per_batch_tiles", "pair_tiles"),
-        (*_tiles((128, 64, 3)), _EARLY_EXPONENTIALS),
+        "attention_mask", ("per_head_tiles", "per_head_random", "per_batch_tiles", "per_batch_random", "pair_random"),
+        (*_tiles((128, 64, 3), (128, 128, 2), (192, 128, 3)), _MASKED_IN_ONE_LOOP),
     ),
 }  # fmt: skip
 

@@ -249,7 +249,7 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     "padding before the first key of such a bias": (22, Fault(_90, "hide_keys(r_s[0], before)", "")),
     "rows without their padding": (1, Fault("attention/bias_rows.cuh", "row * p.row_chunks + chunk", "row + chunk")),
     "the wrong half of a word": (
-        8, Fault("attention/scores_sm90.cuh", "words.of[i] >> 16 * e", "words.of[i] >> 15 * e")
+        8, Fault("attention/scores_sm90.cuh", "words.of[i] >> 16;", "words.of[i] >> 15;")
     ),
     "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "word<0x7362>(0)", "word<0x7263>(0)")),
     "the list of another tile": (

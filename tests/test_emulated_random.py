@@ -197,7 +197,7 @@ FAULTS = {
     ),
     "keys of padding that count": (SM90, Fault("attention/fwd_sm90.cuh", "hide_keys(r_s[0], before)", "")),
     "values of padding that are no numbers": (
-        SM90, Fault("attention/fwd_sm90.cuh", "if (held.head) clear_rows", "if (false) clear_rows")
+        SM90, Fault("attention/outside_sm90.cuh", "if (head) clear_rows", "if (false) clear_rows")
     ),
     "a mask from the first key of the array on": (
         SM90, Fault("attention/mask_words.cuh", "found.k_row * p.bias_stride_k;", "0;")

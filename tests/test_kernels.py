@@ -298,7 +298,7 @@ def test_tiles_that_lengths_do_not_choose() -> None:
         assert len({tile(d=d, dv=dv, q=q, k=k) for q in (1, 5000) for k in (1, 400, 9000)}) == 1
     for d in (8, 64, 96, 128, 192, 256):
         for q, k in ((1, 1), (5000, 9000)):
-            wide = (128, 64, 3) if d <= 64 else (64, 64, 2) if d > 192 else (128, 64, 2)
+            wide = (64 if d > 192 else 128, 128 if d <= 64 else 96 if d <= 128 else 64, 2)
             assert tile(d=d, q=q, k=k, bias=array(q, k, dtype=FP32), softcap=1.0) == wide
             few = {tile(d=d, q=n, k=k, bias=array(n, k), alibi_slopes=array(8, dtype=FP32)) for n in (1, 300, 5000)}
             assert len(few) == 1

@@ -24,6 +24,7 @@
 #include "attention/bias_sm90.cuh"
 #include "attention/epilogue_sm90.cuh"
 #include "attention/keys.cuh"
+#include "attention/outside_sm90.cuh"
 #include "attention/params.cuh"
 #include "attention/schedule_sm90.cuh"
 #include "attention/scores_sm90.cuh"
@@ -77,6 +78,7 @@ struct AttentionFwdSm90 {
   using TileQ = typename Smem::TileQ;
   using TileK = typename Smem::TileK;
   using TileV = typename Smem::TileV;
+  using Outside = OutsideRows<Keys, TileV, Bias::kKeyStep>;
   using RingQ = typename Smem::RingQ;
   using RingKV = typename Smem::RingKV;
   using RingWork = typename Smem::RingWork;
@@ -189,16 +191,22 @@ struct AttentionFwdSm90 {
     Steps steps;     // of that tile
     int n;           // the step whose scores are at hand
     FM_DEVICE int tile(const Params& p) const { return KeyTiles::tile(p, n); }
+    FM_DEVICE bool in_band(const Params& p, int step) const { return steps.whole(KeyTiles::tile(p, step)); }
     FM_DEVICE bool whole(const Params& p, int step, int consumer) const {
-      return KeyTiles::whole(p, step, consumer) && steps.whole(KeyTiles::tile(p, step));
+      return KeyTiles::whole(p, step, consumer) && in_band(p, step);
     }
+  };
+  // kInside: one of many steps inside a tile, in the band, with nothing to be written. kMasked: some of its
+  // scores may be hidden, there by a boolean mask alone.
+  template <bool kInside_, bool kMasked_>
+  struct StepKind {
+    static constexpr bool kInside = kInside_, kMasked = kMasked_;
   };
   // What r_out holds, one of three: nothing (fresh), sums of the tile that step n belongs to (neither), or
   // all of the tile before, which is written while the next product with K runs (both).
   struct Held {
     RingWork done;         // the next tile to be written
-    int head;              // rows before the first key in the V tile of step n,
-    int tail;              // and behind the last
+    Outside outside;       // of the V tile of step n
     bool fresh = true;     // the next product with V overwrites it,
     bool pending = false;  // but first it is written
   };
@@ -234,7 +242,7 @@ struct AttentionFwdSm90 {
     rings.k.release(at.k);
     at.k.advance();
     if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-    Scores::change(p, s_works[0], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer),
+    Scores::change(p, s_works[0], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer), at.in_band(p, at.n),
                    Scores::words_of(p, s_works[0], tile_row, at.tile(p)));
     if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
     Scores::exponentiate(p, softmax, s_works[0], at.steps, r_s, tile_row, at.n);
@@ -242,14 +250,12 @@ struct AttentionFwdSm90 {
 
     float out_scale[2], lse[2];  // of the tile that is about to be written
     bool k_here = false;         // the keys of the next step have been waited for
-    held.head = head_rows(p, s_works[0], at.tile(p));
-    held.tail = tail_rows(p, s_works[0], at.tile(p));
+    held.outside = {Outside::before(p, s_works[0], at.tile(p)), Outside::behind(p, s_works[0], at.tile(p))};
 
     // S of step n - 1, or of the next tile's first step, then out of step n. False: there is no next tile.
-    auto step = [&](auto plain) {
-      // A plain step is one of many: inside its tile, no score masked, nothing to be written.
-      constexpr bool kPlain = decltype(plain)::value;
-      const bool last = !kPlain && at.n == at.steps.begin;
+    auto step = [&](auto kind) {
+      constexpr bool kInside = decltype(kind)::kInside, kMasked = decltype(kind)::kMasked;
+      const bool last = !kInside && at.n == at.steps.begin;
       int here = at.now, skip = 0;
       if (last) {
         rings.k.skip(at.k, at.steps.skip_low, [&] { take_turn(consumer), pass_turn(consumer); });
@@ -268,14 +274,14 @@ struct AttentionFwdSm90 {
       }
       --at.n;
       typename Scores::Words words{};  // read while the products run
-      if (!kPlain) words = Scores::words_of(p, s_works[here], tile_row, at.tile(p));
+      if (kMasked) words = Scores::words_of(p, s_works[here], tile_row, at.tile(p));
       if (!k_here) rings.k.wait_full(at.k);
       const bool v_here = rings.v.is_full(at.v);
       take_turn(consumer);
       wgmma_fence();
       multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k), true);
       wgmma_commit_group();
-      if (!kPlain && held.pending) {
+      if (!kInside && held.pending) {
         pass_turn(consumer);
         const auto to = Epilogue::output_of(p, s_works[held.done.stage], tile_row);
         write(to, s_base, tile_row, r_out[0], out_scale, lse);
@@ -283,11 +289,11 @@ struct AttentionFwdSm90 {
         held.done.advance();
       }
       if (!v_here) rings.v.wait_full(at.v);
-      if (!kPlain) clear_outside(s_base, consumer, at.v, held);
+      if (!kInside) clear_outside(s_base, consumer, at.v, held);
       wgmma_fence();
       // The turn is passed before the last two products: handing over takes about as long as they do.
-      multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), !kPlain && held.fresh, [&] {
-        if (kPlain || !held.pending) pass_turn(consumer);
+      multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), !kInside && held.fresh, [&] {
+        if (kInside || !held.pending) pass_turn(consumer);
       });
       wgmma_commit_group();
       if (last) {
@@ -300,8 +306,9 @@ struct AttentionFwdSm90 {
       at.k.advance();
       if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
 
-      if (!kPlain || Variant::kScore)
-        Scores::change(p, s_works[here], r_s, tile_row, at.tile(p), kPlain || at.whole(p, at.n, consumer),
+      if (kMasked || Variant::kScore)
+        Scores::change(p, s_works[here], r_s, tile_row, at.tile(p),
+                       !kMasked || (!kInside && at.whole(p, at.n, consumer)), kInside || at.in_band(p, at.n),
                        words);
       if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
       // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not
@@ -313,19 +320,23 @@ struct AttentionFwdSm90 {
       at.v.advance();
       rings.v.skip(at.v, skip, [] {});
       if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
-      Scores::template exponentiate<kPlain>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+      Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
       pack_operand<Element>(r_p, r_s[0]);
-      held.head = head_rows(p, s_works[here], at.tile(p));
-      held.tail = last ? tail_rows(p, s_works[here], at.tile(p)) : 0;
+      held.outside.head = Outside::before(p, s_works[here], at.tile(p));
+      held.outside.tail = last ? Outside::behind(p, s_works[here], at.tile(p)) : 0;
       held.fresh = held.pending = last;
       at.now = here;
       return true;
     };
 #pragma unroll 1
-    while (step(Bool<false>())) {
+    while (step(StepKind<false, true>())) {
       if constexpr (Variant::kOneLoop) continue;
 #pragma unroll 1
-      while (!held.pending && at.n > at.steps.begin && at.whole(p, at.n - 1, consumer)) step(Bool<true>());
+      while (!held.pending && at.n > at.steps.begin && at.in_band(p, at.n - 1)) {
+        if (KeyTiles::whole(p, at.n - 1, consumer)) step(StepKind<true, false>());
+        else if constexpr (Variant::kScore) break;  // registers would not do
+        else step(StepKind<true, true>());
+      }
     }
     // What is left: the tile before, if it is pending, then out of the last step.
 #pragma unroll 1
@@ -353,7 +364,7 @@ struct AttentionFwdSm90 {
     if constexpr (Bias::kUsed) {
       const u32 s_bias = s_base + Smem::kBias + at.k.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
       Scores::template add_bias<Bias>(p, w, r_s, tile_row, at.tile(p), s_bias);
-      if (const int before = head_rows(p, w, at.tile(p))) hide_keys(r_s[0], before);
+      if (const int before = Outside::before(p, w, at.tile(p))) hide_keys(r_s[0], before);
     }
   }
 
@@ -377,21 +388,8 @@ struct AttentionFwdSm90 {
     const u32 s_tile = Smem::query_tile(s_base, consumer, q);
     scale_tile<Element, TileQ>(s_tile, p.query_scale, kQueriesScaled + consumer);
   }
-
-  // What lies before the first key of a sequence or behind the last may be anything, and 0 * NaN is NaN:
-  // these rows of V become 0. Every consumer does it for itself before its product; that others do so at the
-  // same time changes nothing.
-  FM_DEVICE static int head_rows(const Params& p, const Work& w, int n) {
-    if (Bias::kKeyStep == 1 || Keys::even(p) || n > 0) return 0;
-    return Keys::sequence(p, w.batch).k_row - w.k_row;
-  }
-  FM_DEVICE static int tail_rows(const Params& p, const Work& w, int n) {
-    return !Keys::even(p) ? max(0, (n + 1) * kBlockN - w.band.cols) : 0;
-  }
   FM_DEVICE static void clear_outside(u32 s_base, int consumer, const RingKV& v, const Held& held) {
-    const u32 s_tile = s_base + Smem::kV + v.stage * TileV::kBytes;
-    if (held.head) clear_rows<TileV>(s_tile, 0, held.head, kOutsideCleared + consumer);
-    if (held.tail) clear_rows<TileV>(s_tile, kBlockN - held.tail, held.tail, kOutsideCleared + consumer);
+    held.outside.clear(s_base + Smem::kV + v.stage * TileV::kBytes, kOutsideCleared + consumer);
   }
 };
 

@@ -7,8 +7,8 @@
 
 namespace fm {
 
-// tile_row: the warp's first row in the tile of queries; n: the tile of keys; whole: nothing hides one of its
-// scores. Where exponents are bounded, the band comes after exp2.
+// tile_row: the warp's first row in the tile of queries; n: the tile of keys; in_band: the band hides none
+// of its scores; whole: nor does the mask. Where exponents are bounded, the band comes after exp2.
 template <class Variant, int kBlockN>
 struct AttentionScoresSm90 {
   using Params = AttentionFwdSm90Params;
@@ -28,13 +28,16 @@ struct AttentionScoresSm90 {
   // The variant's change of scores, and the mask.
   template <class Work, int kN>
   FM_DEVICE static void change(const Params& p, const Work& w, float (&r_s)[1][kN][4], int tile_row, int n,
-                               bool whole, const Words& words) {
+                               bool whole, bool in_band, const Words& words) {
     if constexpr (Variant::kScore)
       Variant::apply(p, r_s, w.batch, w.head, w.m0 + tile_row, n * kBlockN, w.band);
     if (Variant::kBounded || whole) return;
     if constexpr (Variant::kMask) {
-      mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN, -infinity(),
-                  [&](int i, int e) { return words.of[i] >> 16 * e; });
+      ColumnsSeen seen;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) seen[i][0] = words.of[i], seen[i][1] = words.of[i] >> 16;
+      if (!in_band) within_band(seen, w.band, w.m0 + tile_row, n * kBlockN);
+      mask_scores(r_s[0], seen);
     } else {
       mask_scores(r_s[0], w.band, w.m0 + tile_row, n * kBlockN);
     }

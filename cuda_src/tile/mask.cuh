@@ -40,28 +40,37 @@ FM_DEVICE u32 columns_seen(int first, int last, int c) {
          ~shift_left(~0u, min(max((last - c + 8) >> 3, 0), 32));
 }
 
-// What a mask beside the band leaves of the columns of a thread: bit n of attend(i, e) is column
-// 8 n + 2 t + e of its row i.
-struct AllAttend {
-  FM_DEVICE u32 operator()(int, int) const { return ~0u; }
-};
+// Bit n of seen[i][e]: whether column 8 n + 2 t + e of row i of a thread counts.
+using ColumnsSeen = u32[2][2];
 
-// Scores of a warp outside of the band become `outside`; row, col are those of its 16 x (8 kN) tile.
-template <int kN, class Attend = AllAttend>
-FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col,
-                           float outside = -infinity(), Attend attend = {}) {
-  static_assert(kN <= 32);
+// What the band leaves of them; row, col are those of the warp's 16 x (8 kN) tile.
+FM_DEVICE void within_band(ColumnsSeen& seen, const BandMask& band, int row, int col) {
   const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int first = band.first(row + i * 8 + g), last = band.last(row + i * 8 + g);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const u32 seen = columns_seen(first, last, col + 2 * t + e) & attend(i, e);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen & (1u << n) ? r_s[n][2 * i + e] : outside;
-    }
+    for (int e = 0; e < 2; ++e) seen[i][e] &= columns_seen(first, last, col + 2 * t + e);
   }
+}
+
+// Scores that do not count become `outside`.
+template <int kN>
+FM_DEVICE void mask_scores(float (&r_s)[kN][4], const ColumnsSeen& seen, float outside = -infinity()) {
+  static_assert(kN <= 32);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+      for (int n = 0; n < kN; ++n) r_s[n][2 * i + e] = seen[i][e] & (1u << n) ? r_s[n][2 * i + e] : outside;
+}
+template <int kN>
+FM_DEVICE void mask_scores(float (&r_s)[kN][4], const BandMask& band, int row, int col,
+                           float outside = -infinity()) {
+  ColumnsSeen seen = {{~0u, ~0u}, {~0u, ~0u}};
+  within_band(seen, band, row, col);
+  mask_scores(r_s, seen, outside);
 }
 
 }  // namespace fm
