@@ -100,7 +100,7 @@ _EXPONENTS = (
     Candidate("no lag", None, (_NO_LAG,)), Candidate("careful", None, (_CAREFUL,)),
     Candidate("no lag, careful", None, (_NO_LAG, _CAREFUL)), Candidate("careless", None, (_CARELESS,)),
 )  # fmt: skip
-_TWO_LOOPS = ("attention/variant.cuh", "  static constexpr bool kOneLoop = true;\n", "")
+_ONE_LOOP = Candidate("one loop", None, (("attention/variant.cuh", "kOneLoop = kBytes == 4;", "kOneLoop = true;"),))
 _MASKED_IN_ONE_LOOP = Candidate(
     "hidden scores in the loop of all", None,
     (("attention/fwd_sm90.cuh", "if constexpr (Variant::kScore) break;", "if (true) break;"),),
@@ -130,11 +130,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "bias_d64": Experiment(
         "attention_bias", ("per_head_bf16", "pair_bf16", "per_head_fp32", "pair_fp32"),
-        (*_tiles((256, 64, 2), (128, 96, 2)), *_EXPONENTS, Candidate("two loops", None, (_TWO_LOOPS,))),
+        (*_tiles((256, 64, 2), (128, 96, 2)), *_EXPONENTS, _ONE_LOOP),
     ),
     "bias_d128": Experiment(
         "attention_bias", ("per_batch_bf16", "per_batch_fp32"),
-        (*_tiles((128, 64, 2)), *_EXPONENTS, Candidate("two loops", None, (_TWO_LOOPS,))),
+        (*_tiles((128, 64, 2)), *_EXPONENTS, _ONE_LOOP),
     ),
     "mask": Experiment(
         "attention_mask", ("per_head_tiles", "per_head_random", "per_batch_tiles", "per_batch_random", "pair_random"),

@@ -113,7 +113,7 @@ struct ModifiedScores : ScoresAlone {
 template <int kBytes>
 struct BiasScores : ScoresAlone {
   static constexpr bool kScore = false, kWide = true, kAligned = true, kBounded = false;
-  static constexpr bool kOneLoop = true;
+  static constexpr bool kOneLoop = kBytes == 4;  // which reads so much that a second loop gains nothing
   static constexpr int kBiasBytes = kBytes;
   FM_DEVICE static float scale(const AttentionFwdParams&) { return 1.f; }
   FM_DEVICE static LinearExponent<kWide> exponent(const AttentionFwdParams&) { return {1.f}; }

@@ -188,7 +188,7 @@ _SM90_FOR: dict[tuple[tuple[int, int], str], tuple[Tile, ...]] = {
     **{(dims, BIAS32): ((128, 96, 2),) for dims in ((96, 96), (128, 128))},
     ((256, 256), BIAS32): ((64, 64, 2),),
     **{(dims, mask): ((128, 64, 2),) for dims in TILES_SM90 for mask in MASKS},
-    ((64, 64), MASK): TILES_SM90[64, 64],
+    ((64, 64), MASK): ((192, 128, 3), (128, 128, 3)),
     ((64, 64), MASK_SCORES): ((256, 64, 4), (128, 128, 3)),
     **{((96, 96), mask): ((128, 128, 2),) for mask in MASKS},
     **{((128, 128), mask): ((128, 128, 2),) for mask in MASKS},
