@@ -31,10 +31,8 @@ from benchmarks.candidates import Change, add_times, changed, compile_all, in_tu
 from benchmarks.library import Setup  # noqa: E402
 from benchmarks.moe_cases import DRAWN, MOE_SUITES, MoECase  # noqa: E402
 from benchmarks.moe_rivals import OursMoE  # noqa: E402
-from flashmoe_cupy.jit.device import H100  # noqa: E402
 from flashmoe_cupy.plan.archs import WARP_STORE_BYTES  # noqa: E402
 from flashmoe_cupy.plan.moe.tiles import (  # noqa: E402
-    TILE_64X128_PAIR,
     GemmSm90Config,
     TileSm90,
 )
@@ -63,8 +61,18 @@ class NarrowConfig(GemmSm90Config):
     @property
     def smem_bytes(self) -> int:
         """As in GemmSm90Config, but only warps that have rows stage results."""
-        idle = 4 - self.block_m // 16
+        idle = 4 - -(-self.block_m // 16)
         return super().smem_bytes - idle * WARP_STORE_BYTES
+
+
+class BesideConfig(NarrowConfig):
+    """One that leaves registers for a block of the other product on its multiprocessor."""
+
+    __slots__ = ()
+
+    @property
+    def min_blocks(self) -> int:
+        return 2
 
 
 class Candidate(NamedTuple):
@@ -76,7 +84,9 @@ class Candidate(NamedTuple):
     changes: tuple[Change, ...] = ()
     counter: bool = False  # single blocks take tiles from the counter, too, where there is one
     promotion: int | None = None  # bytes that L2 fetches at once for w
-    waiting: bool = False  # the second product asks L2 for weights while the first one runs
+    beside: bool = False  # a block of each product fits on a multiprocessor, so that the second's begin early
+    permuted: bool = False  # by a launch of its own, though there are few assignments
+    waits: bool = False  # the second product awaits the rows of a group, however few groups there are
 
 
 TODAY = Candidate("today")
@@ -164,156 +174,145 @@ _COUNTED: tuple[Change, ...] = (
 """,
     ),
 )
-_PREFETCH_W = "  FM_DEVICE static void prefetch_w(const Params& p) {\n"
-_ASK_W = """  FM_DEVICE static void ask_w(const Params& p, const GroupTile& tile, int from, int to) {
-    const int col = tile.n_block * kColumns;
-    for (int k = from; k < to; k += 64)
-      for (int half = 0; half < 2; ++half)
-        tma_prefetch_4d(p.w_map, k, kGated ? half : 0, kGated ? col : col + half * (kBlockN / 2), tile.group);
-  }
-"""
-# Weights of a step that the ring has no room for yet go to L2: as much again is under way.
-_RING_AHEAD: tuple[Change, ...] = (
+# Single blocks take their next tile when they need it: when the last weights of the one before are asked for.
+_LATE: tuple[Change, ...] = (
+    (_SCHEDULE, "return kCluster > 1 && p.tile_counter != kNoCounter;", "return p.tile_counter != kNoCounter;"),
+    (_SCHEDULE, "if (counted(p) && rank == 0 &&", "if (kCluster > 1 && counted(p) && rank == 0 &&"),
     (
-        _KERNEL,
-        "          load_w(p, tile, rings, s_base, rank, at.stage, step);\n",
-        """          load_w(p, tile, rings, s_base, rank, at.stage, step);
-          if (step + kStages < steps) ask_w(p, tile, (step + kStages) * kBlockK, (step + kStages + 1) * kBlockK);
+        _SCHEDULE,
+        "    if (!counted(p)) return number += clusters;\n",
+        """    if (!counted(p)) return number += clusters;
+    if constexpr (kCluster == 1) {
+      mbarrier_wait_parity(s_asked, parity), parity ^= 1;
+      if (lane_id() == 0) taken = take(p);
+      return number = clusters + __shfl_sync(0xffffffffu, taken, 0);
+    }
 """,
     ),
-    (_KERNEL, _PREFETCH_W, _ASK_W + _PREFETCH_W),
-)
-# Blocks of the second product that are there early, while the first one has not filled the multiprocessors or has only
-# its last tiles left, ask L2 for weights behind their ring, and (p.prefetch_k >> 16 blocks) for other blocks' tiles.
-_WHILE_WAITING: tuple[Change, ...] = (
-    (_KERNEL, "if (p.prefetch_k) prefetch_w(p);", "if (p.prefetch_k && !p.groups_known_early) prefetch_w(p);"),
+    (_KERNEL, "kWorks = 4; ", "kWorks = 2; "),
     (
         _KERNEL,
-        "      mbarrier_arrive(ring.full(at.stage));\n    }\n    if (!announces(p)) return;",
-        """      mbarrier_arrive(ring.full(at.stage));
-      if (records == 0 && found && p.groups_known_early && p.prefetch_k) ask_early(p, s_sorted);
-    }
-    if (!announces(p)) return;""",
+        "mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);\n",
+        """mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);
+      else mbarrier_init(s_base + Smem::kAsked, 1);
+""",
     ),
     (
         _KERNEL,
-        _PREFETCH_W,
-        _ASK_W
-        + """  FM_DEVICE static void ask_early(const Params& p, int* s_sorted) {
-    const int idle = p.prefetch_k >> 16, columns = min(p.prefetch_k & 0xffff, p.k);
-    GroupCursor<kBlockM, kCluster> cursor(s_sorted);
-    GroupTile tile;
-    if (idle > 0 && blockIdx.x >= idle) return;
-    for (u32 index = blockIdx.x; cursor.find(p, index, tile); index += idle) {
-      const int from = index == blockIdx.x ? kStages * kBlockK : 0;
-      for (int k = from + lane_id() * 64; k < columns; k += 32 * 64) ask_w(p, tile, k, k + 64);
-      if (idle == 0) break;
-    }
-  }
-"""
-        + _PREFETCH_W,
+        "        if constexpr (!kGather) load_x(p, tile, rings, s_base, rank, at.stage, step);\n",
+        """        if constexpr (!kGather) load_x(p, tile, rings, s_base, rank, at.stage, step);
+        if (kCluster == 1 && TileNumbers<kCluster>::counted(p) && step == max(steps - kStages, 0))
+          mbarrier_arrive(s_base + Smem::kAsked);
+""",
     ),
 )
-# As many steps as shared memory holds, on one or two blocks of a multiprocessor.
-_EIGHT, _TWICE = TileSm90(64, 128, 64, 8, 1, False), TileSm90(64, 128, 64, 4, 1, False)
-_16, _16_TWICE = TileSm90(16, 128, 64, 12, 1, False), TileSm90(16, 128, 64, 6, 1, False)
-_32, _32_TWICE = TileSm90(32, 128, 64, 10, 1, False), TileSm90(32, 128, 64, 5, 1, False)
-_16X64, _16X64_128 = TileSm90(16, 64, 64, 22, 1, False), TileSm90(16, 64, 128, 11, 1, False)
-_192, _16X192 = TileSm90(64, 192, 64, 6, 1, False), TileSm90(16, 192, 64, 8, 1, False)
-_PAIR_EIGHT = TileSm90(64, 128, 64, 8, 2, False)
+# Tiles of 8 rows. The descriptor says that all eight groups of eight rows lie in the same place, so that the tensor
+# cores multiply the eight rows eight times; the first warp writes them.
+_ROWS_8: tuple[Change, ...] = (
+    (_KERNEL, "kConsumers = kPingPong ? 2 : kBlockM / 64,", "kConsumers = kPingPong ? 2 : div_up(kBlockM, 64),"),
+    (_KERNEL, "kParts = kBlockM / (64 * kSharers);", "kParts = div_up(kBlockM, 64 * kSharers);"),
+    (_KERNEL, "kOut + kConsumers * 4 * kStagedBytes,", "kOut + (kBlockM < 64 ? 1 : 4 * kConsumers) * kStagedBytes,"),
+    (
+        _KERNEL,
+        "          write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);",
+        """          if (warp_row < kBlockM)
+            write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);""",
+    ),
+    (_KERNEL, "rows = tile.rows - warp_row;", "rows = min(tile.rows, kBlockM < 64 ? kBlockM : tile.rows) - warp_row;"),
+    (
+        "tile/warpgroup_gemm.cuh",
+        "KMajor(u32 s_tile) : descriptor(wgmma_descriptor(s_tile, 0)) {}",
+        "KMajor(u32 s_tile) : descriptor(wgmma_descriptor(s_tile, 0) & ~(Tile::kRows == 8 ? 0x3fffull << 32 : 0)) {}",
+    ),
+)
+# As many steps as shared memory holds, on one or two blocks of a multiprocessor, or on a block of each product.
+_EIGHT = TileSm90(64, 128, 64, 8, 1, False)
+_8, _8_TWICE = TileSm90(8, 128, 64, 13, 1, False), TileSm90(8, 128, 64, 6, 1, False)
+_8_FIRST, _8_SECOND = TileSm90(8, 128, 64, 8, 1, False), TileSm90(8, 128, 64, 4, 1, False)
+_8X64, _8X64_SECOND = TileSm90(8, 64, 128, 12, 1, False), TileSm90(8, 64, 64, 9, 1, False)
+_192, _8X192 = TileSm90(64, 192, 64, 6, 1, False), TileSm90(8, 192, 64, 8, 1, False)
+_16, _16X64 = TileSm90(16, 128, 64, 12, 1, False), TileSm90(16, 64, 128, 11, 1, False)
 
-EIGHT = Candidate("eight steps of 64", _EIGHT, _EIGHT)
 PROMOTION = Candidate("128 bytes from L2", promotion=128)
-# All others fetch 128 bytes from L2 at once.
-EIGHT_128 = EIGHT._replace(name="eight, 128 bytes", promotion=128)
-EIGHT_COUNTER = Candidate("eight, counter", _EIGHT, _EIGHT, _COUNTED, counter=True, promotion=128)
-TWICE = Candidate("two blocks", _TWICE, _TWICE, promotion=128)
-TWICE_COUNTER = Candidate("two blocks, counter", _TWICE, _TWICE, _COUNTED, counter=True, promotion=128)
-ROWS_16 = Candidate("16 rows", _16, _16, _NARROW, promotion=128)
-ROWS_16_TWICE = Candidate("16 rows, two blocks", _16_TWICE, _16_TWICE, _NARROW, promotion=128)
-ROWS_16_TWICE_COUNTER = Candidate(
-    "16 rows, two blocks, counter", _16_TWICE, _16_TWICE, (*_NARROW, *_COUNTED), counter=True, promotion=128
-)
-ROWS_32 = Candidate("32 rows", _32, _32, _NARROW, promotion=128)
-ROWS_32_TWICE = Candidate("32 rows, two blocks", _32_TWICE, _32_TWICE, _NARROW, promotion=128)
-COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW, promotion=128)
-COLUMNS_64_128 = Candidate("16 rows, second 64 columns of 128", _16, _16X64_128, _NARROW, promotion=128)
-COLUMNS_64_TWICE = Candidate("16 rows, two blocks, second 64 columns", _16_TWICE, _16X64, _NARROW, promotion=128)
+# All others fetch 128 bytes from L2 at once, too.
+EIGHT = Candidate("eight steps of 64", _EIGHT, _EIGHT, promotion=128)
+EARLY = Candidate("eight, counter", _EIGHT, _EIGHT, _COUNTED, counter=True, promotion=128)
+LATE = Candidate("eight, late counter", _EIGHT, _EIGHT, _LATE, counter=True, promotion=128)
+ROWS_16_COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW, promotion=128)
 COLUMNS_192 = Candidate("second 192 columns", _EIGHT, _192, promotion=128)
-ROWS_16_COLUMNS_192 = Candidate("16 rows, second 192 columns", _16, _16X192, _NARROW, promotion=128)
-RING_AHEAD = Candidate("eight, L2 a ring ahead", _EIGHT, _EIGHT, _RING_AHEAD, promotion=128)
-WAITING = Candidate("eight, L2 while waiting", _EIGHT, _EIGHT, _WHILE_WAITING, promotion=128, waiting=True)
-COLUMNS_64_WAITING = Candidate(
-    "16 rows, second 64 columns, L2 while waiting", _16, _16X64, (*_NARROW, *_WHILE_WAITING), promotion=128,
-    waiting=True,
+ROWS_8 = Candidate("8 rows", _8, _8, _ROWS_8, promotion=128)
+ROWS_8_TWICE = Candidate("8 rows, two blocks", _8_TWICE, _8_TWICE, _ROWS_8, promotion=128)
+ROWS_8_BESIDE = Candidate("8 rows, 8 and 4 steps", _8_FIRST, _8_SECOND, _ROWS_8, promotion=128, beside=True)
+ROWS_8_BESIDE_5 = Candidate(
+    "8 rows, 7 and 5 steps", _8_FIRST._replace(stages=7), _8_SECOND._replace(stages=5), _ROWS_8, promotion=128,
+    beside=True,
 )  # fmt: skip
-PAIR = Candidate("pairs", TILE_64X128_PAIR, TILE_64X128_PAIR)
-PAIR_EIGHT = Candidate("pairs, eight steps of 64", _PAIR_EIGHT, _PAIR_EIGHT, promotion=128)
+ROWS_8_COLUMNS_64 = Candidate("8 rows, second 64 columns", _8, _8X64, _ROWS_8, promotion=128)
+ROWS_8_COLUMNS_64_BESIDE = Candidate(
+    "8 rows, second 64 columns, 8 and 9 steps", _8_FIRST, _8X64_SECOND, _ROWS_8, promotion=128, beside=True
+)
+ROWS_8_COLUMNS_192 = Candidate("8 rows, second 192 columns", _8, _8X192, _ROWS_8, promotion=128)
+SECOND_64 = Candidate("eight, second 8 x 64", _EIGHT, _8X64, _ROWS_8, promotion=128)
+ROWS_8_LATE = Candidate("8 rows, late counter", _8, _8, (*_ROWS_8, *_LATE), counter=True, promotion=128)
+ROWS_8_TWICE_LATE = Candidate(
+    "8 rows, two blocks, late counter", _8_TWICE, _8_TWICE, (*_ROWS_8, *_LATE), counter=True, promotion=128
+)
+# Assignments are permuted by a launch of its own even if there are few, so that there are counters.
+PERMUTED = EIGHT._replace(name="eight, permuted", permuted=True)
+PERMUTED_LATE = LATE._replace(name="eight, permuted, late counter", permuted=True)
+PERMUTED_WAITS = PERMUTED_LATE._replace(name="eight, permuted, late counter, rows awaited", waits=True)
+PERMUTED_COLUMNS_64 = Candidate(
+    "8 rows, second 64 columns, permuted, late counter, rows awaited", _8, _8X64, (*_ROWS_8, *_LATE), counter=True,
+    promotion=128, permuted=True, waits=True,
+)  # fmt: skip
 _DRAWN = tuple(case.name for case in MOE_SUITES["moe_decode"].cases if case.source == DRAWN)
 
 EXPERIMENTS: dict[str, Experiment] = {
     # At most 32 assignments: the products sort them by themselves, and there is no counter.
     "one_token": Experiment(
         ("qwen3_30b_a3b_t1", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1"),
-        (EIGHT, PROMOTION, EIGHT_128, TWICE, ROWS_16, ROWS_16_TWICE, COLUMNS_64, COLUMNS_64_128, COLUMNS_64_TWICE,
-         RING_AHEAD, WAITING, COLUMNS_64_WAITING),
+        (PROMOTION, EIGHT, ROWS_16_COLUMNS_64, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_BESIDE_5,
+         ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_64_BESIDE, SECOND_64, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "few_tokens": Experiment(
         ("qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
-        (EIGHT, PROMOTION, EIGHT_128, TWICE, ROWS_16, ROWS_16_TWICE, COLUMNS_64, COLUMNS_192, ROWS_16_COLUMNS_192,
-         RING_AHEAD, WAITING),
+        (PROMOTION, EIGHT, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_192,
+         SECOND_64, PERMUTED, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t64", "t16_d2048_n512_e512_k10",
          "t64_d2048_n512_e512_k10", "mixtral_8x7b_t64"),
-        (EIGHT, PROMOTION, EIGHT_128, EIGHT_COUNTER, TWICE, TWICE_COUNTER, ROWS_16_TWICE, ROWS_16_TWICE_COUNTER,
-         ROWS_32_TWICE, RING_AHEAD),
+        (PROMOTION, EIGHT, EARLY, LATE, COLUMNS_192, ROWS_8_TWICE, ROWS_8_LATE, ROWS_8_TWICE_LATE),
     ),
     "many_tokens": Experiment(
-        ("qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]),
-        (EIGHT, PROMOTION, EIGHT_128, EIGHT_COUNTER, TWICE, TWICE_COUNTER, ROWS_32, ROWS_32_TWICE, PAIR, PAIR_EIGHT),
-    ),
-    "two_tiles": Experiment(
-        ("mixtral_8x7b_t256",),
-        (PROMOTION, PAIR_EIGHT),
+        ("qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]), (EIGHT, EARLY, LATE),
     ),
 }  # fmt: skip
-
-_WAITING_BYTES = 256 << 10  # of weights that a block of the second product asks of L2 for itself, its ring among them
 
 
 @contextlib.contextmanager
 def taken(one: Candidate) -> Iterator[None]:
     """Within it the Hopper kernel is the candidate's. For one thread: the setting is global."""
     from flashmoe_cupy.plan.forget import forget_all
-    from flashmoe_cupy.plan.moe import products
+    from flashmoe_cupy.plan.moe import steps
     from flashmoe_cupy.plan.moe.products import GroupedGemmSm90
 
-    host: Any = products
+    host: Any = steps
     kernel: Any = GroupedGemmSm90
-    names = ("choose", "takes_from_counter", "map_arguments")
-    before, early = {name: getattr(kernel, name) for name in names}, host._prefetch_k
+    names = ("choose", "takes_from_counter", "map_arguments", "waits_from_groups")
+    before, few = {name: getattr(kernel, name) for name in names}, host.SELF_SORTED
 
     def choose(self: Any, product: Product, *where: Any, **options: Any) -> GemmSm90Config:
         tile = one.first if product.gather else one.second
         config: GemmSm90Config = before["choose"](self, product, *where, **options)
         if tile is None:
             return config
-        made = GemmSm90Config if tile.block_m >= 64 else NarrowConfig
+        made = GemmSm90Config if tile.block_m >= 64 else BesideConfig if one.beside else NarrowConfig
         return made(config.element, *tile, config.gather, config.gated, config.clamped)
 
     def map_arguments(self: Any, product: Product, config: GemmSm90Config) -> Any:
         x, w, out = before["map_arguments"](self, product, config)
         return x, w._replace(promotion=one.promotion), out
-
-    def waiting(product: Product, config: GemmSm90Config) -> int:
-        """Columns that each early block asks for; in the upper half how many blocks, if any, ask for all tiles."""
-        if product.self_sorted is None or not product.groups_known_early:
-            return int(early(product, config))
-        idle = H100.multiprocessors - product.out.rows * -(-product.k // 64)  # with every row in a group of its own
-        if idle > 0:
-            return idle << 16 | product.k
-        return min(product.k, _WAITING_BYTES // (2 * config.block_n))
 
     with changed(GroupedGemmSm90, one.name, one.changes):
         kernel.choose = choose
@@ -321,15 +320,17 @@ def taken(one: Candidate) -> Iterator[None]:
             kernel.takes_from_counter = lambda self, product, config: True  # noqa: ARG005
         if one.promotion is not None:
             kernel.map_arguments = map_arguments
-        if one.waiting:
-            host._prefetch_k = waiting
+        if one.waits:
+            kernel.waits_from_groups = 0
+        if one.permuted:
+            host.SELF_SORTED = 0
         forget_all()
         try:
             yield
         finally:
             for name in names:
                 setattr(kernel, name, before[name])
-            host._prefetch_k = early
+            host.SELF_SORTED = few
             forget_all()
 
 
