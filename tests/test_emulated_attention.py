@@ -251,7 +251,7 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     "the wrong half of a word": (
         8, Fault("attention/scores_sm90.cuh", "words.of[i] >> 16;", "words.of[i] >> 15;")
     ),
-    "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "word<0x7362>(0)", "word<0x7263>(0)")),
+    "the wrong pair of a word": (8, Fault("attention/mask_words.cuh", "0x7362", "0x7263")),
     "the list of another tile": (
         15, Fault("attention/key_tiles.cuh", "* p.m_blocks + m_block)", "* p.m_blocks + 0)", "relative|memory|deadlock")
     ),

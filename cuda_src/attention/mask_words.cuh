@@ -9,9 +9,8 @@
 // The mask is p.bias as bytes, of which 0 hides: (batch, heads, seqlen_q, seqlen_k) with any strides, 0 along
 // axes that it is spread over. Rows and tiles are counted from the first query and key that count.
 //
-// One block makes the list of one tile of queries, and the words of its rows; a thread makes those of a row
-// and a tile of keys. Where rows are the same for several blocks, all write the same words. Params are those
-// of the kernel that reads them.
+// One block makes the list of one tile of queries, and the words of its rows. Where rows are the same for
+// several blocks, all write the same words. Params are those of the kernel that reads them.
 #pragma once
 #include "attention/key_tiles.cuh"
 #include "attention/keys.cuh"
@@ -24,7 +23,9 @@ struct AttentionMaskWords {
   using Params = AttentionFwdSm90Params;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kConsumers = kBlockM / 64;
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kQuads = kBlockN / 4;  // of 4 bytes that a row has in a tile
+  static constexpr int kChunks = kBlockN / 16;       // of 16 bytes that a row has in a tile
+  static constexpr int kRowsAtOnce = 32 / kChunks;  // that a warp reads
+  static constexpr int kPasses = 32 / kRowsAtOnce;
   static_assert(kBlockN == 64 || kBlockN == 128, "a word has bits for 16 blocks of 8 keys");
 
   // Of a tile of keys: it shows a score; kHidden << i: it hides one from consumer i.
@@ -59,18 +60,11 @@ struct AttentionMaskWords {
       const int tiles = min(32, end - first);
       if (threadIdx.x < 32) s.found[threadIdx.x] = 0;
       __syncthreads();
-      if (p.bias_stride_q == 0) {  // all rows are one
-        if (threadIdx.x < tiles)
-          s.found[threadIdx.x] = read_row(p, g_mask, g_words, band, m0, 0, first + threadIdx.x);
-      } else {
-        // 32 rows of a tile for each warp in turn.
-        const int groups = div_up(min(kBlockM, band.rows - m0) >> p.pack_bits, 32);
-        for (int i = warp_id(); i < tiles * groups; i += kWarps) {
-          const int row = i % groups * 32 + lane_id();
-          const u32 mine = read_row(p, g_mask, g_words, band, m0, row, first + i / groups);
-          const u32 bits = __reduce_or_sync(0xffffffffu, mine);
-          if (lane_id() == 0 && bits != 0) atomicOr(&s.found[i / groups], bits);
-        }
+      // 32 rows of a tile of keys for each warp in turn.
+      const int groups = div_up(rows_of(p, band, m0), 32);
+      for (int i = warp_id(); i < tiles * groups; i += kWarps) {
+        const u32 bits = read_rows(p, g_mask, g_words, band, m0, i % groups * 32, first + i / groups);
+        if (lane_id() == 0 && bits != 0) atomicOr(&s.found[i / groups], bits);
       }
       __syncthreads();
       if (warp_id() == 0) add_entries(s, g_list + 1, first, tiles);
@@ -81,56 +75,82 @@ struct AttentionMaskWords {
     g_list[0] = max(s.entries, 1);
   }
 
-  // By one thread: the words of a row and tile n of keys, and bits of Found.
-  FM_DEVICE static u32 read_row(const Params& p, const u8* g_mask, u32* g_words, const BandMask& band, int m0,
-                                int row, int n) {
-    if (row >= min(kBlockM, band.rows - m0) >> p.pack_bits) return 0;
-    const int query = (m0 >> p.pack_bits) + row, col = n * kBlockN;
-    const u8* g_row = g_mask + query * p.bias_stride_q + col * p.bias_stride_k;
-    Words words;
-    if (p.bias_stride_k == 1 && col + kBlockN <= band.cols && reinterpret_cast<u64>(g_row) % 16 == 0) {
-      uint4 read[kQuads / 4];
-#pragma unroll
-      for (int i = 0; i < kQuads / 4; ++i) read[i] = __ldg(reinterpret_cast<const uint4*>(g_row) + i);
-#pragma unroll
-      for (int i = 0; i < kQuads / 4; ++i)
-        words.add(4 * i, read[i].x), words.add(4 * i + 1, read[i].y), words.add(4 * i + 2, read[i].z),
-            words.add(4 * i + 3, read[i].w);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        u32 quad = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (col + 4 * i + j < band.cols) quad |= g_row[(4 * i + j) * p.bias_stride_k] << 8 * j;
-        words.add(i, quad);
-      }
-    }
-    const uint4 made = words.all();
-    *reinterpret_cast<uint4*>(g_words + query * p.mask_stride_q + n * 4) = made;
-    constexpr u32 kEvery = kBlockN == 128 ? ~0u : 0x00ff00ffu;
-    const bool any = (made.x | made.y | made.z | made.w) != 0;
-    const bool all = (made.x & made.y & made.z & made.w) == kEvery;
-    const u32 consumers = p.bias_stride_q == 0 ? (1u << kConsumers) - 1 : 1u << ((row << p.pack_bits) / 64);
-    return (any ? kAny : 0) | (all ? 0 : kHidden * consumers);
+  // Rows of the mask for a tile of queries: one where all queries share it.
+  FM_DEVICE static int rows_of(const Params& p, const BandMask& band, int m0) {
+    return p.bias_stride_q == 0 ? 1 : min(kBlockM, band.rows - m0) >> p.pack_bits;
   }
 
-  // Bits on their way to words. Quad i, keys 4 i to 4 i + 3, has pairs of two words: of 0 and 1 if i is even,
-  // else of 2 and 3. bytes[i % 2][i / 16]: bit i / 2 % 8 of its four bytes.
-  struct Words {
-    u32 bytes[2][2] = {};
-    FM_DEVICE void add(int i, u32 quad) {
-      const u32 high = ((quad & 0x7f7f7f7fu) + 0x7f7f7f7fu | quad) & 0x80808080u;  // of bytes that are not 0
-      bytes[i % 2][i / 16] |= high >> (7 - i / 2 % 8);
+  // By a warp: the words of up to 32 rows from row `begin` on in tile n of keys, and bits of Found. Lanes
+  // side by side read a row, so that each load takes whole lines of memory.
+  FM_DEVICE static u32 read_rows(const Params& p, const u8* g_mask, u32* g_words, const BandMask& band,
+                                 int m0, int begin, int n) {
+    const int lane = lane_id(), chunk = lane % kChunks, rows = rows_of(p, band, m0);
+    const int col = n * kBlockN + chunk * 16, query = m0 >> p.pack_bits;
+    uint4 read[kPasses];
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = min(begin + pass * kRowsAtOnce + lane / kChunks, rows - 1);
+      const u8* g_chunk = g_mask + (query + row) * p.bias_stride_q + col * p.bias_stride_k;
+      read[pass] = read_chunk(p, g_chunk, band.cols - col);
     }
-    FM_DEVICE uint4 all() const {
-      return {word<0x5140>(0), word<0x7362>(0), word<0x5140>(1), word<0x7362>(1)};
+    u32 found = 0;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = begin + pass * kRowsAtOnce + lane / kChunks;
+      const Bits bits = bits_of(read[pass], chunk);
+      if (row >= rows) continue;
+      if (chunk < 4) g_words[(query + row) * p.mask_stride_q + n * 4 + chunk] = bits.word(chunk);
+      const u32 consumers = p.bias_stride_q == 0 ? (1u << kConsumers) - 1 : 1u << ((row << p.pack_bits) / 64);
+      found |= (bits.any() ? kAny : 0) | (bits.all() ? 0 : kHidden * consumers);
     }
-    template <u32 kBytes>
-    FM_DEVICE u32 word(int half) const {
-      return __byte_perm(bytes[half][0], bytes[half][1], kBytes);
+    return __reduce_or_sync(0xffffffffu, found);
+  }
+
+  // 16 bytes of a row, of which `keys` exist; the others are 0.
+  FM_DEVICE static uint4 read_chunk(const Params& p, const u8* g_chunk, int keys) {
+    if (p.bias_stride_k == 1 && keys >= 16 && reinterpret_cast<u64>(g_chunk) % 16 == 0)
+      return __ldg(reinterpret_cast<const uint4*>(g_chunk));
+    u32 quads[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (i < keys) quads[i / 4] |= g_chunk[i * p.bias_stride_k] << i % 4 * 8;
+    return make_uint4(quads[0], quads[1], quads[2], quads[3]);
+  }
+
+  // The bits of a row. Byte j of half[i][h]: keys 8 n + 4 i + j of the tile, n from 8 h on, which are word
+  // 2 i + j / 2.
+  struct Bits {
+    u32 half[2][2];
+    FM_DEVICE u32 word(int t) const {
+      const u32 low = half[t / 2][0], high = half[t / 2][1];
+      return __byte_perm(low, high, t % 2 == 0 ? 0x5140 : 0x7362);
+    }
+    FM_DEVICE bool any() const { return (half[0][0] | half[0][1] | half[1][0] | half[1][1]) != 0; }
+    FM_DEVICE bool all() const {
+      const u32 both = kChunks == 8 ? half[0][1] & half[1][1] : ~0u;
+      return (half[0][0] & half[1][0] & both) == ~0u;
     }
   };
+  // By all lanes of a row, each with its 16 bytes: two rows of eight keys.
+  FM_DEVICE static Bits bits_of(const uint4& bytes, int chunk) {
+    const int n = chunk % 4 * 2;
+    u32 mine[2] = {not_zero(bytes.x) >> (7 - n) | not_zero(bytes.z) >> (6 - n),
+                   not_zero(bytes.y) >> (7 - n) | not_zero(bytes.w) >> (6 - n)};
+    Bits bits;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      mine[i] |= __shfl_xor_sync(0xffffffffu, mine[i], 1);
+      mine[i] |= __shfl_xor_sync(0xffffffffu, mine[i], 2);
+      const u32 other = kChunks == 8 ? __shfl_xor_sync(0xffffffffu, mine[i], 4) : 0;
+      bits.half[i][0] = chunk < 4 ? mine[i] : other;
+      bits.half[i][1] = chunk < 4 ? other : mine[i];
+    }
+    return bits;
+  }
+  // The highest bit of each byte that is not 0.
+  FM_DEVICE static u32 not_zero(u32 bytes) {
+    return ((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu | bytes) & 0x80808080u;
+  }
 
   // By a whole warp: a lane looks at one tile.
   FM_DEVICE static void add_entries(Smem& s, int* g_entries, int first, int tiles) {

@@ -46,7 +46,7 @@ class MaskConfig(NamedTuple):
     block_n: int
     threads: int = 256
     smem_bytes: int = 256
-    min_blocks: int = 4
+    min_blocks: int = 3
     cluster: int = 1
 
     @property
