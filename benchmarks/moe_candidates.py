@@ -189,7 +189,7 @@ _LATE: tuple[Change, ...] = (
     }
 """,
     ),
-    (_KERNEL, "kWorks = 4; ", "kWorks = 2; "),
+    (_KERNEL, "kWorks = 4; ", "kWorks = 3; "),  # what is written is reported when a record is used again
     (
         _KERNEL,
         "mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);\n",
