@@ -15,7 +15,7 @@ from test_cli import run, run_json
 import flashmoe_cupy
 from flashmoe_cupy import dtypes, service
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.jit.device import H100
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.sequence import LaunchSequence
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.archs import ARCHS
@@ -84,7 +84,7 @@ def problems(seed: int, count: int) -> list[Any]:
     return found
 
 
-def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
+def loads(patch: pytest.MonkeyPatch, arch: str, properties: DeviceProperties = H100) -> list[tuple[str, str]]:
     """(source, title) of all kernels that calls ask for from now on, on a device that is not there."""
     asked: list[tuple[str, str]] = []
 
@@ -95,7 +95,7 @@ def loads(patch: pytest.MonkeyPatch, arch: str) -> list[tuple[str, str]]:
 
     numbers = arch.removeprefix("sm_").rstrip("a")
     stand_in = SimpleNamespace(
-        compute_capability=lambda device: (int(numbers[:-1]), int(numbers[-1])), properties=lambda device: H100,
+        compute_capability=lambda device: (int(numbers[:-1]), int(numbers[-1])), properties=lambda device: properties,
         driver_version=lambda: 12040,
         load_for=load_for, with_maps=lambda ready, *_: ready,
     )  # fmt: skip
@@ -254,7 +254,7 @@ def test_a_dtype_that_nothing_computes_with(op: str, dtype: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_warm_up_set_is_complete(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever calls load, source and title, is in what `warmup` makes for their dtype; and all of it is asked for."""
-    asked = loads(monkeypatch, arch)
+    fast = H100._replace(memory_rate=2 * H100.memory_rate)
 
     def made(dtype: str | None = None) -> set[tuple[str, str]]:
         found = service.specialisations(arch, op="moe", dtype=dtype)
@@ -263,8 +263,11 @@ def test_the_warm_up_set_is_complete(arch: str, monkeypatch: pytest.MonkeyPatch)
     parts = {dtypes.from_name(kind): made(dtype=kind) for kind in KINDS}
     everything, seen = made(), set()
     for i, problem in enumerate(problems(0, 180)):
-        asked.clear()
-        prepare(problem, aligned=i % 3 > 0)
+        asked = []
+        for device in (H100, fast):
+            loaded = loads(monkeypatch, arch, device)
+            prepare(problem, aligned=i % 3 > 0)
+            asked += loaded
         kind = getattr(problem, "dtype", dtypes.BF16)
         assert asked and set(asked) <= parts.get(kind, everything), problem
         seen |= set(asked)

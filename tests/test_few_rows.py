@@ -92,6 +92,25 @@ def test_an_h100_takes_what_it_was_measured_with() -> None:
     assert {case: chosen(shape, DeviceProperties(132, 3_352_320_000_000)) for case, shape in found.items()} == expected
 
 
+def promotions(shape: dict[str, Any], device: DeviceProperties) -> list[int]:
+    """Bytes that L2 fetches at once, of the weights of both products."""
+    both = [(p, KERNEL.choose(p, "sm_90a", True, device)) for p in products(shape)]
+    return [KERNEL.map_arguments(p, config)[1].promotion for p, config in both]
+
+
+def test_an_h200_takes_short_steps_for_few_rows() -> None:
+    """As many bytes in twice as many steps, and L2 fetches no more than a step holds; else the choices of an H100."""
+    for case, shape in shapes().items():
+        for mine, theirs in zip(chosen(shape, H200), chosen(shape), strict=True):
+            few = theirs.startswith("64x128x128x4") and "cluster" not in theirs
+            assert mine == (theirs.replace("128x128x4", "128x64x8") if few else theirs), case
+    some, many = shapes()["qwen3_30b_a3b_t64"], shapes()["mixtral_8x7b_t256"]
+    assert chosen(some, H200) == ("64x128x64x8 gather gated", "64x128x64x8")
+    assert chosen(many, H200) == chosen(many)
+    assert promotions(some, H100) == promotions(many, H100) == promotions(many, H200) == [256, 256]
+    assert promotions(some, H200) == [128, 128]
+
+
 def test_bytes_under_way() -> None:
     """What a multiprocessor must have asked for: the rate's share times two microseconds."""
     assert 50e3 < under_way(H100) < 52e3 and 74e3 < under_way(H200) < 75e3

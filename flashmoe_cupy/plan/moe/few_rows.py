@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_cupy.jit.device import DeviceProperties
-from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_64X128, GemmSm90Config, TileSm90
+from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_64X128, TILE_64X128_SHORT_STEPS, GemmSm90Config, TileSm90
 
 # Seconds from asking for weights to having them, while memory is busy: on an H100 64 KB for each of 96 blocks were too
 # little (benchmarks/NOTEBOOK.md).
@@ -23,8 +23,8 @@ class FewRows(NamedTuple):
 # From slow to fast memory: each row is what was fastest on a device that wants so much.
 MEASURED = (
     FewRows(60e3, ((32, TILE_64X128),), TILE_64X64),  # an H100 wants 51 KB
-    # An H200 wants 74 KB. Nothing else is measured there yet: put what benchmarks/moe_candidates.py finds here.
-    FewRows(float("inf"), ((32, TILE_64X128),), TILE_64X64),
+    # An H200 wants 74 KB. A ring of as many bytes in shorter steps has more of them under way.
+    FewRows(float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64),
 )
 
 

@@ -394,6 +394,7 @@ class GroupedGemmSm90(GroupedGemm):
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
         size = p.dtype.itemsize
+        assert isinstance(config, GemmSm90Config)
 
         def stride(n: int, elements: int) -> int:  # of a dimension of 1 any would do
             return elements * size if n > 1 else 16
@@ -401,7 +402,8 @@ class GroupedGemmSm90(GroupedGemm):
         halves = 2 if p.gated else 1
         w = (stride(halves, p.w.half_stride), stride(p.n, p.w.column_stride), stride(p.groups, p.w.group_stride))
         out = (16, stride(p.out.rows, p.out.stride), 16)
-        promotion = 128 if config.block_n > 128 else 256  # few rows: weights come from memory, in longer pieces
+        # Few rows: weights come from memory, in longer pieces where a step holds these.
+        promotion = 256 if config.block_n <= 128 and (config.block_k > 64 or config.ping_pong) else 128
         box = config.block_m // (config.cluster if self.shares_rows(p, config) else 1)
         return (
             TensorMap(p.dtype, (p.k, p.x.rows), (stride(p.x.rows, p.x.stride),), (64, box)),

@@ -76,6 +76,8 @@ TILE_128X128_PING_PONG = TileSm90(128, 128, 64, 6, 2, True)
 TILE_128X256 = TileSm90(128, 256, 64, 4, 2, False)
 TILE_64X64 = TileSm90(64, 64, 128, 6, 1, False)
 TILE_128X192_PING_PONG = TileSm90(128, 192, 64, 4, 2, True)
+# Measured on an H200.
+TILE_64X128_SHORT_STEPS = TileSm90(64, 128, 64, 8, 1, False)
 
 
 class GemmSm90Config(NamedTuple):
