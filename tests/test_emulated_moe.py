@@ -27,6 +27,7 @@ from flashmoe_cupy.plan.moe.tiles import (
     TILES_SM80_FP32,
     GemmSm80Config,
     GemmSm90Config,
+    TileSm90,
 )
 from flashmoe_cupy.plan.operation import Workspace
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -36,7 +37,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason
 
 SEEDS = (0, 1, 4, 7)
 ALONE = (*TILE_128X256[:4], 1, False)  # the same without a cluster
-TILES = (TILE_128X256, ALONE, TILE_64X128)
+PARTS = TileSm90(64, 96, 64, 8, 1, False)  # 48 columns of out: no whole panels
+TILES = (TILE_128X256, ALONE, PARTS, TILE_64X128)
 HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in TILES]
 PLAIN, THIN = (  # of second products only
     GemmSm90Config("bf16", *tile, gather=False, gated=False) for tile in (TILE_128X192_PING_PONG, TILE_64X64)

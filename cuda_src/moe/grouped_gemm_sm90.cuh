@@ -57,7 +57,7 @@ struct GroupedGemmSm90 {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kWarpgroupRegisters);
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
   static_assert(kConsumers <= 2, "three would want more registers than a block has");
-  static_assert(kColumns % 64 == 0, "the copy engine stores 64 columns at once");
+  static_assert(kBlockN % 32 == 0, "gate and up are whole periods of the swizzle, and pairs of 8 columns");
 
   // Named barriers of the block: consumer i waits at number i for its turn.
   enum Barrier { kTurn = 1 };

@@ -29,13 +29,15 @@ enum : int { kStagedBytes = 2 * 16 * 64 * 2 };
 // One warp writes its 16 x (8 kN) accumulator (or the first kTiles tiles of 8 columns), scaled per row, as
 // 16-bit values, two panels of 64 columns at a time, through kStagedBytes of its own at s_panels (a multiple
 // of 1024). The copy engine stores whole tiles; the last rows of a sequence, behind which another one may
-// begin, go by ordinary stores. One fence for two panels: it waits for all that the warp has under way.
+// begin, and tiles that are no whole panels go by ordinary stores. One fence for two panels: it waits for all
+// that the warp has under way.
 template <int kTiles = 0, int kN, class E>
 FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const float (&d)[kN][4],
                                       const float (&row_scale)[2]) {
   using Panel = SmemTile<E, 16, 64>;
   static_assert(sizeof(E) == 2);
   constexpr int kUsed = kTiles == 0 ? kN : kTiles, kPanels = div_up(kUsed, 8);
+  constexpr bool kWhole = kUsed % 8 == 0;
   const int lane = lane_id();
   const int row = (lane >> 3 & 1) * 8 + (lane & 7), chunk = lane >> 4;
 #pragma unroll
@@ -50,7 +52,7 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
                         pack2<E>(d[n + 1][2] * row_scale[1], d[n + 1][3] * row_scale[1])};
       stmatrix_x4(s_panels + (n / 8 & 1) * Panel::kBytes + Panel::offset(row, n % 8 + chunk), r);
     }
-    if (to.rows >= 16) {
+    if (kWhole && to.rows >= 16) {
       fence_proxy_async();
       __syncwarp();
       if (lane == 0) {
@@ -63,12 +65,13 @@ FM_DEVICE void store_accumulator_rows(const RowsOut<E>& to, u32 s_panels, const 
     } else {
       __syncwarp();
 #pragma unroll 1  // or the addresses of all rows need registers
-      for (int row = 0; row < to.rows; row += 4)
+      for (int row = 0; row < (kWhole ? to.rows : min(to.rows, 16)); row += 4)
 #pragma unroll
         for (int panel = first; panel < min_of(kPanels, first + 2); ++panel)
           store_rows<Panel, 4, true>(
               [&](int r) { return to.g_rows + to.offset(r, to.stride_row, to.stride_head) + panel * 64; },
-              s_panels + (panel & 1) * Panel::kBytes, row, to.rows, to.cols / 8 - panel * 8, true);
+              s_panels + (panel & 1) * Panel::kBytes, row, to.rows,
+              (kWhole ? to.cols / 8 : min(to.cols / 8, kUsed)) - panel * 8, true);
       __syncwarp();
     }
   }
