@@ -239,6 +239,8 @@ EIGHT = Candidate("eight steps of 64", _EIGHT, _EIGHT, promotion=128)
 EARLY = Candidate("eight, counter", _EIGHT, _EIGHT, _COUNTED, counter=True, promotion=128)
 LATE = Candidate("eight, late counter", _EIGHT, _EIGHT, _LATE, counter=True, promotion=128)
 ROWS_16_COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW, promotion=128)
+# One token of Qwen3-30B: 8 experts of 768 columns are 128 tiles of 48, 96 of 64, for 132 multiprocessors.
+COLUMNS_48 = Candidate("first 48 columns", TileSm90(64, 96, 64, 10, 1, False), _EIGHT, promotion=128)
 COLUMNS_192 = Candidate("second 192 columns", _EIGHT, _192, promotion=128)
 ROWS_8 = Candidate("8 rows", _8, _8, _ROWS_8, promotion=128)
 ROWS_8_TWICE = Candidate("8 rows, two blocks", _8_TWICE, _8_TWICE, _ROWS_8, promotion=128)
@@ -271,12 +273,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     # At most 32 assignments: the products sort them by themselves, and there is no counter.
     "one_token": Experiment(
         ("qwen3_30b_a3b_t1", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1"),
-        (PROMOTION, EIGHT, ROWS_16_COLUMNS_64, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_BESIDE_5,
+        (PROMOTION, EIGHT, COLUMNS_48, ROWS_16_COLUMNS_64, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_BESIDE_5,
          ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_64_BESIDE, SECOND_64, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "few_tokens": Experiment(
         ("qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
-        (PROMOTION, EIGHT, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_192,
+        (PROMOTION, EIGHT, COLUMNS_48, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_192,
          SECOND_64, PERMUTED, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "some_tokens": Experiment(
