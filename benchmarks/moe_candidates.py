@@ -278,8 +278,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "few_tokens": Experiment(
         ("qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
-        (PROMOTION, EIGHT, COLUMNS_48, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_192,
-         SECOND_64, PERMUTED, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
+        (PROMOTION, EIGHT, COLUMNS_48, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64,
+         ROWS_8_COLUMNS_192, SECOND_64, PERMUTED, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t64", "t16_d2048_n512_e512_k10",
