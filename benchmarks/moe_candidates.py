@@ -31,8 +31,10 @@ from benchmarks.candidates import Change, add_times, changed, compile_all, in_tu
 from benchmarks.library import Setup  # noqa: E402
 from benchmarks.moe_cases import DRAWN, MOE_SUITES, MoECase  # noqa: E402
 from benchmarks.moe_rivals import OursMoE  # noqa: E402
+from flashmoe_cupy.jit.device import H100, DeviceProperties  # noqa: E402
 from flashmoe_cupy.plan.archs import WARP_STORE_BYTES  # noqa: E402
 from flashmoe_cupy.plan.moe.tiles import (  # noqa: E402
+    TILE_64X128,
     GemmSm90Config,
     TileSm90,
 )
@@ -233,14 +235,18 @@ _8X64, _8X64_SECOND = TileSm90(8, 64, 128, 12, 1, False), TileSm90(8, 64, 64, 9,
 _192, _8X192 = TileSm90(64, 192, 64, 6, 1, False), TileSm90(8, 192, 64, 8, 1, False)
 _16, _16X64 = TileSm90(16, 128, 64, 12, 1, False), TileSm90(16, 64, 128, 11, 1, False)
 
-PROMOTION = Candidate("128 bytes from L2", promotion=128)
-# All others fetch 128 bytes from L2 at once, too.
+BEFORE = Candidate("four steps of 128, 256 bytes from L2", TILE_64X128, TILE_64X128, promotion=256)
+# All others fetch 128 bytes from L2 at once, as the library does since the second run.
 EIGHT = Candidate("eight steps of 64", _EIGHT, _EIGHT, promotion=128)
 EARLY = Candidate("eight, counter", _EIGHT, _EIGHT, _COUNTED, counter=True, promotion=128)
 LATE = Candidate("eight, late counter", _EIGHT, _EIGHT, _LATE, counter=True, promotion=128)
 ROWS_16_COLUMNS_64 = Candidate("16 rows, second 64 columns", _16, _16X64, _NARROW, promotion=128)
 # One token of Qwen3-30B: 8 experts of 768 columns are 128 tiles of 48, 96 of 64, for 132 multiprocessors.
 COLUMNS_48 = Candidate("first 48 columns", TileSm90(64, 96, 64, 10, 1, False), _EIGHT, promotion=128)
+ROWS_8_COLUMNS_48 = Candidate(
+    "8 rows, first 48 columns, 10 and 5 steps", TileSm90(8, 96, 64, 10, 1, False), _8_SECOND._replace(stages=5),
+    _ROWS_8, promotion=128, beside=True,
+)  # fmt: skip
 COLUMNS_192 = Candidate("second 192 columns", _EIGHT, _192, promotion=128)
 ROWS_8 = Candidate("8 rows", _8, _8, _ROWS_8, promotion=128)
 ROWS_8_TWICE = Candidate("8 rows, two blocks", _8_TWICE, _8_TWICE, _ROWS_8, promotion=128)
@@ -273,21 +279,22 @@ EXPERIMENTS: dict[str, Experiment] = {
     # At most 32 assignments: the products sort them by themselves, and there is no counter.
     "one_token": Experiment(
         ("qwen3_30b_a3b_t1", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1"),
-        (PROMOTION, EIGHT, COLUMNS_48, ROWS_16_COLUMNS_64, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_BESIDE_5,
+        (BEFORE, EIGHT, COLUMNS_48, ROWS_8_COLUMNS_48, ROWS_16_COLUMNS_64, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE,
+         ROWS_8_BESIDE_5,
          ROWS_8_COLUMNS_64, ROWS_8_COLUMNS_64_BESIDE, SECOND_64, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "few_tokens": Experiment(
         ("qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
-        (PROMOTION, EIGHT, COLUMNS_48, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64,
+        (BEFORE, COLUMNS_48, ROWS_8_COLUMNS_48, COLUMNS_192, ROWS_8, ROWS_8_TWICE, ROWS_8_BESIDE, ROWS_8_COLUMNS_64,
          ROWS_8_COLUMNS_192, SECOND_64, PERMUTED, PERMUTED_LATE, PERMUTED_WAITS, PERMUTED_COLUMNS_64),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t64", "t16_d2048_n512_e512_k10",
          "t64_d2048_n512_e512_k10", "mixtral_8x7b_t64"),
-        (PROMOTION, EIGHT, EARLY, LATE, COLUMNS_192, ROWS_8_TWICE, ROWS_8_LATE, ROWS_8_TWICE_LATE),
+        (BEFORE, EARLY, LATE, COLUMNS_192, ROWS_8_TWICE, ROWS_8_LATE, ROWS_8_TWICE_LATE),
     ),
     "many_tokens": Experiment(
-        ("qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]), (EIGHT, EARLY, LATE),
+        ("qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]), (BEFORE, EARLY, LATE),
     ),
 }  # fmt: skip
 
@@ -382,8 +389,9 @@ def measure(
     """A row for each candidate that runs and is right; the first is what the others are measured against."""
     from benchmarks import moe_inputs
     from benchmarks.timing import capture
+    from flashmoe_cupy.jit import launch
 
-    setup = Setup(device)
+    setup, here = Setup(device), launch.properties(0) if device == "cuda" else H100
     inputs = moe_inputs.input_sets(case, timer, device, seed)
     prepared = OursMoE().prepare(case, inputs, setup)
     weights = sum(moe_inputs.touched(one) for one in inputs) / len(inputs) * case.expert_bytes()
@@ -395,7 +403,7 @@ def measure(
         row = rows[one.name] = {"case": case.name, "suite": case.suite, "candidate": one.name}
         try:
             with taken(one):
-                row["configs"] = [configuration(product) for product in products_of(case)]
+                row["configs"] = [configuration(product, here) for product in products_of(case)]
                 out = prepared.run(0)
                 timer.synchronize()
                 answer = moe_inputs.check(case, inputs[0], prepared.as_torch(out))
@@ -420,11 +428,11 @@ def measure(
     return list(rows.values())
 
 
-def configuration(product: Product) -> str:
-    """The name of what runs a product."""
+def configuration(product: Product, device: DeviceProperties = H100) -> str:
+    """The name of what runs a product on such a device."""
     from flashmoe_cupy.plan.kernels import KERNELS
 
-    return str(KERNELS["grouped_gemm_sm90"].choose(product, "sm_90a").name)
+    return str(KERNELS["grouped_gemm_sm90"].choose(product, "sm_90a", True, device).name)
 
 
 def line_of(row: dict[str, Any]) -> str:

@@ -137,7 +137,8 @@ def test_wrong_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["status"] == "wrong" and "device_us" not in rows[0] and "wrong" in line_of(rows[0])
 
 
-SHOWN = ["16 rows, second 64 columns", "8 rows, second 64 columns", "8 rows, 8 and 4 steps", "eight, late counter",
+SHOWN = ["16 rows, second 64 columns", "8 rows, first 48 columns, 10 and 5 steps",
+         "8 rows, second 64 columns", "8 rows, 8 and 4 steps", "eight, late counter",
          "8 rows, two blocks, late counter", "8 rows, second 192 columns", "eight, counter",
          "8 rows, second 64 columns, permuted, late counter, rows awaited"]  # fmt: skip
 
