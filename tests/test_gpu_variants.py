@@ -94,6 +94,11 @@ def biased(dtype: str) -> list[AttentionCase]:
     masked = AttentionCase(0, 450, 2, 4, 4, 64, dtype=dtype, bias="1hqk", bias_dtype="bool", causal=True)
     for alibi in ("", "bh"):
         found += [masked._replace(seqlen_q=rows, alibi=alibi) for rows in (120, 190, 250, 400)]
+    for kind in ("same", "float32"):  # a value for each key alone
+        shared = AttentionCase(113, 203, 2, 8, 2, dtype=dtype, bias="b11k", bias_dtype=kind)
+        found += [shared._replace(head_dim=d, head_dim_v=dv, causal=d > 96) for d, dv in dims]
+        found += [shared._replace(seqlen_q=rows, seqlen_k=450, causal=True) for rows in (120, 190, 250, 400)]
+        found += [shared._replace(seqlen_k=4200, head_dim=d, head_dim_v=d) for d in (96, 128)]
     return found
 
 

@@ -173,10 +173,10 @@ def test_docstrings_say_what_counts() -> None:
 
 # ----------------------------------------------------------------------------------- these tests notice what is missing
 
-_80, _90, _TILE = "attention/fwd_sm80.cuh", "attention/fwd_sm90.cuh", "tile/warpgroup_gemm.cuh"
+_80, _90, _TILE = "attention/fwd_sm80.cuh", "attention/outside_sm90.cuh", "tile/warpgroup_gemm.cuh"
 FAULTS = {
-    "the end of a sequence is not cleared": (_90, "max(0, (n + 1) * kBlockN - w.band.cols) : 0", "0 : 0"),
-    "a row too few is cleared": (_TILE, "i < rows * Tile::kPanelChunks", "i < (rows - 1) * Tile::kPanelChunks"),
+    "the end of a sequence is not cleared": (_90, "max(0, (n + 1) * TileV::kRows - w.band.cols) : 0", "0 : 0"),
+    "a row too few is cleared": (_TILE, "s_tile + first * Tile::kRowBytes", "s_tile + (first + 1) * Tile::kRowBytes"),
     "values behind the end are loaded": (_80, "p.v_stride_s, w.band.cols - n0,", "p.v_stride_s, kBlockN,"),
 }
 
