@@ -10,6 +10,7 @@ import pytest
 
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.plan import params
+from flashmoe_cupy.plan.attention import forward
 from flashmoe_cupy.plan.params import MAP, Params
 
 HEADER = """
@@ -76,3 +77,10 @@ def test_what_lacks_or_is_not_there_is_named(header: str) -> None:
         Params(header, "Base").pack({"stride": 1, "row": 2, "scale": 1.0})
     with pytest.raises(KeyError, match=r"p\.cuh has no struct Q"):
         _ = Params(header, "Q").size
+
+
+def test_numbers_that_stand_in_a_header_too() -> None:
+    epilogue = source.headers_for('#include "attention/epilogue_sm90.cuh"')["attention/epilogue_sm90.cuh"]
+    tiles = source.headers_for('#include "attention/key_tiles.cuh"')["attention/key_tiles.cuh"]
+    assert f"kFilledRows = {forward._FILLED_ROWS} }}" in epilogue and f"kClearers = {forward._CLEARERS} }}" in epilogue
+    assert f"kTileBits = {forward._MAX_LISTED_TILES.bit_length() - 1}," in tiles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashmoe_cupy.jit.tensormap import MAX_STRIDE
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
+from flashmoe_cupy.plan.step import Values
 
 _FEWEST_KEYS = _FEWEST_ROWS = 64  # of a tile of the kernels that read words
 
@@ -57,3 +58,16 @@ def mask_words(p: AttentionProblem, tiles: int) -> tuple[int, int, int, int]:
     batch = head * (p.heads_q if by_head else 1)
     entries = mask_batches(p)
     return batch * entries, batch if entries > 1 else 0, head if by_head else 0, query
+
+
+def mask_fields(p: AttentionProblem, tiles: int, used: bool) -> Values:
+    """What Params say of the words and lists, of so many tiles of keys. used: there is a boolean bias."""
+    by_batch, by_head, by_query = mask_words(p, tiles)[1:] if used else (0, 0, 0)
+    return {
+        "mask_batches": mask_batches(p),
+        "mask_lists": mask_lists(p),
+        "mask_list": 1 + tiles,
+        "mask_stride_b": by_batch,
+        "mask_stride_h": by_head,
+        "mask_stride_q": by_query,
+    }

@@ -12,14 +12,7 @@ from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention import order, softcap
-from flashmoe_cupy.plan.attention.bias_layout import (
-    mask_batches,
-    mask_entries,
-    mask_lists,
-    mask_words,
-    rows_fit,
-    with_rows,
-)
+from flashmoe_cupy.plan.attention.bias_layout import mask_entries, mask_fields, rows_fit, with_rows
 from flashmoe_cupy.plan.attention.choice import (
     compiled_dims,
     key_tiles,
@@ -298,7 +291,7 @@ class AttentionFwdSm90(AttentionFwd):
             "clear_rest": 0,
             "may_unsee": int(window(p.window_right, p) >= 0 if not p.even else seeing(p) != p),
             "pack_bits": self.pack_bits(p),
-            **self._bias_values(p, config),
+            **self._mask_values(p, config),
             **softcap.fields(config.variant, p.softmax_scale, p.softcap),
         }
 
@@ -334,17 +327,8 @@ class AttentionFwdSm90(AttentionFwd):
         packed = 1 << self.pack_bits(p)
         return (_map(p.bias_dtype, p.seqlen_k, outer, (128 // p.bias_dtype.itemsize, packed, 64 // packed, 1, 1)),)
 
-    def _bias_values(self, p: AttentionProblem, config: Config) -> Values:
-        tiles = -(-p.seqlen_k // config.block_n)
-        by_batch, by_head, by_query = mask_words(p, tiles)[1:] if config.variant in MASKS else (0, 0, 0)
-        return {
-            "mask_batches": mask_batches(p),
-            "mask_lists": mask_lists(p),
-            "mask_list": 1 + tiles,
-            "mask_stride_b": by_batch,
-            "mask_stride_h": by_head,
-            "mask_stride_q": by_query,
-        }
+    def _mask_values(self, p: AttentionProblem, config: Config) -> Values:
+        return mask_fields(p, -(-p.seqlen_k // config.block_n), config.variant in MASKS)
 
     def before(self, step: Step, config: Config, odd: Sequence[str]) -> tuple[list[Step], dict[str, int]]:
         """The words and lists of a boolean bias; another bias in rows that the copy engine can fetch."""
