@@ -66,7 +66,7 @@ struct GroupedGemmSm90 {
   using TileX = SmemTile<Element, kBlockM, kBlockK>;
   // Gate or up, or half of the columns; the two lie panel by panel.
   using TileW = SmemTile<Element, kBlockN / 2, kBlockK>;
-  static constexpr int kWorks = 4;                        // tiles that the scheduler may be ahead
+  static constexpr int kWorks = kCluster > 1 ? 4 : 3;     // tiles that the scheduler may be ahead
   struct Work {
     GroupTile tile;
     int more;  // 1: there is such a tile; 0: there is no more work
@@ -77,7 +77,7 @@ struct GroupedGemmSm90 {
                          kSorted = kWork + kWorks * static_cast<int>(sizeof(Work));
     static constexpr int kBarriers = kSorted + GroupCursor<kBlockM>::kSortedBytes;
     static constexpr int kBarriersWork = kBarriers + RingBarriers<kStages>::kBytes;
-    // What TileNumbers exchanges between the blocks of a cluster.
+    // What TileNumbers exchanges between the blocks of a cluster, or with the loader.
     static constexpr int kDealt = kBarriersWork + RingBarriers<kWorks>::kBytes, kAsked = kDealt + 8;
     static constexpr int kNumber = kAsked + 8;
     static constexpr int kBytes = kNumber + 16;
@@ -105,8 +105,7 @@ struct GroupedGemmSm90 {
       prefetch_tensormap(p.w_map), prefetch_tensormap(p.out_map);
       rings.steps.init(1 + 32 * kGatherWarps, 4 * kSharers * kCluster);
       rings.works.init(32, 1 + 32 * kGatherWarps + 128 * kConsumers);  // all who write or read a record
-      if constexpr (kCluster > 1)
-        mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);
+      mbarrier_init(s_base + Smem::kDealt, 1), mbarrier_init(s_base + Smem::kAsked, 1);
       fence_mbarrier_init();
       if (p.prefetch_k) prefetch_w(p);
     }
@@ -205,6 +204,8 @@ struct GroupedGemmSm90 {
           load_w(p, tile, rings, s_base, rank, at.stage, step);
         }
         if constexpr (!kGather) load_x(p, tile, rings, s_base, rank, at.stage, step);
+        if (kCluster == 1 && TileNumbers<kCluster>::counted(p) && step == max(steps - kStages, 0))
+          mbarrier_arrive(s_base + Smem::kAsked);
       }
       mbarrier_arrive(rings.works.empty(works.stage));
       works.advance();

@@ -125,11 +125,12 @@ struct GroupCursor {
 
 // The numbers of a cluster's tiles: every so many-th, or (p.tile_counter) the next one that nobody has taken.
 // Block 0 takes the number after the next from the counter while there is time, and sends it to block 1 when
-// that one asks. By one warp.
+// that one asks. A block without a cluster takes a number when its loader asks: its tiles are few and long,
+// and one that began early would take what others need. By one warp.
 template <int kCluster>
 struct TileNumbers {
   FM_DEVICE static bool counted(const GroupedGemmParams& p) {
-    return kCluster > 1 && p.tile_counter != kNoCounter;
+    return p.tile_counter != kNoCounter;
   }
   FM_DEVICE static u32 take(const GroupedGemmParams& p) {
     return atom_add_u32(p.counters + p.tile_counter - kFirstCounter, 1);
@@ -138,13 +139,18 @@ struct TileNumbers {
   bool first = true;
 
   FM_DEVICE TileNumbers(const GroupedGemmParams& p, int rank) : number(blockIdx.x / kCluster) {
-    if (counted(p) && rank == 0 && lane_id() == 0) taken = take(p);
+    if (kCluster > 1 && counted(p) && rank == 0 && lane_id() == 0) taken = take(p);
   }
-  // s_exchange: two barriers (block 1 has the number; it has asked for one), and the number.
+  // s_exchange: two barriers (block 1 has the number; it, or the loader, has asked for one), and the number.
   FM_DEVICE u32 next(const GroupedGemmParams& p, int rank, u32 s_exchange) {
     const u32 s_sent = s_exchange, s_asked = s_exchange + 8, s_number = s_exchange + 16;
     if (first) return first = false, number;
     if (!counted(p)) return number += clusters;
+    if constexpr (kCluster == 1) {
+      mbarrier_wait_parity(s_asked, parity), parity ^= 1;
+      if (lane_id() == 0) taken = take(p);
+      return number = clusters + __shfl_sync(0xffffffffu, taken, 0);
+    }
     if (rank == 0) {
       number = clusters + __shfl_sync(0xffffffffu, taken, 0);
       if (lane_id() == 0) {

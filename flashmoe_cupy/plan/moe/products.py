@@ -18,6 +18,7 @@ from flashmoe_cupy.plan.moe.few_rows import all_tiles, reason, tiles_for
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
     TILE_64X128_PAIR,
+    TILE_64X128_SHORT_STEPS,
     TILE_128X128_PING_PONG,
     TILE_128X192_PING_PONG,
     TILE_128X256,
@@ -389,8 +390,8 @@ class GroupedGemmSm90(GroupedGemm):
         return p.groups_known_early and p.self_sorted is None and p.groups >= self.waits_from_groups
 
     def takes_from_counter(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
-        """Clusters do: each has so many tiles that the last ones would not end together."""
-        return config.cluster > 1
+        """Clusters do, and blocks with few rows on fast memory: else the last tiles would not end together."""
+        return config.cluster > 1 or TileSm90(*config[1:7]) == TILE_64X128_SHORT_STEPS
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
         size = p.dtype.itemsize

@@ -119,7 +119,7 @@ class GemmSm90Config(NamedTuple):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `GroupedGemmSm90::Smem`."""
-        works, work_bytes = 4, 32  # records of the next tiles
+        works, work_bytes = (4 if self.cluster > 1 else 3), 32  # records of the next tiles
         barriers, tile_numbers = 16, 32  # two barriers of each buffer; what passes numbers of tiles on in a cluster
         ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
         ring += self.consumers * 4 * WARP_STORE_BYTES + works * work_bytes + _SORTED_BYTES
