@@ -38,8 +38,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason
 
 SEEDS = (0, 1, 4, 7)
 ALONE = (*TILE_128X256[:4], 1, False)  # the same without a cluster
+EIGHT_ROWS = (8, 128, 64, 13, 1, False)
 PARTS = TileSm90(64, 96, 64, 8, 1, False)  # 48 columns of out: no whole panels
-TILES = (TILE_128X256, ALONE, PARTS, TILE_64X128_SHORT_STEPS, TILE_64X128)
+TILES = (TILE_128X256, ALONE, EIGHT_ROWS, PARTS, TILE_64X128_SHORT_STEPS, TILE_64X128)
 HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in TILES]
 PLAIN, THIN = (  # of second products only
     GemmSm90Config("bf16", *tile, gather=False, gated=False) for tile in (TILE_128X192_PING_PONG, TILE_64X64)

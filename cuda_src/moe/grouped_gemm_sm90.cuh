@@ -12,10 +12,12 @@
 // the device knows the groups; one thread (the loader) lets the copy engine fill a ring of steps along k;
 // where rows are gathered, two warps fetch them by cp.async, because Hopper's copy engine cannot gather. Each
 // warpgroup but the first is a consumer: they share a tile, 64 rows each, or (kPingPong) take whole tiles in
-// turn, so that one writes while the other multiplies. The ring runs on across tiles, so that the loads of
-// the next one are under way while this one is written. Two blocks of a cluster take tiles of rows that lie
-// one behind the other and share their weights: each loads half and sends it to both (moe/schedule.cuh says
-// what they do at the end of a group). Or (p.share_rows) they take the same rows and share these.
+// turn, so that one writes while the other multiplies. Tiles of 8 rows (kEightRows) leave room for more
+// steps: they are multiplied eight times, as 64 rows, and the first warp writes them. The ring runs on across
+// tiles, so that the loads of the next one are under way while this one is written. Two blocks of a cluster
+// take tiles of rows that lie one behind the other and share their weights: each loads half and sends it to
+// both (moe/schedule.cuh says what they do at the end of a group). Or (p.share_rows) they take the same rows
+// and share these.
 //
 // The kernel may start before the grid in front of it has ended (programmatic dependent launch). It waits for
 // it before anything else, or, where that grid only makes x (p.groups_known_early), between its first weights
@@ -49,9 +51,11 @@ struct GroupedGemmSm90 {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = kBlockK_, kStages = kStages_,
                        kCluster = kCluster_;
   static constexpr bool kPingPong = kPingPong_, kGather = kGather_, kGated = kGated_;
-  static constexpr int kConsumers = kPingPong ? 2 : kBlockM / 64, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kConsumers = kPingPong ? 2 : div_up(kBlockM, 64), kThreads = 128 * (1 + kConsumers);
   static constexpr int kSharers = kPingPong ? 1 : kConsumers;   // consumers that use a step
-  static constexpr int kParts = kBlockM / (64 * kSharers);      // of 64 rows that one multiplies
+  static constexpr int kParts = div_up(kBlockM, 64 * kSharers);  // of 64 rows that one multiplies
+  enum : bool { kEightRows = kBlockM == 8 };
+  enum : int { kWriters = kEightRows ? 1 : 4 * kConsumers };  // warps that have rows
   static constexpr int kProducerRegisters = kGather ? 72 : 40, kConsumerRegisters = kGather ? 216 : 232;
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kWarpgroupRegisters);
@@ -73,7 +77,7 @@ struct GroupedGemmSm90 {
   };
   struct Smem {
     static constexpr int kX = 0, kW = kX + kStages * TileX::kBytes, kOut = kW + kStages * 2 * TileW::kBytes;
-    static constexpr int kWork = kOut + kConsumers * 4 * kStagedBytes,
+    static constexpr int kWork = kOut + kWriters * kStagedBytes,
                          kSorted = kWork + kWorks * static_cast<int>(sizeof(Work));
     static constexpr int kBarriers = kSorted + GroupCursor<kBlockM>::kSortedBytes;
     static constexpr int kBarriersWork = kBarriers + RingBarriers<kStages>::kBytes;
@@ -349,9 +353,10 @@ struct GroupedGemmSm90 {
         bias.load(p, tile.group, tile.n_block * kColumns, tile.n_block * kColumns + kBlockN / 2);
         take_turn(consumer);
         multiply(rings, s_base, consumer, steps, at, r_out, report);
+        if (!kEightRows || warp_row == 0)
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
-          write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
+          for (int part = 0; part < kParts; ++part)
+            write(p, tile, s_panels, first_row + part * 64 + warp_row, bias, r_out[part]);
         if (announces(p)) written = works.stage;
       } else {
         report();
@@ -424,7 +429,8 @@ struct GroupedGemmSm90 {
   template <class Given>
   FM_DEVICE static void write(const Given& p, const GroupTile& tile, u32 s_panels, int warp_row,
                               const TileBias& bias, float (&r_out)[kBlockN / 8][4]) {
-    const int col = tile.n_block * kColumns, rows = tile.rows - warp_row;
+    const int col = tile.n_block * kColumns;
+    const int rows = (kEightRows ? min(tile.rows, 8) : tile.rows) - warp_row;
     const float one[2] = {1.f, 1.f};
     scale_by_row_weights(p, tile.row + warp_row, rows, r_out);
     bias.add_to(p, r_out);

@@ -9,11 +9,13 @@ namespace fm {
 
 // Describes an operand in shared memory, in panels of 128 bytes per row with the 128-byte swizzle; panels
 // start at multiples of 1024. K-major (the summed dimension along the rows): one panel holds 64 values of it;
-// a step of 16 advances the address by 32 bytes. MN-major (the summed dimension across the rows): panels of
-// 64 columns lie panel_bytes apart; a step of 16 advances by 16 rows.
-FM_DEVICE u64 wgmma_descriptor(u32 s_address, int panel_bytes) {
-  constexpr u64 kEightRows = 1024 >> 4, kSwizzle128 = 1;
-  return kSwizzle128 << 62 | kEightRows << 32 | static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
+// a step of 16 advances the address by 32 bytes; from eight rows to the next are eight_rows bytes. MN-major
+// (the summed dimension across the rows): panels of 64 columns lie panel_bytes apart; a step of 16 advances
+// by 16 rows.
+FM_DEVICE u64 wgmma_descriptor(u32 s_address, int panel_bytes, int eight_rows = 1024) {
+  constexpr u64 kSwizzle128 = 1;
+  return kSwizzle128 << 62 | static_cast<u64>(eight_rows >> 4) << 32 |
+         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
 }
 
 // Registers written by ordinary instructions before this may be operands after it.

@@ -10,14 +10,16 @@
 namespace fm {
 
 // Tiles whose rows are rows of A, or columns of B: the summed dimension runs along a row (K-major). kTiles of
-// them, one below the other, may take turns panel by panel.
+// them, one below the other, may take turns panel by panel. Eight rows are 64: all groups of eight lie in the
+// same place.
 template <class Tile, int kTiles = 1>
 struct KMajor {
   enum : bool { kTransposed = false };
   static_assert(Tile::kRowBytes == 128, "panels of 64 values with the 128-byte swizzle");
   u64 descriptor;
 
-  FM_DEVICE explicit KMajor(u32 s_tile) : descriptor(wgmma_descriptor(s_tile, 0)) {}
+  FM_DEVICE explicit KMajor(u32 s_tile)
+      : descriptor(wgmma_descriptor(s_tile, 0, Tile::kRows == 8 ? 0 : 1024)) {}
   // Where values 16 step .. 16 step + 15 of the summed dimension lie, from row `row` on, a multiple of 8.
   FM_DEVICE u64 at(int step, int row = 0) const {
     return descriptor +

@@ -61,7 +61,7 @@ TILES_SM80_FP32 = ((64, 64, 3), (16, 128, 3))
 class TileSm90(NamedTuple):
     """The sizes of a Hopper configuration."""
 
-    block_m: int  # rows of out in a tile
+    block_m: int  # rows of out in a tile: 8, or a multiple of 64
     block_n: int  # rows of w in a tile; half as many columns of out when gated
     block_k: int  # columns of x and w in a step
     stages: int  # steps in shared memory
@@ -104,7 +104,12 @@ class GemmSm90Config(NamedTuple):
     @property
     def consumers(self) -> int:
         """Warpgroups that multiply."""
-        return 2 if self.ping_pong else self.block_m // 64
+        return 2 if self.ping_pong else -(-self.block_m // 64)
+
+    @property
+    def writers(self) -> int:
+        """Consumers' warps that have rows of a tile, and stage results."""
+        return 1 if self.block_m == 8 else 4 * self.consumers
 
     @property
     def threads(self) -> int:
@@ -122,7 +127,7 @@ class GemmSm90Config(NamedTuple):
         works, work_bytes = (4 if self.cluster > 1 else 3), 32  # records of the next tiles
         barriers, tile_numbers = 16, 32  # two barriers of each buffer; what passes numbers of tiles on in a cluster
         ring = self.stages * self.block_k * 2 * (self.block_m + self.block_n)
-        ring += self.consumers * 4 * WARP_STORE_BYTES + works * work_bytes + _SORTED_BYTES
+        ring += self.writers * WARP_STORE_BYTES + works * work_bytes + _SORTED_BYTES
         return ring + barriers * (self.stages + works) + tile_numbers
 
     @property
