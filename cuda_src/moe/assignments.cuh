@@ -22,15 +22,16 @@ FM_DEVICE int expert_of(const Params& p, int experts, int t, int k) {
 struct SelfSorted {
   int expert = -1, place = 0, count = 0;
 
-  FM_DEVICE explicit SelfSorted(const GroupedGemmParams& p) {
+  template <class Params>
+  FM_DEVICE SelfSorted(const Params& p, int experts, int assignments) {
     const int lane = lane_id();
-    if (lane < p.assignments) {
+    if (lane < assignments) {
       const u32 token = static_cast<u32>(lane) / static_cast<u32>(p.top_k);
-      expert = expert_of(p, p.groups, token, lane - token * p.top_k);
+      expert = expert_of(p, experts, token, lane - token * p.top_k);
     }
     const u32 mine = expert;  // -1 is larger than all
     bool first = expert >= 0;
-    for (int others = 0; others < p.assignments; others += 4)
+    for (int others = 0; others < assignments; others += 4)
 #pragma unroll
       for (int other = others; other < others + 4; ++other) {
         const u32 e = __shfl_sync(0xffffffffu, mine, other);

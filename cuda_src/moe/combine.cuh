@@ -6,31 +6,48 @@
 // bits in every run. Overwrites out.
 //
 // A thread takes 16 bytes of a row. Rows of y are read once and never again, and several are under way at a
-// time.
+// time. A few tokens are the work of blocks of one warp, so that more multiprocessors fetch rows.
 #pragma once
+#include "moe/assignments.cuh"
 #include "moe/params.cuh"
 #include "ptx/cluster.cuh"
 
 namespace fm {
 
-template <class Element_>
+template <class Element_, int kThreads_ = 256>
 struct MoeCombine {
   using Element = Element_;
-  static constexpr int kThreads = 256, kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  static constexpr int kThreads = kThreads_, kPerChunk = 16 / static_cast<int>(sizeof(Element));
   static constexpr int kTogether = 8;  // rows under way
+  struct Smem {
+    static constexpr int kBytes = 4 * 32;  // the row of y of each assignment, where it is found here
+  };
 
   FM_DEVICE static void run(const MoeCombineParams& p) {
+    extern __shared__ __align__(16) u8 smem[];
+    int* s_rows = reinterpret_cast<int*>(smem);
+    // Ids are older than the products, which have waited for them.
+    if (p.topk_ids != nullptr) find_rows(p, s_rows);
     start_after_last_grid();
     const int chunks = p.columns / kPerChunk;
     const i64 work = static_cast<i64>(p.tokens) * chunks;
     for (i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; i < work;
          i += static_cast<i64>(gridDim.x) * kThreads) {
       const i64 t = i / chunks;
-      add_rows(p, t, static_cast<int>(i - t * chunks));
+      add_rows(p, s_rows, t, static_cast<int>(i - t * chunks));
     }
   }
 
-  FM_DEVICE static void add_rows(const MoeCombineParams& p, i64 t, int chunk) {
+  FM_DEVICE static void find_rows(const MoeCombineParams& p, int* s_rows) {
+    if (warp_id() == 0) {
+      const SelfSorted sorted(p, p.experts, p.tokens * p.top_k);
+      s_rows[lane_id()] = sorted.expert < 0 ? -1 : sorted.place;
+    }
+    __syncthreads();
+  }
+
+  FM_DEVICE static void add_rows(const MoeCombineParams& p, const int* s_rows, i64 t, int chunk) {
+    const int* rows = p.topk_ids == nullptr ? p.inverse_indices : s_rows;
     float sum[kPerChunk] = {};
     for (int first = 0; first < p.top_k; first += kTogether) {
       int row[kTogether];
@@ -39,7 +56,7 @@ struct MoeCombine {
       // All loads of a kind are under way before one of them is waited for.
 #pragma unroll
       for (int j = 0; j < kTogether; ++j)
-        row[j] = first + j < p.top_k ? p.inverse_indices[t * p.top_k + first + j] : -1;
+        row[j] = first + j < p.top_k ? rows[t * p.top_k + first + j] : -1;
       load_weights(p, t, first, weight);
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {

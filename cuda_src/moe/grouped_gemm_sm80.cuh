@@ -74,7 +74,7 @@ struct GroupedGemmSm80 {
   FM_DEVICE static const u8* row_of_x(const GroupedGemmParams& p, const GroupTile& tile, int row,
                                       const int* s_sorted) {
     i64 source = tile.row + row + static_cast<i64>(tile.group) * p.x_skip;
-    if (gathers(p)) source = gathered_row(p, tile, row, s_sorted);
+    if (p.gathers != 0) source = gathered_row(p, tile, row, s_sorted);
     if (row >= min(tile.rows, kBlockM) || source < 0) return nullptr;
     return reinterpret_cast<const u8*>(static_cast<const Element*>(p.x) + source * p.x_stride);
   }

@@ -56,14 +56,18 @@ struct MoePermuteParams {
 
 struct MoeCombineParams {
   const void* y;               // (assignments in the order of the experts, columns)
-  const int* inverse_indices;  // (tokens, top_k): row of y, -1: none
+  const int* inverse_indices;  // (tokens, top_k): row of y, -1: none; null: found in topk_ids
+  // (tokens, top_k), at most 32 in all, which the products have sorted by themselves; null: they have not.
+  const void* topk_ids;
+  const int* expert_map;       // as in MoePermuteParams, and ids_stride, experts, ids and ids_wide
   const void* topk_weights;    // (tokens, top_k); null: all 1
   const void* shared;          // (tokens, columns), added; null: none
   const void* shared_gate;     // (tokens), its factor; null: 1
   void* out;                   // (tokens, columns)
-  i64 weights_stride_t, weights_stride_k, shared_gate_stride, out_stride;
+  i64 weights_stride_t, weights_stride_k, shared_gate_stride, out_stride, ids_stride;
   int tokens, top_k, columns, weights_dtype;
   int gate_dtype, aligned;     // aligned: 1 if rows of out start at multiples of 16 bytes
+  int experts, ids, ids_wide, unused;
 };
 
 struct GroupedClearParams {
@@ -100,7 +104,6 @@ struct GroupedGemmParams {
   // stand in the arrays above.
   const void* topk_ids;
   const int* expert_map;      // as in MoePermuteParams
-  int* inverse_indices;       // the same, which a self-sorted product writes; null: not wanted
   u32* counters;  // two TileCounters; then (groups): rows written, once for each tile along the columns
   i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride;
   i64 bias_stride_e, bias_stride_n, bias_stride_half;
@@ -116,6 +119,7 @@ struct GroupedGemmParams {
   int groups_known_early;  // 1: the grid in front makes x alone, and groups are known before its end
   int prefetch_k;                          // columns of w that go to L2 before groups are known; 0: none
   int share_rows;  // 1: the blocks of a cluster have the same rows and different columns
+  int gathers;                             // 1: rows of x are gathered
   int rows_counted;                        // RowsCounted, or how often each row of x is counted
   int tile_counter;                        // TileCounter
 };

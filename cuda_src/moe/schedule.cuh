@@ -33,10 +33,6 @@ struct GroupTile {
   int group_rows;        // of the whole group
 };
 
-// Whether rows of x are gathered.
-FM_DEVICE bool gathers(const GroupedGemmParams& p) {
-  return p.gather_indices != nullptr || p.inverse_indices != nullptr;
-}
 // The row of x that is row `row` of a tile, where rows are gathered; -1: there is none, and it counts as
 // zeros. s_sorted: what the cursor of a self-sorted product has written.
 FM_DEVICE int gathered_row(const GroupedGemmParams& p, const GroupTile& tile, int row, const int* s_sorted) {
@@ -74,12 +70,10 @@ struct GroupCursor {
       next_group += 32;
       mine = group < p.groups ? rows_of(p, group) : GroupRows{0, 0, 0};
     } else {
-      const SelfSorted sorted(p);
+      const SelfSorted sorted(p, p.groups, p.assignments);
       next_group = p.groups;
       mine = {sorted.expert, sorted.place, sorted.count};
       if (sorted.expert >= 0) s_sorted[sorted.place] = lane_id();
-      if (p.inverse_indices != nullptr && blockIdx.x == 0 && lane_id() < p.assignments)
-        p.inverse_indices[lane_id()] = sorted.expert < 0 ? -1 : sorted.place;
     }
     const int m_blocks = div_up(mine.rows, kRows);
     const int tiles =

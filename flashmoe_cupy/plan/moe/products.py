@@ -231,6 +231,7 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
             "groups_known_early": int(p.groups_known_early),
             "prefetch_k": _prefetch_k(p, config),
             "share_rows": int(share_rows),
+            "gathers": int(p.gather),
             "rows_counted": -1 if p.counts_rows else p.counts_of_x,
             "tile_counter": int(counter) if self.takes_from_counter(p, config) else 0,
         }

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flashmoe_cupy.dtypes import FP32, DType
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
+from flashmoe_cupy.plan.moe.tiles import SELF_SORTED
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Arguments, Step, Values
 
@@ -14,6 +15,7 @@ PER_LANE = (1, 2, 4, 8, 16, 32)  # compiled sizes of the router: experts that ea
 # Threads and shared memory below are `kThreads` and `Smem::kBytes` of the structs in cuda_src/moe.
 _WINDOW = 512  # experts that MoePermutePlace places at once: one for each thread
 _COUNT_WINDOW = 4096  # experts that MoePermuteCount counts at once
+_COMBINE_SMEM = 4 * SELF_SORTED
 
 
 class SmallConfig(NamedTuple):
@@ -109,7 +111,11 @@ PERMUTE_PLACE = SmallKernel(
 )  # fmt: skip
 COMBINE = SmallKernel(
     "moe_combine", "moe/combine.cuh", "weighted sum over the experts of a token", "MoeCombineParams",
-    *[SmallConfig(element, f"MoeCombine<fm::{element}>", 256, 0, 3) for element in ("bf16", "fp16", "fp32")],
+    *[
+        SmallConfig(element + words, f"MoeCombine<fm::{element}{arguments}>", threads, _COMBINE_SMEM, blocks)
+        for words, arguments, threads, blocks in (("", "", 256, 3), (" few", ", 32", 32, 1))
+        for element in ("bf16", "fp16", "fp32")
+    ],
 )  # fmt: skip
 CLEAR = SmallKernel(
     "grouped_clear", "moe/clear.cuh", "zeros for rows of no group", "GroupedClearParams",

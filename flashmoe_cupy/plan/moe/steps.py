@@ -28,6 +28,7 @@ _PERMUTE_WARPS = 16  # of a block
 _PERMUTE_ONE_BLOCK = 4096  # assignments, up to which one block places all and no kernel has to count before it
 _PERMUTE_PER_BLOCK = 2048  # assignments of one of several blocks, as long as there are no more blocks than ...
 _PERMUTE_BLOCKS = 256
+_COMBINE_FEW = 32 * DEFAULT_SMS  # pieces of 16 bytes, up to which blocks of one warp fetch them: one on each SM
 _COMBINE_BLOCKS = 2**16  # at most; then each block goes through several stretches
 
 
@@ -166,7 +167,6 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
     self_sorted = chosen if assignments <= SELF_SORTED and not p.weight_on_input else None
     steps: list[Step] = []
     if self_sorted is not None:
-        work.add("inverse_indices", 4 * assignments)
         order = same("topk_ids", *["expert_map"] * (p.num_global >= 0))
     else:
         work.add("counters", 4 * (2 + p.num_experts))
@@ -176,7 +176,8 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
     work.add("y", assignments * p.hidden * size)
     first, second = _expert_products(p, self_sorted)
     arguments = {"x": "x", "w": "w_gate_up", "out": "activation", "bias": "b_gate_up"} | order
-    arguments |= same("inverse_indices") if self_sorted is not None else {"gather_indices": "sorted_indices"}
+    if self_sorted is None:
+        arguments["gather_indices"] = "sorted_indices"
     if p.weight_on_input:
         arguments["row_weights"] = "topk_weights"
     steps.append(Step("grouped_gemm", first, arguments))
@@ -187,7 +188,7 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
         first, second = _shared_products(p)
         steps.append(Step("grouped_gemm", first, {"x": "x", "w": "shared_w_gate_up", "out": "shared_activation"}))
         steps.append(Step("grouped_gemm", second, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
-    steps.append(_combine_step(p))
+    steps.append(_combine_step(p, self_sorted))
     return steps, work
 
 
@@ -246,13 +247,18 @@ def _gate_and_up(p: MoEProblem, n: int) -> tuple[int, int]:
     return (2, 1) if p.interleaved else (1, n)
 
 
-def _combine_step(p: MoEProblem) -> Step:
+def _combine_step(p: MoEProblem, self_sorted: PermuteProblem | None) -> Step:
     """The weighted sum of a token's experts."""
     size = p.dtype.itemsize
-    config = next(c for c in COMBINE.all_configs if c.name == p.dtype.cuda)
     chunks = p.tokens * (p.hidden // (16 // size))
+    name = p.dtype.cuda + " few" * (chunks <= _COMBINE_FEW)
+    config = next(c for c in COMBINE.all_configs if c.name == name)
     grid = min(-(-chunks // config.threads), _COMBINE_BLOCKS)
-    arguments = same("y", "inverse_indices", "out", *["topk_weights"] * (not p.weight_on_input))
+    arguments = same("y", "out", *["topk_weights"] * (not p.weight_on_input))
+    if self_sorted is None:
+        arguments |= same("inverse_indices")
+    else:
+        arguments |= same("topk_ids", *["expert_map"] * (p.num_global >= 0))
     arguments |= same(*["shared"] * bool(p.shared), *["shared_gate"] * (p.shared_gate_dtype is not None))
     values: Values = {
         "weights_stride_t": p.topk_weights_stride,
@@ -264,6 +270,10 @@ def _combine_step(p: MoEProblem) -> Step:
         "columns": p.hidden,
         "weights_dtype": p.topk_weights_dtype.code,
         "gate_dtype": _code(p.shared_gate_dtype),
+        "ids_stride": p.topk_ids_stride,
+        "experts": p.num_experts,
+        "ids": 0 if self_sorted is None else self_sorted.ids,
+        "ids_wide": int(p.topk_ids_dtype.itemsize == 8),
     }
     aligned = p.tokens <= 1 or p.out_stride * size % 16 == 0
     return Step(COMBINE.task, SmallProblem(COMBINE.name, config, grid, rows_aligned=aligned), arguments, values)
