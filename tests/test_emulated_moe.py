@@ -19,6 +19,9 @@ from flashmoe_cupy.plan.kernels import with_counted_rows
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
+    TILE_8X64,
+    TILE_8X64_TWICE,
+    TILE_8X96,
     TILE_64X64,
     TILE_64X128,
     TILE_64X128_SHORT_STEPS,
@@ -28,7 +31,6 @@ from flashmoe_cupy.plan.moe.tiles import (
     TILES_SM80_FP32,
     GemmSm80Config,
     GemmSm90Config,
-    TileSm90,
 )
 from flashmoe_cupy.plan.operation import Workspace
 from flashmoe_cupy.testing import TOLERANCES, relative_error, row_error
@@ -38,13 +40,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason
 
 SEEDS = (0, 1, 4, 7)
 ALONE = (*TILE_128X256[:4], 1, False)  # the same without a cluster
-EIGHT_ROWS = (8, 128, 64, 13, 1, False)
-PARTS = TileSm90(64, 96, 64, 8, 1, False)  # 48 columns of out: no whole panels
-TILES = (TILE_128X256, ALONE, EIGHT_ROWS, PARTS, TILE_64X128_SHORT_STEPS, TILE_64X128)
+TILES = (TILE_128X256, ALONE, TILE_8X96, TILE_64X128_SHORT_STEPS, TILE_64X128)
 HOPPER = [GemmSm90Config("bf16", *tile, gather=True, gated=True) for tile in TILES]
-PLAIN, THIN = (  # of second products only
-    GemmSm90Config("bf16", *tile, gather=False, gated=False) for tile in (TILE_128X192_PING_PONG, TILE_64X64)
-)
+SECOND = [  # of second products only
+    GemmSm90Config("bf16", *tile, gather=False, gated=False)
+    for tile in (TILE_128X192_PING_PONG, TILE_64X64, TILE_8X64_TWICE, TILE_8X64)
+]
+PLAIN = SECOND[0]
 PORTABLE = [GemmSm80Config("bf16", *tile, gated=True) for tile in TILES_SM80]
 PORTABLE += [GemmSm80Config("fp32", *tile, gated=True) for tile in TILES_SM80_FP32]
 CLAMPING: list[GemmSm90Config | GemmSm80Config] = [HOPPER[-1], PORTABLE[2], PORTABLE[-1]]  # those that run clamps
@@ -68,10 +70,12 @@ EXPERTS = (
     MoECase(70, 200, 264, 5, 3, activation="gelu", routing="zipf", biases="same"),
     MoECase(9, 136, 40, 4, 2, activation="swigluoai", interleaved=True, weight_on_input=True, shared=24),
     MoECase(700, 136, 264, 3, 2, routing="zipf"),  # several tiles of rows of an expert, odd numbers of them too
+    MoECase(7, 136, 200, 5, 4, global_experts=9, sentinels=0.2, biases="same"),  # sorted by the products and the sum
+    MoECase(16, 72, 136, 2, 2, shared=24),  # the same, and all rows of both experts
 )
 
 
-@pytest.mark.parametrize("config", [*HOPPER, PLAIN, THIN, *PORTABLE], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [*HOPPER, *SECOND, *PORTABLE], ids=lambda c: c.name)
 def test_experts(config: GemmSm90Config | GemmSm80Config) -> None:
     """Every tile on problems that do not fill it, in several orders of warps and asynchronous work: the same bits."""
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.element]

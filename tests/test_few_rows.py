@@ -14,11 +14,19 @@ from flashmoe_cupy.jit import launch
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe import few_rows
-from flashmoe_cupy.plan.moe.few_rows import FewRows, all_tiles, ring_bytes, tiles_for, under_way
+from flashmoe_cupy.plan.moe.few_rows import FewRows, all_tiles, eight_rows, ring_bytes, tiles_for, under_way
 from flashmoe_cupy.plan.moe.problem import moe_problem
 from flashmoe_cupy.plan.moe.products import Product
 from flashmoe_cupy.plan.moe.steps import moe_steps
-from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_64X128, TILE_64X128_PAIR
+from flashmoe_cupy.plan.moe.tiles import (
+    TILE_8X64,
+    TILE_8X64_TWICE,
+    TILE_8X96,
+    TILE_64X64,
+    TILE_64X128,
+    TILE_64X128_PAIR,
+    TileSm90,
+)
 from flashmoe_cupy.service import machine
 from flashmoe_cupy.service.choices import absent_arrays
 
@@ -98,17 +106,48 @@ def promotions(shape: dict[str, Any], device: DeviceProperties) -> list[int]:
     return [KERNEL.map_arguments(p, config)[1].promotion for p, config in both]
 
 
+# What an H200 takes for cases whose groups have at most 2 rows on average.
+EIGHT_ROWS = {
+    ("8x96x64x10 gather gated", "8x64x64x8"): """
+        qwen3_30b_a3b_t1 qwen3_30b_a3b_t2 qwen3_30b_a3b_t4 qwen3_30b_a3b_t8 qwen3_30b_a3b_t16 qwen3_30b_a3b_t32
+        t4_d2048_n512_e512_k10 t16_d2048_n512_e512_k10 t64_d2048_n512_e512_k10 torch_qwen3_30b_a3b_t1
+        torch_qwen3_30b_a3b_t16 cupy_qwen3_30b_a3b_t16
+    """,
+    ("8x96x64x10 gather gated", "8x64x128x12"): """
+        t1_d2048_n512_e512_k10 mixtral_8x7b_t1 mixtral_8x7b_t4 torch_t1_e128_k8 cupy_t1_e128_k8
+    """,
+}
+
+
 def test_an_h200_takes_short_steps_for_few_rows() -> None:
     """As many bytes in twice as many steps, and L2 fetches no more than a step holds; else the choices of an H100."""
+    expected = {case: names for names, cases in EIGHT_ROWS.items() for case in cases.split()}
+    assert {case: chosen(shape, H200) for case, shape in shapes().items() if case in expected} == expected
     for case, shape in shapes().items():
         for mine, theirs in zip(chosen(shape, H200), chosen(shape), strict=True):
             few = theirs.startswith("64x128x128x4") and "cluster" not in theirs
-            assert mine == (theirs.replace("128x128x4", "128x64x8") if few else theirs), case
+            if case not in expected:
+                assert mine == (theirs.replace("128x128x4", "128x64x8") if few else theirs), case
     some, many = shapes()["qwen3_30b_a3b_t64"], shapes()["mixtral_8x7b_t256"]
     assert chosen(some, H200) == ("64x128x64x8 gather gated", "64x128x64x8")
     assert chosen(many, H200) == chosen(many)
     assert promotions(some, H100) == promotions(many, H100) == promotions(many, H200) == [256, 256]
-    assert promotions(some, H200) == [128, 128]
+    assert promotions(some, H200) == promotions(shapes()["qwen3_30b_a3b_t1"], H200) == [128, 128]
+
+
+def test_one_block_or_two_by_what_each_reads() -> None:
+    """Tiles of 64 columns: with few of them, two blocks on a multiprocessor would leave others without work."""
+
+    def tile(groups: int, n: int, rows: int, multiprocessors: int = 132) -> TileSm90:
+        return eight_rows(True, rows, groups, n, DeviceProperties(multiprocessors, H200.memory_rate))
+
+    assert tile(1, 132 * 64, 1) == TILE_8X64  # 1 or 2 tiles for each multiprocessor
+    assert tile(1, 133 * 64, 1) == tile(1, 264 * 64, 1) == TILE_8X64_TWICE  # 2 or 2
+    assert tile(1, 265 * 64, 1) == TILE_8X64  # 3 or 4
+    assert tile(1, 133 * 64, 1, 133) == TILE_8X64
+    assert tile(1, 132 * 64 * 20, 1) == TILE_8X64_TWICE
+    assert tile(2, 132 * 32, 1) == tile(2, 132 * 32, 8) == TILE_8X64  # 66 tiles of one group or 132 of both
+    assert eight_rows(False, 1, 1, 132 * 64, H200) == TILE_8X96
 
 
 def test_bytes_under_way() -> None:
@@ -138,7 +177,8 @@ def test_a_faster_memory_gets_its_own_row(monkeypatch: pytest.MonkeyPatch) -> No
     assert (chosen(few), chosen(some)) == before
     assert chosen(few, H200) == ("64x128x128x4 cluster2 gather gated", "64x64x128x5")
     assert chosen(some, H200) == ("64x128x128x4 gather gated", "64x128x128x4")
-    assert all_tiles() == ([TILE_64X128, TILE_64X128_PAIR], [TILE_64X64, TILE_64X64._replace(stages=5)])
+    few_tiles = [TILE_64X64, TILE_64X64._replace(stages=5), TILE_8X64_TWICE, TILE_8X64]
+    assert all_tiles() == ([TILE_64X128, TILE_64X128_PAIR], [TILE_8X96], few_tiles)
     assert "bf16 64x64x128x5" in [config.name for config in KERNEL.configs("sm_90a")]
 
 
@@ -150,8 +190,10 @@ def test_explain_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "under way" not in many
     one = machine.Device(0, "an H200", (9, 0), "sm_90a", 132, 1 << 37, 232448, H200.memory_rate)
     monkeypatch.setattr(machine, "_driver", machine.Driver("13.0", (one,), ""))
-    text = "4.92 TB/s to 132 multiprocessors want 74 KB under way on each, its ring holds 131 KB"
-    assert str(service.explain(op="moe", arch="sm_90a", **sizes)).count(text) == 2
+    explained = str(service.explain(op="moe", arch="sm_90a", **sizes))
+    for ring in ("123 KB", "2 x 66 KB"):
+        text = f"4.92 TB/s to 132 multiprocessors want 74 KB under way on each, its ring holds {ring}"
+        assert explained.count(text) == 1, explained
     assert machine.properties(one._replace(memory_rate=0)) == H100
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from flashmoe_cupy.jit.device import DeviceProperties
-from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_64X128, TILE_64X128_SHORT_STEPS, GemmSm90Config, TileSm90
+from flashmoe_cupy.plan.moe.tiles import (
+    TILE_8X64,
+    TILE_8X64_TWICE,
+    TILE_8X96,
+    TILE_64X64,
+    TILE_64X128,
+    TILE_64X128_SHORT_STEPS,
+    GemmSm90Config,
+    TileSm90,
+)
 
 # Seconds from asking for weights to having them, while memory is busy: on an H100 64 KB for each of 96 blocks were too
 # little (benchmarks/NOTEBOOK.md).
@@ -18,14 +28,22 @@ class FewRows(NamedTuple):
     under_way: float
     tiles: tuple[tuple[float, TileSm90], ...]  # up to how many rows of a group on average each is taken
     few_tiles: TileSm90  # in order and not gated, where these would leave half of the multiprocessors without work
+    # Up to how many rows of a group on average tiles of 8 rows are taken. More rows would read weights twice.
+    rows_8: float = 0.0
 
 
 # From slow to fast memory: each row is what was fastest on a device that wants so much.
 MEASURED = (
     FewRows(60e3, ((32, TILE_64X128),), TILE_64X64),  # an H100 wants 51 KB
     # An H200 wants 74 KB. A ring of as many bytes in shorter steps has more of them under way.
-    FewRows(float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64),
+    FewRows(float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64, rows_8=2.0),
 )
+# Of 8 rows, in order and not gated.
+_IN_ORDER_8 = (TILE_8X64_TWICE, TILE_8X64)
+# Tiles whose blocks take the next one from a counter, or the last ones would not end together.
+COUNTED = (TILE_64X128_SHORT_STEPS, TILE_8X96, *_IN_ORDER_8)
+# Blocks that fill a multiprocessor are taken where each reads at most so large a part of what two smaller ones read.
+_ONE_BLOCK = 0.8
 
 
 def under_way(device: DeviceProperties) -> float:
@@ -39,10 +57,25 @@ def tiles_for(device: DeviceProperties) -> FewRows:
     return next(row for row in MEASURED if wanted <= row.under_way)
 
 
-def all_tiles() -> tuple[list[TileSm90], list[TileSm90]]:
-    """All tiles of all devices, each once: for every product, and for those in order and not gated."""
+def all_tiles() -> tuple[list[TileSm90], list[TileSm90], list[TileSm90]]:
+    """All tiles of all devices, each once: for every product, for gathered or gated ones, and for all others."""
     tiles = dict.fromkeys(tile for row in MEASURED for _, tile in row.tiles)
-    return list(tiles), [tile for tile in dict.fromkeys(row.few_tiles for row in MEASURED) if tile not in tiles]
+    others = [tile for tile in dict.fromkeys(row.few_tiles for row in MEASURED) if tile not in tiles]
+    return list(tiles), [TILE_8X96], [*others, *_IN_ORDER_8]
+
+
+def eight_rows(in_order: bool, rows: int, groups: int, n: int, device: DeviceProperties) -> TileSm90:
+    """The tile of 8 rows for `rows` rows of out that belong to `groups` groups at random.
+
+    in_order: not gathered and not gated. n: rows of w of a group.
+    """
+    if not in_order:
+        return TILE_8X96
+    groups_with_rows = groups * (1.0 - (1.0 - 1.0 / max(groups, 1)) ** rows)
+    tiles = groups_with_rows * -(-n // TILE_8X64.block_n)
+    # Tiles that a multiprocessor has one after the other, or two at a time.
+    one, two = math.ceil(tiles / device.multiprocessors), 2 * math.ceil(tiles / (2 * device.multiprocessors))
+    return TILE_8X64 if one <= _ONE_BLOCK * two else TILE_8X64_TWICE
 
 
 def ring_bytes(config: GemmSm90Config) -> int:
@@ -52,7 +85,7 @@ def ring_bytes(config: GemmSm90Config) -> int:
 
 def reason(config: GemmSm90Config, device: DeviceProperties) -> str:
     """Why a tile for few rows was taken, in a sentence."""
-    blocks, ring = config.min_blocks, ring_bytes(config)
+    blocks, ring = config.blocks_per_sm, ring_bytes(config)
     rings = f"{ring / 1e3:.0f} KB" if blocks == 1 else f"{blocks} x {ring / 1e3:.0f} KB"
     return (
         f"weights are read once: {device.memory_rate / 1e12:.3g} TB/s to {device.multiprocessors} multiprocessors want "

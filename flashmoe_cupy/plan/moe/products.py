@@ -14,11 +14,10 @@ from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.checks import ACTIVATIONS
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
-from flashmoe_cupy.plan.moe.few_rows import all_tiles, reason, tiles_for
+from flashmoe_cupy.plan.moe.few_rows import COUNTED, all_tiles, eight_rows, reason, tiles_for
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
     TILE_64X128_PAIR,
-    TILE_64X128_SHORT_STEPS,
     TILE_128X128_PING_PONG,
     TILE_128X192_PING_PONG,
     TILE_128X256,
@@ -187,7 +186,7 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
 
     def grid(self, p: Product, config: GemmConfig, sms: int = DEFAULT_SMS) -> int:
         """Each block takes tile after tile."""
-        return config.cluster * max(1, min(sms * config.min_blocks // config.cluster, self.tiles(p, config)))
+        return config.cluster * max(1, min(sms * config.blocks_per_sm // config.cluster, self.tiles(p, config)))
 
     def takes_from_counter(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
         """Whether a block takes its next tile from a counter when it is free; else every so many-th tile is its own."""
@@ -322,15 +321,15 @@ class GroupedGemmSm90(GroupedGemm):
         if arch != "sm_90a":
             return []
         elements = ("bf16", "fp16")
-        few, few_in_order = all_tiles()
+        few, gathered, few_in_order = all_tiles()
         sizes = [*few, *[tile for _, tile in self.tile_by_rows], TILE_128X256]
         in_order = [*few_in_order, TILE_128X192_PING_PONG]
         return [
             GemmSm90Config(element, *tile, gather, *kind)
             for element in elements
-            for tile in sizes
             for gather in (False, True)
             for kind in _KINDS
+            for tile in (*sizes, *gathered * (gather or kind[0]))
         ] + [GemmSm90Config(element, *tile, False, False) for element in elements for tile in in_order]
 
     def why_not(self, product: Product, arch: str, aligned: bool = True) -> list[str]:
@@ -363,6 +362,8 @@ class GroupedGemmSm90(GroupedGemm):
         tile = next((tile for rows, tile in by_rows if p.mean_rows <= rows), TILE_128X256)
         if p.batch_invariant:
             tile = TILE_128X256
+        elif p.mean_rows <= few.rows_8:
+            tile = eight_rows(in_order, p.out.rows, p.groups, p.n, device)
         elif in_order and p.mean_rows >= self.ping_pong_rows and p.k <= self.ping_pong_k:
             tile = TILE_128X192_PING_PONG
         elif in_order and self._few(p, device) and 2 * self.tiles(p, _config(p, tile)) <= device.multiprocessors:
@@ -392,7 +393,7 @@ class GroupedGemmSm90(GroupedGemm):
 
     def takes_from_counter(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
         """Clusters do, and blocks with few rows on fast memory: else the last tiles would not end together."""
-        return config.cluster > 1 or TileSm90(*config[1:7]) == TILE_64X128_SHORT_STEPS
+        return config.cluster > 1 or TileSm90(*config[1:7]) in COUNTED
 
     def map_arguments(self, p: Product, config: GemmConfig) -> tuple[TensorMap, ...]:
         size = p.dtype.itemsize

@@ -36,6 +36,11 @@ class GemmSm80Config(NamedTuple):
         return 2
 
     @property
+    def blocks_per_sm(self) -> int:
+        """Blocks of the grid for each SM."""
+        return self.min_blocks
+
+    @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
         return 1
@@ -78,6 +83,9 @@ TILE_64X64 = TileSm90(64, 64, 128, 6, 1, False)
 TILE_128X192_PING_PONG = TileSm90(128, 192, 64, 4, 2, True)
 # Measured on an H200.
 TILE_64X128_SHORT_STEPS = TileSm90(64, 128, 64, 8, 1, False)
+TILE_8X96 = TileSm90(8, 96, 64, 10, 1, False)  # leaves room for a block of the next product
+TILE_8X64_TWICE = TileSm90(8, 64, 64, 8, 1, False)  # two blocks on a multiprocessor, or one beside the product before
+TILE_8X64 = TileSm90(8, 64, 128, 12, 1, False)  # fills the shared memory
 
 
 class GemmSm90Config(NamedTuple):
@@ -118,7 +126,12 @@ class GemmSm90Config(NamedTuple):
 
     @property
     def min_blocks(self) -> int:
-        """Blocks per SM: as many as its shared memory holds, two at most; with two consumers one, for its registers."""
+        """Blocks per SM that registers are left for: beside one of 8 rows may be one of the next product."""
+        return 2 if self.block_m == 8 else self.blocks_per_sm
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks of the grid for each SM: as many as its shared memory holds; two at most, with two consumers one."""
         return 2 if self.consumers == 1 and 2 * (self.smem_bytes + RESERVED_SMEM) <= SM90_SMEM_PER_SM else 1
 
     @property
