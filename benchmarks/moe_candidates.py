@@ -62,6 +62,7 @@ class Candidate(NamedTuple):
     changes: tuple[Change, ...] = ()
     counter: bool = True  # single blocks take tiles from the counter where there is one; False: none does
     permuted: bool = False  # by a launch of its own, though there are few assignments
+    next_bytes: int | None = None  # of the second product's weights that a block of the first asks L2 for
     waits: bool = False  # the second product awaits the rows of a group, however few groups there are
 
 
@@ -95,6 +96,7 @@ EIGHT = tuple(
 )  # fmt: skip
 ROWS_8 = EIGHT[0]
 # Assignments are permuted by a launch of its own even if there are few, so that there are counters.
+NEXT = tuple(Candidate(f"{kb} KB of the next weights", next_bytes=kb * 1024) for kb in (0, 48))
 PERMUTED = Candidate("permuted", permuted=True)
 WAITS = Candidate("rows awaited", waits=True)
 ROWS_8_PERMUTED = ROWS_8._replace(name="8 rows, permuted, rows awaited", permuted=True, waits=True)
@@ -105,11 +107,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     # At most 32 assignments: the products sort them by themselves, and there is no counter.
     "one_token": Experiment(
         ("qwen3_30b_a3b_t1", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1"),
-        (ROWS_64, ROWS_64_COLUMNS_64, *EIGHT, PERMUTED, PERMUTED_WAITS),
+        (ROWS_64, ROWS_64_COLUMNS_64, *EIGHT, *NEXT, PERMUTED, PERMUTED_WAITS),
     ),
     "few_tokens": Experiment(
         ("qwen3_30b_a3b_t2", "qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
-        (ROWS_64, *EIGHT, PERMUTED, PERMUTED_WAITS, ROWS_8_PERMUTED),
+        (ROWS_64, *EIGHT, *NEXT, PERMUTED, PERMUTED_WAITS, ROWS_8_PERMUTED),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t32", "t16_d2048_n512_e512_k10",
@@ -127,13 +129,15 @@ EXPERIMENTS: dict[str, Experiment] = {
 def taken(one: Candidate) -> Iterator[None]:
     """Within it the Hopper kernel is the candidate's. For one thread: the setting is global."""
     from flashmoe_cupy.plan.forget import forget_all
-    from flashmoe_cupy.plan.moe import steps
+    from flashmoe_cupy.plan.moe import few_rows, steps
     from flashmoe_cupy.plan.moe.products import GroupedGemmSm90
 
     host: Any = steps
+    tiles: Any = few_rows
     kernel: Any = GroupedGemmSm90
-    names = ("choose", "takes_from_counter", "waits_for_counts")
-    before, few = {name: getattr(kernel, name) for name in names}, host.SELF_SORTED
+    names = ("choose", "next_weights", "takes_from_counter", "waits_for_counts")
+    before = {name: getattr(kernel, name) for name in names}
+    few, next_bytes = host.SELF_SORTED, tiles.NEXT_BYTES
 
     def choose(self: Any, product: Product, *where: Any, **options: Any) -> GemmSm90Config:
         tile = one.first if product.gather else one.second
@@ -154,6 +158,10 @@ def taken(one: Candidate) -> Iterator[None]:
             kernel.takes_from_counter = takes
         if one.waits:
             kernel.waits_for_counts = waits
+        if one.next_bytes is not None:
+            tiles.NEXT_BYTES = one.next_bytes
+        if one.next_bytes == 0:
+            kernel.next_weights = lambda *_: None
         if one.permuted:
             host.SELF_SORTED = 0
         forget_all()
@@ -162,7 +170,7 @@ def taken(one: Candidate) -> Iterator[None]:
         finally:
             for name in names:
                 setattr(kernel, name, before[name])
-            host.SELF_SORTED = few
+            host.SELF_SORTED, tiles.NEXT_BYTES = few, next_bytes
             forget_all()
 
 

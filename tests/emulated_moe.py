@@ -17,7 +17,14 @@ from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
 from flashmoe_cupy.plan.moe.products import Product, TileCounter
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
-from flashmoe_cupy.plan.moe.tiles import TILE_64X64, TILE_128X192_PING_PONG, GemmConfig
+from flashmoe_cupy.plan.moe.tiles import (
+    TILE_8X64,
+    TILE_8X64_TWICE,
+    TILE_64X64,
+    TILE_128X192_PING_PONG,
+    GemmConfig,
+    GemmSm90Config,
+)
 from flashmoe_cupy.plan.operation import Workspace
 from flashmoe_cupy.plan.step import Step
 
@@ -77,6 +84,17 @@ class Machine:
         steps = moe.grouped_gemm_steps(problem)
         return self._run(steps, Workspace(), arrays, {"out": out}, keep=True)["out"]
 
+    def _with_next_weights(
+        self, kernel: Any, problem: Any, config: Any, steps: Steps, arrays: dict[str, Array]
+    ) -> Any:  # fmt: skip
+        """A first product that asks L2 for weights of the second, whichever tile that has."""
+        behind = [step.problem for step in steps if step.task == "grouped_gemm" and step.problem is not problem]
+        if "sm90" not in kernel.name or not problem.gather or not behind or arrays["w_down"].ctypes.data % 16:
+            return problem
+        tile = GemmSm90Config(config.element, *(TILE_8X64 if self.seed % 2 else TILE_8X64_TWICE), False, False)
+        weights = kernel.next_weights(problem, config, behind[0], tile, self.sms)
+        return problem if weights is None else problem._replace(next_weights=weights)
+
     def _run(
         self, steps: Steps, work: Workspace, given: dict[str, Any], outputs: dict[str, Array], keep: bool = False
     ) -> dict[str, Array]:
@@ -109,6 +127,7 @@ class Machine:
                 elif problem.tile_counter is TileCounter.SECOND:
                     problem = problem._replace(counts_of_x=counts)
                 self.counts.append(kernel.counts_per_row(problem, config))
+                problem = self._with_next_weights(kernel, problem, config, steps, arrays)
             params, maps_at = bytearray(kernel.params.size), kernel.params.maps_at
             kernel.params.pack_pointers(params, 0, *pointers)
             values = kernel.values(problem, config, aligned, self.sms) | step.values

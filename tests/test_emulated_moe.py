@@ -15,7 +15,7 @@ from flashmoe_cupy import reference
 from flashmoe_cupy.dtypes import INT32
 from flashmoe_cupy.jit import source
 from flashmoe_cupy.jit.device import H100
-from flashmoe_cupy.plan.kernels import with_counted_rows
+from flashmoe_cupy.plan.kernels import linked
 from flashmoe_cupy.plan.moe import steps as moe
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
@@ -415,5 +415,5 @@ def test_plan_and_kernels_count_the_same_blocks() -> None:
 )  # fmt: skip
 def test_groups_are_awaited_where_there_are_many(case: MoECase, arch: str, aligned: bool, counts: int) -> None:
     steps, _ = moe_plans.steps(case)
-    products = [s.problem for s in with_counted_rows(steps, arch, aligned, H100) if s.task == "grouped_gemm"]
+    products = [s.problem for s in linked(steps, arch, aligned, H100) if s.task == "grouped_gemm"]
     assert [(p.counts_rows, p.counts_of_x) for p in products] == [(counts > 0, 0), (False, counts)]

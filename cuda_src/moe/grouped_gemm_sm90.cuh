@@ -28,6 +28,7 @@
 // was in vain.
 #pragma once
 #include "moe/activation.cuh"
+#include "moe/next_weights.cuh"
 #include "moe/params.cuh"
 #include "moe/schedule.cuh"
 #include "ptx/cluster.cuh"
@@ -304,6 +305,7 @@ struct GroupedGemmSm90 {
         cp_async_mbarrier_arrive_noinc(rings.steps.full(at.stage));
       }
     }
+    if (kEightRows && warp == 0 && p.next_rows != 0) prefetch_next_weights<Element>(p);
   }
 
   // For every fourth row from `row` on of the kRows rows from `first_row` on. A lane looks up one or two

@@ -104,10 +104,12 @@ struct GroupedGemmParams {
   // stand in the arrays above.
   const void* topk_ids;
   const int* expert_map;      // as in MoePermuteParams
+  const void* next_w;         // weights of the product behind this one, see next_rows
   u32* counters;  // two TileCounters; then (groups): rows written, once for each tile along the columns
   i64 x_stride, w_stride_e, w_stride_n, w_stride_half, out_stride;
   i64 bias_stride_e, bias_stride_n, bias_stride_half;
   i64 row_weights_stride_t, row_weights_stride_k, ids_stride;
+  i64 next_stride_e, next_stride_n;        // of next_w
   int groups, max_rows;                    // max_rows: the most that a group has
   int rows_x, rows;                        // of x and of out
   int k, n, n_blocks, gather_divisor;      // summed dimension; columns of out; tiles along them
@@ -122,6 +124,9 @@ struct GroupedGemmParams {
   int gathers;                             // 1: rows of x are gathered
   int rows_counted;                        // RowsCounted, or how often each row of x is counted
   int tile_counter;                        // TileCounter
+  // When a block has asked for all of its w, it asks L2 for weights of tile next_first + its number of the next
+  // product: next_rows of next_n rows (0: it does not), next_k columns of each.
+  int next_rows, next_n, next_first, next_k;
 };
 
 struct GroupedGemmSm90Params : GroupedGemmParams {

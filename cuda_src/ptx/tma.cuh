@@ -60,6 +60,11 @@ FM_DEVICE void tma_prefetch_4d(const TensorMap& map, int c0, int c1, int c2, int
                : "memory");
 }
 
+// So many bytes, a multiple of 16 as the address is, into L2 only: a hint.
+FM_DEVICE void bulk_prefetch_l2(const void* g_bytes, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(g_bytes), "r"(bytes) : "memory");
+}
+
 // The same box to the same place in every block of the cluster whose bit is set, each of whose barriers is
 // told of all its bytes.
 FM_DEVICE void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks,

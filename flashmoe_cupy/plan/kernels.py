@@ -16,7 +16,7 @@ from flashmoe_cupy.plan.forget import forget, forget_all
 from flashmoe_cupy.plan.kernel import Kernel
 from flashmoe_cupy.plan.step import Step
 
-__all__ = ["KERNELS", "choose", "forget", "of_op", "of_task", "only", "passed_over", "register", "with_counted_rows"]
+__all__ = ["KERNELS", "choose", "forget", "linked", "of_op", "of_task", "only", "passed_over", "register"]
 
 _Kernels = tuple[Kernel[Any, Any], ...]
 
@@ -112,9 +112,13 @@ def passed_over(kernel: Kernel[Any, Any], problem: Any, arch: str, aligned: bool
     return why
 
 
-def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, device: DeviceProperties) -> list[Step]:
-    """The steps, where the first of two products counts its rows and the second waits for the counts, if that pays."""
-    pair = [i for i, step in enumerate(steps) if step.task == "grouped_gemm" and step.problem.tile_counter]
+def linked(steps: Sequence[Step], arch: str, aligned: bool, device: DeviceProperties) -> list[Step]:
+    """The steps, where the first of two products helps the second begin, if that pays.
+
+    It counts its rows, and the second waits for the counts; or it asks L2 for weights of the second.
+    """
+    products = [i for i, step in enumerate(steps) if step.task == "grouped_gemm"]
+    pair = [i for i in products if steps[i].problem.tile_counter or steps[i].problem.self_sorted is not None]
     found = list(steps)
     if len(pair) != 2:
         return found
@@ -129,6 +133,9 @@ def with_counted_rows(steps: Sequence[Step], arch: str, aligned: bool, device: D
     if counts and second.waits_for_counts(waiting, its_config):
         found[pair[0]] = steps[pair[0]].with_problem(counting._replace(counts_rows=True))
         found[pair[1]] = steps[pair[1]].with_problem(waiting._replace(counts_of_x=counts))
+    weights = first.next_weights(counting, config, waiting, its_config, device.multiprocessors)
+    if weights is not None:
+        found[pair[0]] = found[pair[0]].with_problem(found[pair[0]].problem._replace(next_weights=weights))
     return found
 
 
@@ -139,7 +146,7 @@ def prepared(
     """
     found: list[Step] = []
     sizes: dict[str, int] = {}
-    for step in with_counted_rows(steps, arch, aligned, device):
+    for step in linked(steps, arch, aligned, device):
         fits = aligned and step.problem.rows_aligned
         kernel = choose(step.task, step.problem, arch, fits)
         more, room = kernel.before(step, kernel.choose(step.problem, arch, fits, device), odd)

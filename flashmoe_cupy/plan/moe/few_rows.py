@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from flashmoe_cupy.jit.device import DeviceProperties
+from flashmoe_cupy.plan.archs import RESERVED_SMEM, SM90_SMEM_PER_SM
 from flashmoe_cupy.plan.moe.tiles import (
     TILE_8X64,
     TILE_8X64_TWICE,
@@ -30,6 +31,22 @@ class FewRows(NamedTuple):
     few_tiles: TileSm90  # in order and not gated, where these would leave half of the multiprocessors without work
     # Up to how many rows of a group on average tiles of 8 rows are taken. More rows would read weights twice.
     rows_8: float = 0.0
+
+
+class NextWeights(NamedTuple):
+    """Weights of the product behind one, which a block asks L2 for: the next_* of `GroupedGemmParams`."""
+
+    stride_e: int = 0
+    stride_n: int = 0
+    n: int = 0
+    rows: int = 0  # 0: none are asked for
+    first: int = 0
+    k: int = 0
+
+
+NO_WEIGHTS = NextWeights()
+# Bytes of the next product's weights that a block asks for: what memory reads until that product can begin, or more.
+NEXT_BYTES = 96 * 1024
 
 
 # From slow to fast memory: each row is what was fastest on a device that wants so much.
@@ -76,6 +93,18 @@ def eight_rows(in_order: bool, rows: int, groups: int, n: int, device: DevicePro
     # Tiles that a multiprocessor has one after the other, or two at a time.
     one, two = math.ceil(tiles / device.multiprocessors), 2 * math.ceil(tiles / (2 * device.multiprocessors))
     return TILE_8X64 if one <= _ONE_BLOCK * two else TILE_8X64_TWICE
+
+
+def next_weights(
+    config: GemmSm90Config, behind: GemmSm90Config, stride_e: int, stride_n: int, n: int, k: int, sms: int
+) -> NextWeights:  # fmt: skip
+    """What blocks of `config` ask L2 for, of (groups, n, k) weights of the product behind it.
+
+    Where a block of that product fits beside one of this, the first tiles' blocks have asked for theirs by themselves.
+    """
+    beside = config.smem_bytes + behind.smem_bytes + 2 * RESERVED_SMEM <= SM90_SMEM_PER_SM
+    columns = min(k, NEXT_BYTES // (2 * behind.block_n)) // 8 * 8  # whole pieces of 16 bytes
+    return NextWeights(stride_e, stride_n, n, behind.block_n, sms if beside else 0, columns)
 
 
 def ring_bytes(config: GemmSm90Config) -> int:

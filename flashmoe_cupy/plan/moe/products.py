@@ -14,7 +14,16 @@ from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.checks import ACTIVATIONS
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far_strides
-from flashmoe_cupy.plan.moe.few_rows import COUNTED, all_tiles, eight_rows, reason, tiles_for
+from flashmoe_cupy.plan.moe.few_rows import (
+    COUNTED,
+    NO_WEIGHTS,
+    NextWeights,
+    all_tiles,
+    eight_rows,
+    next_weights,
+    reason,
+    tiles_for,
+)
 from flashmoe_cupy.plan.moe.routing import PermuteProblem
 from flashmoe_cupy.plan.moe.tiles import (
     TILE_64X128_PAIR,
@@ -105,6 +114,7 @@ class Product(NamedTuple):
     groups_known_early: bool = False  # the launch in front makes x alone; what rows groups have is known before its end
     self_sorted: PermuteProblem | None = None  # ids in which the product finds its groups by itself; None: by offsets
     tile_counter: TileCounter = TileCounter.NONE
+    next_weights: NextWeights = NO_WEIGHTS
     counts_rows: bool = False  # it counts, by groups, the rows of out that it has written
     counts_of_x: int = 0  # times that the launch in front counts a row of x; 0: wait for its end instead of the counts
 
@@ -184,6 +194,12 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
         """Whether the kernel should begin with groups whose rows are counted, while others of x are not yet written."""
         return False
 
+    def next_weights(
+        self, p: Product, config: GemmConfig, behind: Product, its_config: GemmConfig, sms: int  # noqa: ARG002
+    ) -> NextWeights | None:  # fmt: skip
+        """Weights of the product behind it that it should ask L2 for; None: it should not."""
+        return None
+
     def grid(self, p: Product, config: GemmConfig, sms: int = DEFAULT_SMS) -> int:
         """Each block takes tile after tile."""
         return config.cluster * max(1, min(sms * config.blocks_per_sm // config.cluster, self.tiles(p, config)))
@@ -231,6 +247,7 @@ class GroupedGemm(Kernel[Product, GemmConfig]):
             "prefetch_k": _prefetch_k(p, config),
             "share_rows": int(share_rows),
             "gathers": int(p.gather),
+            **{f"next_{name}": value for name, value in p.next_weights._asdict().items()},
             "rows_counted": -1 if p.counts_rows else p.counts_of_x,
             "tile_counter": int(counter) if self.takes_from_counter(p, config) else 0,
         }
@@ -390,6 +407,16 @@ class GroupedGemmSm90(GroupedGemm):
 
     def waits_for_counts(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
         return p.groups_known_early and p.self_sorted is None and p.groups >= self.waits_from_groups
+
+    def next_weights(
+        self, p: Product, config: GemmConfig, behind: Product, its_config: GemmConfig, sms: int
+    ) -> NextWeights | None:  # fmt: skip
+        """Tiles of 8 rows do that no counter deals out: memory would be idle between the products."""
+        w = behind.w
+        if p.self_sorted is None or not p.gather or config.block_m != 8 or its_config.block_m != 8:
+            return None
+        assert isinstance(config, GemmSm90Config) and isinstance(its_config, GemmSm90Config)
+        return next_weights(config, its_config, w.group_stride, w.column_stride, behind.n, behind.k, sms)
 
     def takes_from_counter(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
         """Clusters do, and blocks with few rows on fast memory: else the last tiles would not end together."""

@@ -176,8 +176,7 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
     work.add("y", assignments * p.hidden * size)
     first, second = _expert_products(p, self_sorted)
     arguments = {"x": "x", "w": "w_gate_up", "out": "activation", "bias": "b_gate_up"} | order
-    if self_sorted is None:
-        arguments["gather_indices"] = "sorted_indices"
+    arguments |= {"gather_indices": "sorted_indices"} if self_sorted is None else {"next_w": "w_down"}
     if p.weight_on_input:
         arguments["row_weights"] = "topk_weights"
     steps.append(Step("grouped_gemm", first, arguments))

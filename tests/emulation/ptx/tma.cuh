@@ -29,6 +29,12 @@ inline void tma_load_5d(u32 s_target, const TensorMap& map, u32 s_barrier, u64, 
   tma_load(s_target, map, s_barrier, 0, c0, c1, c2, c3, c4);
 }
 inline void tma_prefetch_4d(const TensorMap& map, int, int, int, int) { emu::tma_check(&map, 0); }
+inline void bulk_prefetch_l2(const void* g_bytes, u32 bytes) {
+  if (reinterpret_cast<u64>(g_bytes) % 16 != 0 || bytes % 16 != 0) emu::fail("prefetch of %u bytes from %p", bytes, g_bytes);
+  u8 sum = 0;  // who asks for bytes that are not there is found by reading them
+  for (u32 i = 0; i < bytes; ++i) sum += static_cast<const volatile u8*>(g_bytes)[i];
+  static_cast<void>(sum);
+}
 inline void tma_load_2d_multicast(u32 s_target, const TensorMap& map, u32 s_barrier, u16 blocks, u64, int c0, int c1) {
   tma_load(s_target, map, s_barrier, blocks, c0, c1);
 }
