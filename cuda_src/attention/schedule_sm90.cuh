@@ -144,12 +144,13 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
     w.band.rows = seqlen_q << p.pack_bits, w.band.pack_bits = p.pack_bits;
     w.band.shift = w.band.cols - seqlen_q, w.band.left = p.window_left, w.band.right = p.window_right;
     __syncwarp();  // lanes read what others have written
-    // A tile that sees no key still takes one step, whose scores are all masked.
-    w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
-    w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
     if constexpr (kMask) {
       const int list = list_of_tiles(p, w.batch, w.head, w.m0 / kBlockM);
-      w.n_begin = list + 1, w.n_end = w.n_begin + p.mask_tiles[list];
+      w.n_begin = list + 1, w.n_end = list + 1 + p.mask_tiles[list];
+    } else {
+      // A tile that sees no key still takes one step, whose scores are all masked.
+      w.n_end = max(1, div_up(w.band.last(min(w.m0 + kBlockM, w.band.rows) - 1) + 1, kBlockN));
+      w.n_begin = min(w.band.first(w.m0) / kBlockN, w.n_end - 1);
     }
     w.lse_offset = w.batch * p.lse_stride_b + w.head * p.lse_stride_h + w.q_row;
     return true;
