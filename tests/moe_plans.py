@@ -6,6 +6,7 @@ cores, and test_moe_checks.py sees that the registered problems use every one of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from flashmoe_cupy.plan.archs import arch_for
 from flashmoe_cupy.plan.kernel import Kernel
 from flashmoe_cupy.plan.kernels import of_op, of_task
 from flashmoe_cupy.plan.moe import steps as moe
+from flashmoe_cupy.plan.moe.few_rows import tiles_for
 from flashmoe_cupy.plan.moe.problem import grouped_gemm_problem, moe_problem
 from flashmoe_cupy.plan.moe.products import Product
 from flashmoe_cupy.plan.moe.routing import permute_problem, route_problem
@@ -170,6 +172,32 @@ def arch_here() -> str:
 
     digits = str(cupy.cuda.Device().compute_capability)
     return arch_for((int(digits[:-1]), int(digits[-1])))
+
+
+def memories() -> list[DeviceProperties]:
+    """The device here, and one that differs in its memory alone: slow where it is fast, fast where it is slow."""
+    from flashmoe_cupy.jit import launch
+
+    here = launch.properties(0)
+    others = (here._replace(memory_rate=rate) for rate in (H100.memory_rate // 2, 2 * H100.memory_rate))
+    return [here, next(other for other in others if tiles_for(other) != tiles_for(here))]
+
+
+@contextlib.contextmanager
+def planned_for(device: DeviceProperties) -> Iterator[None]:
+    """Within it plans are those for such a device, whatever the one here is. For one thread: the setting is global."""
+    from flashmoe_cupy.jit import launch
+    from flashmoe_cupy.plan.forget import forget_all
+
+    module: Any = launch
+    before = module.properties
+    module.properties = lambda number: device
+    forget_all()
+    try:
+        yield
+    finally:
+        module.properties = before
+        forget_all()
 
 
 @functools.cache

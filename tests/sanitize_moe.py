@@ -22,11 +22,14 @@ from moe_plans import (
     compile_everything,
     configurations,
     every_configuration,
+    memories,
+    planned_for,
     product_problems,
     takes,
 )
 
 import flashmoe_cupy
+from flashmoe_cupy.jit.device import DeviceProperties
 from flashmoe_cupy.plan.kernels import of_task, only
 from flashmoe_cupy.testing_moe import MoECase, RouteCase
 
@@ -45,11 +48,12 @@ FEATURES: tuple[dict[str, Any], ...] = (
 def cases() -> list[Case]:
     """Few, some and many rows of an expert, and many tiles of few rows; few experts with many rows."""
     found: list[Case] = []
-    for dtype, tokens, features in itertools.product(DTYPES, (5, 77, 120, 150, 301), FEATURES):
+    for dtype, tokens, features in itertools.product(DTYPES, (2, 5, 20, 77, 120, 150, 480), FEATURES):
         found.append(MoECase(tokens, 72, 136, 3, 2, dtype, **features))
     for dtype, activation in itertools.product(DTYPES[:2], ("geglu_tanh", "relu")):
         found.append(MoECase(300, 16, 24, 290, 1, dtype, activation))
         found.append(MoECase(1300, 24, 40, 3, 1, dtype, activation))
+        found += [MoECase(tokens, 72, 136, 60, 3, dtype, activation) for tokens in (5, 40)]  # less than two rows
         found.append(MoECase(37, 8, 8, 2, 1, dtype, activation, shared=34000))
     sizes = ((130, 0, 77), (5, 1, 0, 3), (1,) * 290, (250, 0, 201))
     for dtype, rows, (x_rows, max_rows) in itertools.product(DTYPES, sizes, ((0, 0), (60, 0), (0, 1))):
@@ -99,36 +103,34 @@ def main() -> int:
     import cupy
     from sanitize import finite, on_device, unaligned
 
-    from flashmoe_cupy.jit import launch
-
     cupy.cuda.set_allocator(None)  # no pool: the sanitizer knows where each array ends
     compile_everything()
-    arch, device, rng = arch_here(), launch.properties(0), np.random.default_rng(0)
+    arch, rng = arch_here(), np.random.default_rng(0)
     wrong: list[str] = []
     once = "once" in sys.argv
     used: set[tuple[str, str]] = set()
     launches = 0
 
-    def run(case: Case, t: Arrays, aligned: bool) -> None:
-        """One call on each kernel that takes the problem."""
+    def run(case: Case, t: Arrays, aligned: bool, device: DeviceProperties) -> None:
+        """One call on each kernel that takes the problem, as it is planned for a device."""
         nonlocal launches
         if once and configurations(case, arch, aligned, device) <= used:
             return
         problems = product_problems(case)
         for kernel in of_task("grouped_gemm").values():
             if takes(kernel, problems, arch, aligned):
-                with only(kernel.name):
+                with planned_for(device), only(kernel.name):
                     good = all(map(finite, call(case, t)))
                 launches += 1
                 wrong.extend([] if good else [f"{kernel.name} {case}: the result is not finite"])
         used.update(configurations(case, arch, aligned, device))
 
-    for case in cases():
+    for case, memory in itertools.product(cases(), memories()):
         t = {n: on_device(a) for n, a in arrays_of(case, rng).items()}
-        run(case, t, True)
+        run(case, t, True, memory)
         if isinstance(case, (MoECase, ProductCase)):
             rows = [n for n in t if n in ("x", "w", "w_gate_up", "w_down", "topk_weights", "topk_ids")]
-            run(case, t | unaligned({n: t[n] for n in rows}), False)
+            run(case, t | unaligned({n: t[n] for n in rows}), False, memory)
     every = every_configuration(arch)
     wrong += [f"not launched: {' '.join(name)}" for name in sorted(every - used)]
     sys.stdout.write("".join(f"{line}\n" for line in wrong))

@@ -262,7 +262,7 @@ def test_the_warm_up_set_is_complete(arch: str, monkeypatch: pytest.MonkeyPatch)
 
     parts = {dtypes.from_name(kind): made(dtype=kind) for kind in KINDS}
     everything, seen = made(), set()
-    for i, problem in enumerate(problems(0, 180)):
+    for i, problem in enumerate(problems(0, 240)):
         asked = []
         for device in (H100, fast):
             loaded = loads(monkeypatch, arch, device)

@@ -26,7 +26,7 @@ from gpu_moe_kit import (
     same_bits,
     tensors,
 )
-from moe_plans import compile_everything, kernel_names, register, steps
+from moe_plans import compile_everything, kernel_names, memories, planned_for, register, steps
 
 from flashmoe_cupy import fused_moe
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
@@ -119,7 +119,7 @@ def activations(dtype: str) -> list[MoECase]:
 
 def clamps(dtype: str) -> list[MoECase]:
     """swiglu within a limit, which has kernels of its own, in the shared expert too."""
-    kinds = itertools.product((5, 90, 130, 150, 450), (0.5, 2.0), (False, True))
+    kinds = itertools.product((2, 5, 20, 90, 130, 150, 450), (0.5, 2.0), (False, True))
     return [MoECase(t, 136, 72, 3, 2, dtype, "swiglu", turns, None, limit, shared=40) for t, limit, turns in kinds]
 
 
@@ -145,7 +145,7 @@ def shared(dtype: str) -> list[MoECase]:
         for t, s, gate, form in kinds
     ]  # fmt: skip
     wide = (MoECase(40, 8, 8, 3, 2, dtype, shared=34000, shared_gate="float32"),)  # many tiles of few rows
-    some = (MoECase(t, 72, 40, 5, 2, dtype, shared=200, shared_gate="same") for t in (130, 131))
+    some = (MoECase(t, 72, 40, 5, 2, dtype, shared=200, shared_gate="same") for t in (20, 21, 130, 131))
     return [*found, *wide, *some, MoECase(1, 72, 40, 1, 1, dtype, shared=64, sentinels=1.0)]
 
 
@@ -174,7 +174,9 @@ register(SINGLES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda f: f.__name__)
 def test_grid(grid: Callable[[str], list[MoECase]], dtype: str) -> None:
-    check_all(RUNS[grid, dtype], "cuda")
+    for every, memory in zip((1, 3), memories(), strict=True):
+        with planned_for(memory):
+            check_all(RUNS[grid, dtype][::every], "cuda")
 
 
 def test_grids_in_float32() -> None:

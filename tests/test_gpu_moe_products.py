@@ -25,7 +25,7 @@ from gpu_moe_kit import (
     products,
     same_bits,
 )
-from moe_plans import ProductCase, compile_everything, kernel_names, register
+from moe_plans import ProductCase, compile_everything, kernel_names, memories, planned_for, register
 
 from flashmoe_cupy import grouped_gemm
 from flashmoe_cupy.errors import FlashMoEError
@@ -130,7 +130,9 @@ register(SINGLES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda f: f.__name__)
 def test_grid(grid: Callable[[str], list[ProductCase]], dtype: str) -> None:
-    check_all(grid(dtype), "cuda")
+    for every, memory in zip((1, 3), memories(), strict=True):
+        with planned_for(memory):
+            check_all(grid(dtype)[::every], "cuda")
 
 
 def test_grids_in_float32() -> None:
