@@ -118,6 +118,12 @@ EXPERIMENTS: dict[str, Experiment] = {
          "t64_d2048_n512_e512_k10"),
         (UNCOUNTED, ROWS_64, *EIGHT),
     ),
+    "more_rows": Experiment(  # 2 to 6 rows of a group on average
+        ("mixtral_8x7b_t8", "mixtral_8x7b_t12", "mixtral_8x7b_t16", "mixtral_8x7b_t24", "qwen3_30b_a3b_t48",
+         "qwen3_30b_a3b_t64", "qwen3_30b_a3b_t96", "qwen3_next_80b_a3b_t128", "qwen3_next_80b_a3b_t192", _DRAWN[3],
+         _DRAWN[4], _DRAWN[5]),
+        (ROWS_64, ROWS_8),
+    ),
     "many_tokens": Experiment(
         ("qwen3_30b_a3b_t64", "mixtral_8x7b_t64", "qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]),
         (UNCOUNTED, ROWS_8, WAITS),

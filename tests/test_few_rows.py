@@ -106,15 +106,16 @@ def promotions(shape: dict[str, Any], device: DeviceProperties) -> list[int]:
     return [KERNEL.map_arguments(p, config)[1].promotion for p, config in both]
 
 
-# What an H200 takes for cases whose groups have at most 2 rows on average.
+# What an H200 takes for cases whose groups have at most 3.2 rows on average, or 4 of at most 32 assignments.
 EIGHT_ROWS = {
     ("8x96x64x10 gather gated", "8x64x64x8"): """
         qwen3_30b_a3b_t1 qwen3_30b_a3b_t2 qwen3_30b_a3b_t4 qwen3_30b_a3b_t8 qwen3_30b_a3b_t16 qwen3_30b_a3b_t32
         t4_d2048_n512_e512_k10 t16_d2048_n512_e512_k10 t64_d2048_n512_e512_k10 torch_qwen3_30b_a3b_t1
-        torch_qwen3_30b_a3b_t16 cupy_qwen3_30b_a3b_t16
+        torch_qwen3_30b_a3b_t16 cupy_qwen3_30b_a3b_t16 mixtral_8x7b_t16
     """,
     ("8x96x64x10 gather gated", "8x64x128x12"): """
         t1_d2048_n512_e512_k10 mixtral_8x7b_t1 mixtral_8x7b_t4 torch_t1_e128_k8 cupy_t1_e128_k8
+        torch_t16_e8_k2 cupy_t16_e8_k2
     """,
 }
 
@@ -133,6 +134,14 @@ def test_an_h200_takes_short_steps_for_few_rows() -> None:
     assert chosen(many, H200) == chosen(many)
     assert promotions(some, H100) == promotions(many, H100) == promotions(many, H200) == [256, 256]
     assert promotions(some, H200) == promotions(shapes()["qwen3_30b_a3b_t1"], H200) == [128, 128]
+
+
+def test_eight_rows_where_groups_have_few() -> None:
+    few = tiles_for(H200)
+    assert few.takes_eight(3.2, 128, False) and not few.takes_eight(3.3, 128, False)
+    assert few.takes_eight(4.0, 8, True) and not few.takes_eight(4.1, 8, True)
+    assert few.takes_eight(8.0, 1, False) and not few.takes_eight(9.0, 1, False)
+    assert not tiles_for(H100).takes_eight(0.1, 128, True) and not tiles_for(H100).takes_eight(1.0, 1, False)
 
 
 def test_one_block_or_two_by_what_each_reads() -> None:

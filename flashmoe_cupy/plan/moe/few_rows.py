@@ -29,8 +29,14 @@ class FewRows(NamedTuple):
     under_way: float
     tiles: tuple[tuple[float, TileSm90], ...]  # up to how many rows of a group on average each is taken
     few_tiles: TileSm90  # in order and not gated, where these would leave half of the multiprocessors without work
-    # Up to how many rows of a group on average tiles of 8 rows are taken. More rows would read weights twice.
+    # Up to how many rows of a group on average tiles of 8 rows are taken: with more, too many groups would have two.
     rows_8: float = 0.0
+    self_sorted_rows_8: float = 0.0  # the same where no counter deals tiles out: short ones end more evenly
+
+    def takes_eight(self, mean_rows: float, groups: int, self_sorted: bool) -> bool:
+        """Whether tiles of 8 rows are taken. All rows of a single group are known."""
+        most = self.self_sorted_rows_8 if self_sorted else self.rows_8
+        return mean_rows <= (8.0 if groups == 1 and most else most)
 
 
 class NextWeights(NamedTuple):
@@ -53,7 +59,7 @@ NEXT_BYTES = 96 * 1024
 MEASURED = (
     FewRows(60e3, ((32, TILE_64X128),), TILE_64X64),  # an H100 wants 51 KB
     # An H200 wants 74 KB. A ring of as many bytes in shorter steps has more of them under way.
-    FewRows(float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64, rows_8=2.0),
+    FewRows(float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64, rows_8=3.2, self_sorted_rows_8=4.0),
 )
 # Of 8 rows, in order and not gated.
 _IN_ORDER_8 = (TILE_8X64_TWICE, TILE_8X64)

@@ -379,7 +379,7 @@ class GroupedGemmSm90(GroupedGemm):
         tile = next((tile for rows, tile in by_rows if p.mean_rows <= rows), TILE_128X256)
         if p.batch_invariant:
             tile = TILE_128X256
-        elif p.mean_rows <= few.rows_8:
+        elif few.takes_eight(p.mean_rows, p.groups, p.self_sorted is not None):
             tile = eight_rows(in_order, p.out.rows, p.groups, p.n, device)
         elif in_order and p.mean_rows >= self.ping_pong_rows and p.k <= self.ping_pong_k:
             tile = TILE_128X192_PING_PONG
