@@ -125,6 +125,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         "attention_forward", _forward(64, (1024, _FULL), (8192, _CAUSAL), (8192, _FULL)),
         (*_tiles((192, 128, 3), (128, 128, 3), (256, 64, 4)), _EARLY_EXPONENTIALS),
     ),
+    "few_keys": Experiment(
+        "attention_few_keys", ("q448_k1500_b8_d64_full",), _tiles((192, 128, 3), (128, 128, 3), (256, 64, 4)),
+    ),
     "key_bias": Experiment(
         "attention_bias", ("padding_bf16", "padding_fp32"), _tiles((192, 128, 3), (256, 64, 4), (128, 128, 3)),
     ),
