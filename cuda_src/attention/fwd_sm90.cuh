@@ -30,6 +30,7 @@
 #include "attention/scores_sm90.cuh"
 #include "attention/smem_sm90.cuh"
 #include "attention/variant.cuh"
+#include "attention/walk_sm90.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
 #include "tile/gemm.cuh"
@@ -71,6 +72,7 @@ struct AttentionFwdSm90 {
   using Work = typename Scheduler::Work;
   using Steps = typename Scheduler::Steps;
   static constexpr int kWorks = Scheduler::kWorks;
+  static constexpr bool kPasses = Scheduler::kPasses;
 
   // What the block keeps in shared memory, and the rings between both sides (attention/smem_sm90.cuh).
   using Smem =
@@ -83,6 +85,8 @@ struct AttentionFwdSm90 {
   using RingKV = typename Smem::RingKV;
   using RingWork = typename Smem::RingWork;
   using Rings = typename Smem::Rings;
+  using Walk = AttentionWalkSm90<Params, Smem, Steps, KeyTiles>;
+  using Held = AttentionHeldSm90<RingWork, Outside>;
 
   FM_DEVICE static void run(const Params& p) {
     extern __shared__ __align__(1024) u8 smem[];
@@ -181,78 +185,56 @@ struct AttentionFwdSm90 {
 
   // ---- consumer ----
 
-  // Where a consumer is in its row of steps. The order of members, here and in Held, decides in which order
-  // ptxas puts instructions: what was measured is this one.
-  struct Walk {
-    RingQ q;         // the next buffer of each ring
-    RingKV v, k;
-    RingWork works;
-    int now = 0;     // the record of the tile that step n belongs to
-    Steps steps;     // of that tile
-    int n;           // the step whose scores are at hand
-    FM_DEVICE int tile(const Params& p) const { return KeyTiles::tile(p, n); }
-    FM_DEVICE bool in_band(const Params& p, int step) const { return steps.whole(KeyTiles::tile(p, step)); }
-    FM_DEVICE bool whole(const Params& p, int step, int consumer) const {
-      return KeyTiles::whole(p, step, consumer) && in_band(p, step);
-    }
-  };
-  // kInside: one of many steps inside a tile, in the band, with nothing to be written. kMasked: some of its
-  // scores may be hidden, there by a boolean mask alone.
-  template <bool kInside_, bool kMasked_>
-  struct StepKind {
-    static constexpr bool kInside = kInside_, kMasked = kMasked_;
-  };
-  // What r_out holds, one of three: nothing (fresh), sums of the tile that step n belongs to (neither), or
-  // all of the tile before, which is written while the next product with K runs (both).
-  struct Held {
-    RingWork done;         // the next tile to be written
-    Outside outside;       // of the V tile of step n
-    bool fresh = true;     // the next product with V overwrites it,
-    bool pending = false;  // but first it is written
-  };
-
   FM_DEVICE static void consume(const Params& p, u8* smem, const Rings& rings, u32 s_base, int consumer) {
     const Work* s_works = reinterpret_cast<const Work*>(smem + Smem::kWork);
+    Walk at;
+    Held held;
+    if (consumer == 0) pass_turn(kConsumers - 1);  // the first turn is consumer 0's
+    auto turn = [&] { take_turn(consumer), pass_turn(consumer); };
+    while (find_rows<kPasses>(s_works, rings, consumer, at, held, turn)) {
+      consume_tiles(p, s_works, rings, s_base, consumer, at, held);
+      if constexpr (!kPasses) break;
+    }
+    if (Smem::kStaged && lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
+  }
+
+  // Tiles that have rows for this consumer, to the first one that has none.
+  FM_DEVICE static void consume_tiles(const Params& p, const Work* s_works, const Rings& rings, u32 s_base,
+                                      int consumer, Walk& at, Held& held) {
     const int tile_row = consumer * 64 + (warp_id() & 3) * 16;  // of this warp's rows in the tile of queries
     float r_out[1][kHeadDimV / 8][4], r_s[1][kBlockN / 8][4];
     u32 r_p[kBlockN / 16][4];
     Softmax softmax;
     float correction[2];
-    Walk at;
-    Held held;
-
-    if (consumer == 0) pass_turn(kConsumers - 1);  // the first turn is consumer 0's
-    rings.work.wait_full(at.works);
-    if (s_works[0].n_end == 0) return;
-    at.steps = s_works[0].steps_of(consumer);
-    at.n = at.steps.end - 1;
-    at.works.advance();
 
     // The first scores, which nothing hides.
     rings.q(consumer).wait_full(at.q);
     if constexpr (kBounded) scale_queries(p, s_base, consumer, at.q);
     rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
     rings.k.wait_full(at.k);
+    if constexpr (kPasses) take_turn(consumer);  // others may be in the middle
     wgmma_fence();
     multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k), true);
     wgmma_commit_group();
+    if constexpr (kPasses) pass_turn(consumer);
     rings.v.skip(at.v, at.steps.skip_high, [] {});
     wgmma_wait_group<0>(r_s[0]);
-    add_bias(p, s_works[0], s_base, consumer, at, r_s, tile_row);
+    const Work& w = s_works[at.now];
+    add_bias(p, w, s_base, consumer, at, r_s, tile_row);
     rings.k.release(at.k);
     at.k.advance();
     if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-    Scores::change(p, s_works[0], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer), at.in_band(p, at.n),
-                   Scores::words_of(p, s_works[0], tile_row, at.tile(p)));
+    Scores::change(p, w, r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer), at.in_band(p, at.n),
+                   Scores::words_of(p, w, tile_row, at.tile(p)));
     if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
-    Scores::exponentiate(p, softmax, s_works[0], at.steps, r_s, tile_row, at.n);
+    Scores::exponentiate(p, softmax, w, at.steps, r_s, tile_row, at.n);
     pack_operand<Element>(r_p, r_s[0]);
 
     float out_scale[2], lse[2];  // of the tile that is about to be written
     bool k_here = false;         // the keys of the next step have been waited for
-    held.outside = {Outside::before(p, s_works[0], at.tile(p)), Outside::behind(p, s_works[0], at.tile(p))};
+    held.outside = {Outside::before(p, w, at.tile(p)), Outside::behind(p, w, at.tile(p))};
 
-    // S of step n - 1, or of the next tile's first step, then out of step n. False: there is no next tile.
+    // S of step n - 1, or of the next tile's first step, then out of step n. False: the run ends.
     auto step = [&](auto kind) {
       constexpr bool kInside = decltype(kind)::kInside, kMasked = decltype(kind)::kMasked;
       const bool last = !kInside && at.n == at.steps.begin;
@@ -261,7 +243,7 @@ struct AttentionFwdSm90 {
         rings.k.skip(at.k, at.steps.skip_low, [&] { take_turn(consumer), pass_turn(consumer); });
         rings.work.wait_full(at.works);
         here = at.works.stage;
-        if (s_works[here].n_end == 0) return false;
+        if (kPasses ? s_works[here].steps[consumer].none() : s_works[here].n_end == 0) return false;
         skip = at.steps.skip_low;
         at.steps = s_works[here].steps_of(consumer);
         at.n = at.steps.end;
@@ -348,13 +330,22 @@ struct AttentionFwdSm90 {
         multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), held.fresh, [] {});
         wgmma_commit_group();
         wgmma_wait_group<0>(r_out[0]);
+        if constexpr (kPasses) {
+          rings.v.release(at.v);
+          at.v.advance();
+          rings.v.skip(at.v, at.steps.skip_low, [] {});
+        }
         softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
       }
       const auto to = Epilogue::output_of(p, s_works[finished ? at.now : held.done.stage], tile_row);
       write(to, s_base, tile_row, r_out[0], out_scale, lse);
+      if constexpr (kPasses) {
+        mbarrier_arrive(rings.work.empty(held.done.stage));
+        held.done.advance();
+      }
       if (finished) break;
     }
-    if (Smem::kStaged && lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
+    if constexpr (kPasses) at.q.advance();
   }
 
   // The scores are at hand, and the stage of the ring not yet given back.

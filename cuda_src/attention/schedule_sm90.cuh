@@ -18,11 +18,12 @@ struct AttentionScheduleSm90 {
   static constexpr int kWorks = 4;  // records: of tiles ahead, and of those that a consumer still needs
 
   // A consumer's part of a tile, a step being one tile of keys (key_tiles.cuh). It walks down from step
-  // end - 1 to step begin. Where all its rows are masked, it lets steps pass: skip_high of them above its
-  // own, and so before them, and skip_low below. In key tiles first_whole .. last_whole - 1 the band masks no
-  // score of its rows.
+  // end - 1 to step begin; end 0: it lets the tile pass. Where all its rows are masked, it lets steps pass:
+  // skip_high of them above its own, and so before them, and skip_low below. In key tiles first_whole ..
+  // last_whole - 1 the band masks no score of its rows.
   struct Steps {
     int begin, end, skip_high, skip_low, first_whole, last_whole;
+    FM_DEVICE bool none() const { return end == 0; }
     FM_DEVICE bool whole(int n) const { return first_whole <= n && n < last_whole; }
     FM_DEVICE bool any_whole() const { return first_whole < last_whole; }
   };
@@ -52,6 +53,9 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
   using Schedule = AttentionScheduleSm90<kBlockM, kBlockN, kStages>;
   using typename Schedule::Params, typename Schedule::Steps, typename Schedule::Work;
   using Schedule::kConsumers, Schedule::kWorks;
+  // Whether a consumer lets a tile pass that has no rows for it, so that the others take less time. Of two
+  // the other gains too little by it, and a mask leaves no registers.
+  static constexpr bool kPasses = kConsumers > 2 && !kMask;
 
   // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes
   // look at one tile.
@@ -86,8 +90,12 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
       found = find_work(p, at, w);
       __syncwarp();
       if (consumer < kConsumers) {
-        w.steps[consumer] = steps_in(w, consumer, skipped);
-        skipped = w.steps[consumer].skip_low;
+        if (!kPasses || (found && w.m0 + consumer * 64 < w.band.rows)) {
+          w.steps[consumer] = steps_in(w, consumer, skipped);
+          skipped = w.steps[consumer].skip_low;
+        } else {
+          w.steps[consumer].end = skipped = 0;
+        }
       }
       mbarrier_arrive(ring.full(works.stage));
     }

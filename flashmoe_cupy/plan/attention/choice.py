@@ -15,6 +15,7 @@ from flashmoe_cupy.plan.attention.tiles import (
     KEY_BIAS32,
     MASK,
     MASK_SCORES,
+    MASKS,
     PLAIN,
     SCORES,
     Config,
@@ -27,6 +28,18 @@ _WIDE_KEYS = 4096  # keys that a query sees on average, from which on the wider 
 _ROW_TIME = {256: 1.0, 192: 1.03, 128: 1.12}  # at head dims of 64: time of one row of a tile, by the tile's rows ...
 _ROW_TIME_LONG = _ROW_TIME | {192: 0.93}  # ... and where a query sees so many keys or more:
 _ROW_TIME_LONG_KEYS = 1024
+_IDLE = 0.5  # share of a tile's time that is saved when hardly any of its rows exist
+
+
+def last_tile(rows: int, block_m: int, variant: str) -> float:
+    """Time of the last tile of `rows` rows against that of a full one.
+
+    Where a block has more than two, warpgroups without rows let its keys pass; not with a mask.
+    """
+    if block_m <= 128 or variant in MASKS:
+        return 1.0
+    warpgroups = -(-((rows - 1) % block_m + 1) // 64)
+    return 1.0 - _IDLE * (1.0 - 64 * warpgroups / block_m)
 
 
 def tile_for(p: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits: int, sms: int) -> Tile:
@@ -37,14 +50,16 @@ def tile_for(p: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits
 
     rows = mean_rows(p.seqlen_q, p.total_q, p) << pack_bits
     groups = p.batch * (p.heads_q >> pack_bits) * -(-p.head_dim_v // dims[1])
-    # Where all tiles take as long, every multiprocessor works until the last round of tiles is done.
+    # Where full tiles take as long, every multiprocessor works until the last round of tiles is done.
     alike = p.even and max(window(p.window_left, p), window(p.window_right, p)) < 0
     row_time = _ROW_TIME_LONG if keys >= _ROW_TIME_LONG_KEYS else _ROW_TIME
 
     def time(tile: Tile) -> float:
         m = tile[0]
-        each = -(-rows // m)  # the rows that a last tile lacks take as long as the others
-        rounds = -(-each * groups // sms) if alike else each * groups / sms
+        each, last = -(-rows // m), last_tile(rows, m, variant)
+        rounds = (each - 1 + last) * groups / sms
+        if alike:
+            rounds = max(rounds, -(-each * groups // sms) - 1 + last)
         return rounds * m * row_time[m]
 
     return min(tiles, key=time)

@@ -16,6 +16,7 @@ from flashmoe_cupy.plan.attention.bias_layout import mask_entries, mask_fields, 
 from flashmoe_cupy.plan.attention.choice import (
     compiled_dims,
     key_tiles,
+    last_tile,
     mean_rows,
     seeing,
     tile_for,
@@ -268,14 +269,17 @@ class AttentionFwdSm90(AttentionFwd):
 
     def section(self, p: AttentionProblem, config: Config, sms: int = DEFAULT_SMS) -> int:
         """How many heads are worked on together; see order.py. Uneven lengths have an order of their own."""
-        if not p.even or max(window(p.window_left, p), window(p.window_right, p)) < 0:
+        if not p.even:
             return 1
-        p = seeing(p)
+        p, alike = seeing(p), max(window(p.window_left, p), window(p.window_right, p)) < 0
         m_blocks, v_blocks = self.blocks(p, config)
         if m_blocks >= 2 * sms:
             return 1  # one head fills two rounds
         bits = self.pack_bits(p)
         costs = [key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # to begin a tile takes about a step
+        if alike:
+            costs[-1] *= last_tile(p.seqlen_q << bits, config.block_m, config.variant)
+            return order.section_alike(costs, self.tiles(p, config) // m_blocks, sms)
         shared = _heads_per_key(p) / 2**bits * v_blocks  # groups of tiles that read the same keys
         per_group = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared
         return order.section(costs, self.tiles(p, config) // m_blocks, sms, per_group)

@@ -63,6 +63,12 @@ def section(costs: Sequence[float], groups: int, blocks: int, bytes_per_group: f
     return next(size for size, found in zip(sizes, uneven, strict=True) if found <= min(uneven) + _GOOD_ENOUGH)
 
 
+def section_alike(costs: Sequence[float], groups: int, blocks: int) -> int:
+    """The same where all tiles of a group take as long but the last, which may lack rows: 0, or 1 as if none did."""
+    short = costs[-1] < costs[0] and len(costs) <= _ONE_BY_ONE_TILES and len(costs) * groups <= _MAX_SIMULATED
+    return 0 if short and _uneven(costs, groups, blocks, 0) < _uneven(costs, groups, blocks, 1) else 1
+
+
 def _uneven(costs: Sequence[float], groups: int, blocks: int, size: int) -> float:
     """The work of the block that has most, against the mean."""
     work = loads(costs, groups, blocks, size)
