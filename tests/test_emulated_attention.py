@@ -112,6 +112,26 @@ UNSTAGED: tuple[tuple[Case, Config], ...] = (
     (AttentionCase(150, 300, 1, 2, 2, 128, 72), Sm90Config("bf16", 128, 128, 128, 144, 2, "PlainScores")),
 )
 
+# Tiles of 192 rows that lack some: warpgroups without rows let them pass, in the middle, at both ends, one after the
+# other, and where rows of keys are skipped as well.
+_192 = Sm90Config("bf16", 64, 64, 192, 128, 3, "PlainScores")
+PASSED: tuple[tuple[Case, Config], ...] = (
+    (AttentionCase(448, 500, 1, 5, 5, 64), _192),
+    (AttentionCase(60, 700, 1, 7, 7, 64, sinks="float32"), _192),
+    (AttentionCase(325, 700, 2, 2, 2, 64, causal=True), _192),
+    (AttentionCase(250, 700, 1, 4, 4, 64, window_size=(40, 7)), _192),
+    (AttentionCase(70, 300, 2, 8, 2, 48, causal=True), _192),
+    (RAGGED._replace(head_dim=64, causal=True), _192),
+    (VarlenCase((3, 192, 60, 200, 100, 400), (70, 201, 9, 250, 500, 3), (), (), 0, 2, 2, 2, 64), _192),
+    (PADDED._replace(causal=True, seqlen_q=140), _192),
+)
+PASSED_FAULTS = (
+    ("rings.k.skip(at.k, 1, take_turn);", "rings.k.skip(at.k, 1, [] {});"),
+    ("      rings.v.skip(at.v, 1, [] {});\n", ""),
+    ("    mbarrier_arrive(rings.work.empty(at.works.stage));\n", ""),
+    ("held.done.advance()", "held.pending = false"),
+)
+
 # A problem whose tiles are small, so that every buffer is used several times.
 SMALL = AttentionCase(150, 300, 1, 2, 2, 64)
 TILES: dict[str, Config] = {
@@ -156,16 +176,16 @@ FAULTS = {
         r"a write to .*0 bytes behind the end of out",
     ),
     "K given back before its product": Fault(
-        _90, "wgmma_wait_group<1>(r_s[0]);\n      add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);\n"
-        "      rings.k.release(at.k);",
-        "rings.k.release(at.k);\n      wgmma_wait_group<1>(r_s[0]);",
+        _90, "wgmma_wait_group<1>(r_s[0]);\n        add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);\n"
+        "        rings.k.release(at.k);",
+        "rings.k.release(at.k);\n        wgmma_wait_group<1>(r_s[0]);",
     ),
     "V given back before its product": Fault(
-        _90, "wgmma_wait_group<0>(r_out[0]);\n      rings.v.release(at.v);",
-        "rings.v.release(at.v);\n      wgmma_wait_group<0>(r_out[0]);",
+        _90, "wgmma_wait_group<0>(r_out[0]);\n        rings.v.release(at.v);",
+        "rings.v.release(at.v);\n        wgmma_wait_group<0>(r_out[0]);",
     ),
     "V not waited for": Fault(_90, "if (!v_here) rings.v.wait_full(at.v);", "", "more than 1 arrivals|relative error"),
-    "a product not waited for": Fault(_90, "wgmma_wait_group<0>(r_out[0]);\n      rings", "rings"),
+    "a product not waited for": Fault(_90, "wgmma_wait_group<0>(r_out[0]);\n        rings", "rings"),
     "the wrong parity": Fault("tile/pipeline.cuh", "at.parity ^ 1", "at.parity", r"deadlock(.|\n)*warp 1: mbarrier"),
     "too few arrivals": Fault(_90, "kUsers = 4 * kConsumers;", "kUsers = 4 * kConsumers - 1;"),
     "too few bytes": Fault(
@@ -236,9 +256,9 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
     "the bias given back before it is read": (
         3,
         Fault(
-            _90, "add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);\n      rings.k.release(at.k);",
-            "const auto before = at;\n      rings.k.release(at.k);\n"
-            "      add_bias(p, s_works[here], s_base, consumer, before, r_s, tile_row);",
+            _90, "add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);\n        rings.k.release(at.k);",
+            "const auto before = at;\n        rings.k.release(at.k);\n"
+            "        add_bias(p, s_works[here], s_base, consumer, before, r_s, tile_row);",
         ),
     ),
     "the wrong swizzle": (0, Fault("attention/bias_sm90.cuh", "^ (lane >> 4)", "")),
@@ -265,6 +285,20 @@ BIAS_FAULTS: dict[str, tuple[int, Fault]] = {
 def test_results_from_registers(case: Case, config: Config) -> None:
     found = {seed: faults(case, SM90, *attention(case, SM90, seed, config)) for seed in range(4)}
     assert not any(found.values()), found
+
+
+@pytest.mark.parametrize(("case", "config"), PASSED, ids=str)
+def test_tiles_without_rows_for_a_warpgroup(case: Case, config: Config) -> None:
+    for resident in (1, 2):
+        found = {seed: faults(case, SM90, *attention(case, SM90, seed, config, resident=resident)) for seed in range(6)}
+        assert not any(found.values()), found
+
+
+@pytest.mark.parametrize(("old", "new"), PASSED_FAULTS)
+def test_faults_of_passing_are_found(old: str, new: str) -> None:
+    case, config = PASSED[0]
+    headers = Fault("attention/walk_sm90.cuh", old, new).headers()
+    assert any(found for _, found in outcomes(case, SM90, range(8), config, headers))
 
 
 @pytest.mark.parametrize("case", BIASES, ids=str)

@@ -190,162 +190,159 @@ struct AttentionFwdSm90 {
     Walk at;
     Held held;
     if (consumer == 0) pass_turn(kConsumers - 1);  // the first turn is consumer 0's
-    auto turn = [&] { take_turn(consumer), pass_turn(consumer); };
-    while (find_rows<kPasses>(s_works, rings, consumer, at, held, turn)) {
-      consume_tiles(p, s_works, rings, s_base, consumer, at, held);
-      if constexpr (!kPasses) break;
-    }
-    if (Smem::kStaged && lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
-  }
-
-  // Tiles that have rows for this consumer, to the first one that has none.
-  FM_DEVICE static void consume_tiles(const Params& p, const Work* s_works, const Rings& rings, u32 s_base,
-                                      int consumer, Walk& at, Held& held) {
     const int tile_row = consumer * 64 + (warp_id() & 3) * 16;  // of this warp's rows in the tile of queries
     float r_out[1][kHeadDimV / 8][4], r_s[1][kBlockN / 8][4];
     u32 r_p[kBlockN / 16][4];
-    Softmax softmax;
-    float correction[2];
+#pragma unroll 1
+    while (find_rows<kPasses>(s_works, rings, consumer, at, held,
+                              [&] { take_turn(consumer), pass_turn(consumer); })) {
+      Softmax softmax;
+      float correction[2];
 
-    // The first scores, which nothing hides.
-    rings.q(consumer).wait_full(at.q);
-    if constexpr (kBounded) scale_queries(p, s_base, consumer, at.q);
-    rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
-    rings.k.wait_full(at.k);
-    if constexpr (kPasses) take_turn(consumer);  // others may be in the middle
-    wgmma_fence();
-    multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k), true);
-    wgmma_commit_group();
-    if constexpr (kPasses) pass_turn(consumer);
-    rings.v.skip(at.v, at.steps.skip_high, [] {});
-    wgmma_wait_group<0>(r_s[0]);
-    const Work& w = s_works[at.now];
-    add_bias(p, w, s_base, consumer, at, r_s, tile_row);
-    rings.k.release(at.k);
-    at.k.advance();
-    if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-    Scores::change(p, w, r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer), at.in_band(p, at.n),
-                   Scores::words_of(p, w, tile_row, at.tile(p)));
-    if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
-    Scores::exponentiate(p, softmax, w, at.steps, r_s, tile_row, at.n);
-    pack_operand<Element>(r_p, r_s[0]);
-
-    float out_scale[2], lse[2];  // of the tile that is about to be written
-    bool k_here = false;         // the keys of the next step have been waited for
-    held.outside = {Outside::before(p, w, at.tile(p)), Outside::behind(p, w, at.tile(p))};
-
-    // S of step n - 1, or of the next tile's first step, then out of step n. False: the run ends.
-    auto step = [&](auto kind) {
-      constexpr bool kInside = decltype(kind)::kInside, kMasked = decltype(kind)::kMasked;
-      const bool last = !kInside && at.n == at.steps.begin;
-      int here = at.now, skip = 0;
-      if (last) {
-        rings.k.skip(at.k, at.steps.skip_low, [&] { take_turn(consumer), pass_turn(consumer); });
-        rings.work.wait_full(at.works);
-        here = at.works.stage;
-        if (kPasses ? s_works[here].steps[consumer].none() : s_works[here].n_end == 0) return false;
-        skip = at.steps.skip_low;
-        at.steps = s_works[here].steps_of(consumer);
-        at.n = at.steps.end;
-        rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
-        skip += at.steps.skip_high;
-        at.works.advance();
-        at.q.advance();
-        rings.q(consumer).wait_full(at.q);
-        if constexpr (kBounded) scale_queries(p, s_base, consumer, at.q);
-      }
-      --at.n;
-      typename Scores::Words words{};  // read while the products run
-      if (kMasked) words = Scores::words_of(p, s_works[here], tile_row, at.tile(p));
-      if (!k_here) rings.k.wait_full(at.k);
-      const bool v_here = rings.v.is_full(at.v);
-      take_turn(consumer);
+      // The first scores, which nothing hides.
+      rings.q(consumer).wait_full(at.q);
+      if constexpr (kBounded) scale_queries(p, s_base, consumer, at.q);
+      rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
+      rings.k.wait_full(at.k);
+      if constexpr (kPasses) take_turn(consumer);  // others may be in the middle
       wgmma_fence();
       multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k), true);
       wgmma_commit_group();
-      if (!kInside && held.pending) {
-        pass_turn(consumer);
-        const auto to = Epilogue::output_of(p, s_works[held.done.stage], tile_row);
-        write(to, s_base, tile_row, r_out[0], out_scale, lse);
-        mbarrier_arrive(rings.work.empty(held.done.stage));
-        held.done.advance();
-      }
-      if (!v_here) rings.v.wait_full(at.v);
-      if (!kInside) clear_outside(s_base, consumer, at.v, held);
-      wgmma_fence();
-      // The turn is passed before the last two products: handing over takes about as long as they do.
-      multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), !kInside && held.fresh, [&] {
-        if (kInside || !held.pending) pass_turn(consumer);
-      });
-      wgmma_commit_group();
-      if (last) {
-        softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
-        softmax = Softmax();
-      }
-      wgmma_wait_group<1>(r_s[0]);
-      add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);
+      if constexpr (kPasses) pass_turn(consumer);
+      rings.v.skip(at.v, at.steps.skip_high, [] {});
+      wgmma_wait_group<0>(r_s[0]);
+      add_bias(p, s_works[at.now], s_base, consumer, at, r_s, tile_row);
       rings.k.release(at.k);
       at.k.advance();
       if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
-
-      if (kMasked || Variant::kScore)
-        Scores::change(p, s_works[here], r_s, tile_row, at.tile(p),
-                       !kMasked || (!kInside && at.whole(p, at.n, consumer)), kInside || at.in_band(p, at.n),
-                       words);
+      Scores::change(p, s_works[at.now], r_s, tile_row, at.tile(p), at.whole(p, at.n, consumer),
+                     at.in_band(p, at.n), Scores::words_of(p, s_works[at.now], tile_row, at.tile(p)));
       if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
-      // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but not
-      // over this branch.
-      k_here = at.n > at.steps.begin;
-      if (k_here) rings.k.wait_full(at.k);
-      wgmma_wait_group<0>(r_out[0]);
-      rings.v.release(at.v);
-      at.v.advance();
-      rings.v.skip(at.v, skip, [] {});
-      if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
-      Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+      Scores::exponentiate(p, softmax, s_works[at.now], at.steps, r_s, tile_row, at.n);
       pack_operand<Element>(r_p, r_s[0]);
-      held.outside.head = Outside::before(p, s_works[here], at.tile(p));
-      held.outside.tail = last ? Outside::behind(p, s_works[here], at.tile(p)) : 0;
-      held.fresh = held.pending = last;
-      at.now = here;
-      return true;
-    };
-#pragma unroll 1
-    while (step(StepKind<false, true>())) {
-      if constexpr (Variant::kOneLoop) continue;
-#pragma unroll 1
-      while (!held.pending && at.n > at.steps.begin && at.in_band(p, at.n - 1)) {
-        if (KeyTiles::whole(p, at.n - 1, consumer)) step(StepKind<true, false>());
-        else if constexpr (Variant::kScore) break;  // registers would not do
-        else step(StepKind<true, true>());
-      }
-    }
-    // What is left: the tile before, if it is pending, then out of the last step.
-#pragma unroll 1
-    for (bool finished = !held.pending;; finished = true) {
-      if (finished) {
-        rings.v.wait_full(at.v);
-        clear_outside(s_base, consumer, at.v, held);
-        wgmma_fence();
-        multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), held.fresh, [] {});
-        wgmma_commit_group();
-        wgmma_wait_group<0>(r_out[0]);
-        if constexpr (kPasses) {
-          rings.v.release(at.v);
-          at.v.advance();
-          rings.v.skip(at.v, at.steps.skip_low, [] {});
+
+      float out_scale[2], lse[2];  // of the tile that is about to be written
+      bool k_here = false;         // the keys of the next step have been waited for
+      held.outside.head = Outside::before(p, s_works[at.now], at.tile(p));
+      held.outside.tail = Outside::behind(p, s_works[at.now], at.tile(p));
+
+      // S of step n - 1, or of the next tile's first step, then out of step n. False: the run ends.
+      auto step = [&](auto kind) {
+        constexpr bool kInside = decltype(kind)::kInside, kMasked = decltype(kind)::kMasked;
+        const bool last = !kInside && at.n == at.steps.begin;
+        int here = at.now, skip = 0;
+        if (last) {
+          rings.k.skip(at.k, at.steps.skip_low, [&] { take_turn(consumer), pass_turn(consumer); });
+          rings.work.wait_full(at.works);
+          here = at.works.stage;
+          if (kPasses ? s_works[here].steps[consumer].none() : s_works[here].n_end == 0) return false;
+          skip = at.steps.skip_low;
+          at.steps = s_works[here].steps_of(consumer);
+          at.n = at.steps.end;
+          rings.k.skip(at.k, at.steps.skip_high, [&] { take_turn(consumer), pass_turn(consumer); });
+          skip += at.steps.skip_high;
+          at.works.advance();
+          at.q.advance();
+          rings.q(consumer).wait_full(at.q);
+          if constexpr (kBounded) scale_queries(p, s_base, consumer, at.q);
         }
-        softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
+        --at.n;
+        typename Scores::Words words{};  // read while the products run
+        if (kMasked) words = Scores::words_of(p, s_works[here], tile_row, at.tile(p));
+        if (!k_here) rings.k.wait_full(at.k);
+        const bool v_here = rings.v.is_full(at.v);
+        take_turn(consumer);
+        wgmma_fence();
+        multiply<Element, kHeadDim>(r_s, Smem::queries(s_base, consumer, at.q), Smem::keys(s_base, at.k),
+                                    true);
+        wgmma_commit_group();
+        if (!kInside && held.pending) {
+          pass_turn(consumer);
+          const auto to = Epilogue::output_of(p, s_works[held.done.stage], tile_row);
+          write(to, s_base, tile_row, r_out[0], out_scale, lse);
+          mbarrier_arrive(rings.work.empty(held.done.stage));
+          held.done.advance();
+        }
+        if (!v_here) rings.v.wait_full(at.v);
+        if (!kInside) clear_outside(s_base, consumer, at.v, held);
+        wgmma_fence();
+        // The turn is passed before the last two products: handing over takes about as long as they do.
+        multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), !kInside && held.fresh, [&] {
+          if (kInside || !held.pending) pass_turn(consumer);
+        });
+        wgmma_commit_group();
+        if (last) {
+          softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
+          softmax = Softmax();
+        }
+        wgmma_wait_group<1>(r_s[0]);
+        add_bias(p, s_works[here], s_base, consumer, at, r_s, tile_row);
+        rings.k.release(at.k);
+        at.k.advance();
+        if (at.n == at.steps.begin) rings.q(consumer).release(at.q);
+
+        if (kMasked || Variant::kScore)
+          Scores::change(p, s_works[here], r_s, tile_row, at.tile(p),
+                         !kMasked || (!kInside && at.whole(p, at.n, consumer)),
+                         kInside || at.in_band(p, at.n), words);
+        if constexpr (!kBounded) softmax.raise_max(r_s, Variant::exponent(p), correction);
+        // The next step's keys are waited for here: ptxas moves a wait for products up over arithmetic, but
+        // not over this branch.
+        k_here = at.n > at.steps.begin;
+        if (k_here) rings.k.wait_full(at.k);
+        wgmma_wait_group<0>(r_out[0]);
+        rings.v.release(at.v);
+        at.v.advance();
+        rings.v.skip(at.v, skip, [] {});
+        if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
+        Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+        pack_operand<Element>(r_p, r_s[0]);
+        held.outside.head = Outside::before(p, s_works[here], at.tile(p));
+        held.outside.tail = last ? Outside::behind(p, s_works[here], at.tile(p)) : 0;
+        held.fresh = held.pending = last;
+        at.now = here;
+        return true;
+      };
+#pragma unroll 1
+      while (step(StepKind<false, true>())) {
+        if constexpr (Variant::kOneLoop) continue;
+#pragma unroll 1
+        while (!held.pending && at.n > at.steps.begin && at.in_band(p, at.n - 1)) {
+          if (KeyTiles::whole(p, at.n - 1, consumer)) step(StepKind<true, false>());
+          else if constexpr (Variant::kScore) break;  // registers would not do
+          else step(StepKind<true, true>());
+        }
       }
-      const auto to = Epilogue::output_of(p, s_works[finished ? at.now : held.done.stage], tile_row);
-      write(to, s_base, tile_row, r_out[0], out_scale, lse);
-      if constexpr (kPasses) {
-        mbarrier_arrive(rings.work.empty(held.done.stage));
-        held.done.advance();
+      // What is left: the tile before, if it is pending, then out of the last step.
+#pragma unroll 1
+      for (bool finished = !held.pending;; finished = true) {
+        if (finished) {
+          rings.v.wait_full(at.v);
+          clear_outside(s_base, consumer, at.v, held);
+          wgmma_fence();
+          multiply<Element, 2>(r_out[0], r_p, Smem::values(s_base, at.v), held.fresh, [] {});
+          wgmma_commit_group();
+          wgmma_wait_group<0>(r_out[0]);
+          if constexpr (kPasses) {
+            rings.v.release(at.v);
+            at.v.advance();
+            rings.v.skip(at.v, at.steps.skip_low, [] {});
+          }
+          softmax.finish(Variant::exponent(p), Epilogue::sinks_of(p, s_works[at.now]).of, out_scale, lse);
+        }
+        const int record = kPasses || !finished ? held.done.stage : at.now;
+        const auto to = Epilogue::output_of(p, s_works[record], tile_row);
+        write(to, s_base, tile_row, r_out[0], out_scale, lse);
+        if constexpr (kPasses) {
+          mbarrier_arrive(rings.work.empty(held.done.stage));
+          held.done.advance();
+        }
+        if (finished) break;
       }
-      if (finished) break;
+      if constexpr (!kPasses) break;
+      at.q.advance();
     }
-    if constexpr (kPasses) at.q.advance();
+    if (Smem::kStaged && lane_id() == 0) bulk_wait_group_read<0>();  // the block's shared memory ends with it
   }
 
   // The scores are at hand, and the stage of the ring not yet given back.

@@ -43,22 +43,20 @@ struct StepKind {
 template <bool kPasses, class Work, class Rings, class Walk, class Held, class F>
 FM_DEVICE bool find_rows(const Work* s_works, const Rings& rings, int consumer, Walk& at, Held& held,
                          F&& take_turn) {
-  rings.work.wait_full(at.works);
-  while (kPasses && s_works[at.works.stage].steps[consumer].none()) {
+  for (;; at.works.advance(), at.q.advance(), held.done.advance()) {
+    rings.work.wait_full(at.works);
     const Work& w = s_works[at.works.stage];
     if (w.n_end == 0) return false;
-    rings.q(consumer).skip(at.q, 1, [] {});
-#pragma unroll 1
+    if (!kPasses || !w.steps[consumer].none()) break;
+    rings.q(consumer).wait_full(at.q);
+    rings.q(consumer).release(at.q);
     for (int n = w.n_end - w.n_begin; n > 0; --n) {
       rings.k.skip(at.k, 1, take_turn);
       rings.v.skip(at.v, 1, [] {});
     }
     mbarrier_arrive(rings.work.empty(at.works.stage));
-    at.works.advance(), held.done.advance();
-    rings.work.wait_full(at.works);
   }
   at.now = at.works.stage;
-  if (s_works[at.now].n_end == 0) return false;
   at.steps = s_works[at.now].steps_of(consumer);
   at.n = at.steps.end - 1;
   at.works.advance();

@@ -34,9 +34,9 @@ _IDLE = 0.5  # share of a tile's time that is saved when hardly any of its rows 
 def last_tile(rows: int, block_m: int, variant: str) -> float:
     """Time of the last tile of `rows` rows against that of a full one.
 
-    Where a block has more than two, warpgroups without rows let its keys pass; not with a mask.
+    Where a block has three, warpgroups without rows let its keys pass; not with a mask.
     """
-    if block_m <= 128 or variant in MASKS:
+    if block_m != 192 or variant in MASKS:
         return 1.0
     warpgroups = -(-((rows - 1) % block_m + 1) // 64)
     return 1.0 - _IDLE * (1.0 - 64 * warpgroups / block_m)
