@@ -63,7 +63,6 @@ class Candidate(NamedTuple):
     counter: bool = True  # single blocks take tiles from the counter where there is one; False: none does
     permuted: bool = False  # by a launch of its own, though there are few assignments
     next_bytes: int | None = None  # of the second product's weights that a block of the first asks L2 for
-    waits: bool = False  # the second product awaits the rows of a group, however few groups there are
 
 
 TODAY = Candidate("today")
@@ -98,20 +97,18 @@ ROWS_8 = EIGHT[0]
 # Assignments are permuted by a launch of its own even if there are few, so that there are counters.
 NEXT = tuple(Candidate(f"{kb} KB of the next weights", next_bytes=kb * 1024) for kb in (0, 48))
 PERMUTED = Candidate("permuted", permuted=True)
-WAITS = Candidate("rows awaited", waits=True)
-ROWS_8_PERMUTED = ROWS_8._replace(name="8 rows, permuted, rows awaited", permuted=True, waits=True)
-PERMUTED_WAITS = Candidate("permuted, rows awaited", permuted=True, waits=True)
+ROWS_8_PERMUTED = ROWS_8._replace(name="8 rows, permuted", permuted=True)
 _DRAWN = tuple(case.name for case in MOE_SUITES["moe_decode"].cases if case.source == DRAWN)
 
 EXPERIMENTS: dict[str, Experiment] = {
     # At most 32 assignments: the products sort them by themselves, and there is no counter.
     "one_token": Experiment(
         ("qwen3_30b_a3b_t1", "t1_d2048_n512_e512_k10", "mixtral_8x7b_t1"),
-        (ROWS_64, ROWS_64_COLUMNS_64, *EIGHT, *NEXT, PERMUTED, PERMUTED_WAITS),
+        (ROWS_64, ROWS_64_COLUMNS_64, *EIGHT, *NEXT, PERMUTED),
     ),
     "few_tokens": Experiment(
         ("qwen3_30b_a3b_t2", "qwen3_30b_a3b_t4", "mixtral_8x7b_t4", "mixtral_8x7b_t16"),
-        (ROWS_64, *EIGHT, *NEXT, PERMUTED, PERMUTED_WAITS, ROWS_8_PERMUTED),
+        (ROWS_64, *EIGHT, *NEXT, PERMUTED, ROWS_8_PERMUTED),
     ),
     "some_tokens": Experiment(
         ("t4_d2048_n512_e512_k10", "qwen3_30b_a3b_t16", "qwen3_30b_a3b_t32", "t16_d2048_n512_e512_k10",
@@ -126,7 +123,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "many_tokens": Experiment(
         ("qwen3_30b_a3b_t64", "mixtral_8x7b_t64", "qwen3_30b_a3b_t256", "t256_d2048_n512_e512_k10", *_DRAWN[:4]),
-        (UNCOUNTED, ROWS_8, WAITS),
+        (UNCOUNTED, ROWS_8),
     ),
 }  # fmt: skip
 
@@ -141,7 +138,7 @@ def taken(one: Candidate) -> Iterator[None]:
     host: Any = steps
     tiles: Any = few_rows
     kernel: Any = GroupedGemmSm90
-    names = ("choose", "next_weights", "takes_from_counter", "waits_for_counts")
+    names = ("choose", "next_weights", "takes_from_counter")
     before = {name: getattr(kernel, name) for name in names}
     few, next_bytes = host.SELF_SORTED, tiles.NEXT_BYTES
 
@@ -155,15 +152,10 @@ def taken(one: Candidate) -> Iterator[None]:
     def takes(self: Any, product: Product, config: GemmSm90Config) -> bool:  # noqa: ARG001
         return one.counter or config.cluster > 1
 
-    def waits(self: Any, product: Product, config: GemmSm90Config) -> bool:  # noqa: ARG001
-        return product.groups_known_early and product.self_sorted is None
-
     with changed(GroupedGemmSm90, one.name, one.changes):
         kernel.choose = choose
         if one.first or one.second or not one.counter:
             kernel.takes_from_counter = takes
-        if one.waits:
-            kernel.waits_for_counts = waits
         if one.next_bytes is not None:
             tiles.NEXT_BYTES = one.next_bytes
         if one.next_bytes == 0:

@@ -14,8 +14,16 @@ from flashmoe_cupy.jit import launch
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.kernels import KERNELS
 from flashmoe_cupy.plan.moe import few_rows
-from flashmoe_cupy.plan.moe.few_rows import FewRows, all_tiles, eight_rows, ring_bytes, tiles_for, under_way
-from flashmoe_cupy.plan.moe.problem import moe_problem
+from flashmoe_cupy.plan.moe.few_rows import (
+    FewRows,
+    all_tiles,
+    eight_rows,
+    permutes_few,
+    ring_bytes,
+    tiles_for,
+    under_way,
+)
+from flashmoe_cupy.plan.moe.problem import MoEProblem, moe_problem
 from flashmoe_cupy.plan.moe.products import Product
 from flashmoe_cupy.plan.moe.steps import moe_steps
 from flashmoe_cupy.plan.moe.tiles import (
@@ -66,23 +74,27 @@ MEASURED = {
 }
 
 
-def products(shape: dict[str, Any]) -> list[Product]:
+def moe(shape: dict[str, Any]) -> MoEProblem:
     """Of a row's shape."""
     array, kind = absent_arrays(), dtypes.from_name(shape["dtype"])
     tokens, d, n, experts, k = (shape[name] for name in ("tokens", "hidden", "intermediate", "experts", "top_k"))
     halves = 2 if shape["activation"] in ("swiglu", "swigluoai") else 1
     biases = {"b_gate_up": array(kind, experts, halves * n), "b_down": array(kind, experts, d)}
-    problem = moe_problem(
+    return moe_problem(
         array(kind, tokens, d), array(kind, experts, halves * n, d), array(kind, experts, d, n),
         array(dtypes.FP32, tokens, k), array(dtypes.INT32, tokens, k), activation=shape["activation"],
         interleaved=shape["interleaved"], **(biases if shape["biases"] else {}),
     )  # fmt: skip
-    return [step.problem for step in moe_steps(problem)[0] if step.task == "grouped_gemm"]
+
+
+def products(shape: dict[str, Any], device: DeviceProperties = H100) -> list[Product]:
+    """Of a row's shape."""
+    return [step.problem for step in moe_steps(moe(shape), device)[0] if step.task == "grouped_gemm"]
 
 
 def chosen(shape: dict[str, Any], device: DeviceProperties = H100) -> tuple[str, ...]:
     """The configurations' names without the element type."""
-    names = [KERNEL.choose(product, "sm_90a", True, device).name for product in products(shape)]
+    names = [KERNEL.choose(product, "sm_90a", True, device).name for product in products(shape, device)]
     return tuple(name.split(" ", 1)[1] for name in names)
 
 
@@ -102,7 +114,7 @@ def test_an_h100_takes_what_it_was_measured_with() -> None:
 
 def promotions(shape: dict[str, Any], device: DeviceProperties) -> list[int]:
     """Bytes that L2 fetches at once, of the weights of both products."""
-    both = [(p, KERNEL.choose(p, "sm_90a", True, device)) for p in products(shape)]
+    both = [(p, KERNEL.choose(p, "sm_90a", True, device)) for p in products(shape, device)]
     return [KERNEL.map_arguments(p, config)[1].promotion for p, config in both]
 
 
@@ -138,10 +150,22 @@ def test_an_h200_takes_short_steps_for_few_rows() -> None:
 
 def test_eight_rows_where_groups_have_few() -> None:
     few = tiles_for(H200)
-    assert few.takes_eight(3.2, 128, False) and not few.takes_eight(3.3, 128, False)
-    assert few.takes_eight(4.0, 8, True) and not few.takes_eight(4.1, 8, True)
-    assert few.takes_eight(8.0, 1, False) and not few.takes_eight(9.0, 1, False)
-    assert not tiles_for(H100).takes_eight(0.1, 128, True) and not tiles_for(H100).takes_eight(1.0, 1, False)
+    assert few.takes_eight(3.2, 128, 410) and not few.takes_eight(3.3, 128, 420)
+    assert few.takes_eight(4.0, 8, 32) and not few.takes_eight(4.1, 8, 33) and not few.takes_eight(5.0, 6, 30)
+    assert few.takes_eight(8.0, 1, 8) and not few.takes_eight(9.0, 1, 9)
+    assert not tiles_for(H100).takes_eight(0.1, 128, 13) and not tiles_for(H100).takes_eight(1.0, 1, 1)
+
+
+def test_large_experts_of_few_tokens_are_permuted() -> None:
+    """Where reading weights takes long, counters are worth a launch; the workspace is the same on every device."""
+    assert permutes_few(H200, 1e9) and not permutes_few(H200, 9e8) and not permutes_few(H100, 1e12)
+    for case, launches in (("mixtral_8x7b_t1", 3), ("mixtral_8x7b_t4", 4), ("qwen3_30b_a3b_t4", 3)):
+        (slow, work), (fast, same_work) = (moe_steps(moe(shapes()[case]), device) for device in (H100, H200))
+        assert (len(slow), len(fast)) == (3, launches), case
+        assert work.offsets == same_work.offsets and work.bytes == same_work.bytes
+    few = [step.problem for step in moe_steps(moe(shapes()["mixtral_8x7b_t4"]), H200)[0] if step.task == "grouped_gemm"]
+    assert [KERNEL.waits_for_counts(p, KERNEL.choose(p, "sm_90a", True, H200)) for p in few] == [False, True]
+    assert not KERNEL.waits_for_counts(few[1], KERNEL.choose(few[1], "sm_90a", True, H100))
 
 
 def test_one_block_or_two_by_what_each_reads() -> None:

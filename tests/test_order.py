@@ -19,7 +19,6 @@ from flashmoe_cupy.plan.attention import order
 from flashmoe_cupy.plan.attention.choice import last_tile
 from flashmoe_cupy.plan.attention.forward import AttentionFwdSm90
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
-from flashmoe_cupy.plan.attention.tiles import MASK, PLAIN
 
 hopper = AttentionFwdSm90()
 Tile = tuple[int, int]  # (m_block, group)
@@ -217,8 +216,8 @@ def test_huge_problems_are_planned_quickly() -> None:
 
 def test_a_last_tile_that_lacks_rows_takes_less_time() -> None:
     """So heads go one by one, and a block gets the short tiles of some of them."""
-    assert [last_tile(rows, 192, PLAIN) for rows in (192, 64, 384 + 64)] == [1.0, 2 / 3, 2 / 3]
-    assert last_tile(1, 128, PLAIN) == last_tile(65, 256, PLAIN) == last_tile(64, 192, MASK) == 1.0
+    assert [last_tile(rows, 192) for rows in (192, 64, 384 + 64)] == [1.0, 2 / 3, 2 / 3]
+    assert last_tile(1, 128) == last_tile(65, 256) == 1.0
     sections = {}
     for rows in (448, 576):
         q, kv = array(8, rows, 20, 64, dtype=BF16), array(8, 1500, 20, 64, dtype=BF16)

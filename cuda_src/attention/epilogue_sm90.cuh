@@ -90,7 +90,7 @@ struct AttentionEpilogueSm90 {
   }
 
  private:
-  enum { kFilledRows = 16 };  // of a batch entry at a time: enough of them to hide the look at the lengths
+  enum { kFilledRows = 8 };  // of a batch entry at a time: enough of them to hide the look at the lengths
 
   // unseeing: these are queries that see no key. The consumers have most of the issue slots, so 512 bytes
   // should take few instructions: each lane keeps to 16 bytes of the heads and goes down the rows. Unrolled,

@@ -54,8 +54,8 @@ struct AttentionSchedulerSm90 : AttentionScheduleSm90<kBlockM, kBlockN, kStages>
   using typename Schedule::Params, typename Schedule::Steps, typename Schedule::Work;
   using Schedule::kConsumers, Schedule::kWorks;
   // Whether a consumer lets a tile pass that has no rows for it, so that the others take less time. Of two
-  // the other gains too little by it; four, and a mask, leave no registers.
-  static constexpr bool kPasses = kConsumers == 3 && !kMask;
+  // the other gains too little by it, and four have no registers for it.
+  static constexpr bool kPasses = kConsumers == 3;
 
   // Where a block is in the order of tiles. Packed sequences: a lane holds one of 32 sequences, all lanes
   // look at one tile.

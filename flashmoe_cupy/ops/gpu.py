@@ -103,9 +103,9 @@ def _load(
 
     aligned: rows start at multiples of 16 bytes. odd: arrays that are brought in tiles and do not start at one.
     """
-    steps, work = operation.steps(problem)
-    arch = arch_for(driver.compute_capability(device))
-    steps, sizes = kernels.prepared(steps, arch, aligned, driver.properties(device), odd)
+    arch, properties = arch_for(driver.compute_capability(device)), driver.properties(device)
+    steps, work = operation.steps_on(problem, properties)
+    steps, sizes = kernels.prepared(steps, arch, aligned, properties, odd)
     for name, size in sizes.items():
         if name not in work.offsets:
             work.add(name, size)

@@ -134,6 +134,7 @@ _CALL = Call(
             rows=("x", "w_gate_up", "w_down", "shared_w_gate_up", "shared_w_down", "out"),
             empty=lambda p: not p.tokens,
             check=check_ids,
+            steps_on=moe_steps,
         )
     )
 )  # fmt: skip

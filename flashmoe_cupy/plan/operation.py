@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 from flashmoe_cupy.dtypes import DType
+from flashmoe_cupy.jit.device import DeviceProperties
 from flashmoe_cupy.plan.options import Kind, kind_of
 from flashmoe_cupy.plan.step import Step
 
@@ -69,7 +70,8 @@ class Operation:
         UnsupportedProblem for a wrong number of dimensions.
     count(options): how many outputs are wanted; None: all.
     make(**views, **options, out=...): the validated problem. problem: its type.
-    steps(problem): the launches, which find arrays by name, and the workspace that they share.
+    steps(problem): the launches, which find arrays by name, and the workspace that they share. steps_on(problem,
+        device): the same where launches depend on the device; the workspace does not.
     host(problem, arguments, outputs): the same on NumPy arrays; None where an argument is absent. New outputs are not
         filled.
     rows: those arrays that kernels read or write by 16 bytes if they start at such addresses.
@@ -100,11 +102,13 @@ class Operation:
         wrap: Callable[[Sequence[Any]], Any] = _alone,
         check: Callable[[Any, Callable[[str], Any]], None] = _nothing,
         batched: Mapping[str, int] | None = None,
+        steps_on: Callable[[Any, DeviceProperties], tuple[list[Step], Workspace]] | None = None,
     ) -> None:
         self.name, self.function = function.__name__, function
         self.arguments, self.required, self.outputs = tuple(arguments), required, dict(outputs)
         self.shapes, self.problem, self.make, self.steps, self.host = shapes, problem, make, steps, host
         self.rows, self.tiles, self.empty, self.wrap, self.check = tuple(rows), tuple(tiles), empty, wrap, check
+        self.steps_on = steps_on or (lambda problem, device: steps(problem))  # noqa: ARG005
         self.count = count or (lambda options: len(outputs))  # noqa: ARG005
         self.batched = dict(batched or {})
         parameters = inspect.signature(function).parameters.values()

@@ -61,6 +61,7 @@ def explain_moe(
     of a shared expert, 0 for none. bytes: weights of no more experts than there are assignments.
     """
     from flashmoe_cupy import dtypes
+    from flashmoe_cupy.jit.device import H100
     from flashmoe_cupy.plan.checks import ACTIVATIONS, GATED
     from flashmoe_cupy.plan.moe import steps as moe
     from flashmoe_cupy.plan.moe.problem import moe_problem
@@ -81,11 +82,10 @@ def explain_moe(
         swiglu_alpha=swiglu_alpha, swiglu_limit=swiglu_limit, batch_invariant=batch_invariant, **optional,
     )  # fmt: skip
     routed = route_problem(array(dtypes.FP32, tokens, experts), None, top_k=top_k, renormalize=True)
-    steps = [*moe.route_steps(routed)[0], *moe.moe_steps(problem)[0]] if tokens else []
     choices = []
-    for name in target_archs(arch):
+    for name in target_archs(arch) if tokens else ():
         device = next((properties(device) for device in devices() if device.arch == name), None)
-        for step in steps:
+        for step in (*moe.route_steps(routed)[0], *moe.moe_steps(problem, device or H100)[0]):
             title = _TITLES[step.arguments["out"] if step.task == "grouped_gemm" else step.task]
             choices.append(choice(step.task, step.problem, name, device, title))
     assignments, size = tokens * top_k, kind.itemsize

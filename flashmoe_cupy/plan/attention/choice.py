@@ -15,7 +15,6 @@ from flashmoe_cupy.plan.attention.tiles import (
     KEY_BIAS32,
     MASK,
     MASK_SCORES,
-    MASKS,
     PLAIN,
     SCORES,
     Config,
@@ -31,12 +30,12 @@ _ROW_TIME_LONG_KEYS = 1024
 _IDLE = 0.5  # share of a tile's time that is saved when hardly any of its rows exist
 
 
-def last_tile(rows: int, block_m: int, variant: str) -> float:
+def last_tile(rows: int, block_m: int) -> float:
     """Time of the last tile of `rows` rows against that of a full one.
 
-    Where a block has three, warpgroups without rows let its keys pass; not with a mask.
+    Where a block has three, warpgroups without rows let its keys pass.
     """
-    if block_m != 192 or variant in MASKS:
+    if block_m != 192:
         return 1.0
     warpgroups = -(-((rows - 1) % block_m + 1) // 64)
     return 1.0 - _IDLE * (1.0 - 64 * warpgroups / block_m)
@@ -56,7 +55,7 @@ def tile_for(p: AttentionProblem, dims: tuple[int, int], variant: str, pack_bits
 
     def time(tile: Tile) -> float:
         m = tile[0]
-        each, last = -(-rows // m), last_tile(rows, m, variant)
+        each, last = -(-rows // m), last_tile(rows, m)
         rounds = (each - 1 + last) * groups / sms
         if alike:
             rounds = max(rounds, -(-each * groups // sms) - 1 + last)

@@ -52,7 +52,7 @@ _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes,
 _MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
 _MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
 _MAX_LISTED_TILES = 2**24  # kTileBits of cuda_src/attention/key_tiles.cuh
-_FILLED_ROWS, _CLEARERS = 16, 2  # kFilledRows and kClearers of cuda_src/attention/epilogue_sm90.cuh
+_FILLED_ROWS, _CLEARERS = 8, 2  # kFilledRows and kClearers of cuda_src/attention/epilogue_sm90.cuh
 _WORTH_PACKING = 0.9  # heads are packed if that leaves no larger a share of their tiles
 
 
@@ -278,7 +278,7 @@ class AttentionFwdSm90(AttentionFwd):
         bits = self.pack_bits(p)
         costs = [key_tiles(p, config, m, bits) + 1.0 for m in range(m_blocks)]  # to begin a tile takes about a step
         if alike:
-            costs[-1] *= last_tile(p.seqlen_q << bits, config.block_m, config.variant)
+            costs[-1] *= last_tile(p.seqlen_q << bits, config.block_m)
             return order.section_alike(costs, self.tiles(p, config) // m_blocks, sms)
         shared = _heads_per_key(p) / 2**bits * v_blocks  # groups of tiles that read the same keys
         per_group = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize / shared

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from flashmoe_cupy.jit.device import DeviceProperties
 from flashmoe_cupy.plan.archs import RESERVED_SMEM, SM90_SMEM_PER_SM
 from flashmoe_cupy.plan.moe.tiles import (
+    SELF_SORTED,
     TILE_8X64,
     TILE_8X64_TWICE,
     TILE_8X96,
@@ -31,11 +32,13 @@ class FewRows(NamedTuple):
     few_tiles: TileSm90  # in order and not gated, where these would leave half of the multiprocessors without work
     # Up to how many rows of a group on average tiles of 8 rows are taken: with more, too many groups would have two.
     rows_8: float = 0.0
-    self_sorted_rows_8: float = 0.0  # the same where no counter deals tiles out: short ones end more evenly
+    # From which time of reading weights on counters are worth a launch that permutes few assignments.
+    permuted_seconds: float = float("inf")
+    rows_8_of_few: float = 0.0  # the same of at most SELF_SORTED rows in all
 
-    def takes_eight(self, mean_rows: float, groups: int, self_sorted: bool) -> bool:
-        """Whether tiles of 8 rows are taken. All rows of a single group are known."""
-        most = self.self_sorted_rows_8 if self_sorted else self.rows_8
+    def takes_eight(self, mean_rows: float, groups: int, rows: int) -> bool:
+        """Whether tiles of 8 rows are taken, for so many rows in all. Those of a single group are known."""
+        most = self.rows_8_of_few if rows <= SELF_SORTED else self.rows_8
         return mean_rows <= (8.0 if groups == 1 and most else most)
 
 
@@ -59,7 +62,9 @@ NEXT_BYTES = 96 * 1024
 MEASURED = (
     FewRows(60e3, ((32, TILE_64X128),), TILE_64X64),  # an H100 wants 51 KB
     # An H200 wants 74 KB. A ring of as many bytes in shorter steps has more of them under way.
-    FewRows(float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64, rows_8=3.2, self_sorted_rows_8=4.0),
+    FewRows(
+        float("inf"), ((32, TILE_64X128_SHORT_STEPS),), TILE_64X64, rows_8=3.2, rows_8_of_few=4.0, permuted_seconds=2e-4
+    ),
 )
 # Of 8 rows, in order and not gated.
 _IN_ORDER_8 = (TILE_8X64_TWICE, TILE_8X64)
@@ -87,6 +92,16 @@ def all_tiles() -> tuple[list[TileSm90], list[TileSm90], list[TileSm90]]:
     return list(tiles), [TILE_8X96], [*others, *_IN_ORDER_8]
 
 
+def groups_with_rows(groups: int, rows: int) -> float:
+    """How many of the groups have a row, on average, where rows belong to them at random."""
+    return groups * (1.0 - (1.0 - 1.0 / max(groups, 1)) ** rows)
+
+
+def permutes_few(device: DeviceProperties, weights: float) -> bool:
+    """Whether a launch permutes few assignments, so that there are counters. weights: bytes that are read."""
+    return weights >= device.memory_rate * tiles_for(device).permuted_seconds
+
+
 def eight_rows(in_order: bool, rows: int, groups: int, n: int, device: DeviceProperties) -> TileSm90:
     """The tile of 8 rows for `rows` rows of out that belong to `groups` groups at random.
 
@@ -94,8 +109,7 @@ def eight_rows(in_order: bool, rows: int, groups: int, n: int, device: DevicePro
     """
     if not in_order:
         return TILE_8X96
-    groups_with_rows = groups * (1.0 - (1.0 - 1.0 / max(groups, 1)) ** rows)
-    tiles = groups_with_rows * -(-n // TILE_8X64.block_n)
+    tiles = groups_with_rows(groups, rows) * -(-n // TILE_8X64.block_n)
     # Tiles that a multiprocessor has one after the other, or two at a time.
     one, two = math.ceil(tiles / device.multiprocessors), 2 * math.ceil(tiles / (2 * device.multiprocessors))
     return TILE_8X64 if one <= _ONE_BLOCK * two else TILE_8X64_TWICE

@@ -379,7 +379,7 @@ class GroupedGemmSm90(GroupedGemm):
         tile = next((tile for rows, tile in by_rows if p.mean_rows <= rows), TILE_128X256)
         if p.batch_invariant:
             tile = TILE_128X256
-        elif few.takes_eight(p.mean_rows, p.groups, p.self_sorted is not None):
+        elif few.takes_eight(p.mean_rows, p.groups, p.out.rows):
             tile = eight_rows(in_order, p.out.rows, p.groups, p.n, device)
         elif in_order and p.mean_rows >= self.ping_pong_rows and p.k <= self.ping_pong_k:
             tile = TILE_128X192_PING_PONG
@@ -405,8 +405,10 @@ class GroupedGemmSm90(GroupedGemm):
     def counts_per_row(self, p: Product, config: GemmConfig) -> int:
         return n_blocks(p, config)
 
-    def waits_for_counts(self, p: Product, config: GemmConfig) -> bool:  # noqa: ARG002
-        return p.groups_known_early and p.self_sorted is None and p.groups >= self.waits_from_groups
+    def waits_for_counts(self, p: Product, config: GemmConfig) -> bool:
+        """Where there are many groups, or a fast memory's tiles of few rows."""
+        many = p.groups >= self.waits_from_groups or TileSm90(*config[1:7]) in COUNTED
+        return p.groups_known_early and p.self_sorted is None and many
 
     def next_weights(
         self, p: Product, config: GemmConfig, behind: Product, its_config: GemmConfig, sms: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from flashmoe_cupy.dtypes import FP32, INT32, DType
+from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS
+from flashmoe_cupy.plan.moe.few_rows import groups_with_rows, permutes_few
 from flashmoe_cupy.plan.moe.problem import GroupedGemmProblem, MoEProblem
 from flashmoe_cupy.plan.moe.products import Activation, Bias, Product, Rows, RowWeights, TileCounter, Weights
 from flashmoe_cupy.plan.moe.routing import SCORING, PermuteProblem, RouteProblem
@@ -158,19 +160,23 @@ def rows_apart(p: GroupedGemmProblem) -> list[str]:
     ]
 
 
-def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
-    """The launches of `fused_moe`: dispatch, two products, the shared expert's two, and the sum."""
+def moe_steps(p: MoEProblem, device: DeviceProperties = H100) -> tuple[list[Step], Workspace]:
+    """The launches of `fused_moe`: dispatch, two products, the shared expert's two, and the sum.
+
+    The workspace is the same on every device.
+    """
     work = Workspace()
     assignments, size = p.tokens * p.top_k, p.dtype.itemsize
     chosen = PermuteProblem(p.topk_ids_dtype, p.tokens, p.top_k, p.topk_ids_stride, p.num_experts, p.num_global)
+    work.add("counters", 4 * (2 + p.num_experts))
+    steps = permute_steps(chosen, work, counters=True)
     # The products sort a few assignments by themselves: one launch less, which counts for one token.
-    self_sorted = chosen if assignments <= SELF_SORTED and not p.weight_on_input else None
-    steps: list[Step] = []
+    few = assignments <= SELF_SORTED and not p.weight_on_input
+    self_sorted = chosen if few and not permutes_few(device, weight_bytes(p)) else None
     if self_sorted is not None:
+        steps = []
         order = same("topk_ids", *["expert_map"] * (p.num_global >= 0))
     else:
-        work.add("counters", 4 * (2 + p.num_experts))
-        steps += permute_steps(chosen, work, counters=True)
         order = same("offsets", "counters")
     work.add("activation", assignments * p.intermediate * size)
     work.add("y", assignments * p.hidden * size)
@@ -189,6 +195,13 @@ def moe_steps(p: MoEProblem) -> tuple[list[Step], Workspace]:
         steps.append(Step("grouped_gemm", second, {"x": "shared_activation", "w": "shared_w_down", "out": "shared"}))
     steps.append(_combine_step(p, self_sorted))
     return steps, work
+
+
+def weight_bytes(p: MoEProblem) -> float:
+    """Of the experts that get a token, where assignments go to them at random."""
+    halves = 2 if p.gated else 1
+    experts = groups_with_rows(p.num_experts, p.tokens * p.top_k)
+    return experts * p.hidden * p.intermediate * (halves + 1) * p.dtype.itemsize
 
 
 def _expert_products(p: MoEProblem, self_sorted: PermuteProblem | None) -> tuple[Product, Product]:
