@@ -91,6 +91,20 @@ def test_experts(config: GemmSm90Config | GemmSm80Config) -> None:
             assert np.array_equal(other.view(np.uint8), results[0].view(np.uint8))
 
 
+@pytest.mark.parametrize("config", [HOPPER[2], SECOND[2], SECOND[3]], ids=lambda c: c.name)
+def test_few_assignments_that_a_launch_permutes(config: GemmSm90Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for large experts on fast memory; the same bits as where the products sort them."""
+    for case in EXPERTS[-2:]:
+        arrays = case.random()
+        alone = [machine(config, seed).fused_moe(arrays, **case.options()) for seed in SEEDS]
+        with monkeypatch.context() as patch:
+            patch.setattr(moe, "permutes_few", lambda *_: True)
+            permuted = [machine(config, seed).fused_moe(arrays, **case.options()) for seed in SEEDS]
+        judge(permuted[0], reference.fused_moe(**arrays, **case.options()), case.dtype)
+        for other in (*alone, *permuted):
+            assert np.array_equal(other.view(np.uint8), permuted[0].view(np.uint8))
+
+
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2")
 
 

@@ -31,6 +31,7 @@ from moe_plans import compile_everything, kernel_names, memories, planned_for, r
 from flashmoe_cupy import fused_moe
 from flashmoe_cupy.errors import FlashMoEError, UnsupportedProblem
 from flashmoe_cupy.plan.kernels import only
+from flashmoe_cupy.plan.moe import steps as moe_steps_module
 from flashmoe_cupy.testing_moe import ROUTINGS, MoECase
 
 torch: Any = pytest.importorskip("torch")
@@ -268,6 +269,17 @@ def check_decode(device: str, dtype: str = "bfloat16") -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_decode(dtype: str) -> None:
     check_decode("cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_assignments_that_a_launch_permutes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for large experts on fast memory: small ones are told to be large."""
+    monkeypatch.setattr(moe_steps_module, "permutes_few", lambda *_: True)
+    cases = [MoECase(t, 136, 72, e, k, dtype, routing=r) for t, e, k in ((1, 8, 2), (4, 8, 2), (16, 8, 2), (4, 60, 8))
+             for r in ("uniform", "one", "zipf")]  # fmt: skip
+    for memory in memories():
+        with planned_for(memory):
+            check_all(cases, "cuda")
 
 
 def check_idle_ends(device: str, dtype: str = "bfloat16") -> None:
