@@ -73,19 +73,19 @@ def _tiles(*tiles: tuple[int, int, int]) -> tuple[Candidate, ...]:
 # Exponentials of a plain step before the wait for the product with V, as FlashAttention-4 has them.
 _EARLY = (
     "attention/fwd_sm90.cuh",
-    """      wgmma_wait_group<0>(r_out[0]);
-      rings.v.release(at.v);
-      at.v.advance();
-      rings.v.skip(at.v, skip, [] {});
-      if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
-      Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+    """        wgmma_wait_group<0>(r_out[0]);
+        rings.v.release(at.v);
+        at.v.advance();
+        rings.v.skip(at.v, skip, [] {});
+        if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
+        Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
 """,
-    """      Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
-      wgmma_wait_group<0>(r_out[0]);
-      rings.v.release(at.v);
-      at.v.advance();
-      rings.v.skip(at.v, skip, [] {});
-      if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
+    """        Scores::template exponentiate<!kMasked>(p, softmax, s_works[here], at.steps, r_s, tile_row, at.n);
+        wgmma_wait_group<0>(r_out[0]);
+        rings.v.release(at.v);
+        at.v.advance();
+        rings.v.skip(at.v, skip, [] {});
+        if (!kBounded && !last && any_differs(correction)) scale_rows(r_out, correction);
 """,
 )
 _EARLY_EXPONENTIALS = Candidate("exponentials before the wait", None, (_EARLY,))
