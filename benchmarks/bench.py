@@ -190,9 +190,11 @@ class Bench(Generic[C, I]):
                 seconds = self.effort.host_seconds if wanted else 0.0
                 lowest, host = host_microseconds(self.timer, run, calls, seconds=seconds)
                 timed = self.timed(case, ready[name], rough, len(sets))
-                hold = host if isinstance(self.timer, GpuTimer) and timed.calls == 1 and rough < 2.5 * host else 0.0
+                hold = 0.0
                 if timed.calls > 1:
                     rough = self.timer.sample(timed.run, 1) / timed.calls
+                elif isinstance(self.timer, GpuTimer):
+                    rough, hold = held(self.timer, run, rough, host)
                 launch_us = rough * timed.calls
                 lead = self.effort.lead(launch_us) if references and not hold else 1
                 plans[name] = Plan(timed, self.effort.launches(launch_us), hold, lead)
@@ -223,11 +225,12 @@ class Bench(Generic[C, I]):
         finally:
             gc.enable()
         fields = {key: rounded(statistics.median(found)) for key, found in rates.items() if found}
+        steady = at_one_pace({name: samples[name] for name in ready})
         for name in list(ready):
             with self._guard(case, name, rows, ready), ready[name].scope():
                 timed, launches, _, lead = plans[name]
                 rows[name] |= fields
-                rows[name] |= self.numbers(rows[name], samples[name])
+                rows[name] |= self.numbers(rows[name], samples[name], statistics.median(steady[name]))
                 rows[name] |= {"launches": launches, "lead": lead, "calls": timed.calls}
                 rows[name] |= {"input_sets": len(sets), "clocks": clocks}
                 # An error that moves between two calls on the same inputs is a race: check the later answer as well.
@@ -238,9 +241,8 @@ class Bench(Generic[C, I]):
                     rows[name] = self.row(case, name, "wrong", "right at first, wrong after the rounds")
         return list(rows.values())
 
-    def numbers(self, row: dict[str, Any], samples: list[float]) -> dict[str, Any]:
-        """What follows from the samples (microseconds of a call) and what else is in the row."""
-        middle = statistics.median(samples)
+    def numbers(self, row: dict[str, Any], samples: list[float], middle: float) -> dict[str, Any]:
+        """What follows from the samples (microseconds of a call), their middle, and what else is in the row."""
         tflops = row["flops"] / middle / 1e6
         ordered = sorted(samples)
         spread = (ordered[-1 - len(ordered) // 10] - ordered[len(ordered) // 10]) / middle
@@ -333,6 +335,29 @@ class Bench(Generic[C, I]):
             self.timer.synchronize()
         except Exception as error:  # a broken context answers every call with the same error
             self.common.dead = f"the device was lost: {short(error)} (after {short(cause)})"
+
+
+def held(timer: GpuTimer, run: Callable[[int], Any], rough: float, host: float) -> tuple[float, float]:
+    """(device microseconds of a call, host microseconds for which a waiting kernel must hold the device or 0).
+
+    rough: microseconds of a call when nothing holds the device; they may be the host's, so a short call is timed again.
+    """
+    if rough < 10.0 * host:
+        rough = timer.sample(run, 5, host)
+    return rough, host if rough < 2.5 * host else 0.0
+
+
+def at_one_pace(samples: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Samples by library, each over the pace of its round: 1.1 where the libraries took a tenth longer than usual.
+
+    Under load a device changes its clock every few rounds, for all libraries alike. The median of each alone may then be
+    one of a fast round for one library and of a slow round for the other. The pace of a round is the median, over the
+    libraries, of a sample over that library's median.
+    """
+    usual = {name: statistics.median(found) for name, found in samples.items() if found}
+    rounds = min((len(samples[name]) for name in usual), default=0)
+    paces = [statistics.median(samples[name][i] / usual[name] for name in usual) for i in range(rounds)]
+    return {name: [samples[name][i] / paces[i] for i in range(rounds)] for name in usual}
 
 
 def rounded(value: float) -> float | None:

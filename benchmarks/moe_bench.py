@@ -94,9 +94,9 @@ class MoEBench(Bench[MoECase, MoEInputs]):
     def references(self) -> dict[str, Reference]:
         return self.timer.references()
 
-    def numbers(self, row: dict[str, Any], samples: list[float]) -> dict[str, Any]:
+    def numbers(self, row: dict[str, Any], samples: list[float], middle: float) -> dict[str, Any]:
         """Beside the speed, GB/s of the weights of the experts that get a token, and their share of a big read's."""
-        made = super().numbers(row, samples)
+        made = super().numbers(row, samples, middle)
         speed = row["weight_bytes"] / made["device_us"] / 1e3
         return made | {"weight_gbps": rounded(speed), "read_share": round(speed / row["read_gbps"], 4)}
 

@@ -7,8 +7,9 @@
 
 All libraries get the same random inputs. Each first computes the case into a poisoned output and is checked against
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
-in turning order. Device microseconds: CUDA events around several launches, per launch, median of the rounds; inputs
-rotate when they would stay in the L2 cache. Host microseconds: processor time of one call while the queue is short.
+in turning order. Device microseconds: CUDA events around several launches, per launch; the median of the rounds, each
+sample over the pace of its round (`at_one_pace` in bench.py: the clock changes for all libraries alike). Inputs rotate
+when they would stay in the L2 cache. Host microseconds: processor time of one call while the queue is short.
 A mixture of experts is timed beside a dense matrix product and a big read; before each sample of a library, and of
 these two, 20 ms of the same go untimed. With few tokens it is one CUDA graph of many calls, each with other weights.
 """

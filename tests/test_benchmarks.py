@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,38 @@ def test_host_time_is_of_one_call_and_drains_the_queue() -> None:
     begin = time.perf_counter()
     host_microseconds(Spy(), call, calls=9, batch=4, seconds=0.1)
     assert time.perf_counter() - begin >= 0.1 and calls == list(range(len(calls))) and len(calls) > 9
+
+
+def test_a_short_call_is_held_even_when_its_first_calls_waited_for_the_host() -> None:
+    from benchmarks.bench import held
+    from benchmarks.timing import GpuTimer
+
+    class Slow(GpuTimer):
+        """Without a hold a call takes as long as a host that is late; with one as long as the device needs."""
+
+        def __init__(self, device_us: float) -> None:
+            self.device_us = device_us
+
+        def sample(self, run: Any, launches: int, host_us: float = 0.0, lead: int = 1) -> float:  # noqa: ARG002
+            return self.device_us if host_us else max(self.device_us, 49.0)
+
+    assert held(Slow(11.0), print, 49.0, 15.0) == (11.0, 15.0)
+    assert held(Slow(40.0), print, 49.0, 15.0) == (40.0, 0.0)
+    assert held(Slow(400.0), print, 400.0, 15.0) == (400.0, 0.0)
+
+
+def test_a_clock_that_changes_between_rounds_does_not_change_ratios() -> None:
+    from benchmarks.bench import at_one_pace
+
+    # Half the rounds at one clock, half at a slower one: each median alone comes from another half.
+    paces = [1.0, 1.0, 1.0, 1.01, 1.1, 1.1, 1.1]
+    one, other = [200.0 * p for p in paces], [190.0 * p for p in paces]
+    one[3], other[3] = 200.0 * 1.1, 190.0
+    steady = at_one_pace({"one": one, "other": other})
+    ratio = statistics.median(steady["one"]) / statistics.median(steady["other"])
+    assert statistics.median(one) / statistics.median(other) > 1.15 and abs(ratio - 200 / 190) < 1e-9
+    assert at_one_pace({"alone": [3.0, 5.0, 4.0]}) == {"alone": [4.0, 4.0, 4.0]}
+    assert at_one_pace({"one": [1.0, 2.0], "late": []}) == {"one": [1.5, 1.5]}
 
 
 @pytest.mark.torch
