@@ -90,7 +90,7 @@ struct AttentionEpilogueSm90 {
   }
 
  private:
-  enum { kFilledRows = 8 };  // of a batch entry at a time: enough of them to hide the look at the lengths
+  enum { kFilledRows = 16 };  // of a batch entry at a time: enough of them to hide the look at the lengths
 
   // unseeing: these are queries that see no key. The consumers have most of the issue slots, so 512 bytes
   // should take few instructions: each lane keeps to 16 bytes of the heads and goes down the rows. Unrolled,
@@ -105,7 +105,7 @@ struct AttentionEpilogueSm90 {
                          i / chunks * p.out_stride_h + i % chunks * 8;
 #pragma unroll 1
       for (int row = rows.begin; row < rows.end; ++row, g_chunk += p.out_stride_s)
-        __stcs(reinterpret_cast<uint4*>(g_chunk), make_uint4(0, 0, 0, 0));
+        *reinterpret_cast<uint4*>(g_chunk) = make_uint4(0, 0, 0, 0);
     }
 #pragma unroll 1
     for (int head = 0; lse && head < p.heads_q; ++head) {

@@ -52,7 +52,7 @@ _UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes,
 _MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
 _MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
 _MAX_LISTED_TILES = 2**24  # kTileBits of cuda_src/attention/key_tiles.cuh
-_FILLED_ROWS, _CLEARERS = 8, 2  # kFilledRows and kClearers of cuda_src/attention/epilogue_sm90.cuh
+_FILLED_ROWS, _CLEARERS = 16, 2  # kFilledRows and kClearers of cuda_src/attention/epilogue_sm90.cuh
 _WORTH_PACKING = 0.9  # heads are packed if that leaves no larger a share of their tiles
 
 
