@@ -350,9 +350,9 @@ def held(timer: GpuTimer, run: Callable[[int], Any], rough: float, host: float) 
 def at_one_pace(samples: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Samples by library, each over the pace of its round: 1.1 where the libraries took a tenth longer than usual.
 
-    Under load a device changes its clock every few rounds, for all libraries alike. The median of each alone may then be
-    one of a fast round for one library and of a slow round for the other. The pace of a round is the median, over the
-    libraries, of a sample over that library's median.
+    Under load a device changes its clock every few rounds, for all libraries alike. The median of each alone may then
+    be one of a fast round for one library and of a slow round for the other. The pace of a round is the median, over
+    the libraries, of a sample over that library's median.
     """
     usual = {name: statistics.median(found) for name, found in samples.items() if found}
     rounds = min((len(samples[name]) for name in usual), default=0)
