@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
     from flashmoe_cupy.layers import FlashMoELayer
     from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
+    from flashmoe_cupy.ops.attention_backward import (
+        AttentionGradients,
+        flash_attention_backward,
+        flash_attention_varlen_backward,
+    )
     from flashmoe_cupy.ops.attention_lse import attention_lse
     from flashmoe_cupy.ops.grouped_gemm import grouped_gemm
     from flashmoe_cupy.ops.moe import fused_moe
@@ -26,6 +31,9 @@ _PLACE = {
     "__version__": "_version",
     "flash_attention": "ops.attention",
     "flash_attention_varlen": "ops.attention",
+    "flash_attention_backward": "ops.attention_backward",
+    "flash_attention_varlen_backward": "ops.attention_backward",
+    "AttentionGradients": "ops.attention_backward",
     "attention_lse": "ops.attention_lse",
     "moe_route": "ops.route",
     "RouterStats": "ops.route",
@@ -58,6 +66,7 @@ _ELSEWHERE = {  # functions of flash-attn, torch, JAX and vLLM
 }
 
 __all__ = [
+    "AttentionGradients",
     "CompileError",
     "DependencyError",
     "FlashMoEError",
@@ -71,7 +80,9 @@ __all__ = [
     "errors",
     "explain",
     "flash_attention",
+    "flash_attention_backward",
     "flash_attention_varlen",
+    "flash_attention_varlen_backward",
     "fused_moe",
     "grouped_gemm",
     "moe_permute",

@@ -15,6 +15,7 @@ Layout = Literal["bshd", "bhsd"]
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "swigluoai", "gelu", "gelu_tanh", "relu", "relu2"]
 Window = Sequence[SupportsIndex]
+Need = Sequence[str]  # names of arguments whose gradients are wanted
 
 if TYPE_CHECKING:
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from flashmoe_cupy.arrays import row_major
 from flashmoe_cupy.dtypes import DType
 from flashmoe_cupy.errors import DependencyError
 from flashmoe_cupy.ops import gpu
+from flashmoe_cupy.plan.attention.problem import AttentionProblem
 from flashmoe_cupy.plan.operation import Operation, registered
 
 OLDEST_JAX, NEWEST_JAX = "0.6", "0.12.0.1"  # pyproject.toml has the first; before, XLA tells no handler its device
@@ -48,7 +49,7 @@ _known: dict[int, Known] = {}
 
 def register(operation: Operation, problem: Any, inputs: Sequence[Form], results: Sequence[Form]) -> tuple[int, str]:
     """The attributes (key, text) of a call, known to the handler from now on."""
-    fields = {name: x.name if isinstance(x, DType) else x for name, x in problem._asdict().items()}
+    fields = _written(problem)
     known = Known(operation.name, problem, tuple(inputs), tuple(results))
     text = json.dumps(known._replace(problem=fields)._asdict())
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
@@ -58,16 +59,34 @@ def register(operation: Operation, problem: Any, inputs: Sequence[Form], results
     return key, text
 
 
+def _written(problem: Any) -> dict[str, Any]:
+    """The fields of a problem for JSON, those of a problem in it too."""
+    return {
+        name: x.name if isinstance(x, DType) else _written(x) if hasattr(x, "_asdict") else x
+        for name, x in problem._asdict().items()
+    }
+
+
+def _read(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_written` has written. A problem in another one is that of the forward."""
+    found: dict[str, Any] = {}
+    for name, x in fields.items():
+        if isinstance(x, dict):
+            found[name] = AttentionProblem(**_read(x))
+        elif isinstance(x, list):
+            found[name] = tuple(x)
+        else:
+            found[name] = dtypes.from_name(x) if name.endswith("dtype") and x else x
+    return found
+
+
 def _find(call: _xla_ffi.Call) -> Known:
     found = _known.get(call.key)
     if found is None:  # the program was compiled by another process
         try:
             read = json.loads(call.text())
             operation = registered(read["operation"])
-            fields: dict[str, Any] = {
-                name: dtypes.from_name(x) if name.endswith("dtype") and x else tuple(x) if isinstance(x, list) else x
-                for name, x in read["problem"].items()
-            }
+            fields = _read(read["problem"])
             forms = [
                 [(name, tuple(shape), dtypes.from_name(kind).name) for name, shape, kind in read[which]]
                 for which in ("inputs", "results")
@@ -83,15 +102,16 @@ def _find(call: _xla_ffi.Call) -> Known:
 def run_cuda(call: _xla_ffi.Call) -> None:
     """A call on a GPU, or the loading in front of it."""
     known, device = _find(call), call.device()
-    operation, made = registered(known.operation), len(known.results)
+    operation, made = registered(known.operation), tuple([name for name, *_ in known.results])
     if call.stage == _xla_ffi.LOAD:
         gpu.load(operation, known.problem, device, made)
         return
     outputs = call.outputs()
     by_name = dict(zip([name for name, *_ in known.inputs], call.inputs(), strict=True))
     inputs = [by_name.get(name, 0) for name in operation.arguments]
-    workspace = outputs[made] if len(outputs) > made else 0
-    gpu.launch(operation, known.problem, device, call.stream(), inputs, outputs[:made], workspace)
+    workspace = outputs[len(made)] if len(outputs) > len(made) else 0
+    results = dict(zip(made, outputs, strict=False))
+    gpu.launch(operation, known.problem, device, call.stream(), inputs, results, workspace)
 
 
 def run_cpu(call: _xla_ffi.Call) -> None:

@@ -3,9 +3,15 @@
 The functions here take JAX arrays only; those of `flashmoe_cupy` come here with them. Arguments, results and errors are
 the same. Options are Python values: under `jit` make them static, max_seqlen_q and max_seqlen_k too. `out` must be
 None, for JAX arrays are immutable. `vmap` joins the mapped axis to the batch where an operation has one, and runs one
-call after the other elsewhere (packed sequences, routers, experts, mapped sinks). There is no gradient yet: `jax.grad`
-raises UnsupportedProblem. A multi-device program should call these inside `jax.shard_map`: XLA cannot split a call of
-a foreign function and would gather the arguments on each device. FLASHMOE_CHECK=1 looks at values on the CPU only.
+call after the other elsewhere (packed sequences, routers, experts, mapped sinks). A multi-device program should call
+these inside `jax.shard_map`: XLA cannot split a call of a foreign function and would gather the arguments on each
+device. FLASHMOE_CHECK=1 looks at values on the CPU only.
+
+`flash_attention` and `flash_attention_varlen` have gradients, of out and of lse: `jax.grad` and all that is made of it.
+Only those are computed that are asked for: q, k, v, sinks and a bias of numbers. That of alibi_slopes is refused, and
+so are those of the other operations and second ones (UnsupportedProblem); for forward mode (`jvp`, `jacfwd`) JAX raises
+TypeError. A call that nobody differentiates makes no lse. One that somebody does keeps its arguments, out and lse, or
+what `jax.checkpoint` leaves of them. JAX 0.6.0 does not say what is asked for, and all gradients are computed there.
 
 XLA calls back into Python while a program runs (`_xla`). What is built here follows from the declarations of the
 operations (`plan.operation`).
@@ -30,7 +36,7 @@ from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.ops.call import Form, forms
 from flashmoe_cupy.ops.names import no_argument
-from flashmoe_cupy.plan.operation import Operation, each
+from flashmoe_cupy.plan.operation import Operation, each, operations, registered
 
 if TYPE_CHECKING:
     from flashmoe_cupy.ops.public import *  # noqa: F403
@@ -71,6 +77,8 @@ def call(operation: Operation, arrays: dict[str, Any], options: dict[str, Any], 
     arrays, options: all of them by name, None for an absent array.
     """
     needed = operation.arguments[: operation.required]
+    if out is None:
+        out = next((arrays[name] for name in operation.written if arrays[name] is not None), None)
     given = {name: x for name, x in arrays.items() if x is not None or name in needed}
     read, key, function = operation.exact([*options.values()]), None, None
     if read is not None:  # options of a wrong type are not looked up: 1 == True == 1.0
@@ -122,8 +130,7 @@ def _build(
     operation: Operation, problem: Any, views: dict[str, View], options: dict[str, Any]
 ) -> Callable[..., Sequence[Any]]:  # fmt: skip
     """A jitted function of the arrays, in the operation's order, that gives the outputs."""
-    shapes = {name: v.shape for name, v in views.items()}
-    made = forms(operation, shapes, options, next(iter(views.values())).dtype)
+    made = forms(operation, views, options)
     inputs = [(name, v.shape, v.dtype.name) for name, v in views.items()]
     key, text = _xla.register(operation, problem, inputs, [(form.name, form.shape, form.dtype.name) for form in made])
     empty = operation.empty(problem) or not any(math.prod(form.shape) for form in made)
@@ -136,21 +143,16 @@ def _build(
         run = jax.ffi.ffi_call(_xla.TARGET, _types(buffers, given), vmap_method="sequential")
         return tuple(run(*given, key=np.int64(key), text=text)[: len(made)])
 
-    if operation.batched:
-        plain = _batched(operation, options, [*views], plain)
-    differentiable = jax.custom_jvp(plain)
-
-    def jvp(_primals: Any, _tangents: Any) -> Any:
-        raise UnsupportedProblem(
-            f"the gradient of {problem.describe()}",
-            ["there is no backward pass for JAX arrays yet"],
-            "wrap the arguments in jax.lax.stop_gradient if no gradient is needed through them",
-        )
-
-    differentiable.defjvp(jvp)
+    ranks = _ranks(operation, views)
+    if ranks:
+        plain = _batched(operation, ranks, options, [*views], made, plain)
+    if operation.gradient is not None:
+        whole = _differentiable(operation, problem, options, views, plain)
+    else:
+        whole = _refusing(problem, f"there is no backward pass of {operation.name} for JAX arrays yet", plain)
 
     def function(*given: Any) -> Any:
-        return differentiable(*given)
+        return whole(*given)
 
     function.__name__ = function.__qualname__ = operation.name  # the name in jaxprs and profiles
     return jax.jit(function)  # type: ignore[no-any-return]
@@ -174,21 +176,125 @@ def _types(made: Sequence[Form], given: Sequence[Any]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# gradients
+
+_TELLS_WHAT_IS_ASKED = hasattr(jax, "shard_map")  # JAX 0.6.0 refuses to, inside of its older shard_map
+
+
+def _refusing(problem: Any, reason: str, function: Callable[..., Any], name: str = "") -> Callable[..., Any]:
+    """`function`, which refuses to be differentiated. name: of its argument, where that alone has no gradient."""
+    refusing = jax.custom_jvp(function)
+
+    def jvp(_primals: Any, _tangents: Any) -> Any:
+        raise UnsupportedProblem(
+            f"the gradient of {problem.describe()}",
+            [reason],
+            f"wrap {name or 'the arguments'} in jax.lax.stop_gradient if no gradient is needed through "
+            + ("it" if name else "them"),
+        )
+
+    refusing.defjvp(jvp)
+    return refusing  # type: ignore[no-any-return]
+
+
+def _differentiable(
+    operation: Operation, problem: Any, options: dict[str, Any], views: dict[str, View], plain: Callable[..., Any]
+) -> Callable[..., Any]:  # fmt: skip
+    """`plain`, whose gradients are those of another operation (plan.operation.Gradient)."""
+    its = operation.gradient
+    assert its is not None
+    backward = registered(its.operation)
+    rest = {name: value for name, value in options.items() if name in backward.options}
+    names, outputs = [*views], operation.wanted(options)
+    possible = [name for name in views if f"d{name}" in backward.outputs]
+    numbers = [name for name, v in views.items() if jnp.issubdtype(dtypes.to_numpy(v.dtype), jnp.inexact)]
+    guards = {
+        name: _refusing(problem, f"{name} has no gradient", lambda x: x, name)
+        for name in numbers
+        if name not in possible
+    }
+    differentiable = jax.custom_vjp(plain)
+
+    def forward(*given: Any) -> tuple[Any, Any]:
+        asked = numbers
+        if _TELLS_WHAT_IS_ASKED:
+            asked = [name for name, x in zip(names, given, strict=True) if x.perturbed]
+            given = tuple([x.value for x in given])
+        arrays = dict(zip(names, given, strict=True))
+        made = call(operation, dict.fromkeys(operation.arguments) | arrays, options | its.options, None)
+        arrays |= dict(zip(operation.wanted(options | its.options), made, strict=True))
+        # What is asked for becomes the shape of an array without elements. JAX may differentiate what it has traced
+        # once several times, each time by other arguments, and only the arrays that are saved belong to one of these.
+        code = jnp.zeros((0, sum([1 << i for i, name in enumerate(possible) if name in asked])), bool)
+        return tuple([arrays[name] for name in outputs]), (arrays, code)
+
+    def pull(saved: tuple[dict[str, Any], Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
+        arrays, code = saved
+        need = tuple([name for i, name in enumerate(possible) if code.shape[1] >> i & 1])
+        zero = jax.custom_derivatives.SymbolicZero
+        given = {f"d{name}": x for name, x in zip(outputs, arriving, strict=True) if not isinstance(x, zero)}
+        if not need or not given:
+            return (None,) * len(names)
+        for name in backward.arguments[: backward.required]:
+            if name not in arrays and name not in given:  # nothing arrives at that output
+                given[name] = jnp.zeros_like(arrays[name.removeprefix("d")])
+        made = backward.function(**arrays, **given, **rest, need=need)
+        found = dict(zip(backward.outputs, made, strict=True))
+        return tuple([_shared(arrays[name], found[f"d{name}"]) if name in need else None for name in names])
+
+    differentiable.defvjp(forward, pull, symbolic_zeros=_TELLS_WHAT_IS_ASKED)
+
+    def function(*given: Any) -> Any:
+        return differentiable(*[guards[name](x) if name in guards else x for name, x in zip(names, given, strict=True)])
+
+    return function if guards else differentiable
+
+
+def _shared(x: Any, gradient: Any) -> Any:
+    """The gradient of x, summed over the axes of a mesh over which it varies and x does not (`jax.shard_map`).
+
+    JAX derives that from an operation of its own whose operands vary as these two do.
+    """
+    nothing = jax.lax.slice(gradient, (0,) * x.ndim, (0,) * x.ndim).sum()
+    return jax.vjp(lambda own: own + nothing, x)[1](gradient)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # vmap
 
 
+def _ranks(operation: Operation, views: dict[str, View]) -> dict[str, int]:
+    """The number of dimensions that arguments have if the batch is their first one (Operation.batched)."""
+    of = next((one for one in operations() if one.gradient and one.gradient.operation == operation.name), None)
+    if of is None or operation.batched or not of.batched:
+        return operation.batched
+    return of.batched | {name: len(v.shape) for name, v in views.items() if name.removeprefix("d") in of.outputs}
+
+
 def _batched(
-    operation: Operation, options: dict[str, Any], names: Sequence[str], function: Callable[..., Any]
+    operation: Operation, ranks: dict[str, int], options: dict[str, Any], names: Sequence[str], made: Sequence[Form],
+    function: Callable[..., Any],
 ) -> Callable[..., Any]:  # fmt: skip
-    """`function`, whose vmap is one call with a larger batch where only arrays with a batch axis are mapped."""
+    """`function`, whose vmap is one call with a larger batch where arrays that are mapped have a batch axis.
+
+    An output that is like an argument has to have one too: a gradient is summed over the batch otherwise.
+    """
+    whole = [operation.outputs[form.name].like for form in made]
     batched = jax.custom_batching.custom_vmap(function)
 
     def rule(size: int, mapped: Sequence[bool], *given: Any) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-        if any(there and name not in operation.batched for name, there in zip(names, mapped, strict=True)):
-            made = _one_by_one(batched, mapped, given)
-        else:
-            made = _joined(operation, options, size, dict(zip(names, zip(given, mapped, strict=True), strict=True)))
-        return made, (True,) * len(made)
+        by_name = dict(zip(names, zip(given, mapped, strict=True), strict=True))
+        first, there = by_name[operation.arguments[0]]
+        batch = first.shape[there]
+        if all(
+            name in ranks and (batch == 1 or (x.ndim - m == ranks[name] and x.shape[m] == batch))
+            if name in whole
+            else name in ranks or not m
+            for name, (x, m) in by_name.items()
+        ):
+            found = _joined(operation, ranks, options, size, batch, whole, by_name)
+            return tuple(x.reshape(size, *form.shape) for x, form in zip(found, made, strict=True)), (True,) * len(made)
+        return _one_by_one(batched, mapped, given), (True,) * len(made)
 
     batched.def_vmap(rule)
     return batched  # type: ignore[no-any-return]
@@ -205,20 +311,19 @@ def _one_by_one(function: Callable[..., Any], mapped: Sequence[bool], arrays: Se
 
 
 def _joined(
-    operation: Operation, options: dict[str, Any], size: int, by_name: dict[str, tuple[Any, bool]]
+    operation: Operation, ranks: dict[str, int], options: dict[str, Any], size: int, batch: int, whole: Sequence[str],
+    by_name: dict[str, tuple[Any, bool]],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """vmap as one call whose batch is size * batch."""
-    first, there = by_name[operation.arguments[0]]
-    batch = first.shape[there]
+    """The outputs of one call whose batch is size * batch. whole: arguments that must have all of it."""
     arrays: dict[str, Any] = dict.fromkeys(operation.arguments)
     for name, (x, m) in by_name.items():
-        rank, shape = operation.batched.get(name, 0), x.shape[m:]
+        rank, shape = ranks.get(name, 0), x.shape[m:]
         own = len(shape) == rank  # it has a batch axis
-        if not m and (not own or (shape[0] == 1 and batch != 1)):
+        if not m and name not in whole and (not own or (shape[0] == 1 and batch != 1)):
             arrays[name] = x  # the same for all
         else:
             inner = shape[1:] if own else (1,) * (rank - 1 - len(shape)) + shape
             x = x.reshape(size if m else 1, shape[0] if own else 1, *inner)
             arrays[name] = jnp.broadcast_to(x, (size, batch, *inner)).reshape(size * batch, *inner)
     made = call(operation, arrays, options, None)
-    return tuple(x.reshape(size, batch, *x.shape[1:]) for x in (made if isinstance(made, tuple) else (made,)))
+    return made if isinstance(made, tuple) else (made,)

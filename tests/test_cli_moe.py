@@ -107,7 +107,7 @@ def prepare(problem: Any, aligned: bool = True) -> None:
     """What the first call of a problem does on a device."""
     assert public.__all__
     operation = next(one for one in operations() if type(problem) is one.problem)
-    gpu._load(operation, problem, 0, 0, aligned, (), operation.places(len(operation.outputs)))
+    gpu._load(operation, problem, 0, 0, aligned, (), tuple(operation.outputs))
 
 
 def test_a_caller_that_owns_the_workspace_is_told_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +122,9 @@ def test_a_caller_that_owns_the_workspace_is_told_of_a_copy(monkeypatch: pytest.
         before = len(ran)
         if refused:
             with pytest.raises(UnsupportedProblem, match="bias does not start at a multiple of 16 bytes"):
-                gpu.launch(operation, problem, 0, 0, given, [1 << 20], 0)
+                gpu.launch(operation, problem, 0, 0, given, {"out": 1 << 20}, 0)
         else:
-            gpu.launch(operation, problem, 0, 0, given, [1 << 20], 1 << 21)
+            gpu.launch(operation, problem, 0, 0, given, {"out": 1 << 20}, 1 << 21)
         assert len(ran) - before == (not refused)
 
 

@@ -314,7 +314,7 @@ def on_machine(machine: Any, op: str, arrays: dict[str, Any], options: dict[str,
     defaults = {n: its.default for n, its in inspect.signature(operation.function).parameters.items()}
     options = {n: options.get(n, defaults[n]) for n in operation.options}
     problem = operation.make(**views, **options)
-    made = forms(operation, {n: v.shape for n, v in views.items()}, options, views[names[0]].dtype)
+    made = forms(operation, views, options)
     inputs = [(n, v.shape, v.dtype.name) for n, v in views.items()]
     key, text = _xla.register(operation, problem, inputs, [(form.name, form.shape, form.dtype.name) for form in made])
     sizes = [(form.shape, form.dtype) for form in made]

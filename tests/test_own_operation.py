@@ -174,7 +174,7 @@ def centre_rows(
 
 OPERATION = Operation(
     centre_rows, ("x", "shift"), 1, {"out": Output(), "mean": Output(FP32)}, centre_shapes, CentreProblem,
-    centre_problem, centre_steps, centre_host, count=lambda options: 1 + options["return_mean"],
+    centre_problem, centre_steps, centre_host, wanted=lambda options: ("out", "mean")[: 1 + options["return_mean"]],
     empty=lambda p: 0 in (p.rows, p.columns),
 )  # fmt: skip
 CALL = Call(OPERATION)
@@ -200,8 +200,9 @@ def test_a_function_hands_over_what_is_declared(name: str, monkeypatch: pytest.M
     """In the order of its operation: each argument carries its own name here."""
     its, seen = operation.registered(name), []
 
-    def note(call: Call, required: Any, options: Any, optional: Any = None, out: Any = None) -> None:
+    def note(call: Call, required: Any, options: Any, optional: Any = None, out: Any = None) -> Any:
         seen.append((call.operation, required, options, optional, out))
+        return ()
 
     monkeypatch.setitem(its.function.__globals__, "run", note)
     its.function(**{parameter: parameter for parameter in inspect.signature(its.function).parameters})

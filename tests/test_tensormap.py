@@ -194,7 +194,7 @@ def loaded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 def call(p: AttentionProblem, **pointers: int) -> None:
     operation = registered(public.flash_attention.__name__)
     given = {"q": 0x1000, "k": 0x2000, "v": 0x3000, "out": 0x4000} | pointers
-    gpu.launch(operation, p, 0, 9, [given.get(name, 0) for name in operation.arguments], [given["out"]], 0)
+    gpu.launch(operation, p, 0, 9, [given.get(name, 0) for name in operation.arguments], {"out": given["out"]}, 0)
 
 
 def test_the_operation_launches_the_hopper_kernel(driver: Driver, loaded: list[str], library: Library) -> None:

@@ -91,21 +91,26 @@ struct ModifiedScores : ScoresAlone {
       const float inverse = 1.f / p.softcap;
       for_each_score(r_s, row, col, [&](float& s, int, int) { s = p.softcap * tanh_exp2(s * inverse); });
     }
-    if (p.alibi_slopes != nullptr) {
-      const float slope =
-          static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head] /
-          scale(p);
-      // Distances from the thread's first score: one conversion to float for all.
-      const float first = static_cast<float>(row + (lane_id() >> 2) + band.shift - col - 2 * (lane_id() & 3));
+    add_alibi(p, r_s, batch, head, row, col, band, scale(p));
+  }
+
+  // unit: what a score of 1 is in natural units.
+  template <int kM, int kN>
+  FM_DEVICE static void add_alibi(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
+                                  int row, int col, const BandMask& band, float unit) {
+    if (p.alibi_slopes == nullptr) return;
+    const float slope =
+        static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head] / unit;
+    // Distances from the thread's first score: one conversion to float for all.
+    const float first = static_cast<float>(row + (lane_id() >> 2) + band.shift - col - 2 * (lane_id() & 3));
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            r_s[m][n][e] = fmaf(-slope, fabsf(first + static_cast<float>(m * 16 + e / 2 * 8 - n * 8 - e % 2)),
-                                r_s[m][n][e]);
-    }
+        for (int e = 0; e < 4; ++e)
+          r_s[m][n][e] = fmaf(-slope, fabsf(first + static_cast<float>(m * 16 + e / 2 * 8 - n * 8 - e % 2)),
+                              r_s[m][n][e]);
   }
 };
 

@@ -18,6 +18,8 @@ import numpy as np
 Key = tuple[Any, ...]
 Shape = tuple[int, ...]
 
+GRADIENT: Key = ("gradient",)  # the key of arrays of which some require one, whatever their shapes
+
 
 class ArrayAccess:
     """How the arrays of one type are read."""
@@ -64,8 +66,11 @@ def find(kind: type) -> ArrayAccess | None:
     access = None
     if kind is np.ndarray:
         access = _numpy()
-    elif kind is getattr(torch, "Tensor", None) and hasattr(torch._C, "_cuda_getCurrentRawStream"):
-        access = _torch(torch)
+    elif hasattr(torch, "Tensor") and issubclass(kind, torch.Tensor):
+        if kind is torch.Tensor and hasattr(torch._C, "_cuda_getCurrentRawStream"):
+            access = _torch(torch)
+        elif kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+            access = _torch_gradients(torch)
     elif kind is getattr(cupy, "ndarray", None):
         access = _cupy(cupy)
     elif kind.__module__.partition(".")[0] in ("torch", "cupy"):
@@ -86,13 +91,10 @@ def _numpy() -> ArrayAccess:
             found += (x.shape, x.strides, x.dtype)
         return tuple(found)
 
-    def none(*_: Any) -> Any:
-        return None
-
-    return ArrayAccess(key, none, none, {}, none, none, none, none, host=True)
+    return ArrayAccess(key, _none, _none, {}, _none, _none, _none, _none, host=True)
 
 
-def _torch(torch: Any) -> ArrayAccess:
+def _torch_key(torch: Any) -> Callable[[tuple[Any, ...]], Key | None]:
     kind, bfloat16 = torch.Tensor, torch.bfloat16
     device_of, forward_ad = kind.get_device, torch.autograd.forward_ad
     # Under dispatch modes (make_fx, fake tensors), jit.trace and torch.func a result has to come from an operator.
@@ -118,7 +120,8 @@ def _torch(torch: Any) -> ArrayAccess:
         for x in arrays:
             of = type(x)
             if (of is not kind and of is not parameter) or (refuse and x.requires_grad):
-                return None
+                wanted = refuse and any([isinstance(y, kind) and y.requires_grad for y in arrays])
+                return GRADIENT if wanted else None
             dtype = x.dtype
             if dtype not in plain and x.is_neg():
                 return None
@@ -128,6 +131,26 @@ def _torch(torch: Any) -> ArrayAccess:
                 return None
         return tuple(found)
 
+    return key
+
+
+def _none(*_: Any) -> Any:
+    return None
+
+
+def _torch_gradients(torch: Any) -> ArrayAccess:
+    """Of tensors that have no fast way."""
+    key = _torch_key(torch)
+
+    def gradient(arrays: tuple[Any, ...]) -> Key | None:
+        return GRADIENT if key(arrays) is GRADIENT else None
+
+    return ArrayAccess(gradient, _none, _none, {}, _none, _none, _none, _none)
+
+
+def _torch(torch: Any) -> ArrayAccess:
+    kind, forward_ad, key = torch.Tensor, torch.autograd.forward_ad, _torch_key(torch)
+    device_of, grad_enabled, modes = kind.get_device, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
     current = torch._C._cuda_getDevice
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     fast = getattr(guards, "_empty_strided_cuda", None)  # what the code that torch.compile writes uses
@@ -156,7 +179,7 @@ def _torch(torch: Any) -> ArrayAccess:
         refused = ["type(x0) is not kind", *[f"{names[i]} is not {names[j]}" for i, j in enumerate(first) if i != j]]
         refused += ["forward_ad._current_level >= 0", "modes()", *[f"{names[i]}.is_nested" for i in alone]]
         if any(x.requires_grad for x in arrays):
-            refused.append("grad_enabled()")
+            refused.append("not grad_enabled()" if grad_enabled() else "grad_enabled()")
         found: dict[str, Any] = {
             "same": same, "kind": kind, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled
         }  # fmt: skip
@@ -243,14 +266,18 @@ def _cupy(cupy: Any) -> ArrayAccess:
 
 
 def is_traced() -> bool:
-    """Whether something records what happens to plain tensors: a dispatch mode, make_fx, torch.jit.trace.
+    """Whether something records what happens to plain tensors: a dispatch mode, make_fx, torch.jit.trace, torch.func.
 
-    Where torch runs an operator for it, that is off, so the operator itself may read them.
+    Where torch runs an operator for it, that is off, so the operator itself may read them. Of the transforms of
+    torch.func only grad and vjp count.
     """
     torch: Any = sys.modules["torch"]
     if not _recorders:
         _recorders.extend(map(torch._C._dispatch_key_parse, ("Python", "Tracer", "PreDispatch")))
-    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _recorders))
+    if any(map(torch._C._dispatch_tls_is_dispatch_key_included, _recorders)):
+        return True
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Grad
 
 
 _recorders: list[Any] = []  # dispatch keys of torch

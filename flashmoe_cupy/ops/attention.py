@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, Unpack, overload
 
 import numpy as np
 
+from flashmoe_cupy import _late
 from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.dtypes import FP32
+from flashmoe_cupy.ops.access import GRADIENT
 from flashmoe_cupy.ops.call import Call, run
+from flashmoe_cupy.ops.memory import PlanMemory
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.plan.attention.problem import PADDING, AttentionProblem, attention_problem, varlen_problem
 from flashmoe_cupy.plan.checks import need_ranks
-from flashmoe_cupy.plan.operation import Operation, Output, Workspace, register
+from flashmoe_cupy.plan.forget import forget
+from flashmoe_cupy.plan.operation import Gradient, Operation, Output, Workspace, register
 from flashmoe_cupy.plan.step import Step, same
 
 _UNLIMITED = (-1, -1)
@@ -260,19 +264,50 @@ def _operation(function: Any, arguments: tuple[str, ...], required: int, **diffe
         Operation(
             function, arguments, required, {"out": Output(), "lse": _LSE}, problem=AttentionProblem, steps=_steps,
             host=_host, rows=_ROWS, tiles=[name for name in arguments if name == "bias"],
-            count=lambda options: 1 + options["return_lse"], empty=lambda p: p.empty, **differ,
+            wanted=lambda options: ("out", "lse")[: 1 + options["return_lse"]], empty=lambda p: p.empty,
+            gradient=Gradient(f"{function.__name__}_backward", {"return_lse": True}), **differ,
         )
     )
 
 
-_DENSE = Call(
+class _Plans(dict[Any, Any]):
+    """The plans of a call by their keys, and in their place what runs calls on tensors that require a gradient."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def __missing__(self, key: Any) -> Any:
+        if key[0] is not GRADIENT:
+            return None
+        found = self[key] = _late.load("torch").Differentiated(self._call, key[1])
+        return found
+
+
+class _PlanMemory(PlanMemory[Any]):
+    __slots__ = ()
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._plans = _Plans(call)
+        self.find = self._plans.__getitem__
+        forget.append(self._plans.clear)
+
+
+def _call(operation: Operation) -> Call:
+    call = Call(operation)
+    call.plans = _PlanMemory(call)
+    return call
+
+
+_DENSE = _call(
     _operation(
         flash_attention, ("q", "k", "v", "sinks", "alibi_slopes", "bias", *PADDING), 3, shapes=_dense_shapes,
         make=attention_problem,
         batched={"q": 4, "k": 4, "v": 4, "alibi_slopes": 2, "bias": 4} | dict.fromkeys(PADDING, 1),
     )
 )
-_PACKED = Call(
+_PACKED = _call(
     _operation(
         flash_attention_varlen,
         ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "sinks", "alibi_slopes"), 5,

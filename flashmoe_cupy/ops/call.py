@@ -6,7 +6,7 @@ look at its arrays, their addresses, new outputs, the launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,6 +120,10 @@ def _run(
             call.plans.keep(full, plan)
     if out_view is not None and plan.overlap is not None:
         plan.overlap.check(out_view, views)
+    for i, overlap in plan.written:
+        written = views[i]
+        assert written is not None
+        overlap.check(written, views)
     first = views[0]
     assert first is not None
     if key is not None and access is not None and (first.device >= 0 or access.host):
@@ -147,37 +151,43 @@ class Form:
 
 
 def forms(
-    operation: Operation, shapes: dict[str, tuple[int, ...]], options: dict[str, Any], first: DType
+    operation: Operation, views: Mapping[str, View], options: dict[str, Any]
 ) -> list[Form]:  # fmt: skip
-    """The outputs of a call. shapes: of its arguments, by name; first: dtype of the first one."""
-    found = []
-    for name, shape in operation.shapes(shapes, options).items():
-        output = operation.outputs[name]
-        found.append(Form(name, shape, output.dtype or first, row_major(shape), output.fill))
-    return found
+    """The outputs of a call. views: its arguments, by name."""
+    shapes = {name: v.shape for name, v in views.items()}
+    dtypes = {name: v.dtype for name, v in views.items()}
+    return [
+        Form(name, shape, operation.dtype_of(name, dtypes), row_major(shape), operation.outputs[name].fill)
+        for name, shape in operation.shapes(shapes, options).items()
+    ]
 
 
 class Plan:
     """What all calls with the same shapes, strides, dtypes and options need."""
 
-    __slots__ = ("_fast", "_loaded", "_nothing", "forms", "operation", "overlap", "places", "problem")
+    __slots__ = ("_fast", "_loaded", "_nothing", "forms", "operation", "overlap", "places", "problem", "written")
 
     def __init__(
         self, operation: Operation, problem: Any, views: Views, options: dict[str, Any], out: View | None
     ) -> None:  # fmt: skip
-        first = views[0]
-        assert first is not None
         self.operation, self.problem = operation, problem
-        shapes = {name: v.shape for name, v in zip(operation.arguments, views, strict=True) if v is not None}
-        self.forms = forms(operation, shapes, options, first.dtype)
+        there = {name: v for name, v in zip(operation.arguments, views, strict=True) if v is not None}
+        self.forms = forms(operation, there, options)
         # Of the arrays that are given, in the table of addresses of a call.
         self.places = [i for i, v in enumerate((*views, out), 1) if v is not None]
         self.overlap: Overlap | None = None
+        self.written: list[tuple[int, Overlap]] = []  # given arrays that become results, by their place
         if out is not None:
             from flashmoe_cupy.ops.overlap import Overlap
 
             self.overlap = Overlap(operation.name, operation.arguments, views, out)
-        self._nothing = operation.empty(problem) or not any(0 not in form.shape for form in self.forms)
+        for i, (name, v) in enumerate(zip(operation.arguments, views, strict=True)):
+            if name in operation.written and v is not None:
+                from flashmoe_cupy.ops.overlap import Overlap
+
+                self.written.append((i, Overlap(operation.name, operation.arguments, views, v, name)))
+        useful = self.written or any(0 not in form.shape for form in self.forms)
+        self._nothing = operation.empty(problem) or not useful
         self._loaded: Any = None  # the launches of the last call, if they serve others on aligned arrays
         self._fast: FastCall | None = None
 
@@ -197,13 +207,14 @@ class Plan:
         from flashmoe_cupy.ops import gpu  # the compiler and the driver, which NumPy arrays do without
 
         pointers = [*([] if out_view is None else [out_view.ptr]), *[gpu.address(first, x) for x in new]]
-        self._loaded = gpu.run(self.operation, self.problem, views, pointers)
+        named = dict(zip([form.name for form in self.forms], pointers, strict=True))
+        self._loaded = gpu.run(self.operation, self.problem, views, named)
         arrays.keep_until_done([v for v in views if v is not None])
         return self.operation.wrap(made + new)
 
     def fast_call(self, access: ArrayAccess, given: tuple[Any, ...]) -> FastCall | None:
         """`run` for plain arrays like these. None: there is none, as far as is known."""
-        if self._fast is None and not self._nothing:
+        if self._fast is None and not self._nothing and not self.written:
             if access.host:
                 self._fast = self._on_numpy() if self.overlap is None else None
             elif self._loaded is not None:
@@ -254,7 +265,7 @@ class Plan:
             access.maker(device, form.shape, form.strides, access.dtypes.get(form.dtype.name) or given[0].dtype)
             for form in new
         ]
-        single = len(self.forms) == 1
+        single = len(self.forms) == 1 and operation.gives_one_array
         make = makers[0] if makers else None
         capturing = access.recorder(device)
         first = 1 + len(operation.arguments)

@@ -6,7 +6,7 @@ addresses. The table of addresses of a call is 0, arguments, outputs, workspace;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,11 @@ forget.append(_loaded.clear)
 
 
 def run(
-    operation: Operation, problem: Any, views: Sequence[View | None], outputs: Sequence[int]
+    operation: Operation, problem: Any, views: Sequence[View | None], outputs: Mapping[str, int]
 ) -> LoadedOperation | None:  # fmt: skip
     """Queue all launches on the current stream of views[0]'s library.
 
-    views: the arguments in the operation's order; outputs: the addresses of the results in theirs. Returns what a later
+    views: the arguments in the operation's order; outputs: the address of each result, by name. Returns what a later
     call on such arrays may run by itself; None where addresses decide, and while every call is checked.
     """
     like = views[0]
@@ -62,8 +62,8 @@ def run(
         given = dict(zip(operation.arguments, views, strict=True))
         operation.check(problem, lambda name: _fetched(given[name]))
     stream = arrays.stream(like)
-    table = [0, *[0 if v is None else v.ptr for v in views], *outputs]
-    loaded = loaded_for(operation, problem, like.device, stream, table, len(outputs))
+    table = [0, *[0 if v is None else v.ptr for v in views], *outputs.values()]
+    loaded = loaded_for(operation, problem, like.device, stream, table, tuple(outputs))
     if loaded.workspace:
         workspace = arrays.empty(like, (loaded.workspace,), UINT8)
         table.append(address(like, workspace))
@@ -74,21 +74,22 @@ def run(
 
 
 def loaded_for(
-    operation: Operation, problem: Any, device: int, stream: int | None, table: Sequence[int], made: int
+    operation: Operation, problem: Any, device: int, stream: int | None, table: Sequence[int],
+    made: tuple[str, ...],
 ) -> LoadedOperation:  # fmt: skip
     """The launches of a problem for such addresses, prepared now or found.
 
-    stream: where a graph may be recorded, in which nothing can be compiled; None: nowhere. made: how many outputs.
+    stream: where a graph may be recorded, in which nothing can be compiled; None: nowhere. made: the outputs.
     """
     places = operation.places(made)
     bits = 0
     for name in operation.rows:
-        bits |= table[places[name]]
+        bits |= table[places.get(name, 0)]
     odd = tuple([name for name in operation.tiles if table[places[name]] & 15])
     key = (operation, problem, made, device, bits & 15 == 0, odd)
     loaded = _loaded.get(key)
     if loaded is None:
-        loaded = _load(operation, problem, device, stream, bits & 15 == 0, odd, places)
+        loaded = _load(operation, problem, device, stream, bits & 15 == 0, odd, made)
         if len(_loaded) >= _MOST_LOADED:
             _loaded.clear()
         _loaded[key] = loaded
@@ -97,7 +98,7 @@ def loaded_for(
 
 def _load(
     operation: Operation, problem: Any, device: int, stream: int | None, aligned: bool, odd: tuple[str, ...],
-    places: dict[str, int],
+    made: tuple[str, ...],
 ) -> LoadedOperation:  # fmt: skip
     """Choose, compile (or find) and load all kernels of a problem.
 
@@ -109,8 +110,10 @@ def _load(
     for name, size in sizes.items():
         if name not in work.offsets:
             work.add(name, size)
+    places = operation.places(made)
     place: dict[str, Place] = {"": NULL} | {name: (i, 0) for name, i in places.items()}
-    place |= {name: (1 + len(places), offset) for name, offset in work.offsets.items()}
+    behind = 1 + len(operation.arguments) + len(made)  # an output may have the name of an argument
+    place |= {name: (behind, offset) for name, offset in work.offsets.items()}
     launches, fills = [], []
     for step in steps:
         ready, pointers, clears = launch_of(step, device, stream, aligned)
@@ -119,7 +122,7 @@ def _load(
             fills += [
                 Fill(places[name], size, _word(operation.outputs[name].fill)) for name, size in step.clears.items()
             ]
-    rows = tuple([places[name] for name in (*operation.rows, *operation.tiles)])
+    rows = tuple([places[name] for name in (*operation.rows, *operation.tiles) if name in places])
     return LoadedOperation(LaunchSequence(launches, fills), work.bytes, aligned and not odd, rows)
 
 
@@ -177,13 +180,13 @@ def workspace_bytes(operation: Operation, problem: Any) -> int:
     return operation.steps(problem)[1].bytes
 
 
-def load(operation: Operation, problem: Any, device: int, made: int) -> None:
+def load(operation: Operation, problem: Any, device: int, made: tuple[str, ...]) -> None:
     """Compile and load the kernels that `launch` will use for 16-byte aligned buffers; launches nothing."""
-    loaded_for(operation, problem, device, None, [0] * (1 + len(operation.places(made))), made)
+    loaded_for(operation, problem, device, None, [0] * (1 + len(operation.arguments) + len(made)), made)
 
 
 def launch(
-    operation: Operation, problem: Any, device: int, stream: int, inputs: Sequence[int], outputs: Sequence[int],
+    operation: Operation, problem: Any, device: int, stream: int, inputs: Sequence[int], outputs: Mapping[str, int],
     workspace: int,
 ) -> None:  # fmt: skip
     """Queue the operation for a caller that owns every buffer: XLA. All arrays are dense; an absent one's address is 0.
@@ -191,10 +194,11 @@ def launch(
     workspace: the address of `workspace_bytes` bytes, or 0 for none. Raises UnsupportedProblem where the launches want
     more, which is so for an array of `operation.tiles` at an odd address.
     """
-    table = [0, *inputs, *outputs]
-    loaded = loaded_for(operation, problem, device, stream, table, len(outputs))
+    table = [0, *inputs, *outputs.values()]
+    loaded = loaded_for(operation, problem, device, stream, table, tuple(outputs))
     if not loaded.aligned and loaded.workspace > workspace_bytes(operation, problem):
-        names = " and ".join(name for name in operation.tiles if table[operation.places(len(outputs))[name]] & 15)
+        places = operation.places(tuple(outputs))
+        names = " and ".join(name for name in operation.tiles if table[places[name]] & 15)
         reason = f"{names} does not start at a multiple of 16 bytes, and the caller has made no room for a copy"
         raise UnsupportedProblem(problem.describe(), [reason])
     loaded.sequence.run((*table, workspace) if loaded.workspace else tuple(table), stream)

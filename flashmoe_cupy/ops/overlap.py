@@ -11,12 +11,18 @@ from flashmoe_cupy.plan.checks import asked
 
 
 class Overlap:
-    """How far each array of a call reaches, computed once for all calls on arrays of these shapes and strides."""
+    """How far each array of a call reaches, computed once for all calls on arrays of these shapes and strides.
 
-    __slots__ = ("_name", "_names", "_out", "_reach", "_there")
+    name: of the operation; names: of the arrays `views`. out, written: the array that the call writes, and its name,
+    which may be one of names.
+    """
 
-    def __init__(self, name: str, names: Sequence[str], views: Sequence[View | None], out: View) -> None:
-        self._name, self._names = name, names
+    __slots__ = ("_name", "_names", "_out", "_reach", "_there", "_written")
+
+    def __init__(
+        self, name: str, names: Sequence[str], views: Sequence[View | None], out: View, written: str = "out"
+    ) -> None:  # fmt: skip
+        self._name, self._names, self._written = name, names, written
         self._out = _reach(out)
         self._reach = [(0, 0) if v is None else _reach(v) for v in views]
         self._there = [reach for v, reach in zip(views, self._reach, strict=True) if v is not None]
@@ -24,15 +30,18 @@ class Overlap:
     def check(self, out: View, views: Sequence[View | None]) -> None:
         """Raises UnsupportedProblem with every argument that shares memory with out."""
         low, high = out.ptr + self._out[0], out.ptr + self._out[1]
+        others = [one for one in zip(self._names, views, self._reach, strict=True) if one[0] != self._written]
         why = [
-            f"out shares memory with {name}"
-            for name, v, (first, last) in zip(self._names, views, self._reach, strict=True)
+            f"{self._written} shares memory with {name}"
+            for name, v, (first, last) in others
             if v is not None and v.ptr + first < high and low < v.ptr + last and arrays.overlap(out, v)
         ]
         if why:
             given = [(name, v) for name, v in zip(self._names, views, strict=True) if v is not None]
-            call = asked(self._name, [*given, ("out", out)], [])
-            raise UnsupportedProblem(call, why, "an array of its own for out, or out=None")
+            if self._written not in self._names:
+                given.append((self._written, out))
+            hint = f"an array of its own for {self._written}, or {self._written}=None"
+            raise UnsupportedProblem(asked(self._name, given, []), why, hint)
 
     def possible(self, out: int, addresses: Sequence[int]) -> bool:
         """Whether an argument may share memory with out, by the addresses of those arguments that are there."""

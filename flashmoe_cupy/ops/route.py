@@ -149,24 +149,25 @@ def _wrap(made: Sequence[Any]) -> Any:
     return (made[0], made[1], RouterStats(*made[2:])) if len(made) > 2 else (made[0], made[1])
 
 
+_OUTPUTS = {
+    "topk_weights": Output(FP32), "topk_ids": Output(INT32), "expert_counts": Output(INT32), "dropped": Output(INT32),
+    "load_balancing_loss": Output(FP32), "z_loss": Output(FP32),
+}  # fmt: skip
 _OPERATION = register(
     Operation(
         moe_route,
         ("logits", "e_score_correction_bias"),
         1,
-        {
-            "topk_weights": Output(FP32), "topk_ids": Output(INT32), "expert_counts": Output(INT32),
-            "dropped": Output(INT32), "load_balancing_loss": Output(FP32), "z_loss": Output(FP32),
-        },
+        _OUTPUTS,
         _shapes,
         RouteProblem,
         route_problem,
         route_steps,
         _host,
-        count=lambda options: 6 if options["return_stats"] else 2,
+        wanted=lambda options: (*_OUTPUTS,) if options["return_stats"] else (*_OUTPUTS,)[:2],
         empty=lambda p: not p.tokens,
         wrap=_wrap,
         check=_check,
     )
-)  # fmt: skip
+)
 _CALL = Call(_OPERATION)

@@ -71,23 +71,25 @@ def check_dtypes(why: list[str], named: Named) -> None:
         why.append(f"dtypes differ: {have}; cast them to one dtype")
 
 
-def check_out(why: list[str], out: View, owner: str, dtype: DType, want: tuple[int, ...] | None) -> None:
+def check_out(
+    why: list[str], out: View, owner: str, dtype: DType, want: tuple[int, ...] | None, name: str = "out"
+) -> None:  # fmt: skip
     """An output that was given: writable, of the right shape and of owner's dtype, no element twice in memory."""
     if out.library == "jax":
-        why.append("out is a JAX array; leave out=None: JAX arrays are immutable")
+        why.append(f"{name} is a JAX array; leave {name}=None: JAX arrays are immutable")
     elif out.readonly:
-        why.append("out is read-only")
+        why.append(f"{name} is read-only")
     if want is not None and out.shape != want:
-        why.append(f"out must have shape {want}, but has {out.shape}")
+        why.append(f"{name} must have shape {want}, but has {out.shape}")
     if out.dtype is not dtype:
-        why.append(f"out must have {owner}'s dtype {dtype}, but has {out.dtype}")
-    check_last(why, "out", out)
+        why.append(f"{name} must have {owner}'s dtype {dtype}, but has {out.dtype}")
+    check_last(why, name, out)
     if 0 in out.shape:
         return
     reach = 0  # every stride must step over all that the smaller ones reach
     for stride, size in sorted((abs(t), n) for t, n in zip(out.strides, out.shape, strict=True) if n > 1):
         if stride <= reach:
-            why.append(f"elements of out overlap in memory: shape {out.shape}, strides {out.strides} elements")
+            why.append(f"elements of {name} overlap in memory: shape {out.shape}, strides {out.strides} elements")
             break
         reach += stride * (size - 1)
 

@@ -23,10 +23,17 @@ _Kernels = tuple[Kernel[Any, Any], ...]
 
 # Of the kernels of one task, the first that takes a problem runs it: special ones come before general ones.
 def _attention() -> _Kernels:
+    from flashmoe_cupy.plan.attention.backward import (
+        AttentionBwdBiasSm80,
+        AttentionBwdDot,
+        AttentionBwdSinks,
+        AttentionBwdSm80,
+    )
     from flashmoe_cupy.plan.attention.bias import AttentionBiasRows, AttentionMask
     from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
 
-    return AttentionFwdSm90(), AttentionFwdSm80(), AttentionMask(), AttentionBiasRows()
+    forward = AttentionFwdSm90(), AttentionFwdSm80(), AttentionMask(), AttentionBiasRows()
+    return *forward, AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks()
 
 
 def _moe() -> _Kernels:

@@ -59,6 +59,15 @@ def text(value: object) -> str | None:
     return str.__str__(value) if isinstance(value, str) else None
 
 
+def needed(value: object) -> str | None:
+    """Names of arguments, a sequence of them or a text with spaces, as a text with single spaces; None for all else."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        return None
+    return " ".join(value)
+
+
 def is_window(value: object) -> bool:
     """Whether this is a tuple of two Python ints."""
     return type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int
@@ -97,11 +106,12 @@ _INT = Kind(integer, (int,), "an int", "SymInt")
 _FLOAT = Kind(real, (float, int), "a number", "float")
 _TEXT = Kind(text, (str,), "a string", "str")
 _PAIR = Kind(window, (tuple,), "two ints (left, right)", "SymInt[]")
+_NEED = Kind(needed, (str,), "names of arguments", "str")
 _MAYBE = Kind(real, (float, int), "a number", "float", optional=True)
 # By the annotation of a parameter.
 _KINDS = {
     "bool": _BOOL, "int": _INT, "SupportsIndex": _INT, "float": _FLOAT, "float | None": _MAYBE, "str": _TEXT,
-    "Layout": _TEXT, "Scoring": _TEXT, "Activation": _TEXT, "Window": _PAIR,
+    "Need": _NEED, "Layout": _TEXT, "Scoring": _TEXT, "Activation": _TEXT, "Window": _PAIR,
 }  # fmt: skip
 
 

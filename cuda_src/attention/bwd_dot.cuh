@@ -1,0 +1,68 @@
+// What the backward of attention needs of each query of each head:
+//
+//   row_delta = sum over columns of dout * out, less dlse      row_lse = lse, +inf where that is -inf
+//
+// out, dout (batch, seqlen, heads, head_dim_v), any strides with a contiguous last dimension; lse, dlse
+// (batch, heads, seqlen), any strides. Overwrites row_lse and row_delta, (batch, heads, seqlen). Packed arrays
+// are one entry. exp(s - inf) is 0, so that a query without keys adds nothing. Of rows that do not count it
+// writes what they hold; nobody reads it. The same bits in every run: sums have one order.
+//
+// kLanes lanes take a row of a head, 16 bytes at a time.
+#pragma once
+#include "attention/bwd_params.cuh"
+
+namespace fm {
+
+template <class Element_>
+struct AttentionBwdDot {
+  using Element = Element_;
+  static constexpr int kThreads = 256, kLanes = 16, kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  struct Smem {
+    static constexpr int kBytes = 0;
+  };
+
+  FM_DEVICE static void run(const AttentionBwdDotParams& p) {
+    constexpr int kRows = kThreads / kLanes;  // of a block
+    const i64 index = static_cast<i64>(blockIdx.x) * kRows + threadIdx.x / kLanes;
+    const bool there = index < p.rows * p.heads;  // all lanes go on, to the sum
+    const int head = there ? static_cast<int>(index % p.heads) : 0;
+    const i64 row = there ? index / p.heads : 0, b = row / p.seqlen, s = row % p.seqlen;
+    const Element* g_out = static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s +
+                           head * p.out_stride_h;
+    const Element* g_dout = static_cast<const Element*>(p.dout) + b * p.dout_stride_b + s * p.dout_stride_s +
+                            head * p.dout_stride_h;
+    float sum = 0.f;
+    if (there)
+      for (int col = threadIdx.x % kLanes * kPerChunk; col < p.head_dim_v; col += kLanes * kPerChunk)
+        sum += dot_chunk(load_chunk(g_out + col, p.aligned != 0), load_chunk(g_dout + col, p.aligned != 0));
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (!there || threadIdx.x % kLanes != 0) return;
+    const float lse = p.lse[b * p.lse_stride_b + head * p.lse_stride_h + s * p.lse_stride_s];
+    if (p.dlse != nullptr) sum -= p.dlse[b * p.dlse_stride_b + head * p.dlse_stride_h + s * p.dlse_stride_s];
+    const i64 at = (b * p.heads + head) * p.seqlen + s;
+    p.row_lse[at] = lse == -infinity() ? infinity() : lse;
+    p.row_delta[at] = sum;
+  }
+
+  FM_DEVICE static uint4 load_chunk(const Element* g_x, bool aligned) {
+    if (aligned) return *reinterpret_cast<const uint4*>(g_x);
+    u32 word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(Element) == 4) word[i] = reinterpret_cast<const u32*>(g_x)[i];
+      else word[i] = g_x[2 * i].bits | static_cast<u32>(g_x[2 * i + 1].bits) << 16;
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+  }
+  FM_DEVICE static float dot_chunk(const uint4& x, const uint4& y) {
+    return dot_word(x.x, y.x) + dot_word(x.y, y.y) + (dot_word(x.z, y.z) + dot_word(x.w, y.w));
+  }
+  FM_DEVICE static float dot_word(u32 x, u32 y) {
+    if constexpr (sizeof(Element) == 4) return __uint_as_float(x) * __uint_as_float(y);
+    else return fmaf(low_of<Element>(x), low_of<Element>(y), high_of<Element>(x) * high_of<Element>(y));
+  }
+};
+
+}  // namespace fm

@@ -1,0 +1,84 @@
+// What the host hands to the kernels of attention's backward. Strides count elements. One struct for each
+// kernel, by value.
+#pragma once
+#include "attention/params.cuh"
+
+namespace fm {
+
+// The sums of the rows: queries of all heads, alone.
+struct AttentionBwdDotParams {
+  const void *out, *dout;
+  const float *lse, *dlse;                   // dlse null: 0
+  float *row_lse, *row_delta;                // (entries, heads, rows), or (heads, rows) of packed sequences
+  i64 out_stride_b, out_stride_s, out_stride_h;
+  i64 dout_stride_b, dout_stride_s, dout_stride_h;
+  i64 lse_stride_b, lse_stride_h, lse_stride_s;
+  i64 dlse_stride_b, dlse_stride_h, dlse_stride_s;
+  i64 rows;                                  // of all entries, or of the packed array
+  int seqlen, heads;                         // rows of an entry, or of the packed array; query heads
+  int head_dim_v, aligned;                   // aligned: rows of out and dout start at multiples of 16 bytes
+};
+
+// The gradient of the sinks.
+struct AttentionBwdSinksParams {
+  const float *row_lse, *row_delta;          // as AttentionBwdDotParams leaves them
+  const void* sinks;
+  void* dsinks;                              // (heads_q,), of the sinks' type
+  const int *cu_seqlens_q, *seqused_q, *leftpad_q;
+  int batch, heads_q, seqlen_q;              // seqlen_q: rows of an entry
+  int total_q;                               // rows of the packed array
+  int lengths, sinks_dtype;                  // lengths: one of Lengths
+};
+
+// Gradients of q, k and v.
+struct AttentionBwdParams {
+  const void *q, *k, *v, *dout;
+  void *dq, *dk, *dv, *dbias;
+  const void* bias;                          // null: none
+  const float *row_lse, *row_delta;          // of each query of each head (bwd_dot.cuh)
+  const void* alibi_slopes;                  // null: none
+  const int *cu_seqlens_q, *cu_seqlens_k;    // as in AttentionFwdParams
+  const int *seqused_q, *seqused_k;
+  const int *leftpad_q, *leftpad_k;
+  i64 q_stride_b, q_stride_s, q_stride_h;
+  i64 k_stride_b, k_stride_s, k_stride_h;
+  i64 v_stride_b, v_stride_s, v_stride_h;
+  i64 dout_stride_b, dout_stride_s, dout_stride_h;
+  i64 dq_stride_b, dq_stride_s, dq_stride_h;
+  i64 dk_stride_b, dk_stride_s, dk_stride_h;
+  i64 dv_stride_b, dv_stride_s, dv_stride_h;
+  i64 bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k;
+  i64 row_stride_b, row_stride_h;            // of row_lse and row_delta
+  int heads_q, heads_per_key, seqlen_q, seqlen_k;
+  int head_dim, head_dim_v;
+  int window_left, window_right;             // keys on each side; -1: all. Causal arrives as window_right = 0
+  int blocks, v_blocks;                      // blocks along the longest sequence; tiles along head_dim_v
+  int alibi_stride_b, bias_dtype;
+  int aligned, lengths;                      // aligned: rows of all arrays start at multiples of 16 bytes
+  float softmax_scale, softcap;              // softcap: 0 is none
+};
+
+// The gradient of a bias, which has 1 or all along each axis.
+struct AttentionBwdBiasParams : AttentionBwdParams {
+  i64 dbias_stride_b, dbias_stride_h, dbias_stride_q, dbias_stride_k;
+  int batch;                                 // entries of q
+  int bias_batch, bias_heads, bias_queries, bias_keys;  // sizes of the bias
+};
+
+// The members that say where sequences lie and what happens to scores, as the forward has them.
+FM_DEVICE AttentionFwdParams forward_params(const AttentionBwdParams& p) {
+  AttentionFwdParams f = {};
+  f.bias = p.bias;
+  f.alibi_slopes = p.alibi_slopes;
+  f.cu_seqlens_q = p.cu_seqlens_q, f.cu_seqlens_k = p.cu_seqlens_k;
+  f.seqused_q = p.seqused_q, f.seqused_k = p.seqused_k;
+  f.leftpad_q = p.leftpad_q, f.leftpad_k = p.leftpad_k;
+  f.bias_stride_q = p.bias_stride_q, f.bias_stride_k = p.bias_stride_k;
+  f.seqlen_q = p.seqlen_q, f.seqlen_k = p.seqlen_k;
+  f.alibi_stride_b = p.alibi_stride_b, f.bias_dtype = p.bias_dtype;
+  f.lengths = p.lengths;
+  f.softmax_scale = p.softmax_scale, f.softcap = p.softcap;
+  return f;
+}
+
+}  // namespace fm

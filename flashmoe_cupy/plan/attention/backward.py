@@ -1,0 +1,422 @@
+"""The kernels of attention's backward as the host sees them. No GPU and no CuPy.
+
+One class for each kernel of cuda_src/attention whose name begins with bwd.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashmoe_cupy.jit.device import H100, DeviceProperties
+from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
+from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, TILES_SM80, UNALIGNED, VARIANTS
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
+from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.step import Step, Values, same
+
+PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6}  # kWanted of cuda_src/attention/bwd_sm80.cuh
+_DOT_THREADS, _DOT_LANES, _SINKS_THREADS = 256, 16, 512  # of the structs in bwd_dot.cuh and bwd_sinks.cuh
+_ALIGNED = "rows do not start at multiples of 16 bytes, so elements are copied one by one; contiguous arrays are faster"
+
+_DIMS_FP32 = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 96))
+# Where dk and dv together would take more registers than there are, whatever happens to the scores, ...
+_APART = ((256, 256),)
+_APART_CHANGED = ((192, 128), (64, 256))  # ... or where softcap, ALiBi or a bias changes them.
+_WIDE = ((192, 128), (64, 256))  # where dk and dv together leave room for fewer columns
+
+
+class Bwd80Config(NamedTuple):
+    """One specialisation of `AttentionBwdSm80`; the fields are its template arguments, in their order."""
+
+    element: str  # "bf16", "fp16" or "fp32"
+    head_dim: int  # compiled size of q and k: head dims up to this one run, the rest of a row counts as zero
+    head_dim_v: int  # compiled size of v and out; a wider v runs as blocks of this width
+    rows: int  # that a block owns: queries for dq, else keys
+    cols: int  # of a step: keys for dq, else queries
+    warps: int  # of a block
+    stages: int  # steps in shared memory
+    part: str  # whose gradients: a key of PARTS
+    variant: str  # what happens to the scores: a C++ struct of attention/variant.cuh
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 kv 64x64 PlainScores"."""
+        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        return f"{self.element} {dims} {self.part} {self.rows}x{self.cols} {self.variant}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM that the compiler must leave registers for: as many as fit at 256 registers a thread."""
+        return 65536 // (256 * self.threads)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdSm80::Smem`."""
+        size, by_key = ELEMENT_BYTES[self.element], self.part != "q"
+        rows = self.rows * size * (self.head_dim + (self.part != "v") * self.head_dim_v) + 8 * self.rows * (not by_key)
+        step = self.cols * size * (self.head_dim + self.head_dim_v) + 8 * self.cols * by_key
+        return 128 + rows + self.stages * step
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = (self.head_dim, self.head_dim_v, self.rows, self.cols, self.warps, self.stages, PARTS[self.part])
+        return f"AttentionBwdSm80<fm::{self.element}, {', '.join(map(str, sizes))}, fm::{self.variant}>"
+
+
+class SmallConfig(NamedTuple):
+    """One specialisation of a kernel whose template arguments are written out."""
+
+    name: str  # for people
+    struct: str  # the C++ type inside namespace fm
+    threads: int  # of a block
+    smem_bytes: int = 0  # of a block
+    min_blocks: int = 1
+    cluster: int = 1
+
+
+class AttentionBwdDot(Kernel[GradientProblem, SmallConfig]):
+    """cuda_src/attention/bwd_dot.cuh."""
+
+    op, task, name = "attention", "attention_bwd_dot", "attention_bwd_dot"
+    header = "attention/bwd_dot.cuh"
+    summary = "row sums of dout * out, for the backward of attention"
+    params = Params(header, "AttentionBwdDotParams")
+
+    def configs(self, arch: str) -> list[SmallConfig]:
+        return [_dot(element) for element in ELEMENT_BYTES] if arch in MAX_SMEM else []
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
+        if arch not in MAX_SMEM:
+            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
+        blocks = self.grid(problem, _dot(problem.dtype.cuda))
+        return [f"{blocks} blocks of work: too many rows for one launch"] if blocks >= 2**31 else []
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> SmallConfig:  # fmt: skip
+        return _dot(problem.dtype.cuda)
+
+    def grid(self, problem: GradientProblem, config: SmallConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        p = problem.of.forward
+        return -(-p.total_q * p.heads_q // (_DOT_THREADS // _DOT_LANES))
+
+    def values(
+        self, problem: GradientProblem, config: SmallConfig, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
+        of, p = problem.of, problem.of.forward
+        return {
+            **{f"out_stride_{axis}": n for axis, n in zip("bsh", p.out_strides, strict=True)},
+            **{f"dout_stride_{axis}": n for axis, n in zip("bsh", of.dout_strides, strict=True)},
+            **{f"lse_stride_{axis}": n for axis, n in zip("bhs", of.lse_strides, strict=True)},
+            **{f"dlse_stride_{axis}": n for axis, n in zip("bhs", of.dlse_strides or (0, 0, 0), strict=True)},
+            "rows": p.total_q,
+            "seqlen": p.total_q if p.varlen else p.seqlen_q,
+            "heads": p.heads_q,
+            "head_dim_v": p.head_dim_v,
+            "aligned": int(aligned),
+        }
+
+    def title(self, config: SmallConfig) -> str:
+        return f"{self.name} {config.name}"
+
+
+def _dot(element: str) -> SmallConfig:
+    return SmallConfig(element, f"AttentionBwdDot<fm::{element}>", _DOT_THREADS)
+
+
+class AttentionBwdSinks(Kernel[GradientProblem, SmallConfig]):
+    """cuda_src/attention/bwd_sinks.cuh."""
+
+    op, task, name = "attention", "attention_bwd_sinks", "attention_bwd_sinks"
+    header = "attention/bwd_sinks.cuh"
+    summary = "the gradient of attention's sinks"
+    params = Params(header, "AttentionBwdSinksParams")
+    _CONFIG = SmallConfig("sinks", "AttentionBwdSinks", _SINKS_THREADS, 4 * _SINKS_THREADS // 32)
+
+    def configs(self, arch: str) -> list[SmallConfig]:
+        return [self._CONFIG] if arch in MAX_SMEM else []
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
+        if arch not in MAX_SMEM:
+            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
+        return []
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> SmallConfig:  # fmt: skip
+        return self._CONFIG
+
+    def grid(self, problem: GradientProblem, config: SmallConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        return problem.of.forward.heads_q
+
+    def values(
+        self, problem: GradientProblem, config: SmallConfig, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
+        p = problem.of.forward
+        return {
+            "batch": p.batch,
+            "heads_q": p.heads_q,
+            "seqlen_q": p.seqlen_q,
+            "total_q": p.total_q,
+            "lengths": lengths_code(problem.of),
+            "sinks_dtype": 0 if p.sinks_dtype is None else p.sinks_dtype.code,
+        }
+
+    def title(self, config: SmallConfig) -> str:  # noqa: ARG002
+        return self.name
+
+
+class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
+    """cuda_src/attention/bwd_sm80.cuh, which runs everything that a problem can describe."""
+
+    op, task, name = "attention", "attention_bwd", "attention_bwd_sm80"
+    header = "attention/bwd_sm80.cuh"
+    summary = "attention backward on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
+    params = Params(header, "AttentionBwdParams")
+
+    def configs(self, arch: str) -> list[Bwd80Config]:
+        if arch not in MAX_SMEM:
+            return []
+        found = [
+            _config(arch, element, dims, part, variant)
+            for element in ("bf16", "fp16")
+            for dims in TILES_SM80
+            for variant in VARIANTS
+            for part in PARTS
+            if part != "kv" or together(element, dims, variant)
+        ]
+        return found + [_config(arch, "fp32", dims, part, BIAS) for dims in _DIMS_FP32 for part in ("q", "k", "v")]
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
+        if arch not in MAX_SMEM:
+            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
+        blocks = self.grid(problem, self.choose(problem, arch, aligned))
+        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> Bwd80Config:  # fmt: skip
+        element, dims, variant = specialisation(problem.of)
+        if variant == PLAIN and not aligned:
+            variant = UNALIGNED
+        return _config(arch, element, dims, problem.part, variant)
+
+    def grid(self, problem: GradientProblem, config: Bwd80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        p = problem.of.forward
+        return p.batch * _blocks(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
+
+    def values(
+        self, problem: GradientProblem, config: Bwd80Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
+        of, p = problem.of, problem.of.forward
+        strides = {
+            "q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "dout": of.dout_strides, "dq": of.dq_strides,
+            "dk": of.dk_strides, "dv": of.dv_strides,
+        }  # fmt: skip
+        rows = p.total_q if p.varlen else p.seqlen_q
+        return {
+            **{f"{name}_stride_{axis}": n for name, by in strides.items() for axis, n in zip("bsh", by, strict=True)},
+            **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
+            "row_stride_b": 0 if p.varlen else p.heads_q * rows,
+            "row_stride_h": rows,
+            "heads_q": p.heads_q,
+            "heads_per_key": p.heads_q // max(p.heads_k, 1),
+            "seqlen_q": p.seqlen_q,
+            "seqlen_k": p.seqlen_k,
+            "head_dim": p.head_dim,
+            "head_dim_v": p.head_dim_v,
+            "window_left": window(p.window_left, p),
+            "window_right": window(p.window_right, p),
+            "blocks": _blocks(problem, config),
+            "v_blocks": -(-p.head_dim_v // config.head_dim_v),
+            "alibi_stride_b": p.alibi_stride_b,
+            "bias_dtype": 0 if p.bias_dtype is None else p.bias_dtype.code,
+            "aligned": int(aligned),
+            "lengths": lengths_code(of),
+            "softmax_scale": p.softmax_scale,
+            "softcap": p.softcap,
+        }
+
+    def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
+        return "" if aligned else _ALIGNED
+
+
+class BwdBias80Config(NamedTuple):
+    """One specialisation of `AttentionBwdBiasSm80`; the fields are its template arguments, in their order."""
+
+    element: str  # see Bwd80Config
+    head_dim: int
+    head_dim_v: int
+    rows: int  # queries of a tile of the bias
+    cols: int  # keys of it
+    warps: int  # of a block
+
+    @property
+    def _like(self) -> Bwd80Config:
+        return Bwd80Config(*self, 1, "q", BIAS)
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 bias 64x32"."""
+        return self._like.name.replace(" q ", " bias ").removesuffix(f" {BIAS}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def min_blocks(self) -> int:
+        """See Bwd80Config."""
+        return self._like.min_blocks
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdBiasSm80::Smem`."""
+        return self._like.smem_bytes + 4 * self.warps * self.cols
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        return f"AttentionBwdBiasSm80<fm::{self.element}, {', '.join(map(str, self[1:]))}>"
+
+
+class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
+    """cuda_src/attention/bwd_bias_sm80.cuh."""
+
+    op, task, name = "attention", "attention_bwd_bias", "attention_bwd_bias_sm80"
+    header = "attention/bwd_bias_sm80.cuh"
+    summary = "the gradient of attention's bias: every GPU from sm_80 on"
+    params = Params(header, "AttentionBwdBiasParams")
+
+    def configs(self, arch: str) -> list[BwdBias80Config]:
+        if arch not in MAX_SMEM:
+            return []
+        sizes = [(element, dims) for element in ("bf16", "fp16") for dims in TILES_SM80]
+        return [_bias_config(*size) for size in (*sizes, *[("fp32", dims) for dims in _DIMS_FP32])]
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
+        if arch not in MAX_SMEM:
+            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
+        blocks = self.grid(problem, self.choose(problem, arch, aligned))
+        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> BwdBias80Config:  # fmt: skip
+        return _bias_config(*specialisation(problem.of)[:2])
+
+    def grid(self, problem: GradientProblem, config: BwdBias80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        batch, heads, queries, keys = problem.of.bias_shape
+        return batch * heads * -(-queries // config.rows) * -(-keys // config.cols)
+
+    def values(
+        self, problem: GradientProblem, config: BwdBias80Config, aligned: bool, sms: int = DEFAULT_SMS
+    ) -> Values:  # fmt: skip
+        batch, heads, queries, keys = problem.of.bias_shape
+        like = AttentionBwdSm80().values(problem, config._like, aligned, sms)
+        strides = (heads * queries * keys, queries * keys, keys, 1)
+        return {
+            **like,
+            **{f"dbias_stride_{axis}": n for axis, n in zip("bhqk", strides, strict=True)},
+            "batch": problem.of.forward.batch,
+            "bias_batch": batch,
+            "bias_heads": heads,
+            "bias_queries": queries,
+            "bias_keys": keys,
+        }
+
+    def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
+        return "" if aligned else _ALIGNED
+
+
+def _bias_config(element: str, dims: tuple[int, int]) -> BwdBias80Config:
+    if element == "fp32":
+        return BwdBias80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2)
+    return BwdBias80Config(element, *dims, 64, 32, 4)
+
+
+def _config(arch: str, element: str, dims: tuple[int, int], part: str, variant: str) -> Bwd80Config:
+    """Tiles without spills under NVRTC 12.9; not measured yet."""
+    if element == "fp32":
+        return Bwd80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2, 1, part, variant)
+    cols = 64 if variant in (PLAIN, UNALIGNED) else 32
+    if part == "kv" and dims in _WIDE:
+        cols = 32
+    config = Bwd80Config(element, *dims, 64, cols, 4, 1, part, variant)
+    return config if config.smem_bytes <= MAX_SMEM[arch] else config._replace(cols=32)
+
+
+def _blocks(problem: GradientProblem, config: Bwd80Config) -> int:
+    p = problem.of.forward
+    return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))
+
+
+def specialisation(of: AttentionBwdProblem) -> tuple[str, tuple[int, int], str]:
+    """Element, compiled head dims and variant, for rows that are aligned."""
+    p = of.forward
+    element = p.dtype.cuda
+    if element == "fp32":
+        dims = next(d for d in _DIMS_FP32 if p.head_dim <= d[0] and (p.head_dim_v <= d[1] or d[0] >= 128))
+        return element, dims, BIAS
+    return element, compiled_dims(p, TILES_SM80), variant_of(p)
+
+
+def together(element: str, dims: tuple[int, int], variant: str) -> bool:
+    """Whether one launch makes dk and dv."""
+    apart = dims in _APART or (dims in _APART_CHANGED and variant in (SCORES, BIAS))
+    return element != "fp32" and not apart
+
+
+def lengths_code(of: AttentionBwdProblem) -> int:
+    """Of the enum Lengths in cuda_src/attention/params.cuh."""
+    return 0 if of.forward.even else 2 if of.forward.varlen else 1
+
+
+_ARRAYS = same(
+    "q", "k", "v", "dout", "dq", "dk", "dv", "bias", "row_lse", "row_delta", "alibi_slopes", "cu_seqlens_q",
+    "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_q", "leftpad_k",
+)
+
+
+def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
+    """The launches, and the bytes of each array of the workspace."""
+    f = p.forward
+    rows = 4 * f.total_q * f.heads_q
+    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta")
+    steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
+    parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
+    of_keys = [parts] if together(*specialisation(p)) else [*parts]
+    sizes = {
+        "dq": f.total_q * f.heads_q * f.head_dim, "dk": f.total_k * f.heads_k * f.head_dim,
+        "dv": f.total_k * f.heads_k * f.head_dim_v,
+    }  # fmt: skip
+    for part in [*filter(None, of_keys), *(["q"] if "dq" in p.wanted else [])]:
+        if not sizes[f"d{part[0]}"]:
+            continue  # no rows
+        clears = {f"d{x}": sizes[f"d{x}"] * f.dtype.itemsize for x in part if not f.even and f"d{x}" in p.new}
+        steps.append(Step("attention_bwd", GradientProblem(p, part), _ARRAYS, None, clears))
+    if "dbias" in p.wanted and 0 not in p.bias_shape:
+        steps.append(Step("attention_bwd_bias", GradientProblem(p, "bias"), _ARRAYS | same("dbias")))
+    if "dsinks" in p.wanted:
+        sinks = same("row_lse", "row_delta", "sinks", "dsinks", "cu_seqlens_q", "seqused_q", "leftpad_q")
+        steps.append(Step("attention_bwd_sinks", GradientProblem(p, "sinks"), sinks))
+    return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4)}

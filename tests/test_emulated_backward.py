@@ -1,0 +1,138 @@
+"""Attention's backward on the emulated GPU: right in every order of events, and faults put into it are found."""
+
+from __future__ import annotations
+
+import emulate
+import numpy as np
+import pytest
+from emulated_backward import ALL, CUDA, backward, faults, inputs, problem_of, truth
+from test_cli_moe import loads
+
+from flashmoe_cupy.ops import gpu, public
+from flashmoe_cupy.plan.attention.backward import backward_steps
+from flashmoe_cupy.plan.kernels import of_task
+from flashmoe_cupy.plan.operation import registered
+from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulate.missing() is not None, reason=str(emulate.missing())),
+]
+
+RAGGED = VarlenCase((70, 0, 1, 130), (33, 5, 90, 201), tail_q=3, tail_k=2)
+PADDED = AttentionCase(
+    130, 201, 5, used_q=(130, 129, 0, 70, 130), used_k=(201, 9, 150, 61, 201), left_q=(0, 30, 0, 3, 129),
+    left_k=(0, 3, 40, 61, 140),
+)  # fmt: skip
+CASES: tuple[tuple[Case, tuple[str, ...]], ...] = (
+    (AttentionCase(70, 131, 1, 2, 2, 64), ALL),
+    (AttentionCase(150, 203, 1, 4, 2, 64, causal=True), ALL),
+    (AttentionCase(70, 131, 2, 2, 1, 128, dtype="float16", window_size=(40, 7)), ALL),
+    (AttentionCase(33, 65, 1, 2, 2, 40, dtype="float32", softcap=15.0, sinks="float32"), (*ALL, "dsinks")),
+    (AttentionCase(65, 70, 1, 2, 2, 64, bias="h1k", bias_dtype="bool", alibi="bh"), ALL),
+    (AttentionCase(70, 201, 1, 2, 2, 128, bias="hqk", dtype="float16", causal=True), ("dq", "dv")),
+    (AttentionCase(40, 50, 1, 2, 2, 64, 304), ALL),
+    (AttentionCase(70, 60, 1, 2, 1, 256, causal=True), ALL),
+    (AttentionCase(70, 60, 1, 2, 1, 256, softcap=5.0, softmax_scale=-0.1), ALL),
+    (AttentionCase(40, 50, 1, 2, 2, 200, 136, dtype="float32"), ALL),
+    (AttentionCase(300, 33, 1, 2, 2, 64, causal=True, sinks="float32"), (*ALL, "dsinks")),
+    (AttentionCase(50, 40, 1, 2, 2, 64), ("dk",)),
+    (AttentionCase(50, 40, 1, 2, 2, 192, 128), ("dv",)),
+    (RAGGED._replace(used_k=(30, 5, 0, 190), causal=True, sinks="same"), (*ALL, "dsinks")),
+    (PADDED._replace(causal=True), ALL),
+    (PADDED._replace(bias="bhqk", bias_dtype="float32"), ALL),
+    (AttentionCase(70, 90, 2, 4, 2, 64, bias="h1k", causal=True), ("dbias",)),
+    (AttentionCase(70, 90, 2, 4, 2, 128, bias="bhqk", bias_dtype="float32", softcap=4.0), ("dq", "dbias")),
+    (AttentionCase(70, 90, 2, 2, 2, 64, bias="q1", alibi="h", dtype="float16"), ("dbias",)),
+    (AttentionCase(70, 90, 2, 2, 2, 40, bias="11", dtype="float32"), ("dbias",)),
+    (AttentionCase(33, 40, 1, 2, 2, 256, 304, bias="qk"), ("dbias",)),
+    (PADDED._replace(bias="1hqk", causal=True), ("dbias",)),
+    (PADDED._replace(bias="b11k", window_size=(70, 9)), ("dbias",)),
+)
+
+
+@pytest.mark.parametrize(("case", "wanted"), CASES, ids=[str(i) for i in range(len(CASES))])
+def test_right_in_every_order(case: Case, wanted: tuple[str, ...]) -> None:
+    arrays = inputs(case)
+    want = truth(case, arrays)
+    for seed in range(6):
+        assert faults(case, backward(case, arrays, seed, wanted), want) == [], seed
+
+
+def test_small_shared_memory() -> None:
+    """Architectures with 99 KiB of it have tiles of their own."""
+    case = AttentionCase(70, 90, 1, 2, 1, 256, causal=True)
+    arrays = inputs(case)
+    assert faults(case, backward(case, arrays, 0, arch="sm_86"), truth(case, arrays)) == []
+
+
+_80 = "attention/bwd_sm80.cuh"
+FAULTS = {
+    "copies not waited for": (_80, "cp_async_wait_group<0>();\n        __syncthreads();  // this step", "// this step"),
+    "a step overwritten too early": (_80, "__syncthreads();  // nobody reads this step any more", ""),
+    "delta left out": (_80, "ds - (kByKey ? s_cols.delta[j] : s_rows.delta[warp_row + i])", "ds"),
+    "no scale": (_80, "warp_row, r_dx, p.softmax_scale);", "warp_row, r_dx, 1.f);"),
+    "heads of a group left out": (_80, "steps = w.steps * w.walks", "steps = w.steps"),
+    "queries without keys": ("attention/bwd_dot.cuh", "lse == -infinity() ? infinity() : lse", "lse"),
+    "the gradient of lse added": ("attention/bwd_dot.cuh", "sum -= p.dlse", "sum += p.dlse"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name: str) -> None:
+    header, old, new = FAULTS[name]
+    text = (CUDA / header).read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{header} no longer holds {old!r} once"
+    case = AttentionCase(150, 90, 1, 4, 2, 64, causal=True)
+    arrays = inputs(case)
+    want, found = truth(case, arrays), []
+    for seed in range(6):
+        try:
+            found += faults(case, backward(case, arrays, seed, headers={header: text.replace(old, new)}), want)
+        except emulate.EmulationError as error:
+            found.append(str(error))
+    assert found, f"{name}: no order of events shows it"
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [((0, 0), (5, 0)), ((5, 0), (0, 0))], ids=["queries", "keys"])
+def test_packed_sequences_without(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> None:
+    """Rows of no sequence are there, and something is launched, so that new arrays are cleared in front of it."""
+    case = VarlenCase(lengths_q, lengths_k, tail_q=3, tail_k=4)
+    arrays = inputs(case)
+    assert faults(case, backward(case, arrays, 0), truth(case, arrays)) == []
+    steps, sizes = backward_steps(problem_of(case, arrays, ALL))
+    assert len(steps) == 3 and all(sizes.values())
+    for step in steps:
+        (kernel,) = of_task(step.task).values()
+        assert kernel.grid(step.problem, kernel.choose(step.problem, "sm_80")) > 0
+
+
+def test_queries_without_keys_give_zeros() -> None:
+    case = AttentionCase(90, 30, 1, 2, 1, 64, causal=True)
+    found = backward(case, inputs(case), 0)
+    assert not found["dq"][:, :60].astype(np.float32).any()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new", "given"])
+def test_the_operation_as_a_whole(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call on a GPU would queue: each launch with the addresses that it finds by name."""
+    case = AttentionCase(70, 90, 2, 4, 2, 64, causal=True, sinks="same", bias="h1k")
+    arrays = {name: emulate.guarded(x, name) for name, x in inputs(case).items()}
+    wanted = (*ALL, "dsinks", "dbias")
+    results = {name: emulate.guarded(np.full_like(arrays[name[1:]], np.nan), name) for name in wanted}
+    operation = registered(public.flash_attention_backward.__name__)
+    its = arrays | ({name: results[name] for name in ALL} if given else {})
+    problem = problem_of(case, its, wanted)
+    made = wanted[3:] if given else wanted
+    table = [0, *[its[name].ctypes.data if name in its else 0 for name in operation.arguments]]
+    table += [results[name].ctypes.data for name in made]
+    sources = loads(monkeypatch, "sm_80")
+    gpu._loaded.clear()
+    loaded = gpu.loaded_for(operation, problem, 0, None, table, made)
+    gpu._loaded.clear()
+    workspace = emulate.guarded(np.full(loaded.workspace // 4, np.nan, np.float32), "the workspace")
+    table.append(workspace.ctypes.data)
+    for (one, places), (source, _) in zip(loaded.sequence.launches, sources, strict=True):
+        addresses = b"".join((table[i] + offset).to_bytes(8, "little") for i, offset in places)
+        emulate.run(source, addresses + one.tail, one.grid, one.threads, one.smem)
+    assert faults(case, results, truth(case, arrays)) == []
