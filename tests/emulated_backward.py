@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from emulate import guarded, run
+from emulate import guarded, run, tensor_map
 from numpy.typing import NDArray
 
 from flashmoe_cupy import reference
@@ -59,11 +59,12 @@ def idle(case: Case, which: str) -> list[Any]:
 
 
 def problem_of(case: Case, arrays: Arrays, wanted: Sequence[str]) -> AttentionBwdProblem:
-    make = varlen_backward_problem if isinstance(case, VarlenCase) else backward_problem
-    views = {name: view(array, name) for name, array in arrays.items() if name not in ("dsinks", "dbias")}
+    make: Any = varlen_backward_problem if isinstance(case, VarlenCase) else backward_problem
+    views: dict[str, Any] = {n: view(x, n) for n, x in arrays.items() if n not in ("dsinks", "dbias")}
     main = [views.pop(name) for name in ("dout", "q", "k", "v", "out", "lse")]
     need = [name.removeprefix("d") for name in wanted]
-    return make(*main, **views, **case.options(), need=need, deterministic=False)
+    p: AttentionBwdProblem = make(*main, **views, **case.options(), need=need, deterministic=False)
+    return p
 
 
 def backward(
@@ -80,7 +81,7 @@ def backward(
     for name, size in sizes.items():
         arrays[name] = guarded(np.full(-(-size // 4), np.nan, np.float32), name)
     for step in steps:
-        (kernel,) = of_task(step.task).values()
+        kernel = next(one for one in of_task(step.task).values() if not one.why_not(step.problem, arch, p.rows_aligned))
         config = kernel.choose(step.problem, arch, p.rows_aligned)
         at = [
             arrays[name].ctypes.data if (name := step.arguments.get(pointer, "")) in arrays else 0
@@ -88,7 +89,10 @@ def backward(
         ]
         params = bytearray(kernel.params.size)
         kernel.params.pack_pointers(params, 0, *at)
-        params[8 * len(at) :] = kernel.params.pack(kernel.values(step.problem, config, p.rows_aligned))
+        behind = kernel.params.maps_at
+        params[8 * len(at) : behind] = kernel.params.pack(kernel.values(step.problem, config, p.rows_aligned))
+        for i, one in enumerate(kernel.map_arguments(step.problem, config)):
+            params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[i])
         run(
             kernel.source(config), bytes(params), kernel.grid(step.problem, config), config.threads, config.smem_bytes,
             seed, headers=headers,

@@ -132,7 +132,7 @@ class Problem:
                 if "dbias" in into:
                     into["dbias"][b, :, rows_q, at_k[1]] = made["dbias"][0].to(into["dbias"].dtype)
         for into in (self.truth, self.low):
-            if "dbias" in into:
+            if bias is not None and "dbias" in into:
                 into["dbias"] = summed(into["dbias"], bias.shape)
 
     def _empty(self, dtype: Any) -> Arrays:

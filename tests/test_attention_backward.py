@@ -13,13 +13,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from test_cpu_attention_backward import counted
-from test_errors import Row, f16, ids, moved, strided
+from cpu_backward_kit import counted
+from test_errors import Row, f16, moved, strided
 from test_reference import Rng
 
-from flashmoe_cupy import flash_attention, flash_attention_varlen, reference
-from flashmoe_cupy import flash_attention_backward as dense_backward
-from flashmoe_cupy import flash_attention_varlen_backward as packed_backward
+import flashmoe_cupy
+from flashmoe_cupy import reference
 from flashmoe_cupy.arrays import as_numpy, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
@@ -50,21 +49,22 @@ def fetched(x: Any) -> Array:
     return as_numpy(view(x, "x"))
 
 
-def turned(given: Arrays) -> Arrays:
-    """The same call in the other layout."""
-    return {name: a.swapaxes(1, 2) if name in ROWS else a for name, a in given.items()} | {"layout": "bhsd"}
-
-
 def layouts(given: Arrays) -> list[Arrays]:
-    return [given] if "cu_seqlens_q" in given else [given, turned(given)]
+    """The call, and where there is one the same call in the other layout."""
+    turned = {name: a.swapaxes(1, 2) if name in ROWS else a for name, a in given.items()} | {"layout": "bhsd"}
+    return [given] if "cu_seqlens_q" in given else [given, turned]
 
 
-def prepared(case: Case, seed: int = 0) -> Arrays:
+def function(given: Arrays, suffix: str = "", of: Any = flashmoe_cupy) -> Any:
+    """What runs these arguments: flash_attention or flash_attention_varlen, or its backward."""
+    return getattr(of, f"flash_attention{'_varlen' if 'cu_seqlens_q' in given else ''}{suffix}")
+
+
+def prepared(case: Case) -> Arrays:
     """All arguments of the backward but need. Rows that do not count are NaN in every array."""
-    given: Arrays = {**case.random(seed), **case.options()}
-    forward: Any = flash_attention_varlen if isinstance(case, VarlenCase) else flash_attention
-    out, lse = forward(**given, return_lse=True)
-    rng = np.random.default_rng((seed, 9))
+    given: Arrays = {**case.random(), **case.options()}
+    out, lse = function(given)(**given, return_lse=True)
+    rng = np.random.default_rng(9)
     dout, dlse = rng.standard_normal(out.shape).astype(out.dtype), rng.standard_normal(lse.shape, np.float32)
     for x in (dout, out, lse.swapaxes(-1, -2), dlse.swapaxes(-1, -2)):
         x[~counted(case, "q")] = np.nan
@@ -77,15 +77,12 @@ def wanted(given: Arrays) -> tuple[str, ...]:
 
 
 def gradients(given: Arrays, **change: Any) -> Any:
-    function: Any = packed_backward if "cu_seqlens_q" in given else dense_backward
-    return function(**given | change)
+    return function(given, "_backward")(**given | change)
 
 
 def truth(given: Arrays) -> Any:
     """In float64, of the same out and lse."""
-    packed = "cu_seqlens_q" in given
-    function: Any = reference.flash_attention_varlen_backward if packed else reference.flash_attention_backward
-    return function(**given)
+    return function(given, "_backward", reference)(**given)
 
 
 def judge(got: Any, want: Array, name: str = "") -> None:
@@ -109,13 +106,11 @@ def refused(given: Arrays, *patterns: str, **change: Any) -> UnsupportedProblem:
     with pytest.raises(UnsupportedProblem) as caught:
         gradients(given, **change)
     error, said = caught.value, str(caught.value)
-    name = "flash_attention_varlen_backward" if "cu_seqlens_q" in given else "flash_attention_backward"
-    assert said.startswith(f"cannot run {name}(dout="), said
+    assert said.startswith(f"cannot run {function(given, '_backward').__name__}(dout="), said
     assert not re.search(r"\bflash_attention(_varlen)?\b", said), f"names the forward:\n{said}"
     assert len(error.reasons) == len(patterns), said
     assert all(re.search(pattern, reason) for pattern, reason in zip(patterns, error.reasons, strict=True)), said
-    parts = error.hint.split("; ")
-    assert error.hint and error.hint in said and len(set(parts)) == len(parts), said
+    assert error.hint and error.hint in said and len(set(error.hint.split("; "))) == error.hint.count("; ") + 1, said
     return error
 
 
@@ -138,9 +133,9 @@ FEATURES: tuple[Case, ...] = (
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_the_reference_equals_finite_differences(case: Case, rng: Rng) -> None:
     """Element by element: (loss(x + h) - loss(x - h)) / 2h."""
-    forward: Any = reference.flash_attention_varlen if isinstance(case, VarlenCase) else reference.flash_attention
     given: Arrays = {**case.random(), **case.options()}
     given |= {name: given[name].astype(np.float64) for name in wanted(given)}
+    forward = function(given, of=reference)
     out, lse = forward(**given, return_lse=True)
     dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
     found = truth(given | {"dout": dout, "dlse": dlse})
@@ -167,7 +162,7 @@ def test_the_reference_equals_finite_differences(case: Case, rng: Rng) -> None:
 def attention(*sizes: int, **features: Any) -> AttentionCase:
     """sizes: of queries, keys and the batch."""
     base: Arrays = {"heads_q": 4, "heads_k": 2, "head_dim": 16, "dtype": "float32"}
-    return AttentionCase(**dict(zip(AttentionCase._fields, sizes, strict=False)), **base | features)
+    return AttentionCase(**base | features | dict(zip(AttentionCase._fields, sizes, strict=False)))
 
 
 LEFT: Arrays = {"left_q": (0, 5, 32), "left_k": (3, 0, 9)}
@@ -192,36 +187,36 @@ CASES: tuple[Case, ...] = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_reference(case: Case, convert: Convert) -> None:
     given = prepared(case)
+    need = wanted(given)
     for change in ({}, {"dlse": None}):
         want = truth(given | change)
         for arguments in layouts(given | change):
-            found = gradients(moved(arguments, convert), need=wanted(given))
+            found = gradients(moved(arguments, convert), need=need)
+            for choice in (False, True, np.True_):  # the same bits in every call
+                same(gradients(moved(arguments, convert), need=need, deterministic=choice), found)
             assert found._fields == ("dq", "dk", "dv", "dsinks", "dbias")
-            for name, got, exact in zip(NAMES, found, want, strict=True):
-                assert (got is None) == (name not in wanted(given))
-                if got is None:
-                    continue
+            assert [x is not None for x in found] == [name in need for name in NAMES]
+            for name in need:
+                got = getattr(found, f"d{name}")
                 assert type(got) is type(convert(given["q"])) and fetched(got).dtype == given[name].dtype
                 if name in ROWS:
                     got = got.swapaxes(1, 2) if "layout" in arguments else got
                     assert not fetched(got)[~counted(case, name.replace("v", "k"))].any(), "new arrays hold 0 there"
-                judge(got, exact, name)
+                judge(got, getattr(want, f"d{name}"), name)
 
 
 def test_rows_in_front_of_the_first_sequence() -> None:
     """Offsets need not begin at 0."""
     given = prepared(CASES[-1])
     later = given | {name: given[name] + np.int32(5) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    for name in (*ROWS, "lse", "dlse"):
-        axis = 0 if name in ROWS else 1
-        front = np.full_like(given[name].take(range(5), axis), np.nan)
-        later[name] = np.concatenate([front, given[name]], axis)
+    for name, axis in (*[(name, 0) for name in ROWS], ("lse", 1), ("dlse", 1)):
+        later[name] = np.concatenate([np.full_like(given[name].take(range(5), axis), np.nan), given[name]], axis)
     found = gradients(later)
     assert not any(x[:5].any() for x in found[:3])
     same(found._replace(dq=found.dq[5:], dk=found.dk[5:], dv=found.dv[5:]), gradients(given))
 
 
-# ---------------------------------------------------------------------------------------------------------------- need
+# -------------------------------------------------------------------------------------------------- need, dq, dk and dv
 
 
 @libraries
@@ -238,28 +233,15 @@ def test_need_names_what_is_returned(convert: Convert) -> None:
     same(gradients(packed, need=("sinks", "k")), gradients(packed, need="q k v sinks")._replace(dq=None, dv=None))
 
 
-MUST = r"^need must name some of q, k, v, sinks, bias, but is "
-NEED: list[tuple[Any, tuple[str, ...]]] = [
-    ("", (f"{MUST}empty$",)), ((), (f"{MUST}empty$",)), (None, (f"{MUST}None$",)), (3, (f"{MUST}3$",)),
-    (b"q", (f"{MUST}b'q'$",)), ("dq", (f"{MUST}'dq'$",)), ("q,k", (f"{MUST}'q,k'$",)),
-    (("q", 1), (rf"{MUST}\('q', 1\)$",)), ({"q"}, (f"{MUST}a builtins.set$",)),
-    ("sinks", ("^need names sinks, but sinks is not given$",)),
-    (("q", "bias", "lse"), (f"{MUST}'q bias lse'$", "^need names bias, but bias is not given$")),
-    ("bias sinks", ("^need names sinks, but", "^need names bias, but")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", NEED, ids=lambda row: repr(row[0]))
-def test_wrong_need(row: tuple[Any, tuple[str, ...]]) -> None:
-    assert refused(dense(), *row[1], need=row[0]).hint.endswith("names of arguments, as in need='q k v'")
-
-
-def test_need_of_what_has_no_gradient() -> None:
-    refused(dense(), "^need names bias, but a boolean bias has no gradient$", need="bias", bias=np.ones((5, 7), bool))
-    refused(packed(), "^need must name some of q, k, v, sinks, but is 'q bias'$", need="q bias")  # which has no bias
-
-
-# ------------------------------------------------------------------------------------------------- given dq, dk and dv
+def test_wrong_need() -> None:
+    must = "^need must name some of q, k, v, sinks, bias, but is "
+    for need, *reasons in (
+        ("", f"{must}empty$"), ((), f"{must}empty$"), (None, f"{must}None$"), (3, f"{must}3$"), (b"q", f"{must}b'q'$"),
+        ("dq", f"{must}'dq'$"), ("q,k", f"{must}'q,k'$"), (("q", 1), rf"{must}\('q', 1\)$"), ({"q"}, f"{must}a .*set$"),
+        ("sinks", "^need names sinks, but sinks is not given$"), ("bias sinks", "^need names s", "^need names bias"),
+        (("q", "bias", "lse"), f"{must}'q bias lse'$", "^need names bias, but bias is not given$"),
+    ):  # fmt: skip
+        assert refused(dense(), *reasons, need=need).hint.endswith("names of arguments, as in need='q k v'")
 
 
 def room(like: Array, order: tuple[int, ...]) -> tuple[Array, Array]:
@@ -278,7 +260,8 @@ def test_given_arrays_are_written_in_place(case: Case, convert: Convert) -> None
             targets = {name: convert(inner) for name, (_, inner) in places.items()}
             for names in (["dq", "dk", "dv"], ["dk"]):
                 found = gradients(moved(given, convert), **{name: targets[name] for name in names})
-                assert all(getattr(found, name) is targets[name] for name in names) and None not in found[:3]
+                assert all(getattr(found, name) is targets[name] for name in names)
+                assert all(x is not None for x in found[:3])
             for name, (memory, inner) in places.items():
                 count = counted(case, "q" if name == "dq" else "k")
                 want, got = fetched(getattr(new, name)), inner.copy()
@@ -286,35 +269,6 @@ def test_given_arrays_are_written_in_place(case: Case, convert: Convert) -> None
                 assert np.array_equal(got[count], want[count]) and (got[~count] == SPECIAL).all(), name
                 inner[...] = SPECIAL
                 assert (memory == SPECIAL).all(), f"{name} was written outside"
-
-
-def twice(*shape: int) -> Array:
-    """Writable, each batch entry at the same addresses."""
-    one = np.full(shape[1:], SPECIAL, np.float16)
-    return np.lib.stride_tricks.as_strided(one, shape, (0, *one.strides), writeable=True)
-
-
-GIVEN: list[Row] = [
-    ("shape", {"dq": f16(2, 5, 4, 24)}, (r"^dq must have shape \(2, 5, 4, 16\), but has \(2, 5, 4, 24\)$",)),
-    ("rank", {"dk": f16(14, 2, 16)}, (r"^dk must have shape \(2, 7, 2, 16\), but has \(14, 2, 16\)$",)),
-    ("dtype", {"dv": f16(2, 7, 2, 24).astype(np.float32)}, ("^dv must have v's dtype float16, but has float32$",)),
-    ("strided", {"dq": strided(2, 5, 4, 16)}, ("^the last dimension of dq must be contiguous.* is 2 elements$",)),
-    ("itself", {"dk": twice(2, 7, 2, 16)}, (r"^elements of dk overlap in memory: shape \(2, 7, 2, 16\), strides ",)),
-    ("not needed", {"dk": f16(2, 7, 2, 16), "need": "q v"}, ("^dk is given, but need leaves k out$",)),
-    (
-        "all", {"dq": f16(1), "dk": f16(2, 7, 2, 16), "dv": f16(2, 7, 2, 24).astype(np.float32), "need": "sinks q v"},
-        ("^need names sinks", "^dq must have shape", "^dk is given", "^dv must have v's dtype"),
-    ),
-]  # fmt: skip
-
-
-@libraries
-@pytest.mark.parametrize("row", GIVEN, ids=ids(GIVEN))
-def test_wrong_given_arrays(row: Row, convert: Convert) -> None:
-    before = {name: x.copy() for name, x in row[1].items() if name != "need"}
-    for _ in range(2):  # nothing about a refused call may be remembered as good
-        refused(moved(dense(), convert), *row[2], **moved(row[1], convert))
-    assert all(np.array_equal(row[1][name], x) for name, x in before.items())
 
 
 @libraries
@@ -329,26 +283,21 @@ def test_given_arrays_that_share_memory(convert: Convert) -> None:
     for change, reason in rows:
         before = {name: x.copy() for name, x in (given | change).items() if isinstance(x, np.ndarray)}
         gradients(moved(given | {name: np.empty_like(x) for name, x in change.items()}, convert))  # a good one first
-        error = refused(moved(given | change, convert), f"^{reason}$")
-        assert error.hint == f"an array of its own for {reason[:2]}, or {reason[:2]}=None"
+        hint = f"an array of its own for {reason[:2]}, or {reason[:2]}=None"
+        assert refused(moved(given | change, convert), f"^{reason}$").hint == hint
         assert all(np.array_equal((given | change)[name], x) for name, x in before.items())
     gradients(moved(given | {"dk": wide[..., :16], "dv": wide[..., 16:]}, convert))  # side by side is fine
     assert wide[..., :16].any() and wide[..., 16:].any()
 
 
 def test_given_arrays_that_are_read_only() -> None:
-    mine = {"dk": f16(2, 7, 2, 16), "dv": f16(2, 7, 2, 24)}
-    for x in mine.values():
-        x.flags.writeable = False
-    refused(dense(), "^dk is read-only$", "^dv is read-only$", **mine)
-
-
-@pytest.mark.xfail(raises=ValueError, reason="ops.call does not remember whether given arrays could be written")
-def test_given_arrays_that_are_read_only_after_a_good_call() -> None:
+    """Also after a call that could write them."""
     dq = f16(2, 5, 4, 16)
-    gradients(dense(), dq=dq)
-    dq.flags.writeable = False
-    refused(dense(), "^dq is read-only$", dq=dq)
+    for _ in range(2):
+        dq.flags.writeable = False
+        refused(dense(), "^dq is read-only$", dq=dq)
+        dq.flags.writeable = True
+        gradients(dense(), dq=dq)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -365,11 +314,20 @@ def packed() -> Arrays:
 
 
 LSE = np.zeros((2, 4, 5), np.float32)
+TWICE = np.lib.stride_tricks.as_strided(f16(7, 2, 16), (2, 7, 2, 16), (0, 64, 32, 2), writeable=True)
 DENSE: list[Row] = [
+    ("shape of dq", {"dq": f16(2, 5, 4, 24)}, (r"^dq must have shape \(2, 5, 4, 16\), but has \(2, 5, 4, 24\)$",)),
+    ("rank of dk", {"dk": f16(14, 2, 16)}, (r"^dk must have shape \(2, 7, 2, 16\), but has \(14, 2, 16\)$",)),
+    ("dtype of dv", {"dv": f16(2, 7, 2, 24).astype("f")}, ("^dv must have v's dtype float16, but has float32$",)),
+    ("dq strided", {"dq": strided(2, 5, 4, 16)}, ("^the last dimension of dq must be contiguous.* is 2 elements$",)),
+    ("dk itself", {"dk": TWICE}, (r"^elements of dk overlap in memory: shape \(2, 7, 2, 16\), strides ",)),
+    ("not needed", {"dk": f16(2, 7, 2, 16), "need": "q v"}, ("^dk is given, but need leaves k out$",)),
+    ("mask", {"need": "bias", "bias": np.ones((5, 7), bool)}, ("^need .* a boolean bias has no gradient$",)),
+    ("no numbers", {"window_size": np.zeros(3, "i"), "softmax_scale": np.ones(()), "softcap": "no"},
+     (r"^window_size must be two ints .* but is a (numpy|torch)\.", "^softmax_scale must .* its .item", "'no'$")),
     ("shapes", {"dout": f16(1, 5, 4, 24), "out": f16(2, 4, 5, 24), "lse": LSE.reshape(2, 5, 4), "dlse": LSE[0]},
      (r"^dout must have shape \(2, 5, 4, 24\), but has \(1, 5, 4, 24\)$", r"^out must have shape .* \(2, 4, 5, 24\)$",
       r"^lse must have shape \(2, 4, 5\), but has \(2, 5, 4\)$", r"^dlse must have shape .*, but has \(4, 5\)$")),
-    ("ranks", {"dout": f16(5, 4, 24), "lse": LSE[..., None]}, (r"^dout .* has \(5, 4, 24\)$", r"^lse .* 4, 5, 1\)$")),
     ("dtypes", {"dout": f16(2, 5, 4, 24).astype("f"), "out": f16(2, 5, 4, 24).astype("i"), "dlse": f16(2, 4, 5)},
      ("^dout must have q's dtype float16, but has float32$", "^out must have q's dtype float16, but has int32$",
       r"^dlse has dtype float16, which must be float32; cast with dlse\.")),
@@ -380,12 +338,10 @@ DENSE: list[Row] = [
      (r"^the last dimension of dout must be contiguous.*copy with", r"^the last dimension of out .* is 2 elements")),
     ("yes", {"deterministic": "yes"}, ("^deterministic must be a bool, but is 'yes'$",)),
     ("ints", {"deterministic": 1, "causal": 0}, ("^causal must be a bool, but is 0$", "^deterministic must .* is 1$")),
-    ("None", {"deterministic": None}, ("^deterministic must be a bool, but is None$",)),
     ("scalars", {"softmax_scale": np.float32(0.5), "softcap": "no"}, ("^softcap must be 0 .* but is 'no'$",)),
     ("layout", {"layout": "sbhd", "lse": LSE[0]}, ("^layout is 'sbhd'", "^lse must have 3 dimensions, but its shape")),
-    ("sinks", {"sinks": np.zeros(2, np.float32)}, (r"^sinks must have shape \(4,\), but has \(2,\)$",)),
-    ("bias", {"bias": np.zeros((5, 8), np.float32), "need": "bias"}, (r"^bias must have 2 to 4 dim.*\(5, 8\)$",)),
-    ("v of 6 keys", {"v": f16(2, 6, 2, 24)}, (r"^k and v differ in sequence length: k has 7, v has 6$",)),
+    ("options", {"sinks": np.zeros(2, "f"), "bias": np.zeros((5, 8), "f"), "need": "bias sinks"},
+     (r"^sinks must have shape \(4,\), but has \(2,\)$", r"^bias must have 2 to 4 dimensions .*\(5, 8\)$")),
     ("one sequence", {"q": f16(5, 4, 16), "k": f16(7, 2, 16), "v": f16(7, 2, 24), "dout": f16(5, 4, 24),
                       "out": f16(5, 4, 24), "lse": LSE[0], "dlse": LSE[0]},
      (*[f"^{name} must have 4 dimensions" for name in ("q", "k", "v", "dout", "out")],
@@ -398,56 +354,45 @@ DENSE: list[Row] = [
       "^dlse must have shape", "^dq is given, but need leaves q out", "^dk must have shape")),
 ]  # fmt: skip
 OFFSETS: list[Row] = [
+    ("no bias", {"need": "q bias"}, ("^need must name some of q, k, v, sinks, but is 'q bias'$",)),
     ("shapes", {"dout": f16(1, 5, 4, 24), "lse": LSE[0].reshape(5, 4), "dlse": LSE[:1]},
      (r"^dout must have shape \(5, 4, 24\), but has \(1, 5, 4, 24\)$", r"^lse must have shape \(4, 5\), but has ",
       r"^dlse must have shape \(4, 5\), but has \(1, 4, 5\)$")),
     ("q of rank 4", {"q": f16(1, 5, 4, 16)}, (r"^q must have 3 dimensions, but its shape is \(1, 5, 4, 16\)$",)),
-    ("offsets", {"cu_seqlens_k": np.zeros(4)}, ("^cu_seqlens_k has dtype float64, which must be int32; cast with cu",)),
     ("used", {"seqused_q": np.zeros(2, np.int32), "max_seqlen_q": 2.5},
      (r"^seqused_q must have shape \(3,\), but has \(2,\)$", "^max_seqlen_q must be an int from 0 .* but is 2.5$")),
     ("all", {"max_seqlen_k": -1, "deterministic": "no", "out": f16(5, 4, 16), "dlse": f16(4, 5), "dv": f16(7)},
      ("^max_seqlen_k must", "^deterministic must", "^out must have sh", "^dlse has dtype", "^dv must have shape")),
 ]  # fmt: skip
-BOTH = [*[pytest.param(dense, *row[1:], id=row[0]) for row in DENSE]]
+BOTH = [pytest.param(dense, *row[1:], id=row[0]) for row in DENSE]
 BOTH += [pytest.param(packed, *row[1:], id=f"packed, {row[0]}") for row in OFFSETS]
 
 
 @libraries
 @pytest.mark.parametrize(("good", "change", "reasons"), BOTH)
-def test_wrong_arguments(
-    good: Callable[[], Arrays], change: Arrays, reasons: tuple[str, ...], convert: Convert
-) -> None:  # fmt: skip
-    refused(moved(good(), convert), *reasons, **moved(change, convert))
-
-
-def test_arrays_are_no_options() -> None:
-    must = r"^window_size must be two ints .* but is a numpy\.ndarray$"
-    refused(dense(), must, "^softmax_scale must .* its .item", window_size=np.zeros(3, int), softmax_scale=np.ones(()))
+def test_wrong(good: Callable[[], Arrays], change: Arrays, reasons: tuple[str, ...], convert: Convert) -> None:
+    for _ in range(2):  # nothing about a refused call may be remembered as good
+        refused(moved(good(), convert), *reasons, **moved(change, convert))
 
 
 def test_hints() -> None:
-    """They say what concerns the reasons, of this layout."""
-    out, lse = "dout and out are ({}), in q's dtype", "and dlse are ({}), float32"
-    error = refused(dense(), "^dout", "^lse", dout=f16(1), lse=LSE[0])
-    assert out.format("batch, seqlen_q, heads_q, head_dim_v") in error.hint
-    assert lse.format("batch, heads_q, seqlen_q") in error.hint and "need" not in error.hint
-    assert out.format("batch, heads_q, seqlen_q, head_dim_v") in refused(turned(dense()), "^out", out=f16(1)).hint
-    error = refused(packed(), "^out", "^dlse", out=f16(1), dlse=LSE)
-    assert out.format("total_q, heads_q, head_dim_v") in error.hint and lse.format("heads_q, total_q") in error.hint
-    assert "or None" not in error.hint  # out is no result here
-    assert "are writable and share no memory; or None" in refused(dense(), "^dq", dq=f16(1)).hint
+    out = "dout and out are ({}, head_dim_v), in q's dtype"
+    for given, axes in zip(layouts(dense()), ("batch, seqlen_q, heads_q", "batch, heads_q, seqlen_q"), strict=True):
+        assert refused(given, "^dout", dout=f16(1)).hint == out.format(axes)
+    lse = "; lse, which the forward gives with return_lse=True, and dlse are (heads_q, total_q), float32"
+    assert refused(packed(), "^out", "^dlse", out=f16(1), dlse=LSE).hint == out.format("total_q, heads_q") + lse
+    assert refused(dense(), "^dq", dq=f16(1)).hint.endswith("are writable and share no memory; or None")
     assert "sequences there is flash_attention_varlen_backward" in refused(dense(), "^q must", q=f16(5, 4, 16)).hint
     assert "sequences there is flash_attention_backward" in refused(packed(), "^q must", q=f16(1, 5, 4, 16)).hint
 
 
 @pytest.mark.torch
 def test_mixed_libraries() -> None:
-    names = *ROWS, "lse", "dlse"
-    for given, some in ((dense(), names), (packed(), (*names, "cu_seqlens_q", "cu_seqlens_k"))):
-        for name in some:
+    for given in (dense(), packed()):
+        for name in (*ROWS, "lse", "dlse", *[name for name in given if name.startswith("cu_seqlens")]):
             reason = rf"^arguments must be of one library.*\b{name} is torch.Tensor"
-            error = refused(given, reason, **{name: to_torch(given[name])})
-            assert error.hint == "all arrays of a call belong to one library and lie on one device"
+            hint = refused(given, reason, **{name: to_torch(given[name])}).hint
+            assert hint == "all arrays of a call belong to one library and lie on one device"
     refused(dense(), r"one library.*\bdq is torch.Tensor", dq=to_torch(f16(2, 5, 4, 16)))
 
 
@@ -462,19 +407,21 @@ def test_nothing_is_written_on_error() -> None:
 
 
 @pytest.mark.parametrize("name", ["dout", "q", "k", "v", "lse"])
-@pytest.mark.parametrize("thing", [None, [1.0], 3.0], ids=repr)
-def test_no_array(name: str, thing: Any) -> None:
-    for given in (dense(), packed()):
+def test_no_array(name: str) -> None:
+    for given, thing in itertools.product((dense(), packed()), (None, [1.0], 3.0)):
         with pytest.raises(TypeError, match=rf"\b{name} (must be an array|is (None|a builtins))"):
             gradients(given, **{name: thing})
 
 
-@pytest.mark.xfail(reason="ops.call puts out=None in the place of the argument out, and tells of that")
-@pytest.mark.parametrize("given", [{"dlse": [1.0]}, {"seqused_k": np.array([8, 2], np.int32)}], ids=["list", "used"])
-def test_out_is_an_argument_in_every_error(given: Arrays) -> None:
-    with pytest.raises((TypeError, UnsupportedProblem)) as caught:
-        gradients(dense(), **given)
-    assert not re.search(r"\bout(=| must be an array.*is )None", str(caught.value))
+@pytest.mark.torch
+def test_errors_that_ops_call_makes() -> None:
+    given = moved(dense(), to_torch)
+    with pytest.raises(UnsupportedProblem, match=r"\bk\b.* requires? grad"):
+        gradients(given, k=given["k"].clone().requires_grad_())
+    with pytest.raises(TypeError, match=r"^dlse must be an array"):
+        gradients(dense(), dlse=[1.0])
+    wrong = {"seqused_k": np.array([8, 2], np.int32)}
+    assert "out=float16[2, 5, 4, 24]" in refused(dense(), "^seqused_k must lie between 0 and 7", **wrong).asked
 
 
 def test_unknown_arguments() -> None:
@@ -485,11 +432,6 @@ def test_unknown_arguments() -> None:
     ):  # fmt: skip
         with pytest.raises(TypeError, match=rf"^flash_attention_backward\(\) has no argument '{name}': {said}"):
             gradients(dense(), **{name: 1})
-    with pytest.raises(TypeError, match=r"^flash_attention_varlen_backward\(\) has no argument 'sm_scale': it is called"):
-        gradients(packed(), sm_scale=1.0)
-
-
-# ------------------------------------------------------------------------------------------------------------- nothing
 
 
 @libraries
@@ -511,7 +453,7 @@ def test_sizes_of_0(sizes: tuple[int, ...], features: Arrays, convert: Convert) 
 def test_no_sequences(tail: int) -> None:
     given = prepared(VarlenCase((), (), tail_q=tail, tail_k=tail, sinks="float32"))
     for name, got in zip(NAMES[:4], gradients(given, need=NAMES[:4])[:4], strict=True):
-        assert got.shape == given[name].shape and not got.any()
+        np.testing.assert_array_equal(got, np.zeros(given[name].shape))
     mine = {f"d{name}": np.full_like(given[name], SPECIAL) for name in "qkv"}
     gradients(given, **mine)
     assert all((x == SPECIAL).all() for x in mine.values()), "no row counts"
@@ -537,10 +479,8 @@ def test_what_sees_nothing_gets_exactly_0(dtype: str) -> None:
 
 
 def test_one_key_gives_no_gradient_of_scores() -> None:
-    """The softmax of one score is 1: dP and D are the same sum of d_v products, perhaps in another order.
-
-    Each errs by at most d_v roundings of the sum of the products' sizes (Higham, Accuracy and Stability of Numerical
-    Algorithms, section 3.1), and out by one; the product of that with k by another.
+    """The softmax of one score is 1: dP and D are the same sum of d_v products, perhaps in another order. Each errs by
+    at most d_v roundings of the sum of the products' sizes, and by one each for out and the product with k.
     """
     given = prepared(attention(6, 1, heads_k=4, head_dim_v=40)) | {"dlse": None}
     found = gradients(given)
@@ -550,40 +490,14 @@ def test_one_key_gives_no_gradient_of_scores() -> None:
     judge(found.dv, truth(given).dv)
 
 
-# --------------------------------------------------------------------------------------------- the same bits, strides
-
-
-@libraries
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[10]], ids=str)
-def test_repeated_calls_give_the_same_bits(case: Case, convert: Convert) -> None:
-    given, need = moved(prepared(case), convert), wanted(prepared(case))
-    first = gradients(given, need=need)
-    for change in ({}, {}, {}, {"deterministic": True}, {"deterministic": np.False_}, {"deterministic": True}):
-        same(gradients(given, need=need, **change), first)
-
-
-def columns(a: Array) -> Array:
-    """The same array, with all axes but the last in the other order in memory."""
-    order = (*reversed(range(a.ndim - 1)), a.ndim - 1)
-    return a.transpose(order).copy().transpose(order)
-
-
-def apart(a: Array) -> Array:
-    inner = np.full([n + 3 for n in a.shape], np.nan, a.dtype)[tuple(slice(1, 1 + n) for n in a.shape)]
-    inner[...] = a
-    return inner
-
-
-def backwards(a: Array) -> Array:
-    return a[::-1, ::-1].copy()[::-1, ::-1]
-
-
-@libraries
-@pytest.mark.parametrize("form", [columns, apart, backwards])
+@pytest.mark.parametrize(("form", "convert"), [
+    pytest.param(lambda a: a.swapaxes(0, 1).copy().swapaxes(0, 1), to_torch, marks=pytest.mark.torch, id="torch"),
+    pytest.param(lambda a: a.swapaxes(0, 1).copy().swapaxes(0, 1), np.asarray, id="turned"),
+    pytest.param(lambda a: a[::-1, ::-1].copy()[::-1, ::-1], np.asarray, id="backwards"),
+    pytest.param(lambda a: np.pad(a, 2, constant_values=np.nan)[(slice(2, -2),) * a.ndim], np.asarray, id="apart"),
+])  # fmt: skip
 @pytest.mark.parametrize("case", [CASES[0], CASES[10]], ids=str)
 def test_strides(case: Case, form: Convert, convert: Convert) -> None:
-    if form is backwards and convert is to_torch:
-        pytest.skip("torch has no negative strides")
     given = prepared(case)
     other = given | {name: form(given[name]) for name in ROWS}
     other |= {name: form(given[name].T.copy().T) for name in ("lse", "dlse")}
@@ -600,5 +514,5 @@ def test_arrays_that_are_spread(axes: tuple[int, ...]) -> None:
     spread["dlse"] = np.broadcast_to(given["dlse"][:1, :1, :1], given["dlse"].shape)
     for got, want in zip(gradients(spread)[:3], truth(spread)[:3], strict=True):
         judge(got, want)
-    whole = np.broadcast_to(given["dout"][:1, :1, :1, :1], given["dout"].shape)
+    whole = np.broadcast_to(np.float32(1), given["dout"].shape)
     refused(given, r"^the last dimension of dout must be contiguous.* stride is 0 elements; copy with np", dout=whole)

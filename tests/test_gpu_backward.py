@@ -12,6 +12,7 @@ from compile_kit import compile_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmoe_cupy.plan.kernels import only
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
 
 torch = pytest.importorskip("torch")
@@ -46,11 +47,17 @@ def _compiled() -> None:
     compile_all(kernels, arch_for(launch.compute_capability(0))[0])
 
 
+PORTABLE = "attention_bwd_sm80"
+
+
 def check(*cases: Case) -> None:
+    """Each case on the kernel that the library takes, and on the portable one."""
     wrong = []
     for seed, case in enumerate(cases):
         problem = Problem(case, seed=seed)
         wrong += [f"{case}: {line}" for line in problem.faults(problem.run())]
+        with only(PORTABLE):
+            wrong += [f"{case} {PORTABLE}: {line}" for line in problem.faults(problem.run())]
     assert not wrong, "\n".join(wrong)
 
 
@@ -65,7 +72,7 @@ def test_padding_and_packed_sequences(dtype: str) -> None:
     padded = [PADDED._replace(**f) for f in FEATURES]
     packed = [RAGGED._replace(**f) for f in FEATURES[:3]]
     packed += [RAGGED._replace(used_q=(70, 0, 1, 99), used_k=(30, 5, 0, 190), heads_q=8, heads_k=1, causal=True)]
-    check(*[case._replace(dtype=dtype) for case in (*padded, *packed)])
+    check(*[case._replace(dtype=dtype) for case in padded], *[case._replace(dtype=dtype) for case in packed])
 
 
 def test_lengths_at_the_edges_of_tiles() -> None:

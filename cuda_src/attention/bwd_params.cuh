@@ -58,12 +58,27 @@ struct AttentionBwdParams {
   float softmax_scale, softcap;              // softcap: 0 is none
 };
 
+// For the Hopper kernel: the same, then the tensor maps, (head_dim, seqlen, heads, batch) in boxes of 64 columns.
+struct AttentionBwdSm90Params : AttentionBwdParams {
+  TensorMap q_map, k_map, v_map, dout_map;
+};
+
 // The gradient of a bias, which has 1 or all along each axis.
 struct AttentionBwdBiasParams : AttentionBwdParams {
   i64 dbias_stride_b, dbias_stride_h, dbias_stride_q, dbias_stride_k;
   int batch;                                 // entries of q
   int bias_batch, bias_heads, bias_queries, bias_keys;  // sizes of the bias
 };
+
+// Of queries, in shared memory.
+template <int kQueries>
+struct Statistics {
+  float lse[kQueries], delta[kQueries];
+  static constexpr int kBytes = 2 * 4 * kQueries;
+};
+
+// Bits of kWanted, a template argument of the kernels.
+enum Gradient : int { kGradQ = 1, kGradK = 2, kGradV = 4 };
 
 // The members that say where sequences lie and what happens to scores, as the forward has them.
 FM_DEVICE AttentionFwdParams forward_params(const AttentionBwdParams& p) {

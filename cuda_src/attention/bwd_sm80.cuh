@@ -26,16 +26,6 @@
 
 namespace fm {
 
-// Of queries, in shared memory.
-template <int kQueries>
-struct Statistics {
-  float lse[kQueries], delta[kQueries];
-  static constexpr int kBytes = 2 * 4 * kQueries;
-};
-
-// Bits of kWanted.
-enum Gradient : int { kGradQ = 1, kGradK = 2, kGradV = 4 };
-
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kWarps_, int kStages_,
           int kWanted_, class Variant_>
 struct AttentionBwdSm80 {

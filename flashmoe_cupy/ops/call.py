@@ -101,6 +101,7 @@ def _run(
     other = adapter(given[0])
     if other is not None:
         return other.call(operation, named, chosen, out)
+    outs = {"out": out} if operation.has_out else {}
     try:
         needed = operation.arguments[: operation.required]
         views = tuple([view(x, name) if x is not None or name in needed else None for name, x in named.items()])
@@ -108,8 +109,10 @@ def _run(
     except (UnsupportedProblem, TypeError) as error:
         from flashmoe_cupy.ops.unreadable import unreadable
 
-        raise unreadable(operation, named | chosen | {"out": out}, error) from None
-    full = tuple([v and v[1:6] for v in views]), options, out_view and out_view[1:7]
+        raise unreadable(operation, named | chosen | outs, error) from None
+    # With those that it writes goes whether they are read-only.
+    ends = [7 if name in operation.written else 6 for name in named]
+    full = tuple([v and v[1:end] for v, end in zip(views, ends, strict=True)]), options, out_view and out_view[1:7]
     plan = call.plans.find(full) if known else None
     if plan is None:
         there = {name: v for name, v in zip(operation.arguments, views, strict=True) if v is not None}
@@ -136,7 +139,7 @@ def _run(
         from flashmoe_cupy.ops.unreadable import told
 
         # What lists hold, which only the NumPy back end reads: the call is told as for what is seen before.
-        raise UnsupportedProblem(told(operation, named | chosen | {"out": out}), error.reasons, error.hint) from None
+        raise UnsupportedProblem(told(operation, named | chosen | outs), error.reasons, error.hint) from None
 
 
 class Form:

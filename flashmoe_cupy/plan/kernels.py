@@ -28,12 +28,14 @@ def _attention() -> _Kernels:
         AttentionBwdDot,
         AttentionBwdSinks,
         AttentionBwdSm80,
+        AttentionBwdSm90,
     )
     from flashmoe_cupy.plan.attention.bias import AttentionBiasRows, AttentionMask
     from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
 
     forward = AttentionFwdSm90(), AttentionFwdSm80(), AttentionMask(), AttentionBiasRows()
-    return *forward, AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks()
+    backward = AttentionBwdSm90(), AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks()
+    return *forward, *backward
 
 
 def _moe() -> _Kernels:

@@ -5,86 +5,32 @@ One class for each kernel of cuda_src/attention whose name begins with bwd.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from flashmoe_cupy.jit.device import H100, DeviceProperties
+from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.attention.backward_tiles import (
+    DIMS_FP32,
+    PARTS,
+    TILES_BWD_SM90,
+    Bwd80Config,
+    Bwd90Config,
+    BwdBias80Config,
+    SmallConfig,
+    bias_config,
+    config_sm80,
+    config_sm90,
+    together,
+)
 from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
+from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
-from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, TILES_SM80, UNALIGNED, VARIANTS
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80, UNALIGNED, VARIANTS
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, far_strides
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values, same
 
-PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6}  # kWanted of cuda_src/attention/bwd_sm80.cuh
 _DOT_THREADS, _DOT_LANES, _SINKS_THREADS = 256, 16, 512  # of the structs in bwd_dot.cuh and bwd_sinks.cuh
-_ALIGNED = "rows do not start at multiples of 16 bytes, so elements are copied one by one; contiguous arrays are faster"
-
-_DIMS_FP32 = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 96))
-# Where dk and dv together would take more registers than there are, whatever happens to the scores, ...
-_APART = ((256, 256),)
-_APART_CHANGED = ((192, 128), (64, 256))  # ... or where softcap, ALiBi or a bias changes them.
-_WIDE = ((192, 128), (64, 256))  # where dk and dv together leave room for fewer columns
-
-
-class Bwd80Config(NamedTuple):
-    """One specialisation of `AttentionBwdSm80`; the fields are its template arguments, in their order."""
-
-    element: str  # "bf16", "fp16" or "fp32"
-    head_dim: int  # compiled size of q and k: head dims up to this one run, the rest of a row counts as zero
-    head_dim_v: int  # compiled size of v and out; a wider v runs as blocks of this width
-    rows: int  # that a block owns: queries for dq, else keys
-    cols: int  # of a step: keys for dq, else queries
-    warps: int  # of a block
-    stages: int  # steps in shared memory
-    part: str  # whose gradients: a key of PARTS
-    variant: str  # what happens to the scores: a C++ struct of attention/variant.cuh
-
-    @property
-    def name(self) -> str:
-        """For people: "bf16 d128 kv 64x64 PlainScores"."""
-        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
-        return f"{self.element} {dims} {self.part} {self.rows}x{self.cols} {self.variant}"
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
-
-    @property
-    def min_blocks(self) -> int:
-        """Blocks per SM that the compiler must leave registers for: as many as fit at 256 registers a thread."""
-        return 65536 // (256 * self.threads)
-
-    @property
-    def cluster(self) -> int:
-        """Blocks of a cluster."""
-        return 1
-
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdSm80::Smem`."""
-        size, by_key = ELEMENT_BYTES[self.element], self.part != "q"
-        rows = self.rows * size * (self.head_dim + (self.part != "v") * self.head_dim_v) + 8 * self.rows * (not by_key)
-        step = self.cols * size * (self.head_dim + self.head_dim_v) + 8 * self.cols * by_key
-        return 128 + rows + self.stages * step
-
-    @property
-    def struct(self) -> str:
-        """The C++ type inside namespace fm."""
-        sizes = (self.head_dim, self.head_dim_v, self.rows, self.cols, self.warps, self.stages, PARTS[self.part])
-        return f"AttentionBwdSm80<fm::{self.element}, {', '.join(map(str, sizes))}, fm::{self.variant}>"
-
-
-class SmallConfig(NamedTuple):
-    """One specialisation of a kernel whose template arguments are written out."""
-
-    name: str  # for people
-    struct: str  # the C++ type inside namespace fm
-    threads: int  # of a block
-    smem_bytes: int = 0  # of a block
-    min_blocks: int = 1
-    cluster: int = 1
+_ALIGNED = f"{UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
 
 
 class AttentionBwdDot(Kernel[GradientProblem, SmallConfig]):
@@ -191,14 +137,14 @@ class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
         if arch not in MAX_SMEM:
             return []
         found = [
-            _config(arch, element, dims, part, variant)
+            config_sm80(arch, element, dims, part, variant)
             for element in ("bf16", "fp16")
             for dims in TILES_SM80
             for variant in VARIANTS
             for part in PARTS
             if part != "kv" or together(element, dims, variant)
         ]
-        return found + [_config(arch, "fp32", dims, part, BIAS) for dims in _DIMS_FP32 for part in ("q", "k", "v")]
+        return found + [config_sm80(arch, "fp32", dims, part, BIAS) for dims in DIMS_FP32 for part in ("q", "k", "v")]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
         if arch not in MAX_SMEM:
@@ -212,91 +158,18 @@ class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
         element, dims, variant = specialisation(problem.of)
         if variant == PLAIN and not aligned:
             variant = UNALIGNED
-        return _config(arch, element, dims, problem.part, variant)
+        return config_sm80(arch, element, dims, problem.part, variant)
 
     def grid(self, problem: GradientProblem, config: Bwd80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        p = problem.of.forward
-        return p.batch * _blocks(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
+        return _grid(problem, config)
 
     def values(
         self, problem: GradientProblem, config: Bwd80Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> Values:  # fmt: skip
-        of, p = problem.of, problem.of.forward
-        strides = {
-            "q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "dout": of.dout_strides, "dq": of.dq_strides,
-            "dk": of.dk_strides, "dv": of.dv_strides,
-        }  # fmt: skip
-        rows = p.total_q if p.varlen else p.seqlen_q
-        return {
-            **{f"{name}_stride_{axis}": n for name, by in strides.items() for axis, n in zip("bsh", by, strict=True)},
-            **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
-            "row_stride_b": 0 if p.varlen else p.heads_q * rows,
-            "row_stride_h": rows,
-            "heads_q": p.heads_q,
-            "heads_per_key": p.heads_q // max(p.heads_k, 1),
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "head_dim": p.head_dim,
-            "head_dim_v": p.head_dim_v,
-            "window_left": window(p.window_left, p),
-            "window_right": window(p.window_right, p),
-            "blocks": _blocks(problem, config),
-            "v_blocks": -(-p.head_dim_v // config.head_dim_v),
-            "alibi_stride_b": p.alibi_stride_b,
-            "bias_dtype": 0 if p.bias_dtype is None else p.bias_dtype.code,
-            "aligned": int(aligned),
-            "lengths": lengths_code(of),
-            "softmax_scale": p.softmax_scale,
-            "softcap": p.softcap,
-        }
+        return _values(problem, config, aligned)
 
     def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
         return "" if aligned else _ALIGNED
-
-
-class BwdBias80Config(NamedTuple):
-    """One specialisation of `AttentionBwdBiasSm80`; the fields are its template arguments, in their order."""
-
-    element: str  # see Bwd80Config
-    head_dim: int
-    head_dim_v: int
-    rows: int  # queries of a tile of the bias
-    cols: int  # keys of it
-    warps: int  # of a block
-
-    @property
-    def _like(self) -> Bwd80Config:
-        return Bwd80Config(*self, 1, "q", BIAS)
-
-    @property
-    def name(self) -> str:
-        """For people: "bf16 d128 bias 64x32"."""
-        return self._like.name.replace(" q ", " bias ").removesuffix(f" {BIAS}")
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
-
-    @property
-    def min_blocks(self) -> int:
-        """See Bwd80Config."""
-        return self._like.min_blocks
-
-    @property
-    def cluster(self) -> int:
-        """Blocks of a cluster."""
-        return 1
-
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdBiasSm80::Smem`."""
-        return self._like.smem_bytes + 4 * self.warps * self.cols
-
-    @property
-    def struct(self) -> str:
-        """The C++ type inside namespace fm."""
-        return f"AttentionBwdBiasSm80<fm::{self.element}, {', '.join(map(str, self[1:]))}>"
 
 
 class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
@@ -311,7 +184,7 @@ class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
         if arch not in MAX_SMEM:
             return []
         sizes = [(element, dims) for element in ("bf16", "fp16") for dims in TILES_SM80]
-        return [_bias_config(*size) for size in (*sizes, *[("fp32", dims) for dims in _DIMS_FP32])]
+        return [bias_config(*size) for size in (*sizes, *[("fp32", dims) for dims in DIMS_FP32])]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
         if arch not in MAX_SMEM:
@@ -322,7 +195,7 @@ class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> BwdBias80Config:  # fmt: skip
-        return _bias_config(*specialisation(problem.of)[:2])
+        return bias_config(*specialisation(problem.of)[:2])
 
     def grid(self, problem: GradientProblem, config: BwdBias80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
         batch, heads, queries, keys = problem.of.bias_shape
@@ -332,7 +205,7 @@ class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
         self, problem: GradientProblem, config: BwdBias80Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
         batch, heads, queries, keys = problem.of.bias_shape
-        like = AttentionBwdSm80().values(problem, config._like, aligned, sms)
+        like = AttentionBwdSm80().values(problem, config.like, aligned, sms)
         strides = (heads * queries * keys, queries * keys, keys, 1)
         return {
             **like,
@@ -348,24 +221,113 @@ class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
         return "" if aligned else _ALIGNED
 
 
-def _bias_config(element: str, dims: tuple[int, int]) -> BwdBias80Config:
-    if element == "fp32":
-        return BwdBias80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2)
-    return BwdBias80Config(element, *dims, 64, 32, 4)
+class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
+    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores of even lengths in 16-bit rows."""
+
+    op, task, name = "attention", "attention_bwd", "attention_bwd_sm90"
+    header = "attention/bwd_sm90.cuh"
+    summary = "attention backward on TMA and wgmma: bf16 and fp16 on Hopper (sm_90a)"
+    params = Params(header, "AttentionBwdSm90Params")
+
+    def configs(self, arch: str) -> list[Bwd90Config]:
+        if arch != "sm_90a":
+            return []
+        return [config_sm90(e, dims, part) for e in ("bf16", "fp16") for dims in TILES_BWD_SM90 for part in PARTS]
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
+        p = problem.of.forward
+        if arch != "sm_90a":
+            return ["no Hopper tensor cores: this kernel is for sm_90a"]
+        why = []
+        if p.dtype.cuda not in ("bf16", "fp16"):
+            why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")
+        if not aligned:
+            why.append(f"{UNALIGNED_ROWS}: the copy engine cannot fetch them")
+        if not p.even:
+            why.append("lengths that only the device knows have no Hopper kernel of the backward yet")
+        if variant_of(p) != PLAIN:
+            why.append("softcap, ALiBi, biases and a scale <= 0 have no Hopper kernel of the backward yet")
+        if max(p.head_dim, p.head_dim_v) > [*TILES_BWD_SM90][-1][0]:
+            why.append(f"head dims beyond {[*TILES_BWD_SM90][-1][0]} have no Hopper kernel of the backward yet")
+        if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k):
+            why.append(EMPTY)
+        if why:
+            return why
+        blocks = self.grid(problem, self.choose(problem, arch, aligned))
+        if blocks >= 2**31:
+            why.append(f"{blocks} blocks of work: too much for one launch (2**31 - 1)")
+        maps = self.map_arguments(problem, self.choose(problem, arch, aligned))
+        return why + far_strides(("q", "k", "v", "dout"), maps)
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> Bwd90Config:  # fmt: skip
+        p = problem.of.forward
+        dims = next((d for d in TILES_BWD_SM90 if max(p.head_dim, p.head_dim_v) <= d[0]), [*TILES_BWD_SM90][-1])
+        return config_sm90(p.dtype.cuda, dims, problem.part)
+
+    def grid(self, problem: GradientProblem, config: Bwd90Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        return _grid(problem, config)
+
+    def values(
+        self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
+        return _values(problem, config, aligned)
+
+    def map_arguments(self, problem: GradientProblem, config: Bwd90Config) -> tuple[TensorMap, ...]:
+        of, p = problem.of, problem.of.forward
+        queries, keys = (64, config.cols) if problem.part == "q" else (config.cols, 64)
+
+        def rows(dim: int, seqlen: int, heads: int, strides: tuple[int, int, int], box: int) -> TensorMap:
+            outer = (seqlen, strides[1]), (heads, strides[2]), (p.batch, strides[0])
+            return array_map(p.dtype, dim, outer, (64, box, 1, 1))
+
+        return (
+            rows(p.head_dim, p.seqlen_q, p.heads_q, p.q_strides, queries),
+            rows(p.head_dim, p.seqlen_k, p.heads_k, p.k_strides, keys),
+            rows(p.head_dim_v, p.seqlen_k, p.heads_k, p.v_strides, keys),
+            rows(p.head_dim_v, p.seqlen_q, p.heads_q, of.dout_strides, queries),
+        )
 
 
-def _config(arch: str, element: str, dims: tuple[int, int], part: str, variant: str) -> Bwd80Config:
-    """Tiles without spills under NVRTC 12.9; not measured yet."""
-    if element == "fp32":
-        return Bwd80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2, 1, part, variant)
-    cols = 64 if variant in (PLAIN, UNALIGNED) else 32
-    if part == "kv" and dims in _WIDE:
-        cols = 32
-    config = Bwd80Config(element, *dims, 64, cols, 4, 1, part, variant)
-    return config if config.smem_bytes <= MAX_SMEM[arch] else config._replace(cols=32)
+def _grid(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
+    p = problem.of.forward
+    return p.batch * _blocks(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
 
 
-def _blocks(problem: GradientProblem, config: Bwd80Config) -> int:
+def _values(problem: GradientProblem, config: Bwd80Config | Bwd90Config, aligned: bool) -> Values:
+    """What AttentionBwdParams holds behind its pointers."""
+    of, p = problem.of, problem.of.forward
+    strides = {
+        "q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "dout": of.dout_strides, "dq": of.dq_strides,
+        "dk": of.dk_strides, "dv": of.dv_strides,
+    }  # fmt: skip
+    rows = p.total_q if p.varlen else p.seqlen_q
+    return {
+        **{f"{name}_stride_{axis}": n for name, by in strides.items() for axis, n in zip("bsh", by, strict=True)},
+        **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
+        "row_stride_b": 0 if p.varlen else p.heads_q * rows,
+        "row_stride_h": rows,
+        "heads_q": p.heads_q,
+        "heads_per_key": p.heads_q // max(p.heads_k, 1),
+        "seqlen_q": p.seqlen_q,
+        "seqlen_k": p.seqlen_k,
+        "head_dim": p.head_dim,
+        "head_dim_v": p.head_dim_v,
+        "window_left": window(p.window_left, p),
+        "window_right": window(p.window_right, p),
+        "blocks": _blocks(problem, config),
+        "v_blocks": -(-p.head_dim_v // config.head_dim_v),
+        "alibi_stride_b": p.alibi_stride_b,
+        "bias_dtype": 0 if p.bias_dtype is None else p.bias_dtype.code,
+        "aligned": int(aligned),
+        "lengths": lengths_code(of),
+        "softmax_scale": p.softmax_scale,
+        "softcap": p.softcap,
+    }
+
+
+def _blocks(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
     p = problem.of.forward
     return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))
 
@@ -375,15 +337,9 @@ def specialisation(of: AttentionBwdProblem) -> tuple[str, tuple[int, int], str]:
     p = of.forward
     element = p.dtype.cuda
     if element == "fp32":
-        dims = next(d for d in _DIMS_FP32 if p.head_dim <= d[0] and (p.head_dim_v <= d[1] or d[0] >= 128))
+        dims = next(d for d in DIMS_FP32 if p.head_dim <= d[0] and (p.head_dim_v <= d[1] or d[0] >= 128))
         return element, dims, BIAS
     return element, compiled_dims(p, TILES_SM80), variant_of(p)
-
-
-def together(element: str, dims: tuple[int, int], variant: str) -> bool:
-    """Whether one launch makes dk and dv."""
-    apart = dims in _APART or (dims in _APART_CHANGED and variant in (SCORES, BIAS))
-    return element != "fp32" and not apart
 
 
 def lengths_code(of: AttentionBwdProblem) -> int:

@@ -47,7 +47,7 @@ from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values, same
 
-_UNALIGNED_ROWS = "rows of q, k, v or out do not start at multiples of 16 bytes, or lie 16 MiB apart"
+UNALIGNED_ROWS = "rows of the arrays do not start at multiples of 16 bytes, or lie 16 MiB apart"
 
 _MAX_PACK_BITS = 4  # 2**4 heads: the 16 rows of one store of the Hopper kernel
 _MAX_PACKED_QUERIES = 2**26  # queries of a head times 2**_MAX_PACK_BITS stay far from 2**31, where the kernel counts
@@ -183,7 +183,7 @@ class AttentionFwdSm80(AttentionFwd):
         return Sm80Config(element, *dims, *tile_sm80(arch, dims, variant), variant)
 
     def slow(self, problem: AttentionProblem, aligned: bool) -> str:  # noqa: ARG002
-        return "" if aligned else f"{_UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
+        return "" if aligned else f"{UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
 
 
 class AttentionFwdSm90(AttentionFwd):
@@ -215,7 +215,7 @@ class AttentionFwdSm90(AttentionFwd):
         if p.dtype.cuda not in ("bf16", "fp16"):
             why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")
         if not aligned:
-            why.append(f"{_UNALIGNED_ROWS}: the copy engine cannot fetch them")
+            why.append(f"{UNALIGNED_ROWS}: the copy engine cannot fetch them")
         if 0 in (p.batch, p.heads_q, p.heads_k, *_rows(p)) or 0 in (p.seqlen_q, p.seqlen_k):
             why.append(EMPTY)
         if why:
@@ -313,10 +313,10 @@ class AttentionFwdSm90(AttentionFwd):
         values = (rows_k, v_s), (p.heads_k, v_h), (batch, v_b)
         results = (p.heads_q, out_h), (rows_q, out_s), (batch, out_b)
         return (
-            _map(p.dtype, p.head_dim, queries, (64, packed, 64 // packed, 1, 1)),
-            _map(p.dtype, p.head_dim, keys, (64, config.block_n, 1, 1)),
-            _map(p.dtype, p.head_dim_v, values, (64, config.block_n, 1, 1)),
-            _map(p.dtype, p.head_dim_v, results, (64, packed, 16 // packed, 1)),  # what one warp stores
+            array_map(p.dtype, p.head_dim, queries, (64, packed, 64 // packed, 1, 1)),
+            array_map(p.dtype, p.head_dim, keys, (64, config.block_n, 1, 1)),
+            array_map(p.dtype, p.head_dim_v, values, (64, config.block_n, 1, 1)),
+            array_map(p.dtype, p.head_dim_v, results, (64, packed, 16 // packed, 1)),  # what one warp stores
             *self._bias_map(p, config),
         )
 
@@ -327,9 +327,9 @@ class AttentionFwdSm90(AttentionFwd):
         group, (by_batch, by_head, by_query, _) = _heads_per_key(p), p.bias_strides
         outer = (group, by_head), (p.seqlen_q, by_query), (p.heads_k, by_head * group), (p.batch, by_batch)
         if config.variant in KEY_BIASES:
-            return (_map(p.bias_dtype, p.seqlen_k, outer, (config.block_n, 1, 1, 1, 1), swizzle=0),)
+            return (array_map(p.bias_dtype, p.seqlen_k, outer, (config.block_n, 1, 1, 1, 1), swizzle=0),)
         packed = 1 << self.pack_bits(p)
-        return (_map(p.bias_dtype, p.seqlen_k, outer, (128 // p.bias_dtype.itemsize, packed, 64 // packed, 1, 1)),)
+        return (array_map(p.bias_dtype, p.seqlen_k, outer, (128 // p.bias_dtype.itemsize, packed, 64 // packed, 1, 1)),)
 
     def _mask_values(self, p: AttentionProblem, config: Config) -> Values:
         return mask_fields(p, -(-p.seqlen_k // config.block_n), config.variant in MASKS)
@@ -350,10 +350,13 @@ class AttentionFwdSm90(AttentionFwd):
         return [rows, Step(step.task, moved, arguments, step.values, step.clears)], {"bias_rows": size}
 
 
-def _map(
+def array_map(
     dtype: DType, width: int, outer: Sequence[tuple[int, int]], box: tuple[int, ...], swizzle: int = 128
 ) -> TensorMap:  # fmt: skip
-    """outer: (size, stride in elements) of each dimension but the contiguous one."""
+    """The map of an array of `width` columns, in boxes of so many elements.
+
+    outer: (size, stride in elements) of each dimension but the contiguous one.
+    """
     size = dtype.itemsize
     # One row has no next one, so its stride may be anything in the array; the driver wants a multiple of 16 bytes.
     strides = tuple([stride * size if n > 1 else 16 for n, stride in outer])

@@ -71,7 +71,7 @@ class AttentionBwdProblem(NamedTuple):
 
 
 class GradientProblem(NamedTuple):
-    """One launch of the backward. part: "dot", "sinks", "bias", or the names of q, k and v that get theirs: "q", "kv" ..."""
+    """One launch of the backward. part: "dot", "sinks", "bias", or which of q, k and v get theirs: "q", "kv", ..."""
 
     of: AttentionBwdProblem
     part: str

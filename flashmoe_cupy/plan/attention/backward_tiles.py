@@ -1,0 +1,211 @@
+"""Configurations of the kernels of attention's backward: tiles, and their shared memory. No GPU, no CuPy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, UNALIGNED
+
+PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6}  # kWanted of cuda_src/attention/bwd_sm80.cuh
+
+
+class Bwd80Config(NamedTuple):
+    """One specialisation of `AttentionBwdSm80`; the fields are its template arguments, in their order."""
+
+    element: str  # "bf16", "fp16" or "fp32"
+    head_dim: int  # compiled size of q and k: head dims up to this one run, the rest of a row counts as zero
+    head_dim_v: int  # compiled size of v and out; a wider v runs as blocks of this width
+    rows: int  # that a block owns: queries for dq, else keys
+    cols: int  # of a step: keys for dq, else queries
+    warps: int  # of a block
+    stages: int  # steps in shared memory
+    part: str  # whose gradients: a key of PARTS
+    variant: str  # what happens to the scores: a C++ struct of attention/variant.cuh
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 kv 64x64 PlainScores"."""
+        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        return f"{self.element} {dims} {self.part} {self.rows}x{self.cols} {self.variant}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM that the compiler must leave registers for: as many as fit at 256 registers a thread."""
+        return 65536 // (256 * self.threads)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdSm80::Smem`."""
+        size, by_key = ELEMENT_BYTES[self.element], self.part != "q"
+        rows = self.rows * size * (self.head_dim + (self.part != "v") * self.head_dim_v) + 8 * self.rows * (not by_key)
+        step = self.cols * size * (self.head_dim + self.head_dim_v) + 8 * self.cols * by_key
+        return 128 + rows + self.stages * step
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = (self.head_dim, self.head_dim_v, self.rows, self.cols, self.warps, self.stages, PARTS[self.part])
+        return f"AttentionBwdSm80<fm::{self.element}, {', '.join(map(str, sizes))}, fm::{self.variant}>"
+
+
+class BwdBias80Config(NamedTuple):
+    """One specialisation of `AttentionBwdBiasSm80`; the fields are its template arguments, in their order."""
+
+    element: str  # see Bwd80Config
+    head_dim: int
+    head_dim_v: int
+    rows: int  # queries of a tile of the bias
+    cols: int  # keys of it
+    warps: int  # of a block
+
+    @property
+    def like(self) -> Bwd80Config:
+        """The configuration for dq whose code it shares."""
+        return Bwd80Config(*self, 1, "q", BIAS)
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 bias 64x32"."""
+        return self.like.name.replace(" q ", " bias ").removesuffix(f" {BIAS}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def min_blocks(self) -> int:
+        """See Bwd80Config."""
+        return self.like.min_blocks
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdBiasSm80::Smem`."""
+        return self.like.smem_bytes + 4 * self.warps * self.cols
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        return f"AttentionBwdBiasSm80<fm::{self.element}, {', '.join(map(str, self[1:]))}>"
+
+
+class Bwd90Config(NamedTuple):
+    """One specialisation of `AttentionBwdSm90`; the fields are its template arguments, in their order."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # compiled sizes: see Bwd80Config
+    head_dim_v: int
+    rows: int  # that a block owns: 64 for each consumer warpgroup
+    cols: int  # of a step
+    stages: int  # steps in shared memory
+    part: str  # whose gradients: a key of PARTS
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 kv 128x64x2"."""
+        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        return f"{self.element} {dims} {self.part} {self.rows}x{self.cols}x{self.stages}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the producer's warpgroup and the consumers'."""
+        return 128 * (1 + self.rows // 64)
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM."""
+        return 1
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdSm90::Smem`."""
+        size, by_key = ELEMENT_BYTES[self.element], self.part != "q"
+        width, width_v = (-(-dim // 64) * 64 * size for dim in (self.head_dim, self.head_dim_v))
+        rows = self.rows * (width + (self.part != "v") * width_v)
+        return rows + self.stages * (self.cols * (width + width_v) + 8 * self.cols * by_key + 32) + 8
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = (self.head_dim, self.head_dim_v, self.rows, self.cols, self.stages, PARTS[self.part])
+        return f"AttentionBwdSm90<fm::{self.element}, {', '.join(map(str, sizes))}>"
+
+
+class SmallConfig(NamedTuple):
+    """One specialisation of a kernel whose template arguments are written out."""
+
+    name: str  # for people
+    struct: str  # the C++ type inside namespace fm
+    threads: int  # of a block
+    smem_bytes: int = 0  # of a block
+    min_blocks: int = 1
+    cluster: int = 1
+
+
+# ---- which tiles there are ------------------------------------------------------------------------------------------
+
+DIMS_FP32 = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 96))
+# Where dk and dv together would take more registers than there are, whatever happens to the scores, ...
+_APART = ((256, 256),)
+_APART_CHANGED = ((192, 128), (64, 256))  # ... or where softcap, ALiBi or a bias changes them.
+_WIDE = ((192, 128), (64, 256))  # where dk and dv together leave room for fewer columns
+
+
+def config_sm80(arch: str, element: str, dims: tuple[int, int], part: str, variant: str) -> Bwd80Config:
+    """Tiles without spills under NVRTC 12.9; not measured yet."""
+    if element == "fp32":
+        return Bwd80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2, 1, part, variant)
+    cols = 64 if variant in (PLAIN, UNALIGNED) else 32
+    if part == "kv" and dims in _WIDE:
+        cols = 32
+    config = Bwd80Config(element, *dims, 64, cols, 4, 1, part, variant)
+    return config if config.smem_bytes <= MAX_SMEM[arch] else config._replace(cols=32)
+
+
+def bias_config(element: str, dims: tuple[int, int]) -> BwdBias80Config:
+    """The configuration of a compiled size."""
+    if element == "fp32":
+        return BwdBias80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2)
+    return BwdBias80Config(element, *dims, 64, 32, 4)
+
+
+# Of the Hopper kernel, by compiled head dims: of dk and dv, and of dq. Measured on an H200; benchmarks/NOTEBOOK.md has
+# the candidates.
+Tile = tuple[int, int, int]  # rows, columns, stages
+TILES_BWD_SM90: dict[tuple[int, int], tuple[Tile, Tile]] = {
+    (64, 64): ((128, 96, 3), (192, 64, 3)),
+    (96, 96): ((128, 64, 2), (128, 96, 3)),
+    (128, 128): ((128, 64, 2), (128, 80, 2)),
+}
+
+
+def config_sm90(element: str, dims: tuple[int, int], part: str) -> Bwd90Config:
+    """The configuration of a compiled size."""
+    return Bwd90Config(element, *dims, *TILES_BWD_SM90[dims][part == "q"], part)
+
+
+def together(element: str, dims: tuple[int, int], variant: str) -> bool:
+    """Whether one launch makes dk and dv."""
+    apart = dims in _APART or (dims in _APART_CHANGED and variant in (SCORES, BIAS))
+    return element != "fp32" and not apart
