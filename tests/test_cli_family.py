@@ -117,16 +117,17 @@ def squeezed(text: str) -> str:
 def test_help_shows_the_family(capsys: Capture) -> None:
     code, out, _ = run(capsys, "explain", "--op", "toy", "--help")
     text = squeezed(out)
-    assert code == 0 and "{attention,moe,toy}" in text and "sizes of all: --dtype" in text
+    assert code == 0 and "{attention,attention_backward,moe,toy}" in text and "sizes of all: --dtype" in text
     _, group = text.split("sums of toys (--op toy): ")
     assert group.startswith("As above: --q = queries of toys (default 1). --rows N rows of toys (default 8) --twice")
     texts = {name: squeezed(run(capsys, name, "--help")[1]) for name in ("kernels", "warmup", "bench", "demo")}
     assert "--blocks BLOCKS list blocks" in texts["kernels"] and "--blocks BLOCKS warm blocks" in texts["warmup"]
     assert "moe: mixture of experts; toy: sums of toys" in texts["warmup"]
     assert "--rows N toy: rows (default 3)" in texts["bench"] and "with --op toy, toys over numbers" in texts["bench"]
-    assert "--heads N attention: query and key heads (default 16); toy: heads of toys" in texts["bench"]
+    both = "--heads N attention, attention_backward: query and key heads (default 16); toy: heads of toys"
+    assert both in texts["bench"]
     assert "most queries, or tokens, or toys; default: 16384 or 4096 or 99 on a GPU" in texts["bench"]
-    assert "a few attentions, mixtures of experts and toys here" in texts["demo"].lower()
+    assert "a few attentions, gradients of attention, mixtures of experts and toys here" in texts["demo"].lower()
 
 
 @pytest.mark.usefixtures("toy")

@@ -11,7 +11,7 @@ from test_cli import NO_GPU, run, run_json
 
 import flashmoe_cupy
 from flashmoe_cupy import service
-from flashmoe_cupy.cli import measure_attention, measure_moe
+from flashmoe_cupy.cli import measure_attention, measure_attention_backward, measure_moe
 from flashmoe_cupy.testing_moe import MoECase
 
 Capture = pytest.CaptureFixture[str]
@@ -33,14 +33,17 @@ def test_demo_on_numpy(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_demo_shows_both_operations(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_shows_all_operations(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     case = measure_attention.Case("tiny", (1, 100, 130, 4, 2, 32, 16), "float32", {"causal": True})
     monkeypatch.setattr(measure_attention, "cases", lambda gpu: [case])
+    monkeypatch.setattr(measure_attention_backward, "cases", lambda gpu: [case])
     code, out, _ = run(capsys, "demo", "--backend", "numpy")
     assert code == 0 and "all exact within tolerance" in out
-    for word in ("attention  tiny", "moe        small", SMALL.text(), case.text(), "softmax", "router"):
+    rows = "attention           tiny", "attention_backward  tiny", "moe                 small"
+    for word in (*rows, SMALL.text(), case.text(), "softmax", "router"):
         assert word in out
-    assert [row["op"] for row in run_json(capsys, "demo", "--backend", "numpy")["results"]] == ["attention", "moe"]
+    results = run_json(capsys, "demo", "--backend", "numpy")["results"]
+    assert [row["op"] for row in results] == ["attention", "attention_backward", "moe"]
     code, out, _ = run(capsys, "demo", "--backend", "numpy", "--op", "attention")
     assert code == 0 and "small" not in out and "router" not in out
 

@@ -154,8 +154,9 @@ def _option(size: Size) -> Size:
 def _bench_sizes(parser: argparse.ArgumentParser) -> None:
     """--longest, then the sizes of each operation; the defaults are in its `Bench`. flags: how each size is typed."""
     benches = {op: each.bench for op, each in MEASURED.items()}
-    counted = ", or ".join(each.counted for each in benches.values())
-    on_gpu, on_cpu = (" or ".join(str(each.longest[i]) for each in benches.values()) for i in (0, 1))
+    told = dict.fromkeys((each.counted, each.longest) for each in benches.values())  # some say the same
+    counted = ", or ".join(what for what, _ in told)
+    on_gpu, on_cpu = (" or ".join(str(longest[i]) for _, longest in told) for i in (0, 1))
     text = f"most {counted}; default: {on_gpu} on a GPU, {on_cpu} without"
     _add_size(parser, Size("longest", "--longest", "positive", text), text)
     ops: dict[Size, dict[str, list[str]]] = {}  # by option, then by what it says

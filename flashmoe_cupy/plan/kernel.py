@@ -69,7 +69,7 @@ class Kernel(ABC, Generic[P, C]):
     """What all kernels share. A subclass says which problems it runs, and in which configuration."""
 
     op: str
-    """What `warmup` and the command line call the family: "attention", "moe" or a family declared elsewhere."""
+    """What `warmup` and the command line call the family: "attention", "moe" and so on, or one declared elsewhere."""
     task: str
     """What it computes. Of the kernels of one task, the first of the registry that takes a problem runs it."""
     name: str

@@ -23,6 +23,13 @@ _Kernels = tuple[Kernel[Any, Any], ...]
 
 # Of the kernels of one task, the first that takes a problem runs it: special ones come before general ones.
 def _attention() -> _Kernels:
+    from flashmoe_cupy.plan.attention.bias import AttentionBiasRows, AttentionMask
+    from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
+
+    return AttentionFwdSm90(), AttentionFwdSm80(), AttentionMask(), AttentionBiasRows()
+
+
+def _attention_backward() -> _Kernels:
     from flashmoe_cupy.plan.attention.backward import (
         AttentionBwdBiasSm80,
         AttentionBwdDot,
@@ -30,12 +37,9 @@ def _attention() -> _Kernels:
         AttentionBwdSm80,
         AttentionBwdSm90,
     )
-    from flashmoe_cupy.plan.attention.bias import AttentionBiasRows, AttentionMask
-    from flashmoe_cupy.plan.attention.forward import AttentionFwdSm80, AttentionFwdSm90
 
-    forward = AttentionFwdSm90(), AttentionFwdSm80(), AttentionMask(), AttentionBiasRows()
-    backward = AttentionBwdSm90(), AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks()
-    return *forward, *backward
+    general = AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks()
+    return AttentionBwdSm90(), *general
 
 
 def _moe() -> _Kernels:
@@ -46,7 +50,7 @@ def _moe() -> _Kernels:
 
 
 # Families are loaded one after the other until one has the task, so that a first call loads no more than it needs.
-_unloaded: list[Callable[[], _Kernels]] = [_attention, _moe]
+_unloaded: list[Callable[[], _Kernels]] = [_attention, _moe, _attention_backward]
 _known: dict[str, Kernel[Any, Any]] = {}  # by name
 _alone: dict[str, Kernel[Any, Any]] = {}  # by task: the only one, within `only`
 _lock = threading.RLock()

@@ -6,6 +6,7 @@ Nothing here is on the hot path, and all of it but the loading half of `warmup` 
 from __future__ import annotations
 
 from flashmoe_cupy.service.attention import explain_attention, visible_pairs
+from flashmoe_cupy.service.attention_backward import explain_attention_backward
 from flashmoe_cupy.service.choices import Choice, Explanation
 from flashmoe_cupy.service.families import FAMILIES, OPS
 from flashmoe_cupy.service.family import Family, Filter, Size
@@ -34,6 +35,7 @@ __all__ = [
     "driver",
     "explain",
     "explain_attention",
+    "explain_attention_backward",
     "explain_moe",
     "kernels",
     "named_arch",

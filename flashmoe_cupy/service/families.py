@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashmoe_cupy.service.attention import ATTENTION
+from flashmoe_cupy.service.attention_backward import ATTENTION_BACKWARD
 from flashmoe_cupy.service.family import Family, Filter
 from flashmoe_cupy.service.moe import MOE
 from flashmoe_cupy.service.names import require_known
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ATTENTION, MOE)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ATTENTION, ATTENTION_BACKWARD, MOE)}
 OPS = tuple(FAMILIES)
 DEFAULT_OP = ATTENTION.name  # where none is named
 

@@ -17,7 +17,7 @@ def explain(op: str = DEFAULT_OP, *, arch: str | Sequence[str] | None = None, **
     arch: one or several of plan.archs.ARCHS; None = FLASHMOE_ARCH, else those of the devices here, else all.
     sizes: of the problem, by name; those not given have the defaults that `explain_attention` and `explain_moe` say.
     "attention": batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, head_dim_v, dtype, causal, window_size,
-        softmax_scale, softcap, alibi, bias, sinks, varlen.
+        softmax_scale, softcap, alibi, bias, sinks, varlen. "attention_backward" has the same.
     "moe": tokens, hidden, intermediate, experts, top_k, dtype, activation, interleaved, swiglu_alpha, swiglu_limit,
         shared, batch_invariant.
     Raises UnsupportedProblem, with the same reasons as the call itself, ValueError for an unknown op or arch, and
@@ -67,10 +67,10 @@ def registry(op: str) -> dict[str, Any]:
 def specialisations(arch: str, *, op: str = DEFAULT_OP, **filters: Any) -> Iterator[tuple[Any, Any]]:
     """(kernel, config) of every specialisation that a call on `arch` can ask for, or of those that match.
 
-    op: "attention", or "moe" for all operations of mixture of experts.
+    op: "attention", "attention_backward", or "moe" for all operations of mixture of experts.
     filters: only what calls with these can ask for, whatever their masks and features; None = not given. "attention"
-    has dtype, head_dim and head_dim_v (not given: as head_dim), "moe" has dtype. The sets are finite: no length,
-    stride, batch or head count is part of a specialisation.
+    and "attention_backward" have dtype, head_dim and head_dim_v (not given: as head_dim), "moe" has dtype. The sets are
+    finite: no length, stride, batch or head count is part of a specialisation.
     Raises UnsupportedProblem for head dimensions that nothing runs, ValueError for an unknown op, for a filter that the
     op lacks, for head_dim_v without head_dim and for a dtype that nothing computes with, TypeError for a filter that
     no op has.

@@ -43,11 +43,12 @@ def warmup(
 ) -> list[Warmed]:
     """Compile, and load on the devices here, every specialisation that a call of the op can ask for.
 
-    op: "attention", or "moe" for moe_route, moe_permute, grouped_gemm and fused_moe. Nothing of it compiles after that.
+    op: "attention", "attention_backward" for its gradients, or "moe" for moe_route, moe_permute, grouped_gemm and
+        fused_moe. Nothing of it compiles after that.
     arch: None = those of the devices here, compiled and loaded; given = compiled only, where no device has that arch.
     workers: None = one per core. progress is called once for each, from the calling thread.
-    filters: only what calls with these need; None = not given. "attention" has dtype, head_dim and head_dim_v (not
-    given: as head_dim), "moe" has dtype. CUDA graphs can be captured after it.
+    filters: only what calls with these need; None = not given. "attention" and "attention_backward" have dtype,
+        head_dim and head_dim_v (not given: as head_dim), "moe" has dtype. CUDA graphs can be captured after it.
     Raises CompileError, DependencyError, UnsupportedProblem when nothing matches or there is no device and no arch, and
     ValueError or TypeError for an op, arch or filter that there is not.
     """

@@ -36,7 +36,7 @@ _ALIGNED = f"{UNALIGNED_ROWS}, so elements are copied one by one; contiguous arr
 class AttentionBwdDot(Kernel[GradientProblem, SmallConfig]):
     """cuda_src/attention/bwd_dot.cuh."""
 
-    op, task, name = "attention", "attention_bwd_dot", "attention_bwd_dot"
+    op, task, name = "attention_backward", "attention_bwd_dot", "attention_bwd_dot"
     header = "attention/bwd_dot.cuh"
     summary = "row sums of dout * out, for the backward of attention"
     params = Params(header, "AttentionBwdDotParams")
@@ -86,7 +86,7 @@ def _dot(element: str) -> SmallConfig:
 class AttentionBwdSinks(Kernel[GradientProblem, SmallConfig]):
     """cuda_src/attention/bwd_sinks.cuh."""
 
-    op, task, name = "attention", "attention_bwd_sinks", "attention_bwd_sinks"
+    op, task, name = "attention_backward", "attention_bwd_sinks", "attention_bwd_sinks"
     header = "attention/bwd_sinks.cuh"
     summary = "the gradient of attention's sinks"
     params = Params(header, "AttentionBwdSinksParams")
@@ -128,7 +128,7 @@ class AttentionBwdSinks(Kernel[GradientProblem, SmallConfig]):
 class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
     """cuda_src/attention/bwd_sm80.cuh, which runs everything that a problem can describe."""
 
-    op, task, name = "attention", "attention_bwd", "attention_bwd_sm80"
+    op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm80"
     header = "attention/bwd_sm80.cuh"
     summary = "attention backward on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
     params = Params(header, "AttentionBwdParams")
@@ -175,7 +175,7 @@ class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
 class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
     """cuda_src/attention/bwd_bias_sm80.cuh."""
 
-    op, task, name = "attention", "attention_bwd_bias", "attention_bwd_bias_sm80"
+    op, task, name = "attention_backward", "attention_bwd_bias", "attention_bwd_bias_sm80"
     header = "attention/bwd_bias_sm80.cuh"
     summary = "the gradient of attention's bias: every GPU from sm_80 on"
     params = Params(header, "AttentionBwdBiasParams")
@@ -224,7 +224,7 @@ class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
 class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
     """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores of even lengths in 16-bit rows."""
 
-    op, task, name = "attention", "attention_bwd", "attention_bwd_sm90"
+    op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm90"
     header = "attention/bwd_sm90.cuh"
     summary = "attention backward on TMA and wgmma: bf16 and fp16 on Hopper (sm_90a)"
     params = Params(header, "AttentionBwdSm90Params")
