@@ -156,14 +156,16 @@ def test_a_first_reading_takes_three_minutes() -> None:
 
 
 def readme_examples() -> dict[str, str]:
-    """The README's Python blocks by the library that they show, or as "moe", "packed" and "padded"."""
+    """The README's Python blocks by the library that they show, or as "moe", "packed", "padded" and so on."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     found = {}
     for block in blocks:
         lines = re.findall(r"^import (\w+)", block, re.MULTILINE)
         shown = (name for name in ("cupy", "torch", "jax", "numpy") if name in lines)
-        kinds = (("moe", "fused_moe"), ("packed", "varlen"), ("padded", "leftpad"))
+        kinds = (
+            ("moe", "fused_moe"), ("packed", "varlen"), ("padded", "leftpad"), ("gradients", "_backward"),
+        )  # fmt: skip
         key = next((kind for kind, word in kinds if word in block), None) or next(shown)
         assert key not in found
         found[key] = block
@@ -176,6 +178,7 @@ def readme_examples() -> dict[str, str]:
         "numpy",
         "moe",
         "padded",
+        "gradients",
         pytest.param("jax", marks=pytest.mark.jax),
         pytest.param("torch", marks=pytest.mark.torch),
         pytest.param("packed", marks=pytest.mark.torch),
@@ -187,11 +190,13 @@ def test_readme_example_runs(library: str) -> None:
     if library == "moe":
         python(readme_examples()[library] + "assert out.shape == x.shape and ids.shape == (100, 2)\n")
         return
-    room = {"packed": "torch", "padded": "numpy"}.get(library, library)
+    room = {"packed": "torch", "padded": "numpy", "gradients": "numpy"}.get(library, library)
     check = (
         f"assert type(out).__module__.split('.')[0].removesuffix('lib') == {room!r}, type(out)\n"
         "assert out.shape[-1] == v.shape[-1]\n"
     )
+    if library == "gradients":
+        check += "assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape and dv.any()\n"
     if library == "numpy":
         check += "assert np.abs(out - truth).max() < 1e-5 and stats.expert_counts.sum() == 200 and y.shape == x.shape\n"
     python(readme_examples()[library] + check)
