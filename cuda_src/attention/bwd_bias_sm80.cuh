@@ -2,12 +2,12 @@
 // summed over the axes along which the bias is spread.
 //
 // Arrays as in bwd_sm80.cuh, of batch entries, not packed. The bias has 1 or all entries, heads, queries and
-// keys; dbias has its shape and type, and is overwritten whole. Sums run in fp32 in one order, and are rounded
-// once: the same bits in every run, and no workspace.
+// keys; dbias has its shape and type, and is overwritten whole. Sums run in fp32 in one order, and are
+// rounded once: the same bits in every run, and no workspace.
 //
 // One block takes a tile of kRows queries by kCols keys of the bias and computes dS for all entries and heads
-// that share it; where the bias is spread along queries or keys, for all tiles of them. Rows and columns count
-// from the beginning of the arrays, because that is how a bias lies; of a padded entry only some count.
+// that share it; where the bias is spread along queries or keys, for all tiles of them. Rows and columns
+// count from the beginning of the arrays, because that is how a bias lies; of a padded entry only some count.
 #pragma once
 #include "attention/bwd_sm80.cuh"
 #include "math/reduce.cuh"
@@ -15,12 +15,12 @@
 namespace fm {
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kWarps_>
-struct AttentionBwdBiasSm80
-    : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kWarps_, 1, kGradQ, ModifiedScores<true>> {
+struct AttentionBwdBiasSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kWarps_, 1,
+                                               kGradQ, ModifiedScores<true>> {
   using Base = AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kWarps_, 1, kGradQ,
                                 ModifiedScores<true>>;
-  using typename Base::Bias, typename Base::Element, typename Base::Scores, typename Base::Work;
   using Base::kCols, Base::kHeadDimV, Base::kM, Base::kRows, Base::kWarps;
+  using typename Base::Bias, typename Base::Element, typename Base::Scores, typename Base::Work;
   struct Smem : Base::Smem {
     static constexpr int kSums = Base::Smem::kBytes;  // of each warp and column
     static constexpr int kBytes = kSums + 4 * kWarps * kCols;
@@ -79,12 +79,12 @@ struct AttentionBwdBiasSm80
       __syncthreads();
       const u32 s_x = s_base + Smem::kColumns, s_y = s_x + Smem::kColY;
       Scores r_p, r_slope, r_ds;
-      gemm_ss_nt<Element, typename Base::TileRowX, typename Base::TileColX>(r_p, s_base + Smem::kRowX, warp_row,
-                                                                            s_x);
+      gemm_ss_nt<Element, typename Base::TileRowX, typename Base::TileColX>(r_p, s_base + Smem::kRowX,
+                                                                            warp_row, s_x);
       Base::change_scores(f, w, w.head, r_p, r_slope, bias, w.row0 + warp_row, col);
       Base::weigh(p, r_p, [&](int i, int) { return s_rows.lse[warp_row + i]; });
-      gemm_ss_nt<Element, typename Base::TileRowY, typename Base::TileColY>(r_ds, s_base + Smem::kRowY, warp_row,
-                                                                            s_y);
+      gemm_ss_nt<Element, typename Base::TileRowY, typename Base::TileColY>(r_ds, s_base + Smem::kRowY,
+                                                                            warp_row, s_y);
       Base::each(r_ds, [&](float& ds, int m, int n, int e, int i, int j) {
         const int row = w.row0 + warp_row + i, key = col + j;
         const bool counts = row >= queries.begin && row < queries.end && key >= keys.begin && key < keys.end;
@@ -111,7 +111,8 @@ struct AttentionBwdBiasSm80
 #pragma unroll
           for (int m = 0; m < kM; ++m) sum += r_sum[m][n][e] + r_sum[m][n][e + 2];
 #pragma unroll
-          for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+          for (int distance = 4; distance < 32; distance *= 2)
+            sum += __shfl_xor_sync(0xffffffffu, sum, distance);
           if (lane < 4) s_sums[warp * kCols + n * 8 + 2 * lane + e] = sum;
         }
       __syncthreads();
@@ -127,7 +128,8 @@ struct AttentionBwdBiasSm80
       for (int i = 0; i < 2 * kM; ++i) {
         float sum = 0.f;
 #pragma unroll
-        for (int n = 0; n < kCols / 8; ++n) sum += r_sum[i / 2][n][(i & 1) * 2] + r_sum[i / 2][n][(i & 1) * 2 + 1];
+        for (int n = 0; n < kCols / 8; ++n)
+          sum += r_sum[i / 2][n][(i & 1) * 2] + r_sum[i / 2][n][(i & 1) * 2 + 1];
         sum = quad_sum(sum);
         const int row = row0 + i / 2 * 16 + (i & 1) * 8 + (lane >> 2);
         if ((lane & 3) == 0 && row < p.bias_queries) put(p, first + row * p.dbias_stride_q, sum);

@@ -3,9 +3,9 @@
 //   row_delta = sum over columns of dout * out, less dlse      row_lse = lse, +inf where that is -inf
 //
 // out, dout (batch, seqlen, heads, head_dim_v), any strides with a contiguous last dimension; lse, dlse
-// (batch, heads, seqlen), any strides. Overwrites row_lse and row_delta, (batch, heads, seqlen). Packed arrays
-// are one entry. exp(s - inf) is 0, so that a query without keys adds nothing. Of rows that do not count it
-// writes what they hold; nobody reads it. The same bits in every run: sums have one order.
+// (batch, heads, seqlen), any strides. Overwrites row_lse and row_delta, (batch, heads, seqlen). Packed
+// arrays are one entry. exp(s - inf) is 0, so that a query without keys adds nothing. Of rows that do not
+// count it writes what they hold; nobody reads it. The same bits in every run: sums have one order.
 //
 // kLanes lanes take a row of a head, 16 bytes at a time.
 #pragma once
@@ -27,8 +27,8 @@ struct AttentionBwdDot {
     const bool there = index < p.rows * p.heads;  // all lanes go on, to the sum
     const int head = there ? static_cast<int>(index % p.heads) : 0;
     const i64 row = there ? index / p.heads : 0, b = row / p.seqlen, s = row % p.seqlen;
-    const Element* g_out = static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s +
-                           head * p.out_stride_h;
+    const Element* g_out =
+        static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s + head * p.out_stride_h;
     const Element* g_dout = static_cast<const Element*>(p.dout) + b * p.dout_stride_b + s * p.dout_stride_s +
                             head * p.dout_stride_h;
     float sum = 0.f;
@@ -51,8 +51,10 @@ struct AttentionBwdDot {
     u32 word[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Element) == 4) word[i] = reinterpret_cast<const u32*>(g_x)[i];
-      else word[i] = g_x[2 * i].bits | static_cast<u32>(g_x[2 * i + 1].bits) << 16;
+      if constexpr (sizeof(Element) == 4)
+        word[i] = reinterpret_cast<const u32*>(g_x)[i];
+      else
+        word[i] = g_x[2 * i].bits | static_cast<u32>(g_x[2 * i + 1].bits) << 16;
     }
     return make_uint4(word[0], word[1], word[2], word[3]);
   }
@@ -60,8 +62,10 @@ struct AttentionBwdDot {
     return dot_word(x.x, y.x) + dot_word(x.y, y.y) + (dot_word(x.z, y.z) + dot_word(x.w, y.w));
   }
   FM_DEVICE static float dot_word(u32 x, u32 y) {
-    if constexpr (sizeof(Element) == 4) return __uint_as_float(x) * __uint_as_float(y);
-    else return fmaf(low_of<Element>(x), low_of<Element>(y), high_of<Element>(x) * high_of<Element>(y));
+    if constexpr (sizeof(Element) == 4)
+      return __uint_as_float(x) * __uint_as_float(y);
+    else
+      return fmaf(low_of<Element>(x), low_of<Element>(y), high_of<Element>(x) * high_of<Element>(y));
   }
 };
 

@@ -58,7 +58,8 @@ struct AttentionBwdParams {
   float softmax_scale, softcap;              // softcap: 0 is none
 };
 
-// For the Hopper kernel: the same, then the tensor maps, (head_dim, seqlen, heads, batch) in boxes of 64 columns.
+// For the Hopper kernel: the same, then the tensor maps, (head_dim, seqlen, heads, batch) in boxes of 64
+// columns.
 struct AttentionBwdSm90Params : AttentionBwdParams {
   TensorMap q_map, k_map, v_map, dout_map;
 };

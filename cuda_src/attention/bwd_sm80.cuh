@@ -3,17 +3,17 @@
 //   S = scores(q k^T)   P = exp(S - lse)   dP = dout v^T   dS = P (dP - delta)
 //   dv = P^T dout       dk = scale dS^T q  dq = scale dS k      (FlashAttention-2, algorithm 2)
 //
-// Arrays, strides, masks and head dims as in fwd_sm80.cuh; dout lies like out. row_lse and row_delta are those
-// of bwd_dot.cuh. Overwrites the rows of dq, dk and dv that count, touches no others. A query that sees no key
-// and a key that no query sees get 0. Nothing is added up in memory, so there is no workspace and the bits are
-// the same in every run: a block owns its rows from the first step to the last.
+// Arrays, strides, masks and head dims as in fwd_sm80.cuh; dout lies like out. row_lse and row_delta are
+// those of bwd_dot.cuh. Overwrites the rows of dq, dk and dv that count, touches no others. A query that sees
+// no key and a key that no query sees get 0. Nothing is added up in memory, so there is no workspace and the
+// bits are the same in every run: a block owns its rows from the first step to the last.
 //
 // One block takes kRows queries, for dq, and walks over the keys that they see; or kRows keys and walks over
 // the queries that see them, head after head of those that share the keys. Both are the same loop: what a
 // block owns are `rows`, what it walks over are `cols`, and of a transposed band a key's row sees the queries
 // that see the key. Each step multiplies rows by columns twice (S and dP) and their products by the columns
-// again. Values wider than kHeadDimV go in tiles of columns: dS is linear in dP - delta, so that each tile has
-// its own walk and dq and dk add all of them up.
+// again. Values wider than kHeadDimV go in tiles of columns: dS is linear in dP - delta, so that each tile
+// has its own walk and dq and dk add all of them up.
 #pragma once
 #include "attention/bias_sm80.cuh"
 #include "attention/bwd_params.cuh"
@@ -34,8 +34,8 @@ struct AttentionBwdSm80 {
   using Keys = RowKeys;  // where queries and keys lie (attention/keys.cuh)
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kRows = kRows_, kCols = kCols_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps, kStages = kStages_, kWanted = kWanted_;
-  static constexpr bool kByKey = kWanted != kGradQ;      // rows are keys
-  static constexpr bool kScores = kWanted != kGradV;     // dS is wanted, for dq or dk
+  static constexpr bool kByKey = kWanted != kGradQ;   // rows are keys
+  static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk
   static constexpr bool kValues = kWanted & kGradV;
   static constexpr bool kAligned = Variant::kAligned;
   static constexpr int kM = kRows / (16 * kWarps);  // accumulator tiles of 16 rows that a warp owns
@@ -92,8 +92,8 @@ struct AttentionBwdSm80 {
   }
 
   // Where row 0 of the sequence lies in q or dout (of a head), in k or v.
-  FM_DEVICE static const Element* g_query(const void* array, const Work& w, int head, i64 stride_b, i64 stride_s,
-                                          i64 stride_h) {
+  FM_DEVICE static const Element* g_query(const void* array, const Work& w, int head, i64 stride_b,
+                                          i64 stride_s, i64 stride_h) {
     return static_cast<const Element*>(array) + w.batch * stride_b + w.q_row * stride_s + head * stride_h;
   }
   FM_DEVICE static const Element* g_key(const void* array, const Work& w, i64 stride_b, i64 stride_s,
@@ -113,8 +113,8 @@ struct AttentionBwdSm80 {
     return g_key(p.v, w, p.v_stride_b, p.v_stride_s, p.v_stride_h) + v_block * kHeadDimV;
   }
   template <class Tile>
-  FM_DEVICE static void load(const AttentionBwdParams& p, u32 s_tile, const Element* g_first, i64 stride_s, int row,
-                             int rows, int columns) {
+  FM_DEVICE static void load(const AttentionBwdParams& p, u32 s_tile, const Element* g_first, i64 stride_s,
+                             int row, int rows, int columns) {
     load_tile<Tile, kThreads, kAligned>(s_tile, g_first + row * stride_s, stride_s, rows - row,
                                         columns / Tile::kPerChunk, p.aligned != 0);
   }
@@ -122,8 +122,8 @@ struct AttentionBwdSm80 {
   FM_DEVICE static void load_rows(const AttentionBwdParams& p, const Work& w, u8* smem, int v_block) {
     const u32 s_base = smem_address(smem);
     if constexpr (!kByKey)
-      load_statistics(p, w, *reinterpret_cast<Statistics<kRows>*>(smem + Smem::kRowStatistics), w.head, w.row0,
-                      w.band.rows, v_block);
+      load_statistics(p, w, *reinterpret_cast<Statistics<kRows>*>(smem + Smem::kRowStatistics), w.head,
+                      w.row0, w.band.rows, v_block);
     const int columns_v = p.head_dim_v - v_block * kHeadDimV;
     if (v_block == 0)
       load<TileRowX>(p, s_base + Smem::kRowX, kByKey ? g_k(p, w) : g_q(p, w, w.head),
@@ -134,13 +134,14 @@ struct AttentionBwdSm80 {
   }
 
   // Step `step` of a walk over all heads, to its stage.
-  FM_DEVICE static void load_step(const AttentionBwdParams& p, const Work& w, u8* smem, int step, int v_block) {
+  FM_DEVICE static void load_step(const AttentionBwdParams& p, const Work& w, u8* smem, int step,
+                                  int v_block) {
     const int head = w.head + step / w.steps, col = (w.first + step % w.steps) * kCols;
     const int columns_v = p.head_dim_v - v_block * kHeadDimV;
     u8* stage = smem + Smem::kColumns + step % kStages * Smem::kStage;
     const u32 s_stage = smem_address(stage);
-    load<TileColX>(p, s_stage, kByKey ? g_q(p, w, head) : g_k(p, w), kByKey ? p.q_stride_s : p.k_stride_s, col,
-                   w.band.cols, p.head_dim);
+    load<TileColX>(p, s_stage, kByKey ? g_q(p, w, head) : g_k(p, w), kByKey ? p.q_stride_s : p.k_stride_s,
+                   col, w.band.cols, p.head_dim);
     load<TileColY>(p, s_stage + Smem::kColY, kByKey ? g_dout(p, w, head, v_block) : g_v(p, w, v_block),
                    kByKey ? p.dout_stride_s : p.v_stride_s, col, w.band.cols, columns_v);
     cp_async_commit_group();
@@ -247,8 +248,7 @@ struct AttentionBwdSm80 {
 #pragma unroll
       for (int n = 0; n < kCols / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          f(r_s[m][n][e], m, n, e, m * 16 + e / 2 * 8 + g, n * 8 + 2 * t + e % 2);
+        for (int e = 0; e < 4; ++e) f(r_s[m][n][e], m, n, e, m * 16 + e / 2 * 8 + g, n * 8 + 2 * t + e % 2);
   }
 
   // From products to scores. Of scores that change (kScore) they are in natural units afterwards, and r_slope
@@ -283,16 +283,18 @@ struct AttentionBwdSm80 {
   FM_DEVICE static void weigh(const AttentionBwdParams& p, Scores& r_s, F&& lse) {
     const float scale = p.softmax_scale * kLog2e;
     each(r_s, [&](float& s, int, int, int, int i, int j) {
-      if constexpr (Variant::kScore) s = exp2_approx((s - lse(i, j)) * kLog2e);
-      else s = exp2_approx(fmaf(s, scale, -lse(i, j) * kLog2e));
+      if constexpr (Variant::kScore)
+        s = exp2_approx((s - lse(i, j)) * kLog2e);
+      else
+        s = exp2_approx(fmaf(s, scale, -lse(i, j) * kLog2e));
     });
   }
 
   // The gradient of the rows that exist, in pairs of columns.
   template <int kN>
-  FM_DEVICE static void store(const AttentionBwdParams& p, const Work& w, Element* array, int head, i64 stride_b,
-                              i64 stride_s, i64 stride_h, int columns, int warp_row, const float (&r_d)[kM][kN][4],
-                              float scale) {
+  FM_DEVICE static void store(const AttentionBwdParams& p, const Work& w, Element* array, int head,
+                              i64 stride_b, i64 stride_s, i64 stride_h, int columns, int warp_row,
+                              const float (&r_d)[kM][kN][4], float scale) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
     const i64 first = kByKey ? w.k_row : w.q_row;
 #pragma unroll
@@ -311,7 +313,8 @@ struct AttentionBwdSm80 {
           *reinterpret_cast<u32*>(g_row + col) = pack2<Element>(x, y);
         } else {
           const u32 both = pack2<Element>(x, y);
-          g_row[col] = Element{static_cast<u16>(both)}, g_row[col + 1] = Element{static_cast<u16>(both >> 16)};
+          g_row[col] = Element{static_cast<u16>(both)},
+          g_row[col + 1] = Element{static_cast<u16>(both >> 16)};
         }
       }
     }

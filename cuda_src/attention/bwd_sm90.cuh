@@ -1,18 +1,18 @@
-// Attention backward for Hopper (sm_90a): the same gradients as bwd_sm80.cuh, for bf16 and fp16 rows that start
-// at multiples of 16 bytes, scores that are only scaled and masked, and sequences of one length.
+// Attention backward for Hopper (sm_90a): the same gradients as bwd_sm80.cuh, for bf16 and fp16 rows that
+// start at multiples of 16 bytes, scores that are only scaled and masked, and sequences of one length.
 //
 //   S = scale q k^T   P = exp(S - lse)   dP = dout v^T   dS = P (dP - delta)
 //   dv = P^T dout     dk = scale dS^T q  dq = scale dS k      (FlashAttention-2, algorithm 2)
 //
-// Overwrites the rows of dq, dk and dv, touches nothing else. Nothing is added up in memory: no workspace, and
-// the same bits in every run.
+// Overwrites the rows of dq, dk and dv, touches nothing else. Nothing is added up in memory: no workspace,
+// and the same bits in every run.
 //
 // As in bwd_sm80.cuh a block owns rows, keys for dk and dv or queries for dq, and walks over the columns that
 // belong to them, head after head. One thread (the producer) lets the copy engine fetch the rows once and the
-// columns through two rings: x, that is q or k, and y, that is dout or v. Another warp brings lse and delta of
-// the queries of a step. Each warpgroup but the first (a consumer) owns 64 rows and never meets another: its
-// exponentials run under its own next products and under those of the others. Rows times columns come from
-// shared memory; P and dS go from registers into the products that follow.
+// columns through two rings: x, that is q or k, and y, that is dout or v. Another warp brings lse and delta
+// of the queries of a step. Each warpgroup but the first (a consumer) owns 64 rows and never meets another:
+// its exponentials run under its own next products and under those of the others. Rows times columns come
+// from shared memory; P and dS go from registers into the products that follow.
 #pragma once
 #include "attention/bwd_params.cuh"
 #include "attention/keys.cuh"
@@ -56,17 +56,18 @@ struct AttentionBwdSm90 {
     static constexpr int kColY = kColX + kStages * TileColX::kBytes;
     static constexpr int kStatistics = kColY + kStages * TileColY::kBytes;
     static constexpr int kBarrierRows = kStatistics + (kByKey ? kStages * Statistics<kCols>::kBytes : 0);
-    static constexpr int kBarriersX = kBarrierRows + 8, kBarriersY = kBarriersX + RingBarriers<kStages>::kBytes;
+    static constexpr int kBarriersX = kBarrierRows + 8,
+                         kBarriersY = kBarriersX + RingBarriers<kStages>::kBytes;
     static constexpr int kBytes = kBarriersY + RingBarriers<kStages>::kBytes;
     static_assert(kBytes <= kMaxSmemBytes);
   };
 
   // What a block works on; every thread finds it for itself.
   struct Work {
-    BandMask band;              // rows see columns
-    int batch, head, head_k;    // head: the first of those that are walked over
-    int row0;                   // the block's first row
-    int first, steps, walks;    // tiles of columns: the first one, how many; and heads
+    BandMask band;            // rows see columns
+    int batch, head, head_k;  // head: the first of those that are walked over
+    int row0;                 // the block's first row
+    int first, steps, walks;  // tiles of columns: the first one, how many; and heads
     FM_DEVICE int all_steps() const { return steps * walks; }
     FM_DEVICE int head_of(int step) const { return head + step / steps; }
     FM_DEVICE int col_of(int step) const { return (first + step % steps) * kCols; }
@@ -188,7 +189,8 @@ struct AttentionBwdSm90 {
   // ---- consumer ----
 
   FM_DEVICE static void consume(const Params& p, const Work& w, u8* smem, u32 s_base,
-                                const RingBarriers<kStages>& x, const RingBarriers<kStages>& y, int consumer) {
+                                const RingBarriers<kStages>& x, const RingBarriers<kStages>& y,
+                                int consumer) {
     const int steps = w.all_steps(), tile_row = w.row0 + consumer * 64;
     const int row = tile_row + (warp_id() & 3) * 16;  // of this warp
     float r_dx[kScores ? kHeadDim / 8 : 1][4] = {}, r_dv[kValues ? kHeadDimV / 8 : 1][4] = {};
@@ -274,9 +276,9 @@ struct AttentionBwdSm90 {
       store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
             p.head_dim_v, 1.f);
     if constexpr (kScores)
-      store(p, w, row, r_dx, static_cast<Element*>(kByKey ? p.dk : p.dq), kByKey ? p.dk_stride_b : p.dq_stride_b,
-            kByKey ? p.dk_stride_s : p.dq_stride_s, kByKey ? p.dk_stride_h : p.dq_stride_h, p.head_dim,
-            p.softmax_scale);
+      store(p, w, row, r_dx, static_cast<Element*>(kByKey ? p.dk : p.dq),
+            kByKey ? p.dk_stride_b : p.dq_stride_b, kByKey ? p.dk_stride_s : p.dq_stride_s,
+            kByKey ? p.dk_stride_h : p.dq_stride_h, p.head_dim, p.softmax_scale);
   }
 
   // f(value, i, n, e, j) for each value a thread holds: its row i, column j of the tile.
@@ -291,12 +293,13 @@ struct AttentionBwdSm90 {
 
   // A warp's 16 rows of a gradient, where they exist.
   template <int kN>
-  FM_DEVICE static void store(const Params& p, const Work& w, int row, const float (&r_d)[kN][4], Element* array,
-                              i64 stride_b, i64 stride_s, i64 stride_h, int columns, float scale) {
+  FM_DEVICE static void store(const Params& p, const Work& w, int row, const float (&r_d)[kN][4],
+                              Element* array, i64 stride_b, i64 stride_s, i64 stride_h, int columns,
+                              float scale) {
     const int head = kByKey ? w.head_k : w.head;
     Element* g_rows = array + w.batch * stride_b + row * stride_s + head * stride_h;
-    const RowsOut<Element> to = {nullptr, g_rows, stride_s, stride_h, w.band.rows - row, columns, 0, head, row,
-                                 w.batch, 0};
+    const RowsOut<Element> to = {nullptr, g_rows, stride_s, stride_h, w.band.rows - row, columns, 0,
+                                 head,    row,    w.batch,  0};
     const float both[2] = {scale, scale};
     store_accumulator_directly(to, r_d, both);
   }
