@@ -178,6 +178,7 @@ def _types(made: Sequence[Form], given: Sequence[Any]) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 # gradients
 
+_Zero = jax.custom_derivatives.SymbolicZero
 _TELLS_WHAT_IS_ASKED = hasattr(jax, "shard_map")  # JAX 0.6.0 refuses to, inside of its older shard_map
 
 
@@ -231,16 +232,19 @@ def _differentiable(
     def pull(saved: tuple[dict[str, Any], Any], arriving: Sequence[Any]) -> tuple[Any, ...]:
         arrays, code = saved
         need = tuple([name for i, name in enumerate(possible) if code.shape[1] >> i & 1])
-        zero = jax.custom_derivatives.SymbolicZero
-        given = {f"d{name}": x for name, x in zip(outputs, arriving, strict=True) if not isinstance(x, zero)}
+        given = {f"d{name}": x for name, x in zip(outputs, arriving, strict=True) if not isinstance(x, _Zero)}
+        zeros = [jax.custom_derivatives.zero_from_primal(arrays[name], symbolic_zeros=True) for name in names]
         if not need or not given:
-            return (None,) * len(names)
+            return tuple(zeros)
         for name in backward.arguments[: backward.required]:
             if name not in arrays and name not in given:  # nothing arrives at that output
                 given[name] = jnp.zeros_like(arrays[name.removeprefix("d")])
         made = backward.function(**arrays, **given, **rest, need=need)
         found = dict(zip(backward.outputs, made, strict=True))
-        return tuple([_shared(arrays[name], found[f"d{name}"]) if name in need else None for name in names])
+        return tuple([
+            _shared(arrays[name], found[f"d{name}"]) if name in need else zero
+            for name, zero in zip(names, zeros, strict=True)
+        ])  # fmt: skip
 
     differentiable.defvjp(forward, pull, symbolic_zeros=_TELLS_WHAT_IS_ASKED)
 

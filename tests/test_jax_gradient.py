@@ -1,4 +1,4 @@
-"""JAX: gradients of attention against those of a plain implementation, under transforms; what they cost, and refusals."""
+"""JAX: gradients of attention against those of a plain implementation, under transforms; costs and refusals."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ VARLEN = VarlenCase(
 def device(request: pytest.FixtureRequest) -> Iterator[Any]:
     """JAX's default device for the test: the CPU, and on a machine with a GPU that too."""
     found = jax.devices(request.param)[0]
+    jax.config.update("jax_disable_most_optimizations", request.param == "cpu")  # compiles in half the time
     with jax.default_device(found), jax.default_matmul_precision("highest"):
         yield found
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
-# ------------------------------------------------------------------------------------------------ a plain implementation
+# ----------------------------------------------------------------------------------------------- a plain implementation
 
 
 def plain(
@@ -106,9 +108,9 @@ def plain_varlen(case: VarlenCase, q: Any, k: Any, v: Any, alibi_slopes: Any = N
     rest = {name: x for name, x in rest.items() if name == "sinks"}
     out = jnp.zeros((*q.shape[:2], v.shape[2]), q.dtype)
     lse = jnp.full(q.shape[1::-1], -jnp.inf)
-    for n, (i, j) in enumerate(zip(case.spans("q"), case.spans("k"), strict=True)):
-        i, j = slice(*i), slice(*j)
-        slopes = None if alibi_slopes is None else jnp.broadcast_to(alibi_slopes, (n + 1, q.shape[1]))[n]
+    for n, spans in enumerate(zip(case.spans("q"), case.spans("k"), strict=True)):
+        i, j = slice(*spans[0]), slice(*spans[1])
+        slopes = None if alibi_slopes is None else alibi_slopes[n]
         own = plain(q[None, i], k[None, j], v[None, j], alibi_slopes=slopes, **rest, **options)
         out, lse = out.at[i].set(own[0][0]), lse.at[:, i].set(own[1][0])
     return out, lse
@@ -121,10 +123,10 @@ def put(arrays: dict[str, Any]) -> dict[str, Any]:
 def loss(made: Any) -> Any:
     """A number that depends on every element of out and, where it is there, of lse, on each in another way."""
     out, *lse = made if isinstance(made, tuple) else (made,)
-    total = (out.astype(np.float32) * jnp.cos(jnp.arange(out.size, dtype=np.float32)).reshape(out.shape)).sum()
+    total = jnp.vdot(out.astype(np.float32), np.cos(np.arange(out.size, dtype=np.float32)).reshape(out.shape))
     for x in lse:
-        weight = jnp.sin(jnp.arange(x.size, dtype=np.float32)).reshape(x.shape)
-        total += (jnp.where(jnp.isfinite(x), x, 0) * weight).sum()
+        weight = np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+        total += jnp.vdot(jnp.where(jnp.isfinite(x), x, 0), weight)
     return total
 
 
@@ -139,7 +141,7 @@ def near(mine: Any, theirs: Any, dtype: str = "float32") -> None:
 
 def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arrays that have a gradient, the others)"""
-    names = [n for n in ("q", "k", "v", "sinks", "bias") if n in arrays and arrays[n].dtype != bool]
+    names = [n for n, x in arrays.items() if n != "alibi_slopes" and jnp.issubdtype(x.dtype, jnp.inexact)]
     return {n: arrays[n] for n in names}, {n: x for n, x in arrays.items() if n not in names}
 
 
@@ -165,50 +167,46 @@ def pulls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return seen
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 
 
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_dense(case: AttentionCase, layout: str) -> None:
+@pytest.mark.parametrize(("n", "case"), [*enumerate(CASES)], ids=str)
+def test_dense(n: int, case: AttentionCase) -> None:
     arrays: dict[str, Any] = put(dict(case.random()))
-    if layout == "bhsd":
+    options = case.options() | {"layout": "bhsd" if n % 2 else "bshd", "return_lse": True}
+    if n % 2:
         arrays |= {name: arrays[name].swapaxes(1, 2) for name in "qkv"}
-    options = case.options() | {"layout": layout, "return_lse": True}
-    mine = partial(fm.flash_attention, **options)
-    want = gradients(partial(plain, **options), arrays)
-    near(gradients(mine, arrays), want, case.dtype)
-    # inside a larger program, where XLA decides on all buffers
-    jitted = jax.jit(lambda a: jax.tree.map(lambda x: x * 1, gradients(mine, {n: x * 1 for n, x in a.items()})))
-    near(jitted(arrays), want, case.dtype)
+    mine = partial(gradients, partial(fm.flash_attention, **options))
+    want = jax.jit(partial(gradients, partial(plain, **options)))(arrays)
+    near(mine(arrays), want, case.dtype)
+    inside = jax.jit(lambda a: jax.tree.map(lambda x: x * 1, mine(a | {"q": a["q"] * 1})))
+    near(inside(arrays), want, case.dtype)  # XLA decides on all buffers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_varlen(dtype: str) -> None:
     case = VARLEN._replace(dtype=dtype)
     arrays: dict[str, Any] = put(dict(case.random()))
-    mine = partial(fm.flash_attention_varlen, **case.options(), return_lse=True)
-    want = gradients(partial(plain_varlen, case), arrays)
-    near(gradients(mine, arrays), want, dtype)
-    near(jax.jit(partial(gradients, mine))(arrays), want, dtype)
-    assert not np.asarray(want["q"][-3:]).any()  # rows of no sequence, which hold NaN
+    mine = partial(gradients, partial(fm.flash_attention_varlen, **case.options(), return_lse=True))
+    want = jax.jit(partial(gradients, partial(plain_varlen, case)))(arrays)
+    near((mine if dtype == "float32" else jax.jit(mine))(arrays), want, dtype)
+    assert not np.asarray(want["q"])[-3:].any()  # rows of no sequence, which hold NaN
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 def test_empty(batch: int, seqlen_q: int, seqlen_k: int) -> None:
     case = SMALL._replace(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, sinks="float32")
     arrays: dict[str, Any] = put(dict(case.random()))
-    options = case.options() | {"return_lse": True}
-    near(gradients(partial(fm.flash_attention, **options), arrays), gradients(partial(plain, **options), arrays))
+    near(*[jax.jit(partial(gradients, partial(f, return_lse=True)))(arrays) for f in (plain, fm.flash_attention)])
 
 
 def test_public_function_and_value() -> None:
-    arrays = put(dict(SMALL.random()))
-    own = jax.value_and_grad(lambda q: loss(flashmoe_cupy.flash_attention(q, arrays["k"], arrays["v"])))(arrays["q"])
-    near(own, jax.value_and_grad(lambda q: loss(plain(q, arrays["k"], arrays["v"])))(arrays["q"]))
+    q, k, v = (jnp.asarray(x) for x in SMALL.random().values())
+    mine, theirs = (lambda q, f=f: loss(f(q, k, v)) for f in (flashmoe_cupy.flash_attention, plain))
+    near(jax.value_and_grad(mine)(q), jax.jit(jax.value_and_grad(theirs))(q))
 
 
-# --------------------------------------------------------------------------------------------------------- what is asked
+# -------------------------------------------------------------------------------------------------------- what is asked
 
 
 def test_only_what_is_asked_for(device: Any, pulls: list[tuple[str, ...]]) -> None:
@@ -225,12 +223,13 @@ def test_only_what_is_asked_for(device: Any, pulls: list[tuple[str, ...]]) -> No
     def theirs(*given: Any) -> Any:
         return loss(plain(**dict(zip(names, given, strict=True)), causal=True))
 
-    for asked in (["q"], ["k"], ["v"], ["k", "v"], ["sinks"], ["bias"], ["q", "sinks", "bias"], names):
+    want = jax.jit(jax.grad(theirs, tuple(range(len(names)))))(*arrays.values())
+    ways: list[Callable[..., Any]] = [lambda f: f, jax.jit, jax.checkpoint]
+    for n, asked in enumerate((["q"], ["k"], ["v"], ["k", "v"], ["sinks"], ["bias"], ["q", "sinks", "bias"], names)):
         numbers = tuple(names.index(name) for name in asked)
-        for transform in (lambda f: f, jax.jit, jax.checkpoint):
-            pulls.clear()
-            near(jax.grad(transform(mine), numbers)(*arrays.values()), jax.grad(theirs, numbers)(*arrays.values()))
-            assert [set(one) for one in pulls] == [{f"d{name}" for name in asked}]
+        pulls.clear()
+        near(jax.grad(ways[n % 3](mine), numbers)(*arrays.values()), tuple(want[i] for i in numbers))
+        assert [set(one) for one in pulls] == [{f"d{name}" for name in asked}]
     pulls.clear()
     frozen = jax.grad(lambda q: mine(jax.lax.stop_gradient(q), *list(arrays.values())[1:]) + q.sum())(arrays["q"])
     assert not pulls and np.all(np.asarray(frozen) == 1)
@@ -244,8 +243,8 @@ def test_one_traced_call_in_several_ways() -> None:
     pull_kv = jax.vjp(lambda k, v: shared(q, k, v), k, v)[1]
     pull_all = jax.vjp(shared, q, k, v)[1]
     pull_v = jax.vjp(lambda v: shared(q, k, v), v)[1]
-    want = jax.vjp(plain, q, k, v)[1](jnp.ones((2, 9, 4, 8)))
     ones = jnp.ones((2, 9, 4, 8))
+    want = jax.jit(lambda *given: jax.vjp(plain, *given)[1](ones))(q, k, v)
     near(pull_q(ones), want[:1])
     near(pull_kv(ones), want[1:])
     near(pull_v(ones), want[2:])
@@ -255,7 +254,8 @@ def test_one_traced_call_in_several_ways() -> None:
         """The same call by its queries, by its keys and by both."""
         return loss(attention(a, k, v) + attention(q, b, v) ** 2 + attention(a * b.sum(), b, v))
 
-    near(jax.grad(partial(twice, shared), (0, 1))(q, k), jax.grad(partial(twice, plain), (0, 1))(q, k))
+    want = jax.jit(jax.grad(partial(twice, plain), (0, 1)))(q, k)
+    near(jax.grad(partial(twice, shared), (0, 1))(q, k), want)
 
 
 def test_a_call_that_nobody_differentiates_makes_no_lse() -> None:
@@ -278,15 +278,12 @@ def test_out_and_lse_alone() -> None:
             return loss(attention(*given, causal=True, return_lse=True)[which])
 
         by = (0, 1, 2) if which == 0 else (0, 1)
-        near(
-            jax.grad(partial(one, fm.flash_attention), by)(*arrays.values()),
-            jax.grad(partial(one, plain), by)(*arrays.values()),
-        )
+        near(*[jax.jit(jax.grad(partial(one, f), by))(*arrays.values()) for f in (plain, fm.flash_attention)])
     text = str(jax.make_jaxpr(jax.grad(partial(one, fm.flash_attention, which=0)))(*arrays.values()))
     assert '"dlse_strides": null' in text or not TOLD
 
 
-# ---------------------------------------------------------------------------------------------------------- transforms
+# ----------------------------------------------------------------------------------------------------------- transforms
 
 
 def layers(attention: Callable[..., Any], scan: bool, wrap: Callable[..., Any], params: Any, x: Any) -> Any:
@@ -304,8 +301,10 @@ def layers(attention: Callable[..., Any], scan: bool, wrap: Callable[..., Any], 
     return x
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-@pytest.mark.parametrize("wrap", ["plain", "jit", "remat", "dots", "cond"])
+@pytest.mark.parametrize(
+    ("wrap", "scan"),
+    [("plain", True), ("jit", False), ("remat", True), ("dots", False), ("cond", True)],
+)
 def test_layers(wrap: str, scan: bool, rng: np.random.Generator) -> None:
     shapes = {"q": (3, 8, 8), "k": (3, 8, 8), "v": (3, 8, 8), "sinks": (3, 4)}
     params = {name: jnp.asarray(rng.standard_normal(shape, np.float32) * 0.5) for name, shape in shapes.items()}
@@ -330,16 +329,16 @@ def test_scan_whose_carry_becomes_differentiable() -> None:
     def value(attention: Any, k: Any) -> Any:
         return loss(jax.lax.scan(lambda x, _: (x + attention(x, k, v, causal=True), None), q, length=4)[0])
 
-    near(jax.grad(partial(value, fm.flash_attention))(k), jax.grad(partial(value, plain))(k))
+    near(*[jax.jit(jax.grad(partial(value, f)))(k) for f in (plain, fm.flash_attention)])
 
 
 @pytest.mark.parametrize(
     ("extra", "axes", "calls"),
     [
         ({}, {}, 1),
-        ({}, {"k": None, "v": None, "q": 2}, 1),
+        ({"layout": "bhsd"}, {"k": None, "v": None, "q": 2}, 1),
         ({"bias": (3, 2, 4, 9, 11)}, {}, 1),
-        ({"bias": (2, 4, 9, 11)}, {"bias": None, "q": None}, 1),
+        ({"layout": "bhsd", "bias": (2, 4, 9, 11)}, {"bias": None, "q": None}, 1),
         ({"bias": (9, 3, 11)}, {"bias": 1}, 3),  # without a batch axis of its own its gradient is a sum
         ({"bias": (1, 1, 9, 11)}, {"bias": None}, 3),
         ({"frozen_bias": (1, 1, 9, 11)}, {"frozen_bias": None}, 1),
@@ -348,13 +347,14 @@ def test_scan_whose_carry_becomes_differentiable() -> None:
         ({"frozen_sinks": (4,), "frozen_alibi_slopes": (3, 2, 4)}, {"frozen_sinks": None}, 1),
     ],
 )
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_vmap(
-    extra: dict[str, Any], axes: dict[str, int | None], calls: int, layout: str, device: Any,
-    rng: np.random.Generator, pulls: list[tuple[str, ...]],
+    extra: dict[str, Any], axes: dict[str, int | None], calls: int, device: Any, rng: np.random.Generator,
+    pulls: list[tuple[str, ...]],
 ) -> None:  # fmt: skip
     """vmap of grad and grad of vmap; one run of the backward where the mapped axis can join the batch."""
     shapes = {name: x.shape for name, x in SMALL.random().items()}
+    extra = dict(extra)
+    layout = extra.pop("layout", "bshd")
     if layout == "bhsd":
         shapes = {name: (s[0], s[2], s[1], s[3]) for name, s in shapes.items()}
     of: dict[str, Any] = {name: axes.get(name, 0) for name in (*shapes, *extra)}
@@ -374,7 +374,7 @@ def test_vmap(
         f = partial(single, attention)
         inner = jax.vmap(jax.grad(f), in_axes=in_axes)
         outer = jax.grad(lambda own, rest: (jax.vmap(f, in_axes=in_axes)(own, rest) * jnp.arange(1.0, 4)).sum())
-        return [jax.jit(inner)(own, rest), jax.jit(outer)(own, rest)]
+        return jax.jit(lambda own, rest: (inner(own, rest), outer(own, rest)))(own, rest)
 
     found = both(fm.flash_attention)
     near(found, both(plain))
@@ -382,21 +382,29 @@ def test_vmap(
         assert len(pulls) == 2 * calls
 
 
-def test_vmap_of_varlen_and_of_one_entry(rng: np.random.Generator) -> None:
+def test_vmap_of_varlen() -> None:
     arrays = put(dict(VARLEN.random()))
     own, rest = split(arrays)
     own["q"] = jnp.stack([jnp.nan_to_num(own["q"]), -jnp.nan_to_num(own["q"])])
     axes = {name: 0 if name == "q" else None for name in own}
     mine = partial(fm.flash_attention_varlen, **VARLEN.options(), return_lse=True)
-    each = [jax.vmap(jax.grad(lambda o, f=f: loss(f(**o, **rest))), in_axes=(axes,))(own)
-            for f in (mine, partial(plain_varlen, VARLEN))]  # fmt: skip
-    near(each[0], each[1])
-    case = SMALL._replace(batch=1)  # with a batch of 1 every bias may join
-    q, k, v = (jnp.asarray(x) for x in case.random().values())
+
+    def each(f: Any) -> Any:
+        return jax.jit(jax.vmap(jax.grad(lambda own: loss(f(**own, **rest))), in_axes=(axes,)))(own)
+
+    near(each(mine), each(partial(plain_varlen, VARLEN)))
+
+
+def test_vmap_of_vmap(rng: np.random.Generator) -> None:
+    """With a batch of 1 every bias may join."""
+    q, k, v = (jnp.asarray(x) for x in SMALL._replace(batch=1).random().values())
     bias = jnp.asarray(rng.standard_normal((3, 9, 11), np.float32))
-    near(*[jax.vmap(jax.grad(lambda b, f=f: loss(f(q, k, v, bias=b))))(bias) for f in (fm.flash_attention, plain)])
-    near(*[jax.vmap(jax.vmap(jax.grad(lambda b, x, f=f: loss(f(x, k, v, bias=b)), (0, 1)), (0, None)), (None, 0))(
-        bias, jnp.stack([q, 2 * q])) for f in (fm.flash_attention, plain)])  # fmt: skip
+
+    def each(f: Any) -> Any:
+        one = jax.grad(lambda bias, q: loss(f(q, k, v, bias=bias)), (0, 1))
+        return jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))(bias, jnp.stack([q, 2 * q]))
+
+    near(each(fm.flash_attention), each(plain))
 
 
 # ------------------------------------------------------------------------------------------------------ several devices
@@ -412,7 +420,7 @@ def shard_map(f: Callable[..., Any], in_specs: Any, out_specs: Any, check: bool)
     return older(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=check)
 
 
-SHARDED = AttentionCase(6, 10, batch=4, heads_q=4, heads_k=2, head_dim=16, dtype="float32", sinks="float32", bias="b1qk")
+SHARDED = SMALL._replace(batch=4, head_dim_v=0, causal=False, sinks="float32", bias="b1qk")
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
@@ -427,30 +435,26 @@ def test_grad_of_shard_map(check: bool) -> None:
         return attention(**a, window_size=(4, 2), return_lse=True)
 
     split = shard_map(partial(call, fm.flash_attention), (specs,), (rows, spec("x", "y")), check)
-    want = jax.grad(lambda a: loss(call(plain, a)))(arrays)
-    near(jax.jit(jax.grad(lambda a: loss(split(a))))(arrays), want)
-    again = jax.jit(jax.grad(lambda a: loss(jax.checkpoint(split)(a))))
-    near(again(arrays), want)
+    want = jax.jit(jax.grad(lambda a: loss(call(plain, a))))(arrays)
+    near(jax.jit(jax.grad(lambda a: loss((jax.checkpoint(split) if check else split)(a))))(arrays), want)
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_grad_inside_shard_map() -> None:
     """Each gradient is summed over the axes over which its argument does not vary, as JAX sums its own."""
+    if not TOLD:
+        pytest.skip("JAX 0.6.0 refuses this for its own operations too")
     arrays = put(dict(SHARDED._replace(sinks="", bias="").random()))
-    q, k, v = arrays["q"], arrays["k"][:2], arrays["v"][:2]
+    q, k, v = arrays["q"][:2], arrays["k"][:2], arrays["v"][:1]
 
     def inner(attention: Any, q: Any, k: Any, v: Any) -> Any:
         return jax.grad(lambda a: jnp.sin(attention(*a)).sum())((q, k, v))
 
     specs = spec("x"), spec("y"), spec()
-    v = v[:1]
-    found = [
-        jax.jit(shard_map(partial(inner, f), specs, specs, True))(q[:2], k, v) for f in (fm.flash_attention, plain)
-    ]
-    near(found[0], found[1])
+    near(*[jax.jit(shard_map(partial(inner, f), specs, specs, True))(q, k, v) for f in (plain, fm.flash_attention)])
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_arguments_without_a_gradient() -> None:
@@ -480,16 +484,15 @@ def test_second_derivatives_and_forward_mode() -> None:
     for transform in (lambda f: f, jax.jit):
         with pytest.raises(UnsupportedProblem, match=r"(?s)gradient of attention backward .*flash_attention_backward"):
             jax.grad(transform(lambda q: jax.grad(value)(q).sum()))(q)
-        for attempt in (lambda q: jax.jvp(transform(value), (q,), (q,)), jax.jacfwd(transform(value))):
+        own = transform(value)
+        for attempt in (lambda q, own=own: jax.jvp(own, (q,), (q,)), jax.jacfwd(own), jax.hessian(own)):
             with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\)"):
                 attempt(q)
-    with pytest.raises(UnsupportedProblem, match="no backward pass of attention_lse"):
-        jax.grad(lambda q: fm.attention_lse(q, k).sum())(q)
     # a gradient that an outer one does not pass through
     near(jax.grad(lambda s: s * jax.grad(value)(q).sum())(2.0), jax.grad(value)(q).sum())
 
 
-# ------------------------------------------------------------------------------------------------------------- many calls
+# ----------------------------------------------------------------------------------------------------------- many calls
 
 
 def test_many_calls() -> None:
