@@ -5,9 +5,8 @@ Compiled and traced code sees one operator with a schema and a shape rule, which
 splits. The operators have no in-place form: while torch compiles, `out` is refused. Shapes may be dynamic. What is no
 tensor runs uncompiled: torch.compile's translation of NumPy code loses what is written to `out=`.
 
-Where the declaration of an operation names the one that gives its gradients, autograd differentiates it once, in eager
-and compiled code. Other operations refuse tensors that require a gradient while grad mode is on, with
-UnsupportedProblem; the compiler reports it when it traces.
+autograd differentiates, once, the operations whose declarations name another one that gives their gradients. All others
+refuse tensors that require a gradient while grad mode is on, with UnsupportedProblem; the compiler reports it.
 
 Operators and what surrounds them follow from the declarations of the operations (`plan.operation`).
 """
@@ -38,6 +37,7 @@ __all__ = public.__all__
 # The compiler keeps the strides that the tensors had in eager code: no hidden copies, and the same kernel.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+Forward = Callable[[tuple[Any, ...]], Any]  # arrays -> results
 
 
 def __getattr__(name: str) -> Any:
@@ -69,8 +69,9 @@ def _uncompiled(*given: Any) -> Any:
 
 def call(operation: Operation, arrays: dict[str, Any], options: dict[str, Any], out: Any) -> Any:
     """Run an operation's operator. arrays, options: all of them by name, None for an absent array."""
+    arrays = cast(operation, arrays) or arrays
     given = _read(operation, {**arrays, **options}, out)  # torch 2.6 cannot trace |
-    if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in arrays.values()]):
+    if _wants_gradient(arrays.values()):
         if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return _transformed(operation, dict(zip(operation.parameters, given, strict=True)))
         if operation.gradient is not None:  # whatever its backward reads is made
@@ -130,62 +131,55 @@ def _is_symbolic(value: Any) -> bool:
 class Formula:
     """How a call is differentiated: by the operation that the declaration of its own one names.
 
-    names: of the arrays that are there. options: all, by name. operators: backward runs an operator, which can be
-    traced, and not a function.
+    names: of the arrays that are there. options: all, by name. forward: gives all outputs; None: where operators run,
+    which can be traced, and backward runs one, too.
     """
 
     def __init__(
-        self, operation: Operation, names: Iterable[str], options: dict[str, Any], *, operators: bool = False
+        self, operation: Operation, names: Iterable[str], options: dict[str, Any], forward: Forward | None = None
     ) -> None:  # fmt: skip
         assert operation.gradient is not None
-        self.operation, self.names, self.options = operation, tuple(names), options
-        self.backward = registered(operation.gradient.operation)
-        self._operators = operators
+        self.operation, self.names, self.options, self.forward = operation, tuple(names), options, forward
+        self.backward, self.more = registered(operation.gradient.operation), operation.gradient.options
+        saved = enumerate((*self.names, *operation.outputs))
+        self._saved = [(i, name) for i, name in saved if name in self.backward.arguments]
+        self._fixed = {name: options[name] for name in self.backward.options if name in options}
         # Places of arrays that may require a gradient and have none.
         self._without = [i for i, name in enumerate(self.names) if f"d{name}" not in self.backward.outputs]
 
-    def look(self, given: Iterable[Any]) -> None:
+    def look(self, given: Sequence[Any]) -> None:
         """Raise UnsupportedProblem if an array requires a gradient that there is not. given: in the order of names."""
-        given = tuple(given)
-        if names := [self.names[i] for i in self._without if given[i].requires_grad]:
-            raise _refusal(self.operation, names)
-
-    def forward(self, given: Sequence[Any]) -> tuple[Any, ...]:
-        """All outputs that the backward reads."""
-        assert self.operation.gradient is not None
-        options = self.options | self.operation.gradient.options
-        return tuple(_flat(self.operation.function(**dict(zip(self.names, given, strict=True)), **options)))
+        if names := [self.names[i] for i in self._without if getattr(given[i], "requires_grad", False)]:
+            raise _refusal(self.operation, names, "there is no gradient of it")
 
     def gradients(self, need: Sequence[str], saved: Sequence[Any], arrived: Sequence[Any]) -> dict[str, Any]:
         """The gradients of the arguments `need`, by their names.
 
         saved: the arrays, then all outputs. arrived: the gradient of each output, None = 0.
         """
-        backward, outputs = self.backward, self.operation.outputs
-        given = {**self.options, **dict(zip((*self.names, *outputs), saved, strict=True))}
-        for name, x in zip(outputs, arrived, strict=True):
-            mine = f"d{name}"
-            if x is None:
-                x = torch.zeros_like(given[name]) if mine in backward.arguments[: backward.required] else None
-            elif x.dim() and x.stride(-1) != 1:  # as the gradient of a sum
-                x = x.contiguous()
-            given[mine] = x
+        given, backward = dict(self._fixed), self.backward
         given["need"], given["deterministic"] = " ".join(need), torch.are_deterministic_algorithms_enabled()
-        values = {name: given.get(name) for name in backward.parameters}
-        if self._operators:
-            made = getattr(torch.ops.flashmoe_cupy, backward.name)(*values.values())
+        for i, name in self._saved:
+            given[name] = saved[i]
+        for name, x in zip(self.operation.outputs, arrived, strict=True):
+            if x is None and f"d{name}" in backward.arguments[: backward.required]:
+                x = torch.zeros_like(given[name])
+            if x is not None:  # the gradient of a sum has strides of 0
+                given[f"d{name}"] = x if x.stride()[-1:] in ((1,), ()) else x.contiguous()
+        if self.forward is None:
+            made = getattr(torch.ops.flashmoe_cupy, backward.name)(*map(given.get, backward.parameters))
         else:
-            made = backward.function(**values)
+            made = backward.function(**given)
         found = dict(zip(backward.outputs, made, strict=True))
         return {name: found[f"d{name}"] for name in need}
 
 
-class _Call(torch.autograd.Function):  # type: ignore[misc, name-defined, unused-ignore]
+class _FlashMoE(torch.autograd.Function):  # type: ignore[misc, name-defined, unused-ignore]
     """A call in eager code. Its results are all outputs."""
 
     @staticmethod
     def forward(formula: Formula, *given: Any) -> tuple[Any, ...]:
-        return formula.forward(given)
+        return tuple(_flat(formula.forward(given)))  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -197,12 +191,11 @@ class _Call(torch.autograd.Function):  # type: ignore[misc, name-defined, unused
     def backward(ctx: Any, *arrived: Any) -> tuple[Any, ...]:
         formula, saved = ctx.formula, ctx.saved_tensors
         need = [name for name, needs in zip(formula.names, ctx.needs_input_grad[1:], strict=True) if needs]
-        if not need:
-            return (None,) * (1 + len(formula.names))
         if torch.is_grad_enabled():  # create_graph=True, torch.func
             found = dict(zip(need, _Gradients.apply(formula, need, len(saved), *saved, *arrived), strict=True))
-            return None, *map(found.get, formula.names)
-        return None, *map(formula.gradients(need, saved, arrived).get, formula.names)
+        else:
+            found = formula.gradients(need, saved, arrived)
+        return None, *map(found.get, formula.names)
 
 
 class _Gradients(torch.autograd.Function):  # type: ignore[misc, name-defined, unused-ignore]
@@ -222,61 +215,96 @@ class _Gradients(torch.autograd.Function):  # type: ignore[misc, name-defined, u
 
 
 # Function.apply without what it does for torch.func, which takes longer than all else.
-_apply = super(torch.autograd.Function, _Call).apply
+_apply = super(torch.autograd.Function, _FlashMoE).apply
 
 
-class Differentiated(Formula):
-    """In place of the plan of a call on plain tensors of which some require a gradient, whatever their shapes.
+class Changed:
+    """Calls of the same options with the same arrays there that torch differentiates or casts. Runs as a plan does.
 
     wanted: the options, and which other arrays are given, as `ops.call.run` looks for plans.
     """
 
     def __init__(self, call: Call, wanted: tuple[Any, ...]) -> None:
-        operation = call.operation
-        count, self._call = len(operation.options), call
-        options, there = dict(zip(operation.options, wanted, strict=False)), (*wanted[count:], None)[0]
-        others = operation.arguments[operation.required :]
-        self._others, self._has_out = there and there[:-1], bool(there and there[-1])
-        names = [name for name, given in zip(others, self._others or (), strict=False) if given]
-        super().__init__(operation, (*operation.arguments[: operation.required], *names), options)
-        assert operation.gradient is not None
-        self._saved = tuple((options | operation.gradient.options).values())
-        self._single = operation.gives_one_array and len(operation.wanted(options)) == 1
+        self.operation = its = call.operation
+        count, self._needed, self._call = len(its.options), its.required, call
+        self._given, self._others = wanted[:count], (*wanted[count:], None)[0]
+        others = zip([*its.arguments[self._needed :], "out"], self._others or (), strict=False)
+        self._names = [*its.arguments[: self._needed], *[name for name, there in others if there]]
+        self._has_out = self._names[-1] == "out"
+        self._options = dict(zip(its.options, self._given, strict=True))
+        self._formula = Formula(its, self._names, self._options, lambda given: self._run(given, self._saved))
+        self._saved = tuple((self._options | self._formula.more).values())
+        self._single = its.gives_one_array and len(its.wanted(self._options)) == 1
 
-    def fast_call(self, access: Any, given: Any) -> Callable[[tuple[Any, ...]], Any]:  # noqa: ARG002
-        """As `ops.call.Plan` has it."""
-        return self._run
+    def fast_call(self, access: Any, given: tuple[Any, ...]) -> Forward | None:  # noqa: ARG002
+        """As `ops.call.Plan` has it. None: nothing has to be changed."""
+        if _wants_gradient(given):
+            return self._differentiate
+        return self._run_cast if self._cast(given) is not given else None
 
-    def _run(self, given: tuple[Any, ...]) -> Any:
+    def _run_cast(self, given: tuple[Any, ...]) -> Any:
+        return self._run(self._cast(given), self._given)
+
+    def _differentiate(self, given: tuple[Any, ...]) -> Any:
         if self._has_out:
-            names = [name for name, x in zip((*self.names, "out"), given, strict=True) if x.requires_grad]
-            why = f"out is given, but {', '.join(names)} require{'s' * (len(names) == 1)} grad and grad mode is on"
-            raise UnsupportedProblem(f"the gradient of {self.operation.name}", [why], "out=None, or torch.no_grad()")
-        if self._without:
-            self.look(given)
-        made = _apply(self, *given)
-        return made[0] if self._single else _chosen(self.operation, self.options, made)
+            names = [name for name, x in zip(self._names, given, strict=True) if getattr(x, "requires_grad", False)]
+            raise _refusal(self.operation, names, "out is given, and only a new result has a gradient")
+        self._formula.look(given)
+        try:
+            made = _apply(self._formula, *(self._cast(given) if torch._C._is_any_autocast_enabled() else given))
+        except UnsupportedProblem:
+            with torch.no_grad():
+                self._run(given, self._given)  # its error tells of the options as they were given
+            raise
+        return made[0] if self._single else _chosen(self.operation, self._options, made)
 
-    def forward(self, given: Sequence[Any]) -> tuple[Any, ...]:
-        needed = self.operation.required
+    def _run(self, given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
         if self._others is None:
-            made = run(self._call, tuple(given), self._saved)
-        else:
-            rest = iter(given[needed:])
-            others = tuple([next(rest) if there else None for there in self._others])
-            made = run(self._call, tuple(given[:needed]), self._saved, others)
-        return made if type(made) is tuple else tuple(_flat(made))
+            return run(self._call, given, options)
+        rest = iter(given[self._needed :])
+        *others, out = [next(rest) if there else None for there in self._others]
+        return run(self._call, given[: self._needed], options, tuple(others), out)
+
+    def _cast(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arrays as torch.autocast wants them; the same tuple where nothing changes."""
+        found = cast(self.operation, dict(zip(self._names, given, strict=True)))
+        return tuple(found.values()) if found else given
 
 
-def _transformed(operation: Operation, given: Mapping[str, Any]) -> Any:
-    """A call inside of torch.func.grad or vjp. given: all parameters by name."""
-    names = [name for name in operation.arguments if given.get(name) is not None]
-    arrays, options = [given[name] for name in names], {name: given[name] for name in operation.options}
+def _wants_gradient(given: Iterable[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in given)
+
+
+def cast(operation: Operation, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays by name as torch.autocast wants them; empty where nothing changes."""
+    device = arrays[operation.arguments[0]].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return {}
+    dtype, dtypes = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    odd = [name for name in operation.autocast if getattr(arrays[name], "dtype", dtype) is not dtype]
+    new = {name: arrays[name].to(dtype) for name in odd if arrays[name].dtype in dtypes}
+    return {**arrays, **new} if new else {}
+
+
+def _formula(operation: Operation, named: Mapping[str, Any], forward: Forward | None = None) -> tuple[Formula, Any]:
+    """How a call is differentiated, and its arrays. named: all parameters. Raises UnsupportedProblem if it is not."""
+    arrays = {name: named[name] for name in operation.arguments if named.get(name) is not None}
     if operation.gradient is None:
-        raise _refusal(operation, [name for name, x in zip(names, arrays, strict=True) if x.requires_grad])
-    formula = Formula(operation, names, options)
-    formula.look(arrays)
-    return _chosen(operation, options, _Call.apply(formula, *arrays))
+        names = [name for name, x in arrays.items() if x.requires_grad]
+        raise _refusal(operation, names, "there is no backward yet")
+    formula = Formula(operation, arrays, {name: named[name] for name in operation.options}, forward)
+    formula.look([*arrays.values()])
+    return formula, arrays.values()
+
+
+def _transformed(operation: Operation, named: Mapping[str, Any]) -> Any:
+    """A call inside of torch.func.grad or vjp."""
+
+    def forward(given: tuple[Any, ...]) -> Any:
+        return operation.function(**{**named, **formula.more, **dict(zip(formula.names, given, strict=True))})
+
+    formula, arrays = _formula(operation, named, forward)
+    return _chosen(operation, formula.options, _FlashMoE.apply(formula, *arrays))
 
 
 def _derivatives() -> dict[str, str]:
@@ -284,8 +312,7 @@ def _derivatives() -> dict[str, str]:
     return {its.gradient.operation: its.name for its in operations() if its.gradient is not None}
 
 
-def _refusal(operation: Operation, names: Sequence[str]) -> UnsupportedProblem:
-    why = "there is no backward yet" if operation.gradient is None else "there is no gradient of it"
+def _refusal(operation: Operation, names: Sequence[str], why: str) -> UnsupportedProblem:
     return UnsupportedProblem(
         f"the gradient of {operation.name}",
         [f"{name} requires grad and grad mode is on, but {why}" for name in names],
@@ -294,8 +321,7 @@ def _refusal(operation: Operation, names: Sequence[str]) -> UnsupportedProblem:
 
 
 def _once(name: str) -> UnsupportedProblem:
-    reason = "its gradient has no gradient; only first derivatives can be had"
-    return UnsupportedProblem(f"the second derivative of {_derivatives().get(name, name)}", [reason])
+    return UnsupportedProblem(f"the second derivative of {_derivatives().get(name, name)}", ["only the first is known"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,17 +398,10 @@ def _autograd(operation: Operation) -> tuple[Callable[..., None], Callable[..., 
     """
 
     def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        named = _named(operation, inputs)
-        arrays = {name: named[name] for name in operation.arguments if named.get(name) is not None}
-        if operation.gradient is None:
-            if operation.name not in _derivatives():
-                raise _refusal(operation, [name for name, x in arrays.items() if x.requires_grad])
-            return
-        formula = Formula(operation, arrays, {name: named[name] for name in operation.options}, operators=True)
-        formula.look(arrays.values())
-        ctx.formula = formula
-        ctx.save_for_backward(*arrays.values(), *(output if isinstance(output, tuple) else (output,)))
-        ctx.set_materialize_grads(False)
+        if operation.name not in _derivatives():
+            ctx.formula, arrays = _formula(operation, _named(operation, inputs))
+            ctx.save_for_backward(*arrays, *output)
+            ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *arrived: Any) -> Any:
         if operation.gradient is None:
@@ -390,14 +409,13 @@ def _autograd(operation: Operation) -> tuple[Callable[..., None], Callable[..., 
         formula, saved = ctx.formula, ctx.saved_tensors
         needs = dict(zip(operation.parameters, ctx.needs_input_grad, strict=True))
         need = [name for name in formula.names if needs[name]]
-        if len(operation.wanted(formula.options)) < len(operation.outputs):  # called without what backward reads
-            again = formula.options | operation.gradient.options | dict(zip(formula.names, saved, strict=False))
+        asked = operation.wanted(formula.options)
+        if len(asked) < len(operation.outputs):  # called without what backward reads
+            again = formula.options | formula.more | dict(zip(formula.names, saved, strict=False))
             made = getattr(torch.ops.flashmoe_cupy, operation.name)(*map(again.get, operation.parameters))
-            asked = operation.wanted(formula.options)
             saved = (*saved[: len(formula.names)], *made)
             arrived = tuple([x if name in asked else None for name, x in zip(operation.outputs, arrived, strict=True)])
-        found = formula.gradients(need, saved, arrived) if need else {}
-        return tuple(map(found.get, operation.parameters))
+        return tuple(map(formula.gradients(need, saved, arrived).get, operation.parameters))
 
     return prepare, backward
 

@@ -15,9 +15,9 @@ def reasons(torch: Any, x: Any, wrapper: bool, dtype: DType | None) -> list[str]
     if wrapper and not x.is_nested:
         why.append("this subclass has its own __torch_dispatch__, so it is not plain memory; give a plain tensor")
     if inside:
-        why.append("torch.func transforms (vmap, grad, jvp, functionalize) are not supported")
+        why.append("torch.func transforms (vmap, jvp, functionalize) are not supported")
     if x.requires_grad and torch.is_grad_enabled():
-        why.append("it requires grad and grad mode is on, but there is no backward; use torch.no_grad() or .detach()")
+        why.append("it requires grad and grad mode is on, but there is no gradient; use torch.no_grad() or .detach()")
     forward_ad = torch.autograd.forward_ad
     dual = not (wrapper or inside) and getattr(forward_ad, "_current_level", -1) >= 0
     if dual and forward_ad.unpack_dual(x).tangent is not None:

@@ -1,4 +1,4 @@
-"""torch: eager, opcheck, torch.compile, export, fake tensors, refused gradients; streams and CUDA graphs on a GPU."""
+"""torch: eager, opcheck, torch.compile, export, fake tensors; streams and CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -201,24 +201,29 @@ def test_export_and_fake_tensors() -> None:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_gradients_are_refused() -> None:
+def test_gradients_are_recorded_in_grad_mode_alone() -> None:
+    """test_torch_gradient.py says which ones."""
     given = _put(_random(SMALL), "cpu")
     k, v = given["k"], given["v"]
     q = torch.nn.Parameter(given["q"])
     want = fm.flash_attention(given["q"], k, v)
-    with pytest.raises(UnsupportedProblem, match="requires grad"):
-        fm.flash_attention(q, k, v)
-    arguments = _dense_arguments(given | {"q": q}, SMALL)
-    with pytest.raises(UnsupportedProblem, match="q requires grad and grad mode is on") as info:
+    compiled = torch.compile(lambda q: fm.flash_attention(q * 1, k, v), fullgraph=True, backend="aot_eager")
+    for call in (lambda q: fm.flash_attention(q, k, v), compiled):
+        out = call(q)
+        assert out.requires_grad and torch.equal(out, want)
+        with torch.no_grad():
+            assert torch.equal(call(q), want) and not call(q).requires_grad
+        assert not call(q.detach()).requires_grad
+    arguments = _dense_arguments(given | {"alibi_slopes": torch.rand(4, requires_grad=True)}, SMALL)
+    with pytest.raises(UnsupportedProblem, match="alibi_slopes requires grad and grad mode is on") as info:
         torch.ops.flashmoe_cupy.flash_attention(*arguments)
     assert "no_grad" in info.value.hint
-    compiled = torch.compile(lambda q: fm.flash_attention(q * 1, k, v), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="q requires grad and grad mode is on"):  # the compiler's own type
-        compiled(q)
-    with torch.no_grad():
-        assert torch.equal(fm.flash_attention(q, k, v), want)
-        assert torch.equal(compiled(q), want)
-    assert torch.equal(fm.flash_attention(q.detach(), k, v), want)
+    slopes = arguments[8]
+    compiled = torch.compile(
+        lambda s: fm.flash_attention(q, k, v, alibi_slopes=s * 1), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="alibi_slopes requires grad and grad mode is on"):  # the compiler's own type
+        compiled(slopes)
 
 
 def test_errors_reach_the_caller() -> None:

@@ -1,8 +1,9 @@
 """How plain arrays are read with as few reads as possible: their key, addresses and new ones like them.
 
 A view of an array costs a microsecond or two, and a call has three; what is read here is only what tells one validated
-call from another. Anything unusual (gradients, subclasses, another library) gives None, and the call goes through
-`arrays.view`, which explains itself.
+call from another. Anything unusual (subclasses, another library) gives None, and the call goes through `arrays.view`,
+which explains itself. What torch differentiates or casts has keys of its own; an operation that has no plan for them
+goes the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 Key = tuple[Any, ...]
 Shape = tuple[int, ...]
 
-GRADIENT: Key = ("gradient",)  # the key of arrays of which some require one, whatever their shapes
+# Keys of calls that torch changes: of arrays of which some require a gradient, whatever their shapes, ...
+GRADIENT: Key = ("gradient",)
+AUTOCAST = "autocast"  # ... and the end of those inside of torch.autocast
 
 
 class ArrayAccess:
@@ -69,8 +72,8 @@ def find(kind: type) -> ArrayAccess | None:
     elif hasattr(torch, "Tensor") and issubclass(kind, torch.Tensor):
         if kind is torch.Tensor and hasattr(torch._C, "_cuda_getCurrentRawStream"):
             access = _torch(torch)
-        elif kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
-            access = _torch_gradients(torch)
+        else:
+            access = _torch_slow(torch, kind)
     elif kind is getattr(cupy, "ndarray", None):
         access = _cupy(cupy)
     elif kind.__module__.partition(".")[0] in ("torch", "cupy"):
@@ -105,6 +108,7 @@ def _torch_key(torch: Any) -> Callable[[tuple[Any, ...]], Key | None]:
     pre_dispatch = torch._C._dispatch_key_parse("PreDispatch")
 
     grad_enabled, parameter, plain = torch.is_grad_enabled, torch.nn.Parameter, (bfloat16, torch.int32, torch.int64)
+    autocast, autocast_dtype = torch._C._is_any_autocast_enabled, torch.get_autocast_dtype
 
     def key(arrays: tuple[Any, ...]) -> Key | None:
         if (
@@ -120,7 +124,7 @@ def _torch_key(torch: Any) -> Callable[[tuple[Any, ...]], Key | None]:
         for x in arrays:
             of = type(x)
             if (of is not kind and of is not parameter) or (refuse and x.requires_grad):
-                wanted = refuse and any([isinstance(y, kind) and y.requires_grad for y in arrays])
+                wanted = refuse and any(isinstance(y, kind) and y.requires_grad for y in arrays)
                 return GRADIENT if wanted else None
             dtype = x.dtype
             if dtype not in plain and x.is_neg():
@@ -129,6 +133,8 @@ def _torch_key(torch: Any) -> Callable[[tuple[Any, ...]], Key | None]:
                 found += (x.shape, x.stride(), dtype, device_of(x))
             except RuntimeError:  # nested and compressed tensors have no strides
                 return None
+        if autocast():
+            found += (autocast_dtype("cuda" if arrays[0].is_cuda else "cpu"), AUTOCAST)
         return tuple(found)
 
     return key
@@ -138,19 +144,23 @@ def _none(*_: Any) -> Any:
     return None
 
 
-def _torch_gradients(torch: Any) -> ArrayAccess:
-    """Of tensors that have no fast way."""
+def _torch_slow(torch: Any, kind: Any) -> ArrayAccess | None:
+    """Of tensors that have no fast way. None: they have a dispatch of their own, and come to the operators."""
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return None
     key = _torch_key(torch)
 
-    def gradient(arrays: tuple[Any, ...]) -> Key | None:
-        return GRADIENT if key(arrays) is GRADIENT else None
+    def changed(arrays: tuple[Any, ...]) -> Key | None:
+        found = key(arrays)
+        return found if found is GRADIENT or (found is not None and found[-1] is AUTOCAST) else None
 
-    return ArrayAccess(gradient, _none, _none, {}, _none, _none, _none, _none)
+    return ArrayAccess(changed, _none, _none, {}, _none, _none, _none, _none)
 
 
 def _torch(torch: Any) -> ArrayAccess:
     kind, forward_ad, key = torch.Tensor, torch.autograd.forward_ad, _torch_key(torch)
     device_of, grad_enabled, modes = kind.get_device, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
+    autocast, autocast_dtype = torch._C._is_any_autocast_enabled, torch.get_autocast_dtype
     current = torch._C._cuda_getDevice
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     fast = getattr(guards, "_empty_strided_cuda", None)  # what the code that torch.compile writes uses
@@ -180,8 +190,11 @@ def _torch(torch: Any) -> ArrayAccess:
         refused += ["forward_ad._current_level >= 0", "modes()", *[f"{names[i]}.is_nested" for i in alone]]
         if any(x.requires_grad for x in arrays):
             refused.append("not grad_enabled()" if grad_enabled() else "grad_enabled()")
+        if autocast():  # which it tells from none, whatever its dtype
+            refused.append("autocast_dtype('cuda') is not cast_to")
         found: dict[str, Any] = {
-            "same": same, "kind": kind, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled
+            "same": same, "kind": kind, "forward_ad": forward_ad, "modes": modes, "grad_enabled": grad_enabled,
+            "autocast_dtype": autocast_dtype, "cast_to": autocast_dtype("cuda"),
         }  # fmt: skip
         exec(
             f"def check({', '.join(names)}):\n"

@@ -10,7 +10,7 @@ import numpy as np
 from flashmoe_cupy import _late
 from flashmoe_cupy._types import Array, Dense, Kind, Layout, Packed, Shape, Window
 from flashmoe_cupy.dtypes import FP32
-from flashmoe_cupy.ops.access import GRADIENT
+from flashmoe_cupy.ops.access import AUTOCAST, GRADIENT
 from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.ops.memory import PlanMemory
 from flashmoe_cupy.ops.names import no_argument, strict
@@ -112,8 +112,12 @@ def flash_attention(
     sliding_window and local_window_size are window_size; s_aux is sinks; key_value_seq_lengths is seqused_k. enable_gqa
     follows from the shapes, and there is no dropout_p.
 
+    torch differentiates out and lse once, by `flash_attention_backward`, with respect to q, k, v, sinks and a float
+    bias; alibi_slopes have no gradient, and `out` is refused then. Under torch.autocast q, k and v become its dtype, as
+    for torch's own attention.
+
     Raises UnsupportedProblem (a ValueError) with every reason, DependencyError when CuPy or a driver is missing.
-    Nothing is written on error. There is no gradient yet: torch tensors that require one are refused in grad mode.
+    Nothing is written on error.
 
     Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1; window as in its code; softcap as in Gemma 2;
     sinks as in gpt-oss; ALiBi as in Press et al. (arXiv:2108.12409).
@@ -183,7 +187,7 @@ def flash_attention_varlen(
     Returns out (total_q, heads_q, head_dim_v), with return_lse also lse (heads_q, total_q) float32. Rows that belong to
     no sequence, or lie behind seqused_q, are left alone in a given `out`; in a new one they are 0, and -inf in lse.
     What rows of no sequence hold in q, k and v never counts, NaN included; only a result's last bit may depend on it.
-    Raises as `flash_attention` does.
+    torch differentiates it as it does `flash_attention`. Raises as that does.
     """
     if unknown:
         raise no_argument(flash_attention_varlen, unknown)
@@ -265,23 +269,24 @@ def _operation(function: Any, arguments: tuple[str, ...], required: int, **diffe
             function, arguments, required, {"out": Output(), "lse": _LSE}, problem=AttentionProblem, steps=_steps,
             host=_host, rows=_ROWS, tiles=[name for name in arguments if name == "bias"],
             wanted=lambda options: ("out", "lse")[: 1 + options["return_lse"]], empty=lambda p: p.empty,
-            gradient=Gradient(f"{function.__name__}_backward", {"return_lse": True}), **differ,
+            gradient=Gradient(f"{function.__name__}_backward", {"return_lse": True}), autocast=_ROWS[:3], **differ,
         )
     )
 
 
 class _Plans(dict[Any, Any]):
-    """The plans of a call by their keys, and in their place what runs calls on tensors that require a gradient."""
+    """The plans of a call by their keys, and in their place what runs calls that torch differentiates or casts."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
         self._call = call
 
     def __missing__(self, key: Any) -> Any:
-        if key[0] is not GRADIENT:
-            return None
-        found = self[key] = _late.load("torch").Differentiated(self._call, key[1])
-        return found
+        arrays, wanted = key[:2]
+        if arrays is GRADIENT:
+            self[key] = _late.load("torch").Changed(self._call, wanted)
+            return self[key]
+        return self[GRADIENT, wanted] if arrays[-1] is AUTOCAST else None
 
 
 class _PlanMemory(PlanMemory[Any]):
@@ -290,7 +295,7 @@ class _PlanMemory(PlanMemory[Any]):
     def __init__(self, call: Call) -> None:
         super().__init__()
         self._plans = _Plans(call)
-        self.find = self._plans.__getitem__
+        self.find = self._plans.__getitem__  # type: ignore[assignment]
         forget.append(self._plans.clear)
 
 

@@ -37,8 +37,9 @@ class Gradient(NamedTuple):
     """Which operation gives the gradients of another one.
 
     It reads the other one's arguments, options and outputs under their names, and as "dx" what arrives at an output x.
-    Its option `need` names the arguments whose gradients are wanted; that of x is its output "dx". Its function returns
-    a tuple of all its outputs, None in place of those that are not wanted.
+    Its option `need` names the arguments whose gradients are wanted, `deterministic` asks for the same bits in every
+    run. The gradient of x is its output "dx". Its function returns a tuple of all its outputs, None in place of those
+    that are not wanted.
     """
 
     operation: str  # its name
@@ -96,6 +97,7 @@ class Operation:
     batched: the number of dimensions that an argument has if the batch is its first one. Calls that `jax.vmap` maps
         over such arguments are joined to one with a larger batch; without it, and for others, they run one by one.
     gradient: the operation that gives its gradients; None: it has none.
+    autocast: the arguments that torch.autocast casts to its dtype.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Operation:
         written: Sequence[str] = (),
         steps_on: Callable[[Any, DeviceProperties], tuple[list[Step], Workspace]] | None = None,
         gradient: Gradient | None = None,
+        autocast: Sequence[str] = (),
     ) -> None:
         self.name, self.function = function.__name__, function
         self.arguments, self.required, self.outputs = tuple(arguments), required, dict(outputs)
@@ -128,7 +131,7 @@ class Operation:
         self.steps_on = steps_on or (lambda problem, device: steps(problem))  # noqa: ARG005
         self.wanted = wanted or (lambda options: tuple(outputs))  # noqa: ARG005
         self.written = tuple(written)
-        self.gradient = gradient
+        self.gradient, self.autocast = gradient, tuple(autocast)
         self.gives_one_array = wrap is _alone  # where it makes no more
         self.batched = dict(batched or {})
         parameters = inspect.signature(function).parameters.values()
