@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
-from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, UNALIGNED
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, SIBLINGS, UNALIGNED
 
 PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6}  # kWanted of cuda_src/attention/bwd_sm80.cuh
 
@@ -172,13 +172,27 @@ _APART_CHANGED = ((192, 128), (64, 256))  # ... or where softcap, ALiBi or a bia
 _WIDE = ((192, 128), (64, 256))  # where dk and dv together leave room for fewer columns
 
 
+# Columns where another architecture's register allocation would spill with those below.
+_COLS_ON: dict[tuple[str, tuple[int, int], str, str], int] = {
+    ("sm_100", (128, 128), "kv", PLAIN): 48,
+    ("sm_100", (128, 128), "kv", UNALIGNED): 48,
+    ("sm_120", (128, 128), "kv", SCORES): 16,
+    ("sm_120", (192, 128), "kv", UNALIGNED): 16,
+    ("sm_120", (256, 256), "q", BIAS): 16,
+}
+_FP32_ON = {("sm_120", (192, 128)): (192, 64), ("sm_120", (256, 96)): (256, 32)}  # and narrower tiles of values
+
+
 def config_sm80(arch: str, element: str, dims: tuple[int, int], part: str, variant: str) -> Bwd80Config:
     """Tiles without spills under NVRTC 12.9; not measured yet."""
+    like = SIBLINGS.get(arch, arch)
     if element == "fp32":
+        dims = _FP32_ON.get((like, dims), dims)
         return Bwd80Config(element, *dims, 32, 32 if dims[0] <= 128 else 16, 2, 1, part, variant)
     cols = 64 if variant in (PLAIN, UNALIGNED) else 32
     if part == "kv" and dims in _WIDE:
         cols = 32
+    cols = _COLS_ON.get((like, dims, part, variant), cols)
     config = Bwd80Config(element, *dims, 64, cols, 4, 1, part, variant)
     return config if config.smem_bytes <= MAX_SMEM[arch] else config._replace(cols=32)
 

@@ -153,7 +153,7 @@ _SM80_ON: dict[tuple[str, tuple[int, int], str], Tile] = {
     **{(arch, (64, 256), BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
     **{(arch, (256, 256), BIAS): (64, 32, 4) for arch in ("sm_80", "sm_86", "sm_89", "sm_100")},
 }
-_SIBLINGS = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}  # the same instructions
+SIBLINGS = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120"}  # the same instructions
 # fp32 has one variant, which does everything: its speed comes second. Wider values run as blocks of 128.
 TILES_FP32 = {
     (64, 64): (64, 32, 4),
@@ -199,7 +199,7 @@ def tile_sm80(arch: str, dims: tuple[int, int], variant: str) -> Tile:
     """The tile of a compiled size in bf16 and fp16."""
     if variant == UNALIGNED:  # key tiles as of the aligned variant make the same bits; fewer queries need no spills
         return 64, tile_sm80(arch, dims, PLAIN)[1], 4
-    return _SM80_ON.get((_SIBLINGS.get(arch, arch), dims, variant)) or TILES_SM80[dims][variant]
+    return _SM80_ON.get((SIBLINGS.get(arch, arch), dims, variant)) or TILES_SM80[dims][variant]
 
 
 def tiles_sm90(dims: tuple[int, int], variant: str) -> tuple[Tile, ...]:
