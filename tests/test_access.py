@@ -359,9 +359,10 @@ class Calls:
 def fast_call(calls: Calls, places: Sequence[int], shapes: Sequence[tuple[int, ...]], loaded: Any, out: Any) -> Any:
     """Of an operation with five arguments. out: tells whether memory is shared, where the last array is an output."""
     plan: Any = object.__new__(Plan)
-    plan.operation = SimpleNamespace(arguments=tuple("abcde"), wrap=tuple)
+    plan.operation = SimpleNamespace(arguments=tuple("abcde"), wrap=tuple, gives_one_array=True)
     plan.forms = [calls_of.Form("", shape, (FP32, INT32)[i], row_major(shape), 0.0) for i, shape in enumerate(shapes)]
     plan.places, plan.overlap, plan._nothing, plan._loaded, plan._fast = [*places], out, False, loaded, None
+    plan.written = []
     return plan.fast_call(calls.access(), (SimpleNamespace(dtype="f"),))
 
 

@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=register())
 
 or `model.set_attn_implementation(register())`. GQA, windows, softcaps, sinks, position biases, padding, packing and KV
-caches are served. Forward only: use `torch.no_grad()`. Nothing here waits for a device.
+caches are served, and models train. Nothing here waits for a device.
 
 A purely causal batch needs no mask. For padding on either side, holes in it, windows and static caches, our mask
 function hands over lengths, found on the device, and at most one boolean per key (`transformers_masks`); so it does for
