@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,8 +119,10 @@ def self_test(gpu: bool) -> Result:
     return run(Case("self-test", (2, 65, 129, 4, 2, 64, 64), kind, {"causal": True}), gpu)
 
 
-def sweep(gpu: bool, dtype: str, longest: int, *, head_dim: int, heads: int, causal: bool) -> Iterator[Result]:
-    """One result per length, doubling up to `longest`, with about the same number of tokens in each."""
+def sweep(
+    run: Callable[[Case, bool], Result], gpu: bool, dtype: str, longest: int, *, head_dim: int, heads: int, causal: bool
+) -> Iterator[Result]:
+    """run(case, gpu) for each length, doubling up to `longest`, with about the same number of tokens in each."""
     length = min(longest, 1024 if gpu else 256)
     tokens = 16384 if gpu else 1024
     while length <= longest:
@@ -135,7 +137,7 @@ ATTENTION = Measured(
     demo,
     self_test,
     Bench(
-        sweep,
+        partial(sweep, run),
         (
             BenchSize(service.Size("head_dim", "--d", "positive", "head dimension (default 128)"), 128, 128),
             BenchSize(service.Size("heads", "--heads", "positive", "query and key heads (default 16)"), 16, 16),

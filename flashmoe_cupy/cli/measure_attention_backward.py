@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe_cupy.cli.clocks import timed, to_gpu
-from flashmoe_cupy.cli.measure_attention import ATTENTION, CHECKED_QUERIES, Case, inputs
+from flashmoe_cupy.cli.measure_attention import ATTENTION, CHECKED_QUERIES, Case, inputs, sweep
 from flashmoe_cupy.cli.measured import Bench, Measured, Result
 
 _CHECKED_WHOLE = 2048  # queries up to which dk and dv are checked, too: they need all of them
@@ -87,23 +87,13 @@ def self_test(gpu: bool) -> Result:
     return run(Case("self-test", (2, 65, 129, 4, 2, 64, 64), kind, {"causal": True}), gpu)
 
 
-def sweep(gpu: bool, dtype: str, longest: int, *, head_dim: int, heads: int, causal: bool) -> Iterator[Result]:
-    """One result per length, doubling up to `longest`, with about the same number of tokens in each."""
-    length = min(longest, 1024 if gpu else 256)
-    tokens = 16384 if gpu else 1024
-    while length <= longest:
-        sizes = (max(1, tokens // length), length, length, heads, heads, head_dim, head_dim)
-        yield run(Case("causal" if causal else "full", sizes, dtype, {"causal": causal}), gpu)
-        length *= 2
-
-
 ATTENTION_BACKWARD = Measured(
     "gradients of attention",
     "dq, dk and dv of softmax(scale * q k^T + masks) v",
     demo,
     self_test,
     Bench(
-        sweep,
+        partial(sweep, run),
         ATTENTION.bench.sizes,
         counted="queries",
         longest=ATTENTION.bench.longest,

@@ -25,7 +25,7 @@ from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, windo
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80, UNALIGNED, VARIANTS
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, far_strides
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, C, Kernel, far_strides
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values, same
 
@@ -33,22 +33,28 @@ _DOT_THREADS, _DOT_LANES, _SINKS_THREADS = 256, 16, 512  # of the structs in bwd
 _ALIGNED = f"{UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
 
 
-class AttentionBwdDot(Kernel[GradientProblem, SmallConfig]):
+class _Portable(Kernel[GradientProblem, C]):
+    """What the kernels for every GPU from sm_80 on share."""
+
+    op = "attention_backward"
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
+        if arch not in MAX_SMEM:
+            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
+        blocks = self.grid(problem, self.choose(problem, arch, aligned))
+        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
+
+
+class AttentionBwdDot(_Portable[SmallConfig]):
     """cuda_src/attention/bwd_dot.cuh."""
 
-    op, task, name = "attention_backward", "attention_bwd_dot", "attention_bwd_dot"
+    task, name = "attention_bwd_dot", "attention_bwd_dot"
     header = "attention/bwd_dot.cuh"
     summary = "row sums of dout * out, for the backward of attention"
     params = Params(header, "AttentionBwdDotParams")
 
     def configs(self, arch: str) -> list[SmallConfig]:
         return [_dot(element) for element in ELEMENT_BYTES] if arch in MAX_SMEM else []
-
-    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
-        if arch not in MAX_SMEM:
-            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
-        blocks = self.grid(problem, _dot(problem.dtype.cuda))
-        return [f"{blocks} blocks of work: too many rows for one launch"] if blocks >= 2**31 else []
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
@@ -83,10 +89,10 @@ def _dot(element: str) -> SmallConfig:
     return SmallConfig(element, f"AttentionBwdDot<fm::{element}>", _DOT_THREADS)
 
 
-class AttentionBwdSinks(Kernel[GradientProblem, SmallConfig]):
+class AttentionBwdSinks(_Portable[SmallConfig]):
     """cuda_src/attention/bwd_sinks.cuh."""
 
-    op, task, name = "attention_backward", "attention_bwd_sinks", "attention_bwd_sinks"
+    task, name = "attention_bwd_sinks", "attention_bwd_sinks"
     header = "attention/bwd_sinks.cuh"
     summary = "the gradient of attention's sinks"
     params = Params(header, "AttentionBwdSinksParams")
@@ -94,11 +100,6 @@ class AttentionBwdSinks(Kernel[GradientProblem, SmallConfig]):
 
     def configs(self, arch: str) -> list[SmallConfig]:
         return [self._CONFIG] if arch in MAX_SMEM else []
-
-    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
-        if arch not in MAX_SMEM:
-            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
-        return []
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
@@ -125,10 +126,10 @@ class AttentionBwdSinks(Kernel[GradientProblem, SmallConfig]):
         return self.name
 
 
-class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
+class AttentionBwdSm80(_Portable[Bwd80Config]):
     """cuda_src/attention/bwd_sm80.cuh, which runs everything that a problem can describe."""
 
-    op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm80"
+    task, name = "attention_bwd", "attention_bwd_sm80"
     header = "attention/bwd_sm80.cuh"
     summary = "attention backward on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
     params = Params(header, "AttentionBwdParams")
@@ -145,12 +146,6 @@ class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
             if part != "kv" or together(element, dims, variant)
         ]
         return found + [config_sm80(arch, "fp32", dims, part, BIAS) for dims in DIMS_FP32 for part in ("q", "k", "v")]
-
-    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
-        if arch not in MAX_SMEM:
-            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
-        blocks = self.grid(problem, self.choose(problem, arch, aligned))
-        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
@@ -172,10 +167,10 @@ class AttentionBwdSm80(Kernel[GradientProblem, Bwd80Config]):
         return "" if aligned else _ALIGNED
 
 
-class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
+class AttentionBwdBiasSm80(_Portable[BwdBias80Config]):
     """cuda_src/attention/bwd_bias_sm80.cuh."""
 
-    op, task, name = "attention_backward", "attention_bwd_bias", "attention_bwd_bias_sm80"
+    task, name = "attention_bwd_bias", "attention_bwd_bias_sm80"
     header = "attention/bwd_bias_sm80.cuh"
     summary = "the gradient of attention's bias: every GPU from sm_80 on"
     params = Params(header, "AttentionBwdBiasParams")
@@ -185,12 +180,6 @@ class AttentionBwdBiasSm80(Kernel[GradientProblem, BwdBias80Config]):
             return []
         sizes = [(element, dims) for element in ("bf16", "fp16") for dims in TILES_SM80]
         return [bias_config(*size) for size in (*sizes, *[("fp32", dims) for dims in DIMS_FP32])]
-
-    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
-        if arch not in MAX_SMEM:
-            return [f"{arch} is not supported: this kernel needs compute capability 8.0 or newer"]
-        blocks = self.grid(problem, self.choose(problem, arch, aligned))
-        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
