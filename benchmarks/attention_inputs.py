@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     cu_seqlens: torch.Tensor | None
     seqused: torch.Tensor | None = None  # of q and k: where the rows that count end
     leftpad: torch.Tensor | None = None  # of q and k: where they begin
+    dout: torch.Tensor | None = None  # of the backward: what arrives at the output
 
 
 def out_shape(case: Case) -> tuple[int, ...]:
@@ -125,6 +126,14 @@ class Check(NamedTuple):
         return self.finite and self.error <= self.limit and self.error_row <= 3 * self.limit
 
 
+def some(population: Sequence[T], count: int, draw: random.Random) -> list[T]:
+    """First, last and a random draw between them, `count` in all, which is at least 2."""
+    if len(population) <= count:
+        return list(population)
+    between = range(1, len(population) - 1)
+    return [population[0], *(population[i] for i in sorted(draw.sample(between, count - 2))), population[-1]]
+
+
 def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: int = 4, rows: int = 64) -> Check:
     """Compare `out` (case's layout) with float64 maths on sampled query rows of sampled heads.
 
@@ -134,21 +143,13 @@ def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: i
     import torch
 
     draw = random.Random(seed)
-
-    def some(population: Sequence[T], count: int) -> list[T]:
-        """First, last and a random draw between them, `count` in all."""
-        if len(population) <= count:
-            return list(population)
-        between = range(1, len(population) - 1)
-        return [population[0], *(population[i] for i in sorted(draw.sample(between, count - 2))), population[-1]]
-
-    pairs = some([(b, h) for b in range(case.batch) for h in range(case.heads_q)], heads)
+    pairs = some([(b, h) for b in range(case.batch) for h in range(case.heads_q)], heads, draw)
     differences, sizes = [], []
     for b, h in pairs:
         shared = h // (case.heads_q // case.heads_k)
-        q, o = _one_head(case, inputs.q, b, h), out[b, h, :, None] if case.lse else _one_head(case, out, b, h)
-        k, v = _one_head(case, inputs.k, b, shared), _one_head(case, inputs.v, b, shared)
-        picked = some(range(q.shape[0]), rows)
+        q, o = one_head(case, inputs.q, b, h), out[b, h, :, None] if case.lse else one_head(case, out, b, h)
+        k, v = one_head(case, inputs.k, b, shared), one_head(case, inputs.v, b, shared)
+        picked = some(range(q.shape[0]), rows, draw)
         index = torch.tensor(picked, device=q.device, dtype=torch.int64)
         truth = _rows(case, inputs, b, h, q[index].double(), k.double(), v.double(), index, q.shape[0])
         differences.append((o[index].double() - truth).norm(dim=-1))
@@ -168,7 +169,8 @@ def check(case: Case, inputs: Inputs, out: torch.Tensor, seed: int = 0, heads: i
     return Check(error if error == error else math.inf, float(worst), limit, finite)
 
 
-def _one_head(case: Case, tensor: torch.Tensor, b: int, h: int) -> torch.Tensor:
+def one_head(case: Case, tensor: torch.Tensor, b: int, h: int) -> torch.Tensor:
+    """(seqlen, head_dim): a view of one head of one sequence of a tensor in the case's layout."""
     if case.varlen:
         first = sum(case.seqlens[:b])
         return tensor[first : first + case.seqlens[b], h]
@@ -182,28 +184,40 @@ def _rows(
 ) -> torch.Tensor:  # fmt: skip
     import torch
 
-    scores = q @ k.T * case.head_dim**-0.5
+    found = scores(case, inputs, b, h, q, k, index, seqlen_q)
+    if inputs.sinks is not None:
+        sink = inputs.sinks[h].double().expand(found.shape[0], 1)
+        found = torch.cat((found, sink), dim=-1)
+    if case.lse:
+        return torch.logsumexp(found, dim=-1, keepdim=True)
+    if inputs.sinks is not None:
+        return torch.softmax(found, dim=-1)[:, :-1] @ v
+    return torch.softmax(found, dim=-1).nan_to_num(nan=0.0) @ v  # a row that sees nothing gives 0
+
+
+def scores(
+    case: Case, inputs: Inputs, b: int, h: int, q: torch.Tensor, k: torch.Tensor, index: torch.Tensor, seqlen_q: int
+) -> torch.Tensor:
+    """(len(index), seqlen_k): what the softmax of head h of sequence b is of, -inf where a pair is hidden.
+
+    q: the rows `index`, which may be any, of seqlen_q; k: all keys.
+    """
+    import torch
+
+    found = q @ k.T * case.head_dim**-0.5
     if case.softcap:
-        scores = case.softcap * torch.tanh(scores / case.softcap)
+        found = case.softcap * torch.tanh(found / case.softcap)
     diagonal = (index + (k.shape[0] - seqlen_q))[:, None]
     column = torch.arange(k.shape[0], device=k.device)[None, :]
     if inputs.alibi_slopes is not None:
-        scores = scores - inputs.alibi_slopes[h].double() * (diagonal - column).abs()
+        found = found - inputs.alibi_slopes[h].double() * (diagonal - column).abs()
     if inputs.bias is not None:
         bias = inputs.bias.expand(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k)[b, h][index]
-        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.double()
+        found = found.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else found + bias.double()
     left, right = case.band()
-    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    hidden = torch.zeros_like(found, dtype=torch.bool)
     if right >= 0:
         hidden |= column > diagonal + right
     if left >= 0:
         hidden |= column < diagonal - left
-    scores = scores.masked_fill(hidden, -math.inf)
-    if inputs.sinks is not None:
-        sink = inputs.sinks[h].double().expand(scores.shape[0], 1)
-        scores = torch.cat((scores, sink), dim=-1)
-    if case.lse:
-        return torch.logsumexp(scores, dim=-1, keepdim=True)
-    if inputs.sinks is not None:
-        return torch.softmax(scores, dim=-1)[:, :-1] @ v
-    return torch.softmax(scores, dim=-1).nan_to_num(nan=0.0) @ v  # a row that sees nothing gives 0
+    return found.masked_fill(hidden, -math.inf)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.cases import OURS, OURS_PACKED, SUITES
+from benchmarks.backward_cases import BACKWARD_SUITES
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_PACKED, SUITES
 from benchmarks.moe_cases import DRAWN, MOE_SUITES
 from benchmarks.numpy_backend import NAME, TORCH
 from benchmarks.rows import LABELS, Row, Table, of_device, state, timed
@@ -26,7 +27,8 @@ _FIELDS = {DENSE: "share", READ: "read_share", HOST: "host_us"}
 class Bar(NamedTuple):
     """One line that has to hold: `kind` of our row of `case` is at least `limit`; for HOST and TIME at most.
 
-    MEAN and LEAST are of the rows of all `cases`; `case` says which these are.
+    MEAN and LEAST are of the rows of all `cases`; `case` says which these are. A case that all rivals say they cannot
+    compute takes no part. `ours`: the library of ours whose row it is.
     """
 
     suite: str
@@ -35,9 +37,11 @@ class Bar(NamedTuple):
     limit: float
     rivals: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
+    ours: str = OURS
 
     def text(self) -> str:
-        return f"{self.kind} {', '.join(LABELS[name] for name in self.rivals)}" if self.rivals else self.kind
+        text = f"{self.kind} {', '.join(LABELS[name] for name in self.rivals)}" if self.rivals else self.kind
+        return text if self.ours == OURS else f"{LABELS[self.ours]}: {text}"
 
 
 class Verdict(NamedTuple):
@@ -65,7 +69,16 @@ def _all(suite: str, cases: Sequence[str], what: str, mean: float, least: float,
 
 
 def _names(suite: str) -> list[str]:
-    return [case.name for case in SUITES[suite].cases]
+    return [case.name for case in (SUITES | BACKWARD_SUITES)[suite].cases]
+
+
+def _deterministic() -> list[Bar]:
+    """What the same bits in every run may cost, and that they cost FA3 more."""
+    suite = "attention_backward"
+    long = [c.name for c in BACKWARD_SUITES[suite].cases if c.causal and c.head_dim <= 128 and c.seqlen_q >= 4096]
+    beside_ours = _all(suite, long, "long causal rows of d 64 and 128", 0, 0.88, (OURS,))
+    beside_fa3 = _all(suite, _names(suite), "rows", 0, 1.0, ("fa3_deterministic",))
+    return [bar._replace(ours=OURS_DETERMINISTIC) for bar in (*beside_ours, *beside_fa3)]
 
 
 _VLLM = ("vllm_triton",)
@@ -86,6 +99,9 @@ BARS = (
         Bar("attention_few_keys", name, SPEED, limit, ("fa3",))
         for name, limit in zip(_names("attention_few_keys"), (1.0, 1.0, 0.97), strict=True)
     ),
+    *_all("attention_backward", _names("attention_backward"), "rows", 1.0, 0.92, ("fa3", "torch_cudnn", "fa4")),
+    *_deterministic(),
+    *_all("attention_backward_features", _names("attention_backward_features"), "rows", 1.0, 0.9, ("fa3",)),
     Bar("moe_forward", f"{_QWEN}_t16384", DENSE, 0.71),
     Bar("moe_forward", "olmoe_t16384", DENSE, 0.80),
     Bar("moe_forward", "t24576_d1536_n256_e128_k8", DENSE, 0.56),
@@ -130,7 +146,10 @@ def _newest(bar: Bar, runs: Runs) -> Verdict:
 
 def _judge_all(bar: Bar, runs: Runs) -> Verdict:
     """A bar of a group: every case against the fastest rival of its own run."""
-    found = [_newest(Bar(bar.suite, case, SPEED, bar.limit, bar.rivals), runs) for case in bar.cases]
+    held = [case for case in bar.cases if not _impossible(bar, runs.get(case, {}))]
+    if not held:
+        return Verdict(bar, math.nan, "no rival can compute any of these rows")
+    found = [_newest(bar._replace(case=case, kind=SPEED, cases=()), runs) for case in held]
     lacking = [verdict for verdict in found if math.isnan(verdict.value)]
     if lacking:
         first = f"{lacking[0].bar.case}: {lacking[0].note}"
@@ -138,18 +157,27 @@ def _judge_all(bar: Bar, runs: Runs) -> Verdict:
     here = [library for case in bar.cases for run in runs[case].values() for library in run.items()]
     seen = {name for name, row in here if timed(row, "device_us")}
     notes = [f"without {LABELS[name]}" for name in bar.rivals if name not in seen]
+    if len(held) < len(bar.cases):
+        notes.append(f"{len(held)} rows that it has" if len(bar.rivals) == 1 else f"{len(held)} rows that they have")
     if bar.kind == MEAN:
         return Verdict(bar, math.exp(math.fsum(math.log(v.value) for v in found) / len(found)), ", ".join(notes))
     least = min(found, key=lambda verdict: verdict.value)
     return Verdict(bar, least.value, ", ".join([f"{least.bar.case}, {least.note}", *notes]))
 
 
+def _impossible(bar: Bar, by_run: dict[str, dict[str, Row]]) -> bool:
+    """Whether every rival of the bar says, in the newest run that asked it, that it cannot compute the case."""
+    newest = {name: row for _, here in sorted(by_run.items()) for name, row in here.items()}
+    found = [newest[name] for name in bar.rivals if name in newest]
+    return len(found) == len(bar.rivals) and all(row["status"] == "unsupported" for row in found)
+
+
 def _judge(bar: Bar, here: dict[str, Row]) -> Verdict:
     """A bar against the rows of one run of its case."""
-    ours = here.get(OURS)
+    ours = here.get(bar.ours)
     field = _FIELDS.get(bar.kind, "device_us")
     if ours is None or not timed(ours, field):
-        return Verdict(bar, math.nan, f"{LABELS[OURS]}: {state(ours)}")
+        return Verdict(bar, math.nan, f"{LABELS[bar.ours]}: {state(ours)}")
     if bar.kind not in (SPEED, TIME):
         return Verdict(bar, float(ours[field]))
     rivals = [here[name] for name in bar.rivals if timed(here.get(name), "device_us")]

@@ -23,7 +23,8 @@ OURS = "flashmoe_cupy"  # with the kernel that the library chooses for the devic
 OURS_SM80 = "flashmoe_cupy_sm80"  # with the portable kernel, also where the library would choose another
 OURS_PLAIN = "flashmoe_cupy_plain"  # the same call without the case's bias: what the bias costs
 OURS_PACKED = "flashmoe_cupy_packed"  # the packed call on the rows that count, gathered before
-OUR_LIBRARIES = (OURS, OURS_SM80, OURS_PLAIN, OURS_PACKED)
+OURS_DETERMINISTIC = "flashmoe_cupy_deterministic"  # the backward that gives the same bits in every run
+OUR_LIBRARIES = (OURS, OURS_SM80, OURS_PLAIN, OURS_PACKED, OURS_DETERMINISTIC)
 MASK_TILE = 128  # rows and columns of a tile of the pattern "tiles"
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 # ||out - truth|| / ||truth|| that a right kernel of that dtype stays under; one row may have three times as much.
@@ -105,11 +106,15 @@ class Case(NamedTuple):
 
     def flops(self) -> int:
         """Floating-point operations of the forward pass by this module's conventions."""
+        return self.heads_q * (self.head_dim + self.head_dim_v) * self.twice_pairs()
+
+    def twice_pairs(self) -> int:
+        """Two times the visible pairs of a query and a key, of one head and all sequences."""
         counts: dict[tuple[int, int], int] = {}
         for span in self.spans():
             if span not in counts:
                 counts[span] = self._twice_pairs(*span)
-        return self.heads_q * (self.head_dim + self.head_dim_v) * sum(counts[span] for span in self.spans())
+        return sum(counts[span] for span in self.spans())
 
     def _twice_pairs(self, sq: int, sk: int) -> int:
         left, right = self.band()

@@ -78,6 +78,17 @@ class FA3(Library):
 
         # One overload, looked up here: no Python of its own stands between the timed call and the operator.
         operator = torch.ops.flash_attn_3.fwd.default
+        packed = [one[:3] if case.varlen else tuple(bshd(case, t) for t in one[:3]) for one in sets]
+        calls = [(arrays, self.options(case, one)) for arrays, one in zip(packed, sets, strict=True)]
+
+        def run(i: int) -> Any:
+            arrays, keywords = calls[i % len(calls)]
+            return operator(*arrays, **keywords)[0]
+
+        return Prepared(run, lambda out: out if case.varlen else bshd(case, out))
+
+    def options(self, case: Case, one: Inputs) -> dict[str, Any]:
+        """Arguments of the operators beside the main arrays; the backward's have the same names."""
         options: dict[str, Any] = {"is_causal": case.causal}
         if case.window_size != (-1, -1):  # a window that ends at the diagonal is causal
             left, right = case.band()
@@ -85,15 +96,8 @@ class FA3(Library):
         if case.varlen:
             longest = max(case.seqlens)
             options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        packed = [one[:3] if case.varlen else tuple(bshd(case, t) for t in one[:3]) for one in sets]
-        offsets = [{"cu_seqlens_q": one.cu_seqlens, "cu_seqlens_k": one.cu_seqlens} for one in sets]
-        calls = [(q, options | (cu if case.varlen else {})) for q, cu in zip(packed, offsets, strict=True)]
-
-        def run(i: int) -> Any:
-            arrays, keywords = calls[i % len(calls)]
-            return operator(*arrays, **keywords)[0]
-
-        return Prepared(run, lambda out: out if case.varlen else bshd(case, out))
+            options |= {"cu_seqlens_q": one.cu_seqlens, "cu_seqlens_k": one.cu_seqlens}
+        return options
 
 
 class FA4(Library):
@@ -124,25 +128,31 @@ class FA4(Library):
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
         import torch
 
-        package = importlib.import_module(self.module)
-        options: dict[str, Any] = {"causal": case.causal}
-        if case.window_size != (-1, -1):  # None = unlimited
-            options["window_size"] = tuple(None if side < 0 else side for side in case.band())
-            options["causal"] = False  # a window that ends at the diagonal says the same
-        if case.softcap:
-            options["softcap"] = case.softcap
-        function = package.flash_attn_varlen_func if case.varlen else package.flash_attn_func
-        if case.varlen:
-            longest = max(case.seqlens)
-            options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        calls = []
-        for one in sets:
-            arrays = one[:3] if case.varlen else tuple(bshd(case, t) for t in one[:3])
-            named = {"learnable_sink": one.sinks, "cu_seqlens_q": one.cu_seqlens, "cu_seqlens_k": one.cu_seqlens}
-            calls.append((arrays, options | {key: value for key, value in named.items() if value is not None}))
+        function = self.function(case)
+        packed = [one[:3] if case.varlen else tuple(bshd(case, t) for t in one[:3]) for one in sets]
+        calls = [(arrays, self.options(case, one)) for arrays, one in zip(packed, sets, strict=True)]
 
         def run(i: int) -> Any:
             arrays, keywords = calls[i % len(calls)]
             return function(*arrays, **keywords)[0]
 
         return Prepared(run, lambda out: out if case.varlen else bshd(case, out), scope=torch.no_grad)
+
+    def function(self, case: Case) -> Any:
+        """Its public function for the case: (q, k, v, **options) -> (out, lse)."""
+        package = importlib.import_module(self.module)
+        return package.flash_attn_varlen_func if case.varlen else package.flash_attn_func
+
+    def options(self, case: Case, one: Inputs) -> dict[str, Any]:
+        """Arguments of that function beside q, k and v."""
+        options: dict[str, Any] = {"causal": case.causal}
+        if case.window_size != (-1, -1):  # None = unlimited
+            options["window_size"] = tuple(None if side < 0 else side for side in case.band())
+            options["causal"] = False  # a window that ends at the diagonal says the same
+        if case.softcap:
+            options["softcap"] = case.softcap
+        if case.varlen:
+            longest = max(case.seqlens)
+            options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        named = {"learnable_sink": one.sinks, "cu_seqlens_q": one.cu_seqlens, "cu_seqlens_k": one.cu_seqlens}
+        return options | {key: value for key, value in named.items() if value is not None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from benchmarks.backward_cases import BACKWARD_SUITES
 from benchmarks.cases import ITEMSIZE, OURS, SUITES, Suite
 from benchmarks.numpy_backend import HOST_SUITES
 
@@ -241,4 +242,4 @@ MOE_SUITES: dict[str, Suite[MoECase]] = {
     )
 }
 
-ALL_SUITES: dict[str, Suite[Any]] = {**SUITES, **MOE_SUITES, **HOST_SUITES}
+ALL_SUITES: dict[str, Suite[Any]] = {**SUITES, **BACKWARD_SUITES, **MOE_SUITES, **HOST_SUITES}

@@ -44,23 +44,13 @@ class Ours(Library):
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
         package = importlib.import_module("flashmoe_cupy")
         native = [Inputs(*(None if t is None else from_torch(t, case.arrays) for t in one)) for one in sets]
-        options: dict[str, Any] = {}
-        if case.causal:
-            options["causal"] = True
-        if case.window_size != (-1, -1):
-            options["window_size"] = case.window_size
-        if case.softcap:
-            options["softcap"] = case.softcap
+        options = case_options(case)
         arguments = 2 if case.lse else 3
         if case.varlen:
             function = package.flash_attention_varlen
-            longest = max(case.seqlens)
-            options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
         else:
             function = package.attention_lse if case.lse else package.flash_attention
-            if case.layout != "bshd":
-                options["layout"] = case.layout
-        calls = [(one[:arguments], options | _array_options(one)) for one in native]
+        calls = [(one[:arguments], options | array_options(one)) for one in native]
 
         def run(i: int) -> Any:
             arrays, keywords = calls[i % len(calls)]
@@ -146,7 +136,25 @@ class OursPacked(Ours):
         return Prepared(made.run, padded, scope=made.scope)
 
 
-def _array_options(one: Inputs) -> dict[str, Any]:
+def case_options(case: Case) -> dict[str, Any]:
+    """Our arguments that the case alone says."""
+    options: dict[str, Any] = {}
+    if case.causal:
+        options["causal"] = True
+    if case.window_size != (-1, -1):
+        options["window_size"] = case.window_size
+    if case.softcap:
+        options["softcap"] = case.softcap
+    if case.varlen:
+        longest = max(case.seqlens)
+        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+    elif case.layout != "bshd":
+        options["layout"] = case.layout
+    return options
+
+
+def array_options(one: Inputs) -> dict[str, Any]:
+    """Our arguments that are arrays, beside q, k and v."""
     named = {"sinks": one.sinks, "alibi_slopes": one.alibi_slopes, "bias": one.bias}
     named |= {"seqused_q": one.seqused, "seqused_k": one.seqused, "leftpad_q": one.leftpad, "leftpad_k": one.leftpad}
     if one.cu_seqlens is not None:

@@ -108,14 +108,15 @@ def compare(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Co
 def twins(rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[Comparison]:
     """Our own features against our own plain kernel: `rival` is our row of the case's plain twin in the same run.
 
-    ReportError when a run that timed both is lacking.
+    Only of a suite that has the twins. ReportError when a run that timed both is lacking.
     """
     runs: dict[str, dict[str, Row]] = {}
     for row in of_device(rows, suite.name, device):
         if row["library"] == suite.ours and timed(row, suite.measure):
             runs.setdefault(str(row["run"]), {})[row["case"]] = row
     made, lacking = [], []
-    for name in (case.name for case in suite.cases if case.name in PLAIN_TWIN):
+    names = {case.name for case in suite.cases}
+    for name in (case.name for case in suite.cases if PLAIN_TWIN.get(case.name) in names):
         twin = PLAIN_TWIN[name]
         both = [run for run, cases in runs.items() if name in cases and twin in cases]
         if not both:

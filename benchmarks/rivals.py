@@ -48,14 +48,9 @@ class Sdpa(Library):
         return f"the back end refuses this case: {error}" if "No available kernel" in str(error) else ""
 
     def prepare(self, case: Case, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
-        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
-        options: dict[str, Any] = {}
-        if case.causal:
-            options["is_causal"] = True
-        if case.heads_q != case.heads_k:
-            options["enable_gqa"] = True
+        options = self.options(case)
         calls = [(tuple(bhsd(case, t) for t in one[:3]), one.bias) for one in sets]
         cast = case.bias == "float32" and case.dtype != "float32"
 
@@ -64,14 +59,22 @@ class Sdpa(Library):
             mask = bias.to(arrays[0].dtype) if cast and bias is not None else bias
             return scaled_dot_product_attention(*arrays, attn_mask=mask, **options)
 
-        @contextlib.contextmanager
-        def scope() -> Any:
-            with warnings.catch_warnings():  # a back end that refuses warns once per reason, then raises
-                warnings.simplefilter("ignore")
-                with sdpa_kernel([getattr(SDPBackend, self.backend)]) if self.backend else contextlib.nullcontext():
-                    yield
+        return Prepared(run, lambda out: bhsd(case, out), scope=self.scope)
 
-        return Prepared(run, lambda out: bhsd(case, out), scope=scope)
+    def options(self, case: Case) -> dict[str, Any]:
+        """Arguments of the call, beside arrays."""
+        causal = {"is_causal": True} if case.causal else {}
+        return causal | ({"enable_gqa": True} if case.heads_q != case.heads_k else {})
+
+    @contextlib.contextmanager
+    def scope(self) -> Any:
+        """Around the calls: the choice of the back end."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with warnings.catch_warnings():  # a back end that refuses warns once per reason, then raises
+            warnings.simplefilter("ignore")
+            with sdpa_kernel([getattr(SDPBackend, self.backend)]) if self.backend else contextlib.nullcontext():
+                yield
 
 
 class TorchFA2(Sdpa):

@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.cases import OURS, OURS_PACKED, OURS_PLAIN, OURS_SM80
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_PACKED, OURS_PLAIN, OURS_SM80
 from benchmarks.moe_cases import ALL_SUITES
 
 if TYPE_CHECKING:
@@ -18,13 +18,16 @@ LABELS = {
     OURS_SM80: "flashmoe_cupy (sm_80 kernel)",
     OURS_PLAIN: "flashmoe_cupy without the bias",
     OURS_PACKED: "flashmoe_cupy, packed rows",
+    OURS_DETERMINISTIC: "flashmoe_cupy, deterministic",
     "torch_fa2": "torch FA2",
     "torch_cudnn": "torch cuDNN",
+    "torch_flash": "torch flash",
     "torch_efficient": "torch efficient",
     "torch_sdpa": "torch SDPA",
     "torch_cpu": "torch on the CPU",
     "flex_attention": "FlexAttention",
     "fa3": "FA3",
+    "fa3_deterministic": "FA3, deterministic",
     "fa4": "FA4",
     "cuequivariance": "cuEquivariance",
     "torch_grouped_mm": "torch grouped_mm",

@@ -3,13 +3,15 @@
     python benchmarks/run.py --suite attention_forward_portable --out benchmarks/results/portable.jsonl
     FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite moe_forward moe_decode --out benchmarks/results/moe.jsonl
     python benchmarks/run.py --suite numpy_backend --out benchmarks/results/cpu_numpy.jsonl      (on the processor)
-    FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite h200 --peers FOLDER --out h200.jsonl     (all with bars)
+    FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite h200 --peers FOLDER --out h200.jsonl    (forward, with bars)
+    python benchmarks/run.py --suite h200_backward --peers FOLDER --out backward.jsonl    (the gradients, with bars)
 
 All libraries get the same random inputs. Each first computes the case into a poisoned output and is checked against
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
 in turning order. Device microseconds: CUDA events around several launches, per launch; the median of the rounds, each
 sample over the pace of its round (`at_one_pace` in bench.py: the clock changes for all libraries alike). Inputs rotate
 when they would stay in the L2 cache. Host microseconds: processor time of one call while the queue is short.
+A backward reads what the library's own forward gave; that one is made before and is not timed.
 A mixture of experts is timed beside a dense matrix product and a big read; before each sample of a library, and of
 these two, 20 ms of the same go untimed. With few tokens it is one CUDA graph of many calls, each with other weights.
 """
@@ -35,6 +37,9 @@ if "numpy_backend" in sys.argv:  # before NumPy is loaded: its BLAS has as many 
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
+from benchmarks.backward_bench import BackwardBench  # noqa: E402
+from benchmarks.backward_cases import BACKWARD_SUITES  # noqa: E402
+from benchmarks.backward_rivals import BACKWARD_LIBRARIES  # noqa: E402
 from benchmarks.bench import QUICK, AttentionBench, Bench, Effort, Run  # noqa: E402
 from benchmarks.cases import OUR_LIBRARIES, SUITES  # noqa: E402
 from benchmarks.library import Setup, default_peers  # noqa: E402
@@ -58,6 +63,7 @@ GROUPS = {
         "attention_forward",
         "moe_decode",
     ),
+    "h200_backward": ("attention_backward_features", "attention_backward"),
 }
 
 
@@ -80,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", default=["attention_forward_portable"], choices=names, metavar="SUITE",
                         help=f"{', '.join(names)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
-    names = sorted({*LIBRARIES, *MOE_LIBRARIES, TORCH})
+    names = sorted({*LIBRARIES, *BACKWARD_LIBRARIES, *MOE_LIBRARIES, TORCH})
     parser.add_argument("--libraries", nargs="+", choices=names, help="default: those of each suite")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name it finds")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default: %(default)s)")
@@ -98,9 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[tuple[Any, tuple[str, ...]]]:
     """The cases of the command line with the libraries of each."""
     pattern = re.compile(options.cases)
+    adapters = (SUITES, LIBRARIES), (BACKWARD_SUITES, BACKWARD_LIBRARIES), (MOE_SUITES, MOE_LIBRARIES)
     found = []
     for suite in (ALL_SUITES[name] for name in options.suite):
-        known = LIBRARIES if suite.name in SUITES else MOE_LIBRARIES if suite.name in MOE_SUITES else suite.libraries
+        known = next((known for suites, known in adapters if suite.name in suites), suite.libraries)
         libraries = tuple(name for name in options.libraries or suite.libraries if name in known)
         found += [(case, libraries) for case in suite.cases if libraries and pattern.search(case.name)]
     return found
@@ -148,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(run: Run, work: Sequence[tuple[Any, tuple[str, ...]]], options: argparse.Namespace, begin: float) -> int:
     facts = run.facts
-    attention, moe, host = AttentionBench(run), MoEBench(run), HostBench(run)
+    attention, backward, moe, host = AttentionBench(run), BackwardBench(run), MoEBench(run), HostBench(run)
     print(f"{facts['device']}, driver {facts['driver'] or '-'}, {facts['versions']}, commit {facts['commit'][:12]}")
     ready = time.perf_counter() - begin
     print(f"matrix product ceiling {run.ceiling:.4g} TFLOP/s, ready after {ready:.1f} s", flush=True)
@@ -159,6 +166,8 @@ def _run(run: Run, work: Sequence[tuple[Any, tuple[str, ...]]], options: argpars
             left_out.append(case.name)
             continue
         bench: Bench[Any, Any] | HostBench = attention if case.suite in SUITES else moe
+        if case.suite in BACKWARD_SUITES:
+            bench = backward
         if case.suite in HOST_SUITES:
             bench = host
         rows = bench.measure(case, libraries, options.seed, begin + options.budget)

@@ -1,0 +1,76 @@
+"""Named cases of attention's backward: the shapes of the forward suites, their work, and the suites.
+
+FLOP: five products of the visible pairs. The scores again, dk and dq have head_dim, the gradient of the probabilities
+and dv have head_dim_v: 2 * heads_q * pairs * (3 * head_dim + 2 * head_dim_v), which is 2.5 times the forward's when
+head_dim_v == head_dim. `pairs` is as in cases.py. What a kernel computes twice does not count. Bytes: q, k, v, out,
+dout and the log-sum-exp read once, dq, dk and dv written once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks.cases import ITEMSIZE, OURS, OURS_DETERMINISTIC, SUITES, Case, Suite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class BackwardCase(Case):
+    """The gradients of one attention problem with respect to q, k and v, and to the sinks where it has them.
+
+    No case has ALiBi slopes, a bias or padding: the check does not know them.
+    """
+
+    __slots__ = ()
+
+    def flops(self) -> int:
+        """Floating-point operations of the backward pass by this module's conventions."""
+        return self.heads_q * (3 * self.head_dim + 2 * self.head_dim_v) * self.twice_pairs()
+
+    def bytes(self) -> int:
+        """Fewest bytes through device memory."""
+        queries, keys = self.tokens_q * self.heads_q, self.tokens_k * self.heads_k
+        moved = 2 * (self.head_dim + self.head_dim_v) * (queries + keys)  # q, dq, out, dout, k, dk, v, dv
+        return ITEMSIZE[self.dtype] * moved + ITEMSIZE["float32"] * queries
+
+
+FEATURES = (
+    "gqa_32_4_d128_8k_causal",
+    "window1024_d128_16k",
+    "varlen_64_d128_causal",
+    "d96_8k_causal",
+    "sinks_window128_gqa_64_8_d64_8k",
+    "softcap_d128_8k_causal",
+    "d192_128_8k_causal",
+)
+
+
+def _backward(suite: str, forward: str, names: tuple[str, ...] = ()) -> Iterator[BackwardCase]:
+    for case in SUITES[forward].cases:
+        if not names or case.name in names:
+            yield BackwardCase(*case._replace(suite=suite, source=f"{case.source}, forward"))
+
+
+_LIBRARIES = (OURS, OURS_DETERMINISTIC, "torch_cudnn", "torch_flash", "fa3", "fa3_deterministic", "fa4")
+_RIVALS = ("torch_cudnn", "fa3", "fa4")
+
+BACKWARD_SUITES: dict[str, Suite[BackwardCase]] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "attention_backward",
+            "gradients of the 36 rows of attention_forward; each library's own forward is not timed",
+            tuple(_backward("attention_backward", "attention_forward")),
+            _LIBRARIES,
+            _RIVALS,
+        ),
+        Suite(
+            "attention_backward_features",
+            "gradients with GQA, windows, packed sequences, softcap, sinks and other head dims",
+            tuple(_backward("attention_backward_features", "attention_forward_features", FEATURES)),
+            _LIBRARIES,
+            _RIVALS,
+        ),
+    )
+}

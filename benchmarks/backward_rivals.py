@@ -1,0 +1,195 @@
+"""Adapters for attention's backward. Each library's own forward gives what its backward reads, outside of the time.
+
+A call gives a tuple: dq, dk, dv and, of a case with sinks, dsinks, in the library's order of axes. Gradients are made
+anew by every call, as a training step has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.attention_inputs import Inputs
+from benchmarks.backward_inputs import joined, parts
+from benchmarks.cases import OURS, OURS_DETERMINISTIC
+from benchmarks.flash_rivals import FA3, FA4
+from benchmarks.library import Library, Prepared, Setup, bhsd, bshd, first_reason, from_torch, to_torch
+from benchmarks.ours import Ours, array_options, case_options
+from benchmarks.rivals import Sdpa
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from benchmarks.backward_cases import BackwardCase
+
+    Move = Callable[[BackwardCase, torch.Tensor], torch.Tensor]
+
+
+def _moved(case: Any, move: Move, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of q, k and v with their axes moved, what is behind them as it is; packed ones stay."""
+    return [x if case.varlen or place > 2 else move(case, x) for place, x in enumerate(gradients)]
+
+
+class OursBackward(Ours):
+    """flash_attention_backward and flash_attention_varlen_backward; with sinks their gradient too, as FA4 has it."""
+
+    def __init__(self, name: str, deterministic: bool = False) -> None:
+        self.name = name
+        self.deterministic = deterministic
+
+    def missing(self, setup: Setup) -> str:
+        if reason := super().missing(setup):
+            return reason
+        package = importlib.import_module("flashmoe_cupy")
+        return "" if hasattr(package, "flash_attention_backward") else "this flashmoe_cupy has no backward"
+
+    def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
+        package = importlib.import_module("flashmoe_cupy")
+        forward = package.flash_attention_varlen if case.varlen else package.flash_attention
+        backward = package.flash_attention_varlen_backward if case.varlen else package.flash_attention_backward
+        more: dict[str, Any] = {"deterministic": True} if self.deterministic else {}
+        if case.sinks:
+            more["need"] = ("q", "k", "v", "sinks")
+        calls = []
+        for one in sets:
+            native = Inputs(*(None if t is None else from_torch(t, case.arrays) for t in one))
+            options = case_options(case) | array_options(native)
+            out, lse = forward(*native[:3], **options, return_lse=True)
+            calls.append(((native.dout, *native[:3], out, lse), options | more))
+
+        def run(i: int) -> Any:
+            arrays, keywords = calls[i % len(calls)]
+            made = backward(*arrays, **keywords)
+            return made[:4] if case.sinks else made[:3]
+
+        def into(i: int, flat: torch.Tensor) -> Any:
+            arrays, keywords = calls[i % len(calls)]
+            dq, dk, dv, *rest = parts(case, flat)
+            given = {name: from_torch(x, case.arrays) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
+            made = backward(*arrays, **keywords, **given)
+            for part in rest:  # there is no argument for dsinks
+                part.copy_(to_torch(made.dsinks, case.arrays))
+
+        return Prepared(run, lambda made: joined(case, [to_torch(x, case.arrays) for x in made]), into)
+
+
+def _leaves(arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same memory as tensors whose gradients are wanted."""
+    return [x.detach().requires_grad_() for x in arrays]
+
+
+class SdpaBackward(Sdpa):
+    """The gradient that torch.autograd takes of scaled_dot_product_attention with one back end of it."""
+
+    def why_not(self, case: Any, setup: Setup) -> str:
+        flash = self.backend == "FLASH_ATTENTION"
+        return super().why_not(case, setup) or first_reason(
+            (flash and case.head_dim != case.head_dim_v, "torch's FA2 wants head_dim_v == head_dim"),
+        )
+
+    def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        calls = []
+        with self.scope():
+            for one in sets:
+                leaves = _leaves([bhsd(case, t) for t in one[:3]])
+                out = scaled_dot_product_attention(*leaves, **self.options(case))
+                assert one.dout is not None
+                calls.append((out, leaves, bhsd(case, one.dout)))
+
+        def run(i: int) -> Any:
+            out, leaves, dout = calls[i % len(calls)]
+            return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+        return Prepared(run, lambda made: joined(case, _moved(case, bhsd, made)), scope=self.scope)
+
+
+class FA3Backward(FA3):
+    """FA3's backward operator on what its forward operator gave. It writes into gradients that are handed to it."""
+
+    def __init__(self, name: str, deterministic: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.deterministic = deterministic
+
+    def why_not(self, case: Any, setup: Setup) -> str:
+        wide = max(case.head_dim, case.head_dim_v) > 192  # rounded up to 256
+        return super().why_not(case, setup) or first_reason(
+            (self.deterministic and wide, "FA3 has no deterministic backward for head_dim 256"),
+        )
+
+    def unsupported(self, error: Exception) -> str:
+        refused = isinstance(error, RuntimeError) and ("not support" in str(error) or "must have shape" in str(error))
+        return f"it refuses this case: {str(error).splitlines()[0]}" if refused else ""
+
+    def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
+        import torch
+
+        forward, backward = torch.ops.flash_attn_3.fwd.default, torch.ops.flash_attn_3.bwd.default
+        calls = []
+        for one in sets:
+            assert one.dout is not None
+            q, k, v, dout = [*_moved(case, bshd, one[:3]), one.dout if case.varlen else bshd(case, one.dout)]
+            options = self.options(case, one)
+            out, lse = forward(q, k, v, **options)[:2]
+            calls.append(((dout, q, k, v, out, lse), options | {"deterministic": self.deterministic}))
+
+        def run(i: int) -> Any:
+            arrays, keywords = calls[i % len(calls)]
+            made = tuple(torch.empty_like(x) for x in arrays[1:4])
+            backward(*arrays, *made, **keywords)
+            return made
+
+        def into(i: int, flat: torch.Tensor) -> Any:
+            arrays, keywords = calls[i % len(calls)]
+            backward(*arrays, *_moved(case, bshd, parts(case, flat)), **keywords)
+
+        return Prepared(run, lambda made: joined(case, _moved(case, bshd, made)), into)
+
+
+class FA4Backward(FA4):
+    """The gradient that torch.autograd takes of FA4's public functions; with sinks their gradient too."""
+
+    def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
+        import torch
+
+        function = self.function(case)
+        calls = []
+        for one in sets:
+            assert one.dout is not None
+            leaves = _leaves(_moved(case, bshd, one[:3]) + ([] if one.sinks is None else [one.sinks]))
+            options = self.options(case, one)
+            if case.sinks:
+                options["learnable_sink"] = leaves[3]
+            out = function(*leaves[:3], **options)[0]
+            calls.append((out, leaves, one.dout if case.varlen else bshd(case, one.dout)))
+
+        def run(i: int) -> Any:
+            out, leaves, dout = calls[i % len(calls)]
+            return torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)
+
+        def as_torch(made: Any) -> torch.Tensor:
+            if any(x is None for x in made):
+                raise NotImplementedError("it gives no gradient of the sinks")
+            return joined(case, _moved(case, bshd, made))
+
+        return Prepared(run, as_torch)
+
+
+BACKWARD_LIBRARIES: dict[str, Library] = {
+    library.name: library
+    for library in (
+        OursBackward(OURS),
+        OursBackward(OURS_DETERMINISTIC, deterministic=True),
+        SdpaBackward("torch_cudnn", "CUDNN_ATTENTION"),
+        SdpaBackward("torch_flash", "FLASH_ATTENTION"),
+        SdpaBackward("torch_sdpa"),
+        FA3Backward("fa3"),
+        FA3Backward("fa3_deterministic", deterministic=True),
+        FA4Backward(),
+    )
+}
