@@ -7,41 +7,58 @@
 // arrays are one entry. exp(s - inf) is 0, so that a query without keys adds nothing. Of rows that do not
 // count it writes what they hold; nobody reads it. The same bits in every run: sums have one order.
 //
-// kLanes lanes take a row of a head, 16 bytes at a time.
+// kLanes lanes take kAtOnce rows of a head, 16 bytes at a time.
 #pragma once
 #include "attention/bwd_params.cuh"
 
 namespace fm {
 
-template <class Element_>
+template <class Element_, int kLanes_>
 struct AttentionBwdDot {
   using Element = Element_;
-  static constexpr int kThreads = 256, kLanes = 16, kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  static constexpr int kThreads = 256, kLanes = kLanes_, kAtOnce = 2,
+                       kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  static constexpr int kRows = kAtOnce * kThreads / kLanes;  // of a block, all of one head
   struct Smem {
     static constexpr int kBytes = 0;
   };
 
   FM_DEVICE static void run(const AttentionBwdDotParams& p) {
-    constexpr int kRows = kThreads / kLanes;  // of a block
-    const i64 index = static_cast<i64>(blockIdx.x) * kRows + threadIdx.x / kLanes;
-    const bool there = index < p.rows * p.heads;  // all lanes go on, to the sum
-    const int head = there ? static_cast<int>(index % p.heads) : 0;
-    const i64 row = there ? index / p.heads : 0, b = row / p.seqlen, s = row % p.seqlen;
-    const Element* g_out =
-        static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s + head * p.out_stride_h;
-    const Element* g_dout = static_cast<const Element*>(p.dout) + b * p.dout_stride_b + s * p.dout_stride_s +
-                            head * p.dout_stride_h;
-    float sum = 0.f;
-    if (there)
-      for (int col = threadIdx.x % kLanes * kPerChunk; col < p.head_dim_v; col += kLanes * kPerChunk)
-        sum += dot_chunk(load_chunk(g_out + col, p.aligned != 0), load_chunk(g_dout + col, p.aligned != 0));
+    if (blockIdx.x == 0 && threadIdx.x < kTileCounters) p.tile_counters[threadIdx.x] = 0;
+    if (p.dq_sums != nullptr)
+      for (i64 i = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * 4; i < p.dq_values;
+           i += static_cast<i64>(gridDim.x) * kThreads * 4)
+        *reinterpret_cast<float4*>(p.dq_sums + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+    // All indices fit into 32 bits, whose division is cheap.
+    const int head = static_cast<int>(blockIdx.x) % p.heads, first = blockIdx.x / p.heads * kRows;
+    float sum[kAtOnce] = {};
 #pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2)
-      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (!there || threadIdx.x % kLanes != 0) return;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first + threadIdx.x / kLanes + i * (kRows / kAtOnce);
+      if (row >= p.rows) continue;  // all lanes go on, to the sum
+      const int b = row / p.seqlen, s = row % p.seqlen;
+      const Element* g_out = static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s +
+                             head * p.out_stride_h;
+      const Element* g_dout = static_cast<const Element*>(p.dout) + b * p.dout_stride_b +
+                              s * p.dout_stride_s + head * p.dout_stride_h;
+      for (int col = threadIdx.x % kLanes * kPerChunk; col < p.head_dim_v; col += kLanes * kPerChunk)
+        sum[i] +=
+            dot_chunk(load_chunk(g_out + col, p.aligned != 0), load_chunk(g_dout + col, p.aligned != 0));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2)
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], distance);
+      const int row = first + threadIdx.x / kLanes + i * (kRows / kAtOnce);
+      if (row < p.rows && threadIdx.x % kLanes == 0) finish(p, row / p.seqlen, row % p.seqlen, head, sum[i]);
+    }
+  }
+
+  FM_DEVICE static void finish(const AttentionBwdDotParams& p, int b, int s, int head, float sum) {
     const float lse = p.lse[b * p.lse_stride_b + head * p.lse_stride_h + s * p.lse_stride_s];
     if (p.dlse != nullptr) sum -= p.dlse[b * p.dlse_stride_b + head * p.dlse_stride_h + s * p.dlse_stride_s];
-    const i64 at = (b * p.heads + head) * p.seqlen + s;
+    const i64 at = (static_cast<i64>(b) * p.heads + head) * p.seqlen + s;
     p.row_lse[at] = lse == -infinity() ? infinity() : lse;
     p.row_delta[at] = sum;
   }

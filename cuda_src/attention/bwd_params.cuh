@@ -10,11 +10,14 @@ struct AttentionBwdDotParams {
   const void *out, *dout;
   const float *lse, *dlse;                   // dlse null: 0
   float *row_lse, *row_delta;                // (entries, heads, rows), or (heads, rows) of packed sequences
+  float* dq_sums;                            // becomes 0; null: there is none
+  int* tile_counters;                        // kTileCounters of them, become 0
   i64 out_stride_b, out_stride_s, out_stride_h;
   i64 dout_stride_b, dout_stride_s, dout_stride_h;
   i64 lse_stride_b, lse_stride_h, lse_stride_s;
   i64 dlse_stride_b, dlse_stride_h, dlse_stride_s;
-  i64 rows;                                  // of all entries, or of the packed array
+  i64 dq_values;                             // of dq_sums, a multiple of 4
+  int rows;                                  // of all entries, or of the packed array
   int seqlen, heads;                         // rows of an entry, or of the packed array; query heads
   int head_dim_v, aligned;                   // aligned: rows of out and dout start at multiples of 16 bytes
 };
@@ -34,6 +37,8 @@ struct AttentionBwdSinksParams {
 struct AttentionBwdParams {
   const void *q, *k, *v, *dout;
   void *dq, *dk, *dv, *dbias;
+  float* dq_sums;                            // sums of dq in fragments of the Hopper kernel (bwd_sm90.cuh)
+  int* tile_counters;                        // tiles that blocks of the Hopper kernel have taken, by kWanted
   const void* bias;                          // null: none
   const float *row_lse, *row_delta;          // of each query of each head (bwd_dot.cuh)
   const void* alibi_slopes;                  // null: none
@@ -61,6 +66,8 @@ struct AttentionBwdParams {
 // For the Hopper kernel: the same, then the tensor maps, (head_dim, seqlen, heads, batch) in boxes of 64
 // columns.
 struct AttentionBwdSm90Params : AttentionBwdParams {
+  int dq_blocks;                             // blocks of 64 queries of a head in dq_sums
+  int tiles;                                 // of all heads and entries
   TensorMap q_map, k_map, v_map, dout_map;
 };
 
@@ -69,6 +76,16 @@ struct AttentionBwdBiasParams : AttentionBwdParams {
   i64 dbias_stride_b, dbias_stride_h, dbias_stride_q, dbias_stride_k;
   int batch;                                 // entries of q
   int bias_batch, bias_heads, bias_queries, bias_keys;  // sizes of the bias
+};
+
+// dq from its sums.
+struct AttentionBwdConvertParams {
+  const float* dq_sums;
+  void* dq;
+  i64 dq_stride_b, dq_stride_s, dq_stride_h;
+  int blocks, parts;                         // blocks of 64 queries of a head; parts of 64 columns
+  int heads, seqlen_q, head_dim;
+  float softmax_scale;
 };
 
 // Of queries, in shared memory.
@@ -80,6 +97,7 @@ struct Statistics {
 
 // Bits of kWanted, a template argument of the kernels.
 enum Gradient : int { kGradQ = 1, kGradK = 2, kGradV = 4 };
+enum : int { kTileCounters = 8 };  // one for each kWanted
 
 // The members that say where sequences lie and what happens to scores, as the forward has them.
 FM_DEVICE AttentionFwdParams forward_params(const AttentionBwdParams& p) {

@@ -23,6 +23,12 @@ FM_DEVICE u32 atom_add_u32(u32* g_pointer, u32 x) {
                : "memory");
   return before;
 }
+// Four neighbours at a multiple of 16 bytes, each added by itself.
+FM_DEVICE void red_add_v4_f32(float* g_pointer, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(g_pointer), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
 // For sums of gradients that several blocks add to; no kernel uses it yet.
 FM_DEVICE void red_add_f32(float* g_pointer, float x) {
   asm volatile("red.add.relaxed.gpu.global.f32 [%0], %1;" ::"l"(g_pointer), "f"(x) : "memory");

@@ -100,6 +100,12 @@ FM_DEVICE void tma_store_4d(const TensorMap& map, u32 s_source, int c0, int c1, 
       "r"(s_source), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// Adds `bytes` of floats, a multiple of 16 as both addresses are, to those at g_sums. In the current bulk group.
+FM_DEVICE void bulk_reduce_add_f32(float* g_sums, u32 s_source, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(g_sums),
+               "r"(s_source), "r"(bytes)
+               : "memory");
+}
 FM_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most kPending groups of this thread still read shared memory.
 template <int kPending>

@@ -35,10 +35,10 @@ def _attention_backward() -> _Kernels:
         AttentionBwdDot,
         AttentionBwdSinks,
         AttentionBwdSm80,
-        AttentionBwdSm90,
     )
+    from flashmoe_cupy.plan.attention.backward_sm90 import AttentionBwdConvert, AttentionBwdSm90
 
-    general = AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks()
+    general = AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks(), AttentionBwdConvert()
     return AttentionBwdSm90(), *general
 
 

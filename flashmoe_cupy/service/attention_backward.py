@@ -71,7 +71,7 @@ def _gradients(p: Any) -> Any:
     shape = () if p.bias_dtype is None else (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)
     return AttentionBwdProblem(
         p._replace(clear_rest=0), p.out_strides, p.q_strides, p.k_strides, p.v_strides, lse, None, wanted,
-        ("dq", "dk", "dv"), shape,
+        ("dq", "dk", "dv"), bias_shape=shape,
     )  # fmt: skip
 
 

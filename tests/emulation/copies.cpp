@@ -226,6 +226,16 @@ void tma_store(const void* pointer, u32 source, u32 rank, const int* at) {
   shared(*current->block, source, box_bytes(map), 128, "a bulk store");
   Store* store = new Store{current->block, current, source, current->store_group, map, {}, false, {}};
   for (u32 j = 0; j < rank; ++j) store->at[j] = at[j];
+  begin_store(store);
+}
+
+void bulk_add(float* sums, u32 source, u32 bytes) {
+  if (reinterpret_cast<u64>(sums) % 16 != 0 || bytes % 16 != 0) fail("a bulk add of %u bytes to %p", bytes, static_cast<void*>(sums));
+  shared(*current->block, source, bytes, 16, "a bulk add");
+  begin_store(new Store{current->block, current, source, current->store_group, {}, {}, false, {}, sums, bytes});
+}
+
+void begin_store(Store* store) {
   if (run->policy.stores == When::now) {
     read_store(*store);
     write_store(*store);
@@ -238,16 +248,21 @@ void tma_store(const void* pointer, u32 source, u32 rank, const int* at) {
 
 void read_store(Store& store) {
   const Beside note("a bulk store", store.fiber);
-  const u32 bytes = box_bytes(store.map);
+  const u32 bytes = store.sums ? store.size : box_bytes(store.map);
   check_fenced(*store.block, store.source, bytes, "a bulk store");
-  const u8* memory = shared(*store.block, store.source, bytes, 128, "a bulk store") - store.source;
+  const u8* memory = shared(*store.block, store.source, bytes, store.sums ? 16 : 128, "a bulk store") - store.source;
   store.bytes.resize(bytes);
-  for (u32 i = 0; i < bytes; i += 16) std::memcpy(&store.bytes[i], memory + swizzled(store.map, store.source, i), 16);
+  if (store.sums) std::memcpy(store.bytes.data(), memory + store.source, bytes);
+  else for (u32 i = 0; i < bytes; i += 16) std::memcpy(&store.bytes[i], memory + swizzled(store.map, store.source, i), 16);
   store.read = true;
 }
 
 void write_store(Store& store) {
   const Beside note("a bulk store", store.fiber);
+  if (store.sums) {
+    for (u32 i = 0; i < store.size / 4; ++i) store.sums[i] += reinterpret_cast<const float*>(store.bytes.data())[i];
+    return;
+  }
   for_each_row(store.map, store.at, [&](u32 offset, u64 address, u32 first, u32 last) {
     if (address == 0) return;
     const u32 element = store.map.element;

@@ -68,6 +68,7 @@ void copy_arrive(u32 barrier);
 void tma_load(u32 target, const void* map, u32 barrier, u32 blocks, u32 rank, const int* at);
 void tma_store(const void* map, u32 source, u32 rank, const int* at);
 void tma_check(const void* map, u32 rank);  // rank 0: any
+void bulk_add(float* sums, u32 source, u32 bytes);
 void store_commit();
 void store_wait(u32 pending, bool read_only);
 

@@ -154,6 +154,8 @@ struct Store {
   int at[5];
   bool read;
   std::vector<u8> bytes;
+  float* sums = nullptr;  // of bulk_add, to which `size` bytes are added
+  u32 size = 0;
 };
 struct Arrival {  // of cp.async.mbarrier.arrive
   Fiber* fiber;
@@ -230,6 +232,7 @@ void complete_bytes(Mbarrier& barrier, Block& block, u32 bytes);
 void thread_left_barriers(Block& block);
 
 void run_load(const Load& load);
+void begin_store(Store* store);
 void read_store(Store& store);
 void write_store(Store& store);
 void run_copies(Fiber& fiber, u64 before);  // those with smaller numbers

@@ -5,31 +5,35 @@ One class for each kernel of cuda_src/attention whose name begins with bwd.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flashmoe_cupy.jit.device import H100, DeviceProperties
-from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
-    PARTS,
-    TILES_BWD_SM90,
     Bwd80Config,
-    Bwd90Config,
     BwdBias80Config,
     SmallConfig,
     bias_config,
     config_sm80,
-    config_sm90,
     together,
 )
-from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
-from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
+from flashmoe_cupy.plan.attention.backward_values import (
+    dq_values,
+    fused,
+    grid_of,
+    lengths_code,
+    specialisation,
+    values_of,
+)
+from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80, UNALIGNED, VARIANTS
-from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, C, Kernel, far_strides
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, C, Kernel
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values, same
 
-_DOT_THREADS, _DOT_LANES, _SINKS_THREADS = 256, 16, 512  # of the structs in bwd_dot.cuh and bwd_sinks.cuh
+_DOT_THREADS, _DOT_AT_ONCE, _SINKS_THREADS = 256, 2, 512  # of the structs in bwd_dot.cuh and bwd_sinks.cuh
 _ALIGNED = f"{UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
 
 
@@ -54,16 +58,17 @@ class AttentionBwdDot(_Portable[SmallConfig]):
     params = Params(header, "AttentionBwdDotParams")
 
     def configs(self, arch: str) -> list[SmallConfig]:
-        return [_dot(element) for element in ELEMENT_BYTES] if arch in MAX_SMEM else []
+        return [_dot(element, lanes) for element in ELEMENT_BYTES for lanes in (8, 16)] if arch in MAX_SMEM else []
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> SmallConfig:  # fmt: skip
-        return _dot(problem.dtype.cuda)
+        p = problem.of.forward
+        return _dot(p.dtype.cuda, 8 if p.head_dim_v * p.dtype.itemsize <= 128 else 16)
 
     def grid(self, problem: GradientProblem, config: SmallConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        p = problem.of.forward
-        return -(-p.total_q * p.heads_q // (_DOT_THREADS // _DOT_LANES))
+        p, lanes = problem.of.forward, int(config.name.split()[1])
+        return -(-p.total_q // (_DOT_AT_ONCE * _DOT_THREADS // lanes)) * p.heads_q
 
     def values(
         self, problem: GradientProblem, config: SmallConfig, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
@@ -79,14 +84,15 @@ class AttentionBwdDot(_Portable[SmallConfig]):
             "heads": p.heads_q,
             "head_dim_v": p.head_dim_v,
             "aligned": int(aligned),
+            "dq_values": dq_values(of),
         }
 
     def title(self, config: SmallConfig) -> str:
         return f"{self.name} {config.name}"
 
 
-def _dot(element: str) -> SmallConfig:
-    return SmallConfig(element, f"AttentionBwdDot<fm::{element}>", _DOT_THREADS)
+def _dot(element: str, lanes: int) -> SmallConfig:
+    return SmallConfig(f"{element} {lanes} lanes", f"AttentionBwdDot<fm::{element}, {lanes}>", _DOT_THREADS)
 
 
 class AttentionBwdSinks(_Portable[SmallConfig]):
@@ -142,7 +148,7 @@ class AttentionBwdSm80(_Portable[Bwd80Config]):
             for element in ("bf16", "fp16")
             for dims in TILES_SM80
             for variant in VARIANTS
-            for part in PARTS
+            for part in ("q", "k", "v", "kv")
             if part != "kv" or together(element, dims, variant)
         ]
         return found + [config_sm80(arch, "fp32", dims, part, BIAS) for dims in DIMS_FP32 for part in ("q", "k", "v")]
@@ -153,15 +159,25 @@ class AttentionBwdSm80(_Portable[Bwd80Config]):
         element, dims, variant = specialisation(problem.of)
         if variant == PLAIN and not aligned:
             variant = UNALIGNED
-        return config_sm80(arch, element, dims, problem.part, variant)
+        return config_sm80(arch, element, dims, "kv" if problem.part == "qkv" else problem.part, variant)
 
     def grid(self, problem: GradientProblem, config: Bwd80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        return _grid(problem, config)
+        return grid_of(problem, config)
 
     def values(
         self, problem: GradientProblem, config: Bwd80Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> Values:  # fmt: skip
-        return _values(problem, config, aligned)
+        return values_of(problem, config, aligned)
+
+    def before(
+        self, step: Step, config: Bwd80Config, odd: Sequence[str]  # noqa: ARG002
+    ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
+        """Parts of their own for all that is wanted at once."""
+        if step.problem.part != "qkv":
+            return [step], {}
+        of = step.problem.of
+        parts = ["kv"] if together(*specialisation(of)) else ["k", "v"]
+        return [Step(step.task, GradientProblem(of, part), step.arguments) for part in (*parts, "q")], {}
 
     def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
         return "" if aligned else _ALIGNED
@@ -210,135 +226,9 @@ class AttentionBwdBiasSm80(_Portable[BwdBias80Config]):
         return "" if aligned else _ALIGNED
 
 
-class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
-    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores of even lengths in 16-bit rows."""
-
-    op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm90"
-    header = "attention/bwd_sm90.cuh"
-    summary = "attention backward on TMA and wgmma: bf16 and fp16 on Hopper (sm_90a)"
-    params = Params(header, "AttentionBwdSm90Params")
-
-    def configs(self, arch: str) -> list[Bwd90Config]:
-        if arch != "sm_90a":
-            return []
-        return [config_sm90(e, dims, part) for e in ("bf16", "fp16") for dims in TILES_BWD_SM90 for part in PARTS]
-
-    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
-        p = problem.of.forward
-        if arch != "sm_90a":
-            return ["no Hopper tensor cores: this kernel is for sm_90a"]
-        why = []
-        if p.dtype.cuda not in ("bf16", "fp16"):
-            why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")
-        if not aligned:
-            why.append(f"{UNALIGNED_ROWS}: the copy engine cannot fetch them")
-        if not p.even:
-            why.append("lengths that only the device knows have no Hopper kernel of the backward yet")
-        if variant_of(p) != PLAIN:
-            why.append("softcap, ALiBi, biases and a scale <= 0 have no Hopper kernel of the backward yet")
-        if max(p.head_dim, p.head_dim_v) > [*TILES_BWD_SM90][-1][0]:
-            why.append(f"head dims beyond {[*TILES_BWD_SM90][-1][0]} have no Hopper kernel of the backward yet")
-        if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k):
-            why.append(EMPTY)
-        if why:
-            return why
-        blocks = self.grid(problem, self.choose(problem, arch, aligned))
-        if blocks >= 2**31:
-            why.append(f"{blocks} blocks of work: too much for one launch (2**31 - 1)")
-        maps = self.map_arguments(problem, self.choose(problem, arch, aligned))
-        return why + far_strides(("q", "k", "v", "dout"), maps)
-
-    def choose(
-        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
-    ) -> Bwd90Config:  # fmt: skip
-        p = problem.of.forward
-        dims = next((d for d in TILES_BWD_SM90 if max(p.head_dim, p.head_dim_v) <= d[0]), [*TILES_BWD_SM90][-1])
-        return config_sm90(p.dtype.cuda, dims, problem.part)
-
-    def grid(self, problem: GradientProblem, config: Bwd90Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        return _grid(problem, config)
-
-    def values(
-        self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
-    ) -> Values:  # fmt: skip
-        return _values(problem, config, aligned)
-
-    def map_arguments(self, problem: GradientProblem, config: Bwd90Config) -> tuple[TensorMap, ...]:
-        of, p = problem.of, problem.of.forward
-        queries, keys = (64, config.cols) if problem.part == "q" else (config.cols, 64)
-
-        def rows(dim: int, seqlen: int, heads: int, strides: tuple[int, int, int], box: int) -> TensorMap:
-            outer = (seqlen, strides[1]), (heads, strides[2]), (p.batch, strides[0])
-            return array_map(p.dtype, dim, outer, (64, box, 1, 1))
-
-        return (
-            rows(p.head_dim, p.seqlen_q, p.heads_q, p.q_strides, queries),
-            rows(p.head_dim, p.seqlen_k, p.heads_k, p.k_strides, keys),
-            rows(p.head_dim_v, p.seqlen_k, p.heads_k, p.v_strides, keys),
-            rows(p.head_dim_v, p.seqlen_q, p.heads_q, of.dout_strides, queries),
-        )
-
-
-def _grid(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
-    p = problem.of.forward
-    return p.batch * _blocks(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
-
-
-def _values(problem: GradientProblem, config: Bwd80Config | Bwd90Config, aligned: bool) -> Values:
-    """What AttentionBwdParams holds behind its pointers."""
-    of, p = problem.of, problem.of.forward
-    strides = {
-        "q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "dout": of.dout_strides, "dq": of.dq_strides,
-        "dk": of.dk_strides, "dv": of.dv_strides,
-    }  # fmt: skip
-    rows = p.total_q if p.varlen else p.seqlen_q
-    return {
-        **{f"{name}_stride_{axis}": n for name, by in strides.items() for axis, n in zip("bsh", by, strict=True)},
-        **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
-        "row_stride_b": 0 if p.varlen else p.heads_q * rows,
-        "row_stride_h": rows,
-        "heads_q": p.heads_q,
-        "heads_per_key": p.heads_q // max(p.heads_k, 1),
-        "seqlen_q": p.seqlen_q,
-        "seqlen_k": p.seqlen_k,
-        "head_dim": p.head_dim,
-        "head_dim_v": p.head_dim_v,
-        "window_left": window(p.window_left, p),
-        "window_right": window(p.window_right, p),
-        "blocks": _blocks(problem, config),
-        "v_blocks": -(-p.head_dim_v // config.head_dim_v),
-        "alibi_stride_b": p.alibi_stride_b,
-        "bias_dtype": 0 if p.bias_dtype is None else p.bias_dtype.code,
-        "aligned": int(aligned),
-        "lengths": lengths_code(of),
-        "softmax_scale": p.softmax_scale,
-        "softcap": p.softcap,
-    }
-
-
-def _blocks(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
-    p = problem.of.forward
-    return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))
-
-
-def specialisation(of: AttentionBwdProblem) -> tuple[str, tuple[int, int], str]:
-    """Element, compiled head dims and variant, for rows that are aligned."""
-    p = of.forward
-    element = p.dtype.cuda
-    if element == "fp32":
-        dims = next(d for d in DIMS_FP32 if p.head_dim <= d[0] and (p.head_dim_v <= d[1] or d[0] >= 128))
-        return element, dims, BIAS
-    return element, compiled_dims(p, TILES_SM80), variant_of(p)
-
-
-def lengths_code(of: AttentionBwdProblem) -> int:
-    """Of the enum Lengths in cuda_src/attention/params.cuh."""
-    return 0 if of.forward.even else 2 if of.forward.varlen else 1
-
-
 _ARRAYS = same(
     "q", "k", "v", "dout", "dq", "dk", "dv", "bias", "row_lse", "row_delta", "alibi_slopes", "cu_seqlens_q",
-    "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_q", "leftpad_k",
+    "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_q", "leftpad_k", "tile_counters",
 )
 
 
@@ -346,15 +236,18 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
     """The launches, and the bytes of each array of the workspace."""
     f = p.forward
     rows = 4 * f.total_q * f.heads_q
-    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta")
+    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters")
     steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
+    if fused(p) and not p.deterministic and {"dq", "dk", "dv"} <= {*p.wanted}:
+        steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), _ARRAYS | same("dq_sums")))
     parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
     of_keys = [parts] if together(*specialisation(p)) else [*parts]
+    at_once = steps[-1:] and steps[-1].problem.part == "qkv"
     sizes = {
         "dq": f.total_q * f.heads_q * f.head_dim, "dk": f.total_k * f.heads_k * f.head_dim,
         "dv": f.total_k * f.heads_k * f.head_dim_v,
     }  # fmt: skip
-    for part in [*filter(None, of_keys), *(["q"] if "dq" in p.wanted else [])]:
+    for part in [*filter(None, of_keys), *(["q"] if "dq" in p.wanted else [])] if not at_once else ():
         if not sizes[f"d{part[0]}"]:
             continue  # no rows
         clears = {f"d{x}": sizes[f"d{x}"] * f.dtype.itemsize for x in part if not f.even and f"d{x}" in p.new}
@@ -364,4 +257,5 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
     if "dsinks" in p.wanted:
         sinks = same("row_lse", "row_delta", "sinks", "dsinks", "cu_seqlens_q", "seqused_q", "leftpad_q")
         steps.append(Step("attention_bwd_sinks", GradientProblem(p, "sinks"), sinks))
-    return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4)}
+    sums = {"dq_sums": 4 * dq_values(p)} if at_once else {}
+    return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4), "tile_counters": 32} | sums

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, SIBLINGS, UNALIGNED
 
-PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6}  # kWanted of cuda_src/attention/bwd_sm80.cuh
+PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6, "qkv": 7}  # kWanted of cuda_src/attention/bwd_sm80.cuh
 
 
 class Bwd80Config(NamedTuple):
@@ -143,7 +143,10 @@ class Bwd90Config(NamedTuple):
         size, by_key = ELEMENT_BYTES[self.element], self.part != "q"
         width, width_v = (-(-dim // 64) * 64 * size for dim in (self.head_dim, self.head_dim_v))
         rows = self.rows * (width + (self.part != "v") * width_v)
-        return rows + self.stages * (self.cols * (width + width_v) + 8 * self.cols * by_key + 32) + 8
+        # The next tile's keys, dS, pieces of dq, and their barriers.
+        more = (self.part == "qkv") * (self.rows * (width + 2 * self.cols * size) + 2 * (64 * 64 * 4 + 16) + 16)
+        work = 18 * 4 + 16 * 3  # a tile, its barriers, and those of the rows
+        return rows + more + self.stages * (self.cols * (width + width_v) + 8 * self.cols * by_key + 32) + work
 
     @property
     def struct(self) -> str:
@@ -216,6 +219,8 @@ TILES_BWD_SM90: dict[tuple[int, int], tuple[Tile, Tile]] = {
 
 def config_sm90(element: str, dims: tuple[int, int], part: str) -> Bwd90Config:
     """The configuration of a compiled size."""
+    if part == "qkv":
+        return Bwd90Config(element, *dims, 128, 64 if dims[0] > 64 else 128, 2, part)
     return Bwd90Config(element, *dims, *TILES_BWD_SM90[dims][part == "q"], part)
 
 

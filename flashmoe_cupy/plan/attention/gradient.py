@@ -43,6 +43,7 @@ class AttentionBwdProblem(NamedTuple):
     dlse_strides: Strides | None  # None: lse has no gradient
     wanted: tuple[str, ...]  # of GRADIENTS, in their order
     new: tuple[str, ...]  # of dq, dk and dv: made by the call, so that rows that do not count become 0
+    deterministic: bool = True  # the same bits in every run
     bias_shape: tuple[int, ...] = ()  # entries, heads, queries and keys of the bias, each 1 or all; (): there is none
 
     @property
@@ -165,6 +166,7 @@ def _problem(name: str, main: dict[str, View], given: dict[str, Any]) -> Attenti
         dlse_strides=None if dlse is None else statistics(dlse),
         wanted=wanted,
         new=tuple(new),
+        deterministic=bool(own["deterministic"]),
         bias_shape=() if bias is None else (1,) * (4 - len(bias.shape)) + bias.shape,
     )
 

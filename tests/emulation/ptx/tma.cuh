@@ -44,6 +44,7 @@ inline void tma_load_4d_multicast(u32 s_target, const TensorMap& map, u32 s_barr
 
 inline void tma_store_2d(const TensorMap& map, u32 s_source, int c0, int c1) { tma_store(map, s_source, c0, c1); }
 inline void tma_store_4d(const TensorMap& map, u32 s_source, int c0, int c1, int c2, int c3) { tma_store(map, s_source, c0, c1, c2, c3); }
+inline void bulk_reduce_add_f32(float* g_sums, u32 s_source, u32 bytes) { emu::bulk_add(g_sums, s_source, bytes); }
 inline void bulk_commit_group() { emu::store_commit(); }
 template <int kPending>
 inline void bulk_wait_group_read() {

@@ -1,0 +1,325 @@
+// The blocks of the Hopper kernel of attention's backward (bwd_sm90.cuh): tiles, shared memory, and all warps
+// but those that compute.
+//
+// A block stays on its SM. A tile is kRows rows, keys for dk and dv or queries for dq, and the columns that
+// belong to them, head after head. Of the first warpgroup one thread (the scheduler) takes the next tile that
+// is free when the tile before is nearly loaded. One (the producer) lets the copy engine fetch the rows once
+// and the columns through two rings: x, that is q or k, and y, that is dout or v. One warp brings lse and
+// delta of the queries of a step, and one thread has pieces of dq added to the sums in memory.
+#pragma once
+#include "attention/bwd_params.cuh"
+#include "attention/keys.cuh"
+#include "math/softmax.cuh"
+#include "ptx/global_memory.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warpgroup.cuh"
+#include "tile/epilogue.cuh"
+#include "tile/mask.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/smem.cuh"
+#include "tile/warpgroup_gemm.cuh"
+
+namespace fm {
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kStages_, int kWanted_>
+struct AttentionBwdBlocksSm90 {
+  using Element = Element_;
+  using Params = AttentionBwdSm90Params;
+  static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kRows = kRows_, kCols = kCols_;
+  static constexpr int kStages = kStages_, kWanted = kWanted_;
+  static constexpr int kConsumers = kRows / 64, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  // What a launch has: registers of a thread come in eights.
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (1 + kConsumers) * (65536 / kThreads / 8 * 8));
+  static constexpr bool kByKey = kWanted != kGradQ;   // rows are keys
+  static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk
+  static constexpr bool kValues = kWanted & kGradV;
+  // dq, too: products of dS, which both consumers see in shared memory, with the keys, added up in dq_sums by
+  // all blocks. A piece of it is 64 queries by 64 columns; each consumer takes one of a step.
+  static constexpr bool kQueries = kByKey && (kWanted & kGradQ);
+  static constexpr int kPieces = kHeadDim / 64;  // along a row of dq
+  static constexpr int kPieceBytes = 64 * 64 * 4;
+  static_assert(!kQueries || (kConsumers == 2 && kHeadDim % 64 == 0 && kCols * kHeadDim == 128 * 64));
+  // Named barriers of the block. A consumer reports its dS of a step at kScoresStored + 2 * consumer + step
+  // % 2.
+  enum Barrier { kScoresStored = 1, kColumnsCleared = 5 };
+
+  // Where registers do not do for weights in fp32 beside the two sums, dS has those that dv has.
+  static constexpr bool kRounded = kValues && (kHeadDim + kHeadDimV > 192 || kCols > 96);
+
+  // Tiles of the rows of one consumer, and of the columns of a step.
+  using TileRowX = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;
+  using TileRowY = SmemTile<Element, 64, div_up(kHeadDimV, 64) * 64>;
+  using TileColX = SmemTile<Element, kCols, div_up(kHeadDim, 64) * 64>;
+  using TileColY = SmemTile<Element, kCols, div_up(kHeadDimV, 64) * 64>;
+  using TileScores = SmemTile<Element, kRows, kQueries ? kCols : 64>;  // dS of a step, rows are keys
+  using Stage = Ring<kStages>;                                         // a step of columns
+  // Tiles of rows x at once. Where they are used to the end of a tile, those of the next one come before
+  // that.
+  static constexpr int kRowStages = kQueries ? 2 : 1;
+
+  // A tile: rows of one head, or of all heads that share keys, and the columns that belong to them.
+  struct Work {
+    BandMask band;            // rows see columns
+    int batch, head, head_k;  // head: the first of those that are walked over
+    int row0;                 // the tile's first row; -1: there is no tile any more
+    int first, steps, walks;  // steps of columns: the first one, how many; and heads
+    int start;                // the step that is taken first; behind the last one comes the first one
+    int row_base, col_base;   // where row 0 and column 0 lie, and
+    int map_batch;            // in which entry, as coordinates of the tensor maps
+    int even;                 // behind the last row and column the arrays end
+    FM_DEVICE int all_steps() const { return steps * walks; }
+    FM_DEVICE int head_of(int step) const { return head + step / steps; }
+    FM_DEVICE int col_of(int step) const { return (first + (start + step) % steps) * kCols; }
+  };
+  struct Smem {
+    static constexpr int kRowX = 0, kRowY = kRowX + kRowStages * kConsumers * TileRowX::kBytes;
+    static constexpr int kColX = kRowY + (kScores ? kConsumers * TileRowY::kBytes : 0);
+    static constexpr int kColY = kColX + kStages * TileColX::kBytes;
+    static constexpr int kScoresTile = kColY + kStages * TileColY::kBytes;
+    static constexpr int kSums = kScoresTile + (kQueries ? 2 * TileScores::kBytes : 0);  // pieces of dq
+    static constexpr int kStatistics = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
+    static constexpr int kWork = kStatistics + (kByKey ? kStages * Statistics<kCols>::kBytes : 0);
+    static constexpr int kBarriersWork = kWork + static_cast<int>(sizeof(Work));
+    static constexpr int kBarriersRowX = kBarriersWork + RingBarriers<1>::kBytes;
+    static constexpr int kBarriersRowY = kBarriersRowX + RingBarriers<kRowStages>::kBytes;
+    static constexpr int kBarriersX = kBarriersRowY + RingBarriers<1>::kBytes;
+    static constexpr int kBarriersY = kBarriersX + RingBarriers<kStages>::kBytes;
+    static constexpr int kBarriersSums = kBarriersY + RingBarriers<kStages>::kBytes;
+    static constexpr int kBytes = kBarriersSums + (kQueries ? kConsumers * RingBarriers<1>::kBytes : 0);
+    static_assert(kBytes <= kMaxSmemBytes);
+  };
+  struct Rings {
+    RingBarriers<1> work;
+    RingBarriers<kRowStages> row_x;
+    RingBarriers<1> row_y;
+    RingBarriers<kStages> x, y;
+    u32 s_sums;
+    FM_DEVICE RingBarriers<1> sums(int consumer) const {
+      return {s_sums + consumer * RingBarriers<1>::kBytes};
+    }
+    FM_DEVICE explicit Rings(u32 s_base)
+        : work{s_base + Smem::kBarriersWork},
+          row_x{s_base + Smem::kBarriersRowX},
+          row_y{s_base + Smem::kBarriersRowY},
+          x{s_base + Smem::kBarriersX},
+          y{s_base + Smem::kBarriersY},
+          s_sums(s_base + Smem::kBarriersSums) {}
+    FM_DEVICE void init() const {
+      // All who read a tile: the producer, the warps of the statistics and of the sums, the consumers.
+      work.init(1, 1 + (kByKey ? 1 : 0) + (kQueries ? 1 : 0) + 4 * kConsumers);
+      row_x.init(1, 4 * kConsumers);
+      row_y.init(1, 4 * kConsumers);
+      x.init(kByKey ? 1 + 32 : 1, 4 * kConsumers);  // one thread of each consumer warp reports
+      y.init(1, 4 * kConsumers);
+      for (int i = 0; kQueries && i < kConsumers; ++i) sums(i).init(4, 1);
+      fence_mbarrier_init();
+    }
+  };
+
+  // Runs consume(smem, s_base, rings, consumer) in each warpgroup but the first.
+  template <class F>
+  FM_DEVICE static void run_with(const Params& p, F&& consume) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 s_base = smem_address(smem);
+    const Rings rings(s_base);
+    if (threadIdx.x == 0) {
+      prefetch_tensormap(p.q_map), prefetch_tensormap(p.k_map);
+      prefetch_tensormap(p.v_map), prefetch_tensormap(p.dout_map);
+      rings.init();
+    }
+    __syncthreads();
+    const int warp = warp_id();
+    if (warp < 4) {
+      setmaxnreg_dec<kProducerRegisters>();
+      if (warp == 0 && lane_id() == 0) produce(p, smem, s_base, rings);
+      if (kByKey && warp == 1) bring_statistics(p, smem, rings);
+      if (warp == 2 && lane_id() == 0) schedule(p, *reinterpret_cast<Work*>(smem + Smem::kWork), rings.work);
+      if (kQueries && warp == 3 && lane_id() == 0) add_sums(p, smem, s_base, rings);
+    } else {
+      setmaxnreg_inc<kConsumerRegisters>();
+      consume(smem, s_base, rings, warp / 4 - 1);
+    }
+  }
+
+  // ---- scheduler ----
+
+  // One thread. Blocks stay on their SM and take the next tile that is free. The last tile has row0 -1.
+  FM_DEVICE static void schedule(const Params& p, Work& s_work, const RingBarriers<1>& ring) {
+    Ring<1> at;
+    int index = -1;
+#pragma unroll 1
+    for (bool found = true; found;) {
+      ring.wait_empty(at);  // the producer has no more than the steps in its rings to go
+      index = index < 0 ? blockIdx.x : gridDim.x + atomicAdd(p.tile_counters + kWanted, 1);
+      found = index < p.tiles;
+      if (!found)
+        s_work.row0 = -1;
+      else if (!find_work(p, index, s_work))
+        continue;
+      mbarrier_arrive(ring.full(0));
+      at.advance();
+    }
+  }
+  // Whether there is one more tile, s_work. Each warp that reads it gives it back.
+  FM_DEVICE static bool more(const Work& s_work, const RingBarriers<1>& ring, const Ring<1>& at) {
+    ring.wait_full(at);
+    return s_work.row0 >= 0;
+  }
+  // Tile `index`. False: it is behind the end of its sequence.
+  FM_DEVICE static bool find_work(const Params& p, int index, Work& w) {
+    // Under a causal mask late queries see the most keys, and early keys are seen by the most queries.
+    const int block = kByKey ? index % p.blocks : p.blocks - 1 - index % p.blocks;
+    index /= p.blocks;
+    const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
+    w.batch = index / heads;
+    w.walks = kByKey ? p.heads_per_key : 1;
+    w.head = index % heads * w.walks;
+    w.head_k = w.head / p.heads_per_key;
+    w.row0 = block * kRows;
+    const AttentionFwdParams f = forward_params(p);
+    w.even = RowKeys::even(f);
+    const Sequence found = w.even ? RowKeys::each(f) : RowKeys::sequence(f, w.batch);
+    w.map_batch = RowKeys::map_batch(f, w.batch);
+    w.row_base = kByKey ? found.k_row : found.q_row, w.col_base = kByKey ? found.q_row : found.k_row;
+    const int shift = found.seqlen_k - found.seqlen_q;
+    w.band = kByKey ? BandMask{found.seqlen_k, found.seqlen_q, -shift, p.window_right, p.window_left, 0}
+                    : BandMask{found.seqlen_q, found.seqlen_k, shift, p.window_left, p.window_right, 0};
+    w.first = w.band.first(w.row0) / kCols;
+    const int last = div_up(max(w.band.last(min(w.row0 + kRows, w.band.rows) - 1) + 1, 0), kCols);
+    w.steps = max(last - w.first, 0);
+    // Blocks that add to dq at once begin apart from each other.
+    w.start = kQueries ? static_cast<int>(static_cast<i64>(block) * w.steps / p.blocks) : 0;
+    return w.row0 < w.band.rows;
+  }
+
+  // ---- producer ----
+
+  // One thread.
+  FM_DEVICE static void produce(const Params& p, const u8* smem, u32 s_base, const Rings& rings) {
+    const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
+    Ring<1> works;
+    Ring<kRowStages> row_x;
+    Ring<1> row_y;
+    Stage at;
+#pragma unroll 1
+    for (; more(s_work, rings.work, works); works.advance()) {
+      const Work& w = s_work;
+      const int steps = w.all_steps();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        const int head = kByKey ? w.head_of(step) : w.head_k, col = w.col_base + w.col_of(step);
+        rings.x.wait_empty(at);
+        mbarrier_arrive_expect_tx(rings.x.full(at.stage), TileColX::kBytes);
+        load<TileColX>(kByKey ? p.q_map : p.k_map, s_base + Smem::kColX + at.stage * TileColX::kBytes,
+                       rings.x.full(at.stage), createpolicy_evict_last(), col, head, w.map_batch);
+        if (step == 0)
+          load_rows<TileRowX>(kByKey ? p.k_map : p.q_map, w, s_base + Smem::kRowX, rings.row_x, row_x);
+        rings.y.wait_empty(at);
+        mbarrier_arrive_expect_tx(rings.y.full(at.stage), TileColY::kBytes);
+        load<TileColY>(kByKey ? p.dout_map : p.v_map, s_base + Smem::kColY + at.stage * TileColY::kBytes,
+                       rings.y.full(at.stage), createpolicy_evict_last(), col, head, w.map_batch);
+        if (kScores && step == 0)
+          load_rows<TileRowY>(kByKey ? p.v_map : p.dout_map, w, s_base + Smem::kRowY, rings.row_y, row_y);
+      }
+      mbarrier_arrive(rings.work.empty(0));
+    }
+  }
+
+  template <class Tile, int kAtOnce>
+  FM_DEVICE static void load_rows(const TensorMap& map, const Work& w, u32 s_tiles,
+                                  const RingBarriers<kAtOnce>& ring, Ring<kAtOnce>& at) {
+    ring.wait_empty(at);
+    mbarrier_arrive_expect_tx(ring.full(at.stage), kConsumers * Tile::kBytes);
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i)
+      load<Tile>(map, s_tiles + (at.stage * kConsumers + i) * Tile::kBytes, ring.full(at.stage),
+                 createpolicy_evict_first(), w.row_base + w.row0 + 64 * i, kByKey ? w.head_k : w.head,
+                 w.map_batch);
+    at.advance();
+  }
+
+  template <class Tile>
+  FM_DEVICE static void load(const TensorMap& map, u32 s_tile, u32 s_full, u64 policy, int row, int head,
+                             int batch) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel)
+      tma_load_4d(s_tile + panel * Tile::kPanelBytes, map, s_full, policy, panel * 64, row, head, batch);
+  }
+
+  // One warp. lse in units of log2; queries behind the last one get weights of 0.
+  FM_DEVICE static void bring_statistics(const Params& p, u8* smem, const Rings& rings) {
+    const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
+    Ring<1> works;
+    Stage at;
+#pragma unroll 1
+    for (; more(s_work, rings.work, works); works.advance()) {
+      const Work& w = s_work;
+#pragma unroll 1
+      for (int step = 0; step < w.all_steps(); ++step, at.advance()) bring_step(p, w, smem, rings, at, step);
+      __syncwarp();
+      rings.work.release(works);
+    }
+  }
+  FM_DEVICE static void bring_step(const Params& p, const Work& w, u8* smem, const Rings& rings,
+                                   const Stage& at, int step) {
+    const int col = w.col_of(step);
+    const i64 first = w.batch * p.row_stride_b + w.head_of(step) * p.row_stride_h + w.col_base + col;
+    auto& s = *reinterpret_cast<Statistics<kCols>*>(smem + Smem::kStatistics +
+                                                    at.stage * Statistics<kCols>::kBytes);
+    float lse[kCols / 32], delta[kCols / 32];
+#pragma unroll
+    for (int i = 0; i < kCols / 32; ++i) {
+      const int query = i * 32 + lane_id();
+      const bool there = col + query < w.band.cols;
+      lse[i] = there ? p.row_lse[first + query] * kLog2e : infinity();
+      delta[i] = there ? p.row_delta[first + query] : 0.f;
+    }
+    rings.x.wait_empty(at);
+#pragma unroll
+    for (int i = 0; i < kCols / 32; ++i)
+      s.lse[i * 32 + lane_id()] = lse[i], s.delta[i * 32 + lane_id()] = delta[i];
+    mbarrier_arrive(rings.x.full(at.stage));
+  }
+
+  // ---- sums of dq ----
+
+  // One thread. Lets the copy engine add what the consumers put down, a piece of 64 x 64 in the order of
+  // their registers, to the sums in memory.
+  FM_DEVICE static void add_sums(const Params& p, const u8* smem, u32 s_base, const Rings& rings) {
+    const Work& w = *reinterpret_cast<const Work*>(smem + Smem::kWork);
+    Ring<1> works, at;
+    bool before = false;  // the other consumer's piece is still being read
+#pragma unroll 1
+    for (; more(w, rings.work, works); works.advance()) {
+      const int steps = w.all_steps();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        const i64 first = (static_cast<i64>(w.batch) * p.heads_q + w.head_of(step)) * p.dq_blocks;
+        const int block = w.col_of(step) / 64;
+#pragma unroll 1
+        for (int i = 0; i < kConsumers; ++i) {
+          rings.sums(i).wait_full(at);
+          const int its_block = block + (kPieces == 1 ? i : 0);
+          if (its_block < p.dq_blocks)
+            bulk_reduce_add_f32(
+                p.dq_sums + ((first + its_block) * kPieces + (kPieces == 2 ? i : 0)) * (64 * 64),
+                s_base + Smem::kSums + i * kPieceBytes, kPieceBytes);
+          bulk_commit_group();
+          if (before) {
+            bulk_wait_group_read<1>();
+            mbarrier_arrive(rings.sums(i ^ 1).empty(0));
+          }
+          before = true;
+        }
+      }
+      mbarrier_arrive(rings.work.empty(0));
+    }
+    bulk_wait_group<0>();
+  }
+};
+
+}  // namespace fm

@@ -1,0 +1,81 @@
+"""What the launches of attention's backward share: grids, values of the parameters, and sums. No GPU and no CuPy."""
+
+from __future__ import annotations
+
+from flashmoe_cupy.plan.attention.backward_tiles import DIMS_FP32, Bwd80Config, Bwd90Config
+from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
+from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80
+from flashmoe_cupy.plan.step import Values
+
+
+def grid_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
+    p = problem.of.forward
+    return p.batch * blocks_of(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
+
+
+def values_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config, aligned: bool) -> Values:
+    """What AttentionBwdParams holds behind its pointers."""
+    of, p = problem.of, problem.of.forward
+    strides = {
+        "q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "dout": of.dout_strides, "dq": of.dq_strides,
+        "dk": of.dk_strides, "dv": of.dv_strides,
+    }  # fmt: skip
+    rows = p.total_q if p.varlen else p.seqlen_q
+    return {
+        **{f"{name}_stride_{axis}": n for name, by in strides.items() for axis, n in zip("bsh", by, strict=True)},
+        **{f"bias_stride_{axis}": n for axis, n in zip("bhqk", p.bias_strides, strict=True)},
+        "row_stride_b": 0 if p.varlen else p.heads_q * rows,
+        "row_stride_h": rows,
+        "heads_q": p.heads_q,
+        "heads_per_key": p.heads_q // max(p.heads_k, 1),
+        "seqlen_q": p.seqlen_q,
+        "seqlen_k": p.seqlen_k,
+        "head_dim": p.head_dim,
+        "head_dim_v": p.head_dim_v,
+        "window_left": window(p.window_left, p),
+        "window_right": window(p.window_right, p),
+        "blocks": blocks_of(problem, config),
+        "v_blocks": -(-p.head_dim_v // config.head_dim_v),
+        "alibi_stride_b": p.alibi_stride_b,
+        "bias_dtype": 0 if p.bias_dtype is None else p.bias_dtype.code,
+        "aligned": int(aligned),
+        "lengths": lengths_code(of),
+        "softmax_scale": p.softmax_scale,
+        "softcap": p.softcap,
+    }
+
+
+def blocks_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
+    p = problem.of.forward
+    return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))
+
+
+def specialisation(of: AttentionBwdProblem) -> tuple[str, tuple[int, int], str]:
+    """Element, compiled head dims and variant, for rows that are aligned."""
+    p = of.forward
+    element = p.dtype.cuda
+    if element == "fp32":
+        dims = next(d for d in DIMS_FP32 if p.head_dim <= d[0] and (p.head_dim_v <= d[1] or d[0] >= 128))
+        return element, dims, BIAS
+    return element, compiled_dims(p, TILES_SM80), variant_of(p)
+
+
+def lengths_code(of: AttentionBwdProblem) -> int:
+    """Of the enum Lengths in cuda_src/attention/params.cuh."""
+    return 0 if of.forward.even else 2 if of.forward.varlen else 1
+
+
+def fused(of: AttentionBwdProblem) -> bool:
+    """Whether the Hopper kernel makes dq, dk and dv in one launch."""
+    p = of.forward
+    dims = max(p.head_dim, p.head_dim_v)
+    plain = p.even and p.dtype.itemsize == 2 and variant_of(p) == PLAIN
+    return plain and (dims <= 64 or 96 < dims <= 128)
+
+
+def dq_values(of: AttentionBwdProblem) -> int:
+    """Of the sums of dq; 0: there are none."""
+    p = of.forward
+    width = 64 if max(p.head_dim, p.head_dim_v) <= 64 else 128
+    return p.batch * p.heads_q * -(-p.seqlen_q // 64) * 64 * width if fused(of) else 0
