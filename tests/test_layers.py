@@ -64,7 +64,8 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env", "_late", "_types")),
     ("layers.py", ("ops", "plan", "arrays", "dtypes", "errors", "_types", "torch_reasons")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
-    ("torch.py", ("ops", "plan", "errors", "torch_reasons")),
+    ("torch_gradients.py", ("ops.call", "plan.operation", "errors")),
+    ("torch.py", ("ops", "plan", "errors", "torch_gradients", "torch_reasons")),
     ("jax.py", ("_xla", "ops", "plan", "arrays", "dtypes", "errors")),
     ("integrations/", ("integrations", "torch", "ops", "arrays", "dtypes", "errors")),
     ("service/", ("*",)),
@@ -77,14 +78,17 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 FRAMEWORKS: dict[str, tuple[str, ...]] = {
     "cupy": ("_cupy.py", "arrays/", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "cuda": ("jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
-    "torch": ("torch.py", "integrations/", "cli/"),
+    "torch": ("torch.py", "torch_gradients.py", "integrations/", "cli/"),
     "jax": ("jax.py", "_xla.py", "cli/"),
     "transformers": ("integrations/",),
 }
 ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported; so is
 # the tensor class of an integration, by the functions of its neighbour.
-AT_IMPORT = {"torch": ("torch.py", "integrations/transformers_masks.py"), "jax": ("jax.py", "_xla.py")}
+AT_IMPORT = {
+    "torch": ("torch.py", "torch_gradients.py", "integrations/transformers_masks.py"),
+    "jax": ("jax.py", "_xla.py"),
+}
 
 # A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
 # prelude itself stands on the instructions that work on registers alone.
