@@ -77,16 +77,24 @@ def _uncompiled(*given: Any) -> Any:
     return run(*given)
 
 
-def call(operation: Operation, arrays: dict[str, Any], options: dict[str, Any], out: Any) -> Any:
-    """Run an operation's operator. arrays, options: all of them by name, None for an absent array."""
+def call(
+    operation: Operation, arrays: dict[str, Any], options: dict[str, Any], out: Any = None,
+    deterministic: bool | None = None,
+) -> Any:  # fmt: skip
+    """Run an operation's operator. arrays, options: all of them by name, None for an absent array.
+
+    deterministic: whether its gradients must have the same bits in every run; None: as torch says at the backward.
+    """
     arrays = cast(operation, arrays) or arrays
     given = _read(operation, {**arrays, **options}, out)  # torch 2.6 cannot trace |
     if wants_gradient(arrays.values()):
-        if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            return differentiate(operation, dict(zip(operation.parameters, given, strict=True)))
+        inside = deterministic is not None or torch._C._functorch.peek_interpreter_stack() is not None
+        if not torch.compiler.is_dynamo_compiling() and inside:
+            return differentiate(operation, dict(zip(operation.parameters, given, strict=True)), deterministic)
         if operation.gradient is not None:  # whatever its backward reads is made
             more = operation.gradient.options
             given = [more.get(name, one) for name, one in zip(operation.parameters, given, strict=True)]
+            given.append(deterministic)
     made = getattr(torch.ops.flashmoe_cupy, operation.name)(*given)
     return chosen(operation, options, (made,) if len(operation.outputs) == 1 else made)
 
@@ -133,7 +141,7 @@ def _is_symbolic(value: Any) -> bool:
 
 
 def _named(operation: Operation, values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(operation.parameters, values, strict=True))
+    return dict(zip(operation.parameters, values, strict=False))  # without `deterministic`
 
 
 def _dtype(operation: Operation, name: str, given: Mapping[str, Any]) -> torch.dtype:
@@ -168,7 +176,7 @@ def _body(operation: Operation) -> Callable[..., Any]:
     def body(*values: Any) -> Any:
         given = {  # a schema's list is a tuple here
             name: tuple(value) if kind is not None and tuple in kind.types else value
-            for (name, kind), value in zip(operation.parameters.items(), values, strict=True)
+            for (name, kind), value in zip(operation.parameters.items(), values, strict=False)
         }
         made = flat(operation.function(**given))
         return _results(operation, dict(zip(_made(operation, given), made, strict=True)), given)
@@ -196,7 +204,8 @@ def _autograd(operation: Operation) -> tuple[Callable[..., None], Callable[..., 
 
     def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if operation.name not in derivatives():
-            ctx.formula, arrays = make_formula(operation, _named(operation, inputs))
+            deterministic = inputs[-1] if operation.gradient is not None else None
+            ctx.formula, arrays = make_formula(operation, _named(operation, inputs), deterministic=deterministic)
             ctx.save_for_backward(*arrays, *output)
             ctx.set_materialize_grads(False)
 
@@ -204,7 +213,7 @@ def _autograd(operation: Operation) -> tuple[Callable[..., None], Callable[..., 
         if operation.gradient is None:
             raise once(operation.name)
         formula, saved = ctx.formula, ctx.saved_tensors
-        needs = dict(zip(operation.parameters, ctx.needs_input_grad, strict=True))
+        needs = _named(operation, ctx.needs_input_grad)
         need = [name for name in formula.names if needs[name]]
         asked = operation.wanted(formula.options)
         if len(asked) < len(operation.outputs):  # called without what backward reads
@@ -212,7 +221,7 @@ def _autograd(operation: Operation) -> tuple[Callable[..., None], Callable[..., 
             made = getattr(torch.ops.flashmoe_cupy, operation.name)(*map(again.get, operation.parameters))
             saved = (*saved[: len(formula.names)], *made)
             arrived = tuple([x if name in asked else None for name, x in zip(operation.outputs, arrived, strict=True)])
-        return tuple(map(formula.gradients(need, saved, arrived).get, operation.parameters))
+        return *map(formula.gradients(need, saved, arrived).get, operation.parameters), None
 
     return prepare, backward
 
@@ -232,6 +241,8 @@ def _define(operation: Operation) -> None:
     for parameter, kind in operation.parameters.items():
         array = "Tensor" if parameter in needed else "Tensor?"
         arguments.append(f"{array if kind is None else kind.schema} {parameter}")
+    if operation.gradient is not None:
+        arguments.append("bool? deterministic=None")
     results = len(operation.outputs)
     returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     _library.define(f"{name}({', '.join(arguments)}) -> {returns}", tags=_TAGS)
