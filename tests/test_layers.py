@@ -67,7 +67,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("torch_gradients.py", ("ops.call", "plan.operation", "errors")),
     ("torch.py", ("ops", "plan", "errors", "torch_gradients", "torch_reasons")),
     ("jax.py", ("_xla", "ops", "plan", "arrays", "dtypes", "errors")),
-    ("integrations/", ("integrations", "torch", "ops", "arrays", "dtypes", "errors")),
+    ("integrations/", ("integrations", "torch", "ops", "plan.operation", "arrays", "dtypes", "errors")),
     ("service/", ("*",)),
     ("cli/", ("*",)),
     ("__main__.py", ("cli",)),
@@ -86,9 +86,12 @@ ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # Adapters are only imported by people who have the framework, so only they may import it when they are imported; so is
 # the tensor class of an integration, by the functions of its neighbour.
 AT_IMPORT = {
-    "torch": ("torch.py", "torch_gradients.py", "integrations/transformers_masks.py"),
+    "torch": (
+        "torch.py", "torch_gradients.py", "integrations/flash_attn.py", "integrations/sdpa.py",
+        "integrations/torch_rows.py", "integrations/transformers_masks.py",
+    ),
     "jax": ("jax.py", "_xla.py"),
-}
+}  # fmt: skip
 
 # A header's folder -> folders and files that it may include. Order: prelude -> ptx, math -> tile -> kernels; the
 # prelude itself stands on the instructions that work on registers alone.
