@@ -55,14 +55,15 @@ _PLACE = {
     "reference": "",
 }
 
+_OWN = "and flashmoe_cupy.integrations.{} has it with its own arguments"
 _ELSEWHERE = {  # functions of flash-attn, torch, JAX and vLLM
-    "flash_attn_func": "flash_attention",
-    "flash_attn_varlen_func": "flash_attention_varlen",
-    "scaled_dot_product_attention": "flash_attention",
-    "dot_product_attention": "flash_attention",
-    "fused_experts": "fused_moe",
-    "fused_topk": "moe_route",
-    "grouped_topk": "moe_route",
+    "flash_attn_func": f"flash_attention here, {_OWN.format('flash_attn')}",
+    "flash_attn_varlen_func": f"flash_attention_varlen here, {_OWN.format('flash_attn')}",
+    "scaled_dot_product_attention": f"flash_attention here, {_OWN.format('sdpa')}",
+    "dot_product_attention": "flash_attention here",
+    "fused_experts": "fused_moe here",
+    "fused_topk": "moe_route here",
+    "grouped_topk": "moe_route here",
 }
 
 __all__ = [
@@ -115,7 +116,7 @@ def _load_operations() -> Any:
 def __getattr__(name: str) -> Any:
     place = _PLACE.get(name)
     if place is None:
-        mine = f"; it is called {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
+        mine = f"; it is called {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
         raise AttributeError(f"module 'flashmoe_cupy' has no attribute {name!r}{mine}")
     value = getattr(import_module(f"flashmoe_cupy.{place}"), name) if place else import_module(f"flashmoe_cupy.{name}")
     globals()[name] = value

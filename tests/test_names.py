@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,13 @@ def test_functions_of_other_libraries() -> None:
         ("flash_attn_func", "flash_attention"), ("flash_attn_varlen_func", "flash_attention_varlen"),
         ("scaled_dot_product_attention", "flash_attention"), ("fused_experts", "fused_moe"),
     ):  # fmt: skip
-        with pytest.raises(AttributeError, match=f"has no attribute '{theirs}'; it is called {mine} here$"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{theirs}'; it is called {mine} here") as raised:
             getattr(flashmoe_cupy, theirs)
+        place = re.search(r"flashmoe_cupy\.integrations\.(\w+) has it", str(raised.value))
+        assert (place is None) == (theirs == "fused_experts")
+        if place is not None:
+            source = Path(flashmoe_cupy.__file__).parent / "integrations" / f"{place[1]}.py"
+            assert f"def {theirs}(" in source.read_text(encoding="utf-8")
         assert hasattr(flashmoe_cupy, mine) and not hasattr(flashmoe_cupy, theirs)
     with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):
         _ = flashmoe_cupy.nothing
