@@ -9,9 +9,9 @@ from typing import Any, Literal, Never, overload
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy._types import Activation, Array, Scoring
-from flashmoe_cupy.arrays import View, row_major, view
+from flashmoe_cupy.arrays import View, row_major
 from flashmoe_cupy.errors import UnsupportedProblem
-from flashmoe_cupy.ops.adapters import adapter
+from flashmoe_cupy.layer_arrays import fits, float32, kind_name, kind_of, make_pytree, views_of
 from flashmoe_cupy.ops.moe import fused_moe
 from flashmoe_cupy.ops.names import no_argument, strict
 from flashmoe_cupy.ops.route import RouterStats, moe_route
@@ -105,14 +105,14 @@ class FlashMoELayer:
         _check(sizes, held, route, experts)
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.top_k, self.intermediate_size = top_k, intermediate_size
-        self.router_weight, self.router_bias = _float32(router_weight), _float32(router_bias)
-        self.shared_gate_weight = _float32(shared_gate_weight)
+        self.router_weight, self.router_bias = float32(router_weight), float32(router_bias)
+        self.shared_gate_weight = float32(shared_gate_weight)
         self.w_gate_up, self.w_down = w_gate_up, w_down
         self.route_options, self.expert_options = route, experts
-        self._kind: Any = _kind(w_down)
+        self._kind: Any = kind_of(w_down)
         library = self._kind.__module__.partition(".")[0]
         if library == "jax":
-            _make_pytree(self._kind)
+            make_pytree(FlashMoELayer)
         elif library == "torch":
             self._strided = sys.modules["torch"].strided
 
@@ -148,7 +148,7 @@ class FlashMoELayer:
                 self._refuse(x, router_logits)
             logits = router_logits.reshape(-1, router_logits.shape[-1])
         elif self.router_weight is not None:
-            logits = _float32(rows) @ self.router_weight.T
+            logits = float32(rows) @ self.router_weight.T
             if self.router_bias is not None:
                 logits = logits + self.router_bias
         else:
@@ -157,7 +157,7 @@ class FlashMoELayer:
         routed: Any = moe_route(logits, top_k=self.top_k, return_stats=return_stats, **self.route_options)
         gate = None
         if self.shared_gate_weight is not None:
-            score = (_float32(rows) @ self.shared_gate_weight).reshape(-1, 1)
+            score = (float32(rows) @ self.shared_gate_weight).reshape(-1, 1)
             gate = moe_route(score, top_k=1, scoring_func="sigmoid")[0]  # the sigmoid, in the library of the arrays
         out = fused_moe(
             rows, self.w_gate_up, self.w_down, routed[0], routed[1], shared_gate=gate, **self.expert_options
@@ -175,11 +175,12 @@ class FlashMoELayer:
         for name, array in named if router_logits is not None else named[:1]:
             if not hasattr(type(array), "shape"):  # of a nested tensor, reading the shape raises
                 have = "None" if array is None else f"a {type(array).__qualname__}"
-                kind = f"an array, a {_name(self._kind)} like the layer's weights"
+                kind = f"an array, a {kind_name(self._kind)} like the layer's weights"
                 raise TypeError(f"{name} must be {kind}, but is {have}")
             scattered = scattered or getattr(array, "is_nested", False)
             if not isinstance(array, self._kind):
-                why.append(f"{name} is a {_name(type(array))}, but the layer's weights are a {_name(self._kind)} each")
+                have = kind_name(type(array))
+                why.append(f"{name} is a {have}, but the layer's weights are a {kind_name(self._kind)} each")
             elif self._scattered(array):
                 why.append(f"{name}: {no_strides(sys.modules['torch'], array)}")
                 scattered = True
@@ -227,66 +228,6 @@ class FlashMoELayer:
         return f"FlashMoELayer({sizes}, activation={self.expert_options['activation']!r})"
 
 
-def _float32(array: Any) -> Any:
-    """The array in float32, by its own library; itself where it is float32 already."""
-    if array is None:
-        return None
-    if str(array.dtype).removeprefix("torch.") == "float32":  # by the array itself: a traced one has no view
-        return array
-    return array.float() if hasattr(array, "data_ptr") else array.astype("float32")
-
-
-def _kind(array: Any) -> type:
-    """The array type of array's library; subclasses and tracers are instances of it."""
-    for module, name in (("torch", "Tensor"), ("jax", "Array"), ("cupy", "ndarray"), ("numpy", "ndarray")):
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and isinstance(array, kind):
-            return kind  # type: ignore[no-any-return]
-    return object
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
-
-
-_pytrees: set[type] = set()
-
-
-def _make_pytree(kind: type) -> None:
-    """Tell JAX, which is there as its array is, what a layer is made of."""
-    if kind not in _pytrees:
-        _pytrees.add(kind)
-        register = sys.modules["jax"].tree_util.register_pytree_node
-        register(FlashMoELayer, FlashMoELayer._tree_flatten, FlashMoELayer._tree_unflatten)
-
-
-def _views(why: list[str], hints: list[str], arrays: dict[str, Any]) -> dict[str, View]:
-    """Views of all that can be read; of what has no memory (tracers, fake tensors), its shape and dtype.
-
-    Raises TypeError for what is no array.
-    """
-    views, strangers = {}, []
-    for name, array in arrays.items():
-        try:
-            if adapter(array) is None:
-                views[name] = view(array, name)
-                continue
-            if hasattr(array, "is_nested") and (reason := no_strides(sys.modules["torch"], array)):
-                why.append(f"{name}: {reason}")
-                continue
-            shape, dtype = tuple(array.shape), dtypes.from_name(str(array.dtype).removeprefix("torch."))
-            library = type(array).__module__.partition(".")[0]
-            views[name] = View(0, shape, row_major(shape), dtype, -1, library, False, array)
-        except UnsupportedProblem as error:
-            why += [f"{name}: {reason}" for reason in error.reasons]
-            hints.append(error.hint)
-        except TypeError as error:
-            strangers.append(str(error))
-    if strangers:
-        raise TypeError("; ".join(strangers))
-    return views
-
-
 def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], experts: dict[str, Any]) -> None:
     """Raise UnsupportedProblem with all that is known to be wrong before a call."""
     why: list[str] = []
@@ -295,7 +236,7 @@ def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], e
     d, e, _, n = [count(why, name, value) or name for name, value in sizes.items()]
     given = held | {name: experts[name] for name in _EXPERT_ARRAYS} | {name: route[name] for name in _ROUTE_ARRAYS}
     given = {name: array for name, array in given.items() if array is not None or name in ("w_gate_up", "w_down")}
-    views = _views(why, hints, given)
+    views = views_of(why, hints, given)
     activation = experts["activation"]
     known = isinstance(activation, str) and activation in ACTIVATIONS
     rows = 1 if known and activation not in GATED else 2
@@ -307,7 +248,7 @@ def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], e
     }  # fmt: skip
     if known:
         wanted["w_gate_up"] = here, n if rows == 1 else 2 * n if isinstance(n, int) else f"2 * {n}", d
-    wrong = {name for name, want in wanted.items() if name in views and not _fits(views[name].shape, want)}
+    wrong = {name for name, want in wanted.items() if name in views and not fits(views[name].shape, want)}
     for name in given:
         if name in wrong:
             want = ", ".join(map(str, wanted[name])) + "," * (len(wanted[name]) == 1)
@@ -333,11 +274,6 @@ def _check(sizes: dict[str, Any], held: dict[str, Any], route: dict[str, Any], e
         why = list(dict.fromkeys(why))
         hints = [hint(why, layer(rows)), *hints]
         raise UnsupportedProblem(_asked(views, sizes | route | experts), why, "; ".join(filter(None, hints)))
-
-
-def _fits(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
-    """Whether a shape is what is wanted, as far as that is known."""
-    return len(shape) == len(want) and all(isinstance(m, str) or size == m for size, m in zip(shape, want, strict=True))
 
 
 def _check_route(bias: View | None, experts: int | str, top_k: Any, route: dict[str, Any]) -> list[str]:
