@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashmoe_cupy import errors, reference
     from flashmoe_cupy._version import __version__
+    from flashmoe_cupy.attention_layer import FlashAttentionLayer
     from flashmoe_cupy.errors import CompileError, DependencyError, FlashMoEError, UnsupportedProblem
+    from flashmoe_cupy.kv_cache import KVCache
     from flashmoe_cupy.layers import FlashMoELayer
     from flashmoe_cupy.ops.attention import flash_attention, flash_attention_varlen
     from flashmoe_cupy.ops.attention_backward import (
@@ -42,6 +44,8 @@ _PLACE = {
     "grouped_gemm": "ops.grouped_gemm",
     "fused_moe": "ops.moe",
     "FlashMoELayer": "layers",
+    "FlashAttentionLayer": "attention_layer",
+    "KVCache": "kv_cache",
     "explain": "service",
     "warmup": "service",
     "stats": "service",
@@ -70,8 +74,10 @@ __all__ = [
     "AttentionGradients",
     "CompileError",
     "DependencyError",
+    "FlashAttentionLayer",
     "FlashMoEError",
     "FlashMoELayer",
+    "KVCache",
     "MoEPermutation",
     "RouterStats",
     "UnsupportedProblem",

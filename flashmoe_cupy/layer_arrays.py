@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 from flashmoe_cupy import dtypes
 from flashmoe_cupy.arrays import View, row_major, view
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.adapters import adapter
+from flashmoe_cupy.plan.checks import show
 from flashmoe_cupy.torch_reasons import no_strides
 
 
@@ -75,3 +77,69 @@ def views_of(why: list[str], hints: list[str], arrays: dict[str, Any]) -> dict[s
 def fits(shape: tuple[int, ...], want: tuple[int | str, ...]) -> bool:
     """Whether a shape is what is wanted, as far as that is known."""
     return len(shape) == len(want) and all(isinstance(m, str) or size == m for size, m in zip(shape, want, strict=True))
+
+
+def why_not_ints(name: str, x: Any, kind: Any, shapes: list[tuple[int, ...]], wide: bool = False) -> list[str]:
+    """Why this is no array of int32 (or int64, if `wide`) in one of these shapes."""
+    if not isinstance(x, kind):
+        return [f"{name} must be a {kind_name(kind)} like x, but is {show(x)}"]
+    why, known = [], ("int32", "int64") if wide else ("int32",)
+    if tuple(x.shape) not in shapes:
+        why.append(f"{name} must have shape {' or '.join(map(str, dict.fromkeys(shapes)))}, but has {tuple(x.shape)}")
+    if dtype_name(x) not in known:
+        why.append(f"{name} must be {' or '.join(known)}, but is {dtype_name(x)}")
+    return why
+
+
+def dtype_name(x: Any) -> str:
+    """The name of an array's dtype, in all libraries the same."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+class Library:
+    """The functions of an array library that layers use, under one name each."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.xp: Any = sys.modules["jax.numpy" if name == "jax" else name]
+
+    def arange(self, count: int, like: Any) -> Any:
+        """0 to count - 1, int32, on the device of `like`."""
+        xp = self.xp
+        if self.name == "torch":
+            return xp.arange(count, dtype=xp.int32, device=like.device)
+        if self.name == "cupy":
+            with like.device:
+                return xp.arange(count, dtype=xp.int32)
+        return xp.arange(count, dtype=xp.int32)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        """Zeros on the device of `like`."""
+        if self.name == "torch":
+            return self.xp.zeros(shape, dtype=dtype, device=like.device)
+        if self.name == "cupy":
+            with like.device:
+                return self.xp.zeros(shape, dtype)
+        if self.name == "jax":
+            return self.xp.zeros(shape, dtype, device=getattr(like, "sharding", None))
+        return self.xp.zeros(shape, dtype)
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """x in this dtype; x itself where it has it."""
+        if x.dtype == dtype:
+            return x
+        return x.to(dtype) if self.name == "torch" else x.astype(dtype)
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """x @ weight.T + bias in x's dtype, by the library's own product; NumPy's short floats go through float32."""
+        if self.name == "numpy":
+            made = float32(x) @ float32(weight).T
+            return self.cast(made if bias is None else made + float32(bias), x.dtype)
+        made = x @ weight.T
+        return made if bias is None else made + bias
+
+
+@cache
+def library(kind: type) -> Library:
+    """The library of an array type that `kind_of` gave."""
+    return Library(kind.__module__.partition(".")[0].removesuffix("lib"))

@@ -62,11 +62,14 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("jit/tensormap.py", ("jit.driver", "dtypes", "errors")),
     ("jit/", ("jit", "dtypes", "errors", "_cupy", "_env")),
     ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env", "_late", "_types")),
-    ("layer_arrays.py", ("ops.adapters", "arrays", "dtypes", "errors", "torch_reasons")),
+    ("layer_arrays.py", ("ops.adapters", "plan.checks", "arrays", "dtypes", "errors", "torch_reasons")),
+    ("kv_cache.py", ("layer_arrays", "plan.checks", "plan.options", "errors")),
+    ("attention_layer.py", ("kv_cache", "layer_arrays", "ops", "plan", "errors", "_types")),
     ("layers.py", ("layer_arrays", "ops", "plan", "arrays", "dtypes", "errors", "_types", "torch_reasons")),
     ("science/", ("science", "ops", "plan", "jit", "cpu", "reference", "arrays", "dtypes", "errors", "_env")),
     ("torch_gradients.py", ("ops.call", "plan.operation", "errors")),
-    ("torch.py", ("ops", "plan", "errors", "torch_gradients", "torch_reasons")),
+    ("torch_modules.py", ("attention_layer", "kv_cache", "layer_arrays", "plan.checks", "errors")),
+    ("torch.py", ("ops", "plan", "errors", "torch_gradients", "torch_modules", "torch_reasons")),
     ("jax.py", ("_xla", "ops", "plan", "arrays", "dtypes", "errors")),
     ("integrations/", ("integrations", "torch", "ops", "plan.operation", "arrays", "dtypes", "errors")),
     ("service/", ("*",)),
@@ -79,7 +82,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
 FRAMEWORKS: dict[str, tuple[str, ...]] = {
     "cupy": ("_cupy.py", "arrays/", "jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
     "cuda": ("jit/launch.py", "jit/tensormap.py", "service/", "cli/"),
-    "torch": ("torch.py", "torch_gradients.py", "integrations/", "cli/"),
+    "torch": ("torch.py", "torch_gradients.py", "torch_modules.py", "integrations/", "cli/"),
     "jax": ("jax.py", "_xla.py", "cli/"),
     "transformers": ("integrations/",),
 }
@@ -88,7 +91,7 @@ ALIASES = {"cupyx": "cupy", "cupy_backends": "cupy", "jaxlib": "jax"}
 # the tensor class of an integration, by the functions of its neighbour.
 AT_IMPORT = {
     "torch": (
-        "torch.py", "torch_gradients.py", "integrations/flash_attn.py", "integrations/sdpa.py",
+        "torch.py", "torch_gradients.py", "torch_modules.py", "integrations/flash_attn.py", "integrations/sdpa.py",
         "integrations/torch_rows.py", "integrations/transformers_masks.py",
     ),
     "jax": ("jax.py", "_xla.py"),

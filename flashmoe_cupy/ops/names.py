@@ -62,7 +62,7 @@ def strict(function: Function) -> Function:
 def no_argument(function: Callable[..., Any], unknown: Mapping[str, object], name: str = "") -> TypeError:
     """The error for keyword arguments that a `strict` function does not have. name: how it is called, if otherwise."""
     name, known = name or function.__name__, [*inspect.signature(function).parameters]
-    family = _ATTENTIONS if "attention" in name else _MIXTURES
+    family = _ATTENTIONS if "attention" in name.lower() else _MIXTURES
     said = [f"{one!r}: {_instead(one, name, known, *family)}" for one in unknown]
     return TypeError(f"{name}() has no argument {'; nor '.join(said)}")
 
