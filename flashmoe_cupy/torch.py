@@ -8,13 +8,15 @@ tensor runs uncompiled: torch.compile's translation of NumPy code loses what is 
 autograd differentiates, once, the operations whose declarations name another one that gives their gradients. All others
 refuse tensors that require a gradient while grad mode is on, with UnsupportedProblem; the compiler reports it.
 
+The nn.Module `FlashMoEScienceAttention` is here, too.
+
 Operators and what surrounds them follow from the declarations of the operations (`plan.operation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo import trace_rules
@@ -38,6 +40,9 @@ from flashmoe_cupy.torch_gradients import (
 )
 from flashmoe_cupy.torch_reasons import instead, no_strides
 
+if TYPE_CHECKING:
+    from flashmoe_cupy.torch_modules import FlashMoEScienceAttention as FlashMoEScienceAttention
+
 # Where a call cannot be traced, as with `out`, torch.compile goes on with the functions inside. These read memory that
 # it does not see and write what its translation of NumPy loses: they run as they are.
 for _module in ("cpu", "arrays", "jit", "ops.access", "ops.call"):
@@ -51,6 +56,10 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "FlashMoEScienceAttention":
+        from flashmoe_cupy.torch_modules import FlashMoEScienceAttention
+
+        return FlashMoEScienceAttention
     try:
         return registered(name).function
     except KeyError:
