@@ -164,7 +164,8 @@ def readme_examples() -> dict[str, str]:
         lines = re.findall(r"^import (\w+)", block, re.MULTILINE)
         shown = (name for name in ("cupy", "torch", "jax", "numpy") if name in lines)
         kinds = (
-            ("moe", "fused_moe"), ("packed", "varlen"), ("padded", "leftpad"), ("gradients", "_backward"),
+            ("moe", "fused_moe"), ("instead", "flash_attn_func"), ("packed", "varlen"), ("padded", "leftpad"),
+            ("gradients", "_backward"),
         )  # fmt: skip
         key = next((kind for kind, word in kinds if word in block), None) or next(shown)
         assert key not in found
@@ -182,6 +183,7 @@ def readme_examples() -> dict[str, str]:
         pytest.param("jax", marks=pytest.mark.jax),
         pytest.param("torch", marks=pytest.mark.torch),
         pytest.param("packed", marks=pytest.mark.torch),
+        pytest.param("instead", marks=pytest.mark.torch),
         pytest.param("cupy", marks=pytest.mark.gpu),
     ],
 )
@@ -190,11 +192,13 @@ def test_readme_example_runs(library: str) -> None:
     if library == "moe":
         python(readme_examples()[library] + "assert out.shape == x.shape and ids.shape == (100, 2)\n")
         return
-    room = {"packed": "torch", "padded": "numpy", "gradients": "numpy"}.get(library, library)
+    room = {"packed": "torch", "instead": "torch", "padded": "numpy", "gradients": "numpy"}.get(library, library)
     check = (
         f"assert type(out).__module__.split('.')[0].removesuffix('lib') == {room!r}, type(out)\n"
         "assert out.shape[-1] == v.shape[-1]\n"
     )
+    if library == "instead":
+        check += "torch.testing.assert_close(same, out)\nassert y.shape == (2, 1, 512) and cache.length == 101\n"
     if library == "gradients":
         check += "assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape and dv.any()\n"
     if library == "numpy":

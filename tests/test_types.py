@@ -25,6 +25,7 @@ i: NDArray[np.int32]
 w: Any
 either: bool
 layer: fm.FlashMoELayer
+attention: fm.FlashAttentionLayer
 """
 PACKED = "cu_seqlens_q=w, cu_seqlens_k=w, max_seqlen_q=3"
 
@@ -47,6 +48,7 @@ RESULTS = [
     ("fm.fused_moe(t, w, w, t, t, out=t)", "Tensor"),
     ("layer(t)", "Tensor"),
     ("layer(t, return_stats=True)", "tuple[Tensor, RouterStats[Tensor]]"),
+    ("attention(t, cache=attention.new_cache(2, 9))", "Tensor"),
 ]
 ERRORS = [
     "fm.flash_attention(t, t, t, layout='sbhd')",
@@ -60,6 +62,8 @@ ERRORS = [
     "fm.grouped_gemm(t, t, offs=w)",
     "fm.FlashMoELayer(8, 2, 1, 8, w_gate_up=w, w_down=w, norm_topk_prob=True)",
     "fm.FlashMoELayer(8, 2, 1, 8, w_gate_up=w, w_down=w, activation='silu')",
+    "fm.FlashAttentionLayer(8, 2, w_q=w, w_k=w, w_v=w)",
+    "attention(t, causal=True)",
     "[*fm.flash_attention(t, t, t)]",
 ]
 
