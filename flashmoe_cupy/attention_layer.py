@@ -140,8 +140,9 @@ def attend(
             max_seqlen_k=max_seqlen, **options,
         )  # fmt: skip
     elif cache is not None:
-        k, v = cache.update(k, v, lengths)
-        out = flash_attention(q, k, v, seqused_q=lengths, seqused_k=cache.lengths, **options)
+        total = cache.write(k, v, lengths)
+        out = flash_attention(q, cache.keys, cache.values, seqused_q=lengths, seqused_k=total, **options)
+        cache.count(total, rows)  # not before: an error leaves the cache as it was
     else:
         out = flash_attention(q, k, v, seqused_q=lengths, seqused_k=lengths, **options)
     return out.reshape(*out.shape[:-2], its.n_heads * its.head_dim)

@@ -75,10 +75,15 @@ class KVCache:
         UnsupportedProblem for arrays that do not fit, for too many rows, and for torch tensors that require a gradient:
         a cache has none.
         """
+        self.count(self.write(keys, values, lengths), keys.shape[1])
+        return self.keys, self.values
+
+    def write(self, keys: Any, values: Any, lengths: Any = None) -> Any:
+        """The first half of `update`: write rows that do not count yet. Returns what `lengths` is with them."""
         if why := self.why_not(keys, values, lengths):
             raise UnsupportedProblem(f"{self!r}", why, "a cache with a larger max_length, or reset()")
         rows, xp = keys.shape[1], self._library
-        total = self.lengths + (rows if lengths is None else xp.cast(lengths, self.lengths.dtype))
+        total = self.lengths + (rows if lengths is None else lengths)
         entries = xp.arange(keys.shape[0], self.keys)[:, None]
         places = self.positions(rows)
         if xp.name == "jax":
@@ -87,10 +92,13 @@ class KVCache:
         else:
             self.keys[entries, places] = keys
             self.values[entries, places] = values
+        return total
+
+    def count(self, total: Any, rows: int) -> None:
+        """The second half of `update`: let what `write` wrote count. total: what it gave."""
         self.lengths = total
         if self.length is not None:
             self.length += rows
-        return self.keys, self.values
 
     def positions(self, rows: int) -> Any:
         """(batch, rows) int32: the places of new rows in their sequences."""

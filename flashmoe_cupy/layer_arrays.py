@@ -121,7 +121,11 @@ class Library:
             with like.device:
                 return self.xp.zeros(shape, dtype)
         if self.name == "jax":
-            return self.xp.zeros(shape, dtype, device=getattr(like, "sharding", None))
+            try:
+                places = tuple(like.devices())
+            except (AttributeError, TypeError):  # traced: it goes where the rest goes
+                places = ()
+            return self.xp.zeros(shape, dtype, device=places[0] if len(places) == 1 else None)
         return self.xp.zeros(shape, dtype)
 
     def cast(self, x: Any, dtype: Any) -> Any:

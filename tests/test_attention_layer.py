@@ -249,9 +249,12 @@ def test_caches_say_what_is_wrong_and_stay_as_they_are() -> None:
         cache.update(before[:1, :1], before[:1, :1])
     with pytest.raises(UnsupportedProblem, match="the cache has dtype float16, but keys have float32"):
         layer(X, cache=KVCache(np.zeros((2, 9, 2, 16), np.float16), np.zeros((2, 9, 2, 16), np.float16)))
+    with pytest.raises(UnsupportedProblem, match="seqused_q"):  # more than there are, which host memory tells
+        layer(X[:, :1], cache=cache, lengths=np.array([1, 5], np.int32))
+    assert cache.length == 9 and cache.lengths.tolist() == [9, 9]
     with pytest.raises(UnsupportedProblem, match=r"keys must be a numpy.ndarray"):
         cache.update([1], [2])
-    assert np.array_equal(cache.keys, before) and cache.length == 9
+    assert np.array_equal(cache.keys[:, :9], before[:, :9]) and cache.length == 9
     keys, values = cache.update(before[:, :1], before[:, :1])
     assert keys is cache.keys and values is cache.values and np.array_equal(keys[:, 9], before[:, 0])
     for a, b, why in (
