@@ -245,8 +245,7 @@ class FlashAttentionLayer:
         self.w_q, self.w_k, self.w_v, self.w_out = w_q, w_k, w_v, w_out
         self.b_q, self.b_k, self.b_v, self.b_out = b_q, b_k, b_v, b_out
         self.q_norm, self.k_norm = q_norm, k_norm
-        self._kind: Any = kind_of(w_q)
-        self._library = library(self._kind)
+        self._library = library(kind_of(w_q))
         if self._library.name == "jax":
             make_pytree(FlashAttentionLayer)
 
@@ -265,10 +264,10 @@ class FlashAttentionLayer:
         Raises UnsupportedProblem with every reason before anything is written, TypeError for what is no array.
         """
         given: Any = x
-        if not isinstance(given, self._kind):
-            raise TypeError(f"x must be a {kind_name(self._kind)} like the layer's weights, but is {show(given)}")
         its, xp = self.options, self._library
-        why = why_not_call(its, self._kind, given, position_ids, cache, lengths, cu_seqlens, max_seqlen)
+        if not isinstance(given, xp.kind):
+            raise TypeError(f"x must be a {kind_name(xp.kind)} like the layer's weights, but is {show(given)}")
+        why = why_not_call(its, xp.kind, given, position_ids, cache, lengths, cu_seqlens, max_seqlen)
         if given.dtype != self.w_q.dtype:
             why.append(f"x has dtype {dtype_name(given)}, but the weights have {dtype_name(self.w_q)}")
         if why:
@@ -313,13 +312,12 @@ class FlashAttentionLayer:
             raise UnsupportedProblem(f"FlashAttentionLayer({its})", why, "; ".join(filter(None, hints)))
 
     def _tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        return tuple([getattr(self, name) for name in (*_WEIGHTS, *_OTHERS)]), (self.options, self._kind)
+        return tuple([getattr(self, name) for name in (*_WEIGHTS, *_OTHERS)]), (self.options, self._library)
 
     @classmethod
     def _tree_unflatten(cls, known: Any, leaves: Any) -> FlashAttentionLayer:
         made = cls.__new__(cls)  # leaves may be placeholders of any type, so nothing is checked
-        made.options, made._kind = known
-        made._library = library(made._kind)
+        made.options, made._library = known
         for name, leaf in zip((*_WEIGHTS, *_OTHERS), leaves, strict=True):
             setattr(made, name, leaf)
         return made

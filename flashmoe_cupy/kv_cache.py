@@ -39,8 +39,8 @@ class KVCache:
 
     def __init__(self, keys: Any, values: Any) -> None:
         why: list[str] = []
-        self._kind: Any = kind_of(keys)
-        if self._kind is object or kind_of(values) is not self._kind:
+        kind = kind_of(keys)
+        if kind is object or kind_of(values) is not kind:
             why.append("keys and values must be NumPy, CuPy, torch or JAX arrays, both of one library")
         elif len(keys.shape) != 4 or len(values.shape) != 4 or tuple(keys.shape[:3]) != tuple(values.shape[:3]):
             why.append(f"keys and values must have shape (batch, max_length, n_kv_heads, head_dim), but have "
@@ -50,7 +50,7 @@ class KVCache:
                        f"{dtype_name(values)}")  # fmt: skip
         if why:
             raise UnsupportedProblem("KVCache", why, "FlashAttentionLayer.new_cache(batch, max_length)")
-        self._library = library(self._kind)
+        self._library = library(kind)
         self.keys, self.values = keys, values
         self.reset()
         if self._library.name == "jax":
@@ -106,10 +106,10 @@ class KVCache:
 
     def why_not(self, keys: Any, values: Any, lengths: Any = None) -> list[str]:
         """Why `update` would refuse these."""
-        why = []
+        why, kind = [], self._library.kind
         for name, x, of in (("keys", keys, self.keys), ("values", values, self.values)):
-            if not isinstance(x, self._kind):
-                why.append(f"{name} must be a {kind_name(self._kind)} like those of the cache, but is {show(x)}")
+            if not isinstance(x, kind):
+                why.append(f"{name} must be a {kind_name(kind)} like those of the cache, but is {show(x)}")
                 continue
             want = (of.shape[0], "rows", *of.shape[2:])
             if not fits(tuple(x.shape), want):
@@ -123,16 +123,16 @@ class KVCache:
             why.append(f"there is room for {self.max_length} rows, of which {self.length} may be in use, and "
                        f"{keys.shape[1]} are to come")  # fmt: skip
         if lengths is not None:
-            why += why_not_ints("lengths", lengths, self._kind, [(self.keys.shape[0],)])
+            why += why_not_ints("lengths", lengths, kind, [(self.keys.shape[0],)])
         return why
 
     def _tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        return (self.keys, self.values, self.lengths), self._kind
+        return (self.keys, self.values, self.lengths), self._library
 
     @classmethod
-    def _tree_unflatten(cls, kind: Any, leaves: Any) -> KVCache:
+    def _tree_unflatten(cls, its: Any, leaves: Any) -> KVCache:
         made = cls.__new__(cls)  # leaves may be placeholders of any type, so nothing is checked
-        made._kind, made._library, made.length = kind, library(kind), None
+        made._library, made.length = its, None
         made.keys, made.values, made.lengths = leaves
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from flashmoe_cupy import dtypes
@@ -101,7 +102,11 @@ class Library:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.xp: Any = sys.modules["jax.numpy" if name == "jax" else name]
+        self.xp: Any = import_module("jax.numpy" if name == "jax" else name)
+        self.kind: Any = getattr(import_module(name), {"torch": "Tensor", "jax": "Array"}.get(name, "ndarray"))
+
+    def __reduce__(self) -> Any:  # a module has no copy
+        return _named, (self.name,)
 
     def arange(self, count: int, like: Any) -> Any:
         """0 to count - 1, int32, on the device of `like`."""
@@ -144,6 +149,10 @@ class Library:
 
 
 @cache
+def _named(name: str) -> Library:
+    return Library(name)
+
+
 def library(kind: type) -> Library:
     """The library of an array type that `kind_of` gave."""
-    return Library(kind.__module__.partition(".")[0].removesuffix("lib"))
+    return _named(kind.__module__.partition(".")[0].removesuffix("lib"))

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 for _module in ("cpu", "arrays", "jit", "ops.access", "ops.call"):
     trace_rules.add(f"flashmoe_cupy.{_module}")
 
-__all__ = public.__all__
+__all__ = [*public.__all__, "FlashMoEScienceAttention"]
 
 # The compiler keeps the strides that the tensors had in eager code: no hidden copies, and the same kernel.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -266,6 +267,18 @@ def test_caches_say_what_is_wrong_and_stay_as_they_are() -> None:
     wrong: Any = "2"
     with pytest.raises(UnsupportedProblem, match="max_length must be an int from 0 on, but is '2'"):
         layer.new_cache(2, wrong)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_copies(library: str) -> None:
+    layer, x = made(library), put(library, X)
+    cache = layer.new_cache(2, 9)
+    layer(x[:, :8], cache=cache)
+    want = np.asarray(layer(x)[:, 8:])
+    for other, more in (copy.deepcopy((layer, cache)), pickle.loads(pickle.dumps((layer, cache)))):
+        close(other(x[:, 8:], cache=more), want, 3e-6)
+        assert more.length == 9 and cache.length == 8
+    close(layer(x[:, 8:], cache=cache), want, 3e-6)
 
 
 def test_names_are_public() -> None:
