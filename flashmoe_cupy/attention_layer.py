@@ -193,7 +193,7 @@ class FlashAttentionLayer:
         n_heads, a multiple of 8 up to 256.
     w_q: (n_heads * head_dim, dim), w_k and w_v: (n_kv_heads * head_dim, dim), w_out: (dim, n_heads * head_dim), of one
         dtype: bfloat16, float16 or float32. b_q, b_k, b_v, b_out: biases in that dtype, None = none. Products are the
-        library's own.
+        library's own with torch and JAX, and `grouped_gemm` with NumPy and CuPy where dim is a multiple of 8.
     causal: a query sees no later key. window_size, softmax_scale, softcap: as in `flash_attention`.
     rope_theta: the base of rotary positions, which turn elements i and i + head_dim / 2 of queries and keys; None =
         there are none.

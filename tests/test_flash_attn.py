@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch"),
 ]
 fa: Any = flash_attn  # wrong types, too
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.sm80])]
 COMMON = "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1, -1) softcap=0.0 alibi_slopes=None "
 COMMON += "deterministic=False return_attn_probs=False"
 SIGNATURES = {  # of flash-attn 2.8
@@ -62,7 +63,7 @@ def plain(q: Any, k: Any, v: Any, options: dict[str, Any], exact: bool) -> Any:
         scores = (scores / cap).tanh() * cap
     left, right = options.get("window_size", (-1, -1))
     right = 0 if options.get("causal") else right
-    far = torch.arange(n)[:, None] + m - n - torch.arange(m)  # keys behind a query
+    far = torch.arange(n, device=q.device)[:, None] + m - n - torch.arange(m, device=q.device)  # keys behind a query
     if (slopes := options.get("alibi_slopes")) is not None:
         scores = scores - (slopes.to(scores.dtype)[..., None, None] * far.abs()).to(scores.dtype)
     hidden = ((far > left) & (left >= 0)) | ((-far > right) & (right >= 0))
@@ -85,17 +86,18 @@ GRID = [  # seqlen_q, seqlen_k, heads, heads_k, head_dim, options
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("case", GRID, ids=str)
-def test_errors_are_at_most_twice_those_of_plain_code(case: Any, dtype: str) -> None:
+def test_errors_are_at_most_twice_those_of_plain_code(case: Any, dtype: str, device: str) -> None:
     n, m, heads, heads_k, dim, given = case
     options = {name: value for name, value in given.items() if name != "alibi"}
     if kind := given.get("alibi"):
-        options["alibi_slopes"] = torch.rand((2, heads) if kind == 2 else (heads,)) * 0.3
+        options["alibi_slopes"] = torch.rand((2, heads) if kind == 2 else (heads,), device=device) * 0.3
     of = getattr(torch, dtype)
     shapes = (2, n, heads, dim), (2, m, heads_k, dim), (2, m, heads_k, dim)
-    q, k, v = leaves = [normal(*shape, seed=i, dtype=of).requires_grad_() for i, shape in enumerate(shapes)]
-    arrived = normal(2, n, heads, dim, seed=3, dtype=of)
+    q, k, v = leaves = [normal(*shape, seed=i, dtype=of).to(device).requires_grad_() for i, shape in enumerate(shapes)]
+    arrived = normal(2, n, heads, dim, seed=3, dtype=of).to(device)
     exact, same_dtype = plain(q, k, v, options, True), plain(q, k, v, options, False)
     out, lse, masks = fa.flash_attn_func(q, k, v, **options, return_attn_probs=True)
     assert masks is None and lse.shape == (2, heads, n) and lse.dtype == torch.float32 and out.dtype == of

@@ -62,7 +62,7 @@ LAYERS: list[tuple[str, tuple[str, ...]]] = [
     ("jit/tensormap.py", ("jit.driver", "dtypes", "errors")),
     ("jit/", ("jit", "dtypes", "errors", "_cupy", "_env")),
     ("ops/", ("ops", "plan", "jit", "cpu", "arrays", "dtypes", "errors", "_env", "_late", "_types")),
-    ("layer_arrays.py", ("ops.adapters", "plan.checks", "arrays", "dtypes", "errors", "torch_reasons")),
+    ("layer_arrays.py", ("ops", "plan.checks", "arrays", "dtypes", "errors", "torch_reasons")),
     ("kv_cache.py", ("layer_arrays", "plan.checks", "plan.options", "errors")),
     ("attention_layer.py", ("kv_cache", "layer_arrays", "ops", "plan", "errors", "_types")),
     ("layers.py", ("layer_arrays", "ops", "plan", "arrays", "dtypes", "errors", "_types", "torch_reasons")),

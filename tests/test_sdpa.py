@@ -104,15 +104,20 @@ def test_fewer_heads(causal: bool) -> None:
     compare(normal(2, 4, 5, 8), normal(2, 2, 6, 8), normal(2, 2, 6, 8), mask, enable_gqa=True)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.sm80])])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_short_floats(dtype: str) -> None:
-    q, k, v = (normal(2, 3, 40, 16).to(getattr(torch, dtype)) for _ in range(3))
+def test_short_floats(dtype: str, device: str) -> None:
+    q, k, v = (normal(2, 3, 40, 16).to(device, getattr(torch, dtype)) for _ in range(3))
     out = attend(q, k, v, is_causal=True)
     want = theirs(q.double(), k.double(), v.double(), is_causal=True)
     worst = (theirs(q, k, v, is_causal=True).double() - want).abs().max()
     assert out.dtype == q.dtype and (out.double() - want).abs().max() <= 2 * worst + 1e-5
-    mask = normal(40, 40).to(q.dtype)  # in query's dtype, as torch wants it, and in float32
+    mask = normal(40, 40).to(device, q.dtype)  # in query's dtype, as torch wants it, and in float32
     torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, mask.float()))
+    for n, m in ((40, 23), (23, 40)):  # aligned at the top left
+        some = q[:, :, :n], k[:, :, :m], v[:, :, :m]
+        want = theirs(*(x.double() for x in some), is_causal=True)
+        torch.testing.assert_close(attend(*some, is_causal=True).double(), want, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.ones(5, 7) > 0}], ids=str)

@@ -116,6 +116,22 @@ def test_step_by_step() -> None:
     assert cache.lengths.tolist() == [3, 7] and not cache.keys.requires_grad
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.sm80])])
+def test_short_floats(device: str) -> None:
+    """Training and generation in bfloat16."""
+    module, x = made(64, 4, 2, device=device, dtype=torch.bfloat16), torch.randn(2, 70, 64).to(device, torch.bfloat16)
+    leaves = {name: one.detach().double().cpu().requires_grad_() for name, one in module.named_parameters()}
+    out, want = module(x), plain(module, x.double().cpu(), leaves)
+    torch.testing.assert_close(out.double().cpu(), want, rtol=0, atol=0.02)
+    got = torch.autograd.grad(out.square().sum(), tuple(module.parameters()))
+    for mine, true in zip(got, torch.autograd.grad(want.square().sum(), tuple(leaves.values())), strict=True):
+        assert (mine.double().cpu() - true).norm() <= 0.05 * true.norm()
+    with torch.no_grad():
+        cache = module.new_cache(2, 80)
+        steps = [module(x[:, a:b], cache=cache) for a, b in ((0, 64), (64, 65), (65, 70))]
+        torch.testing.assert_close(torch.cat(steps, 1), out.detach(), rtol=0, atol=0.02)
+
+
 def test_packed_padded_and_compiled() -> None:
     module, cu = made(), torch.tensor([0, 4, 18], dtype=torch.int32)
     flat, n = X.reshape(18, 32), torch.tensor([4, 9], dtype=torch.int32)
