@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
     q, k, v, factor = rows(q, k, v, scale)
     out = flash_attention(q, k, v, causal=causal, window_size=window, softmax_scale=factor, bias=bias, layout="bhsd")
     out = out if out.shape[-1] == width else out[..., :width]
-    return out.reshape(*lead, length, width)
+    return out if len(lead) == 2 else out.reshape(*lead, length, width)
 
 
 def _leading(
@@ -108,6 +108,8 @@ def _leading(
 
 def _spread(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """The shape to which all of these broadcast; None if there is none."""
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
     most = max(map(len, shapes))
     found = []
     for sizes in zip(*[(1,) * (most - len(shape)) + shape for shape in shapes], strict=True):
@@ -120,6 +122,8 @@ def _spread(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 def _rows(x: Tensor, batch: tuple[int, ...], heads: int | None) -> Tensor:
     """x as (batch, heads, rows, dim), with all axes of the batch in one. heads: None = its own."""
+    if x.ndim == 4 and len(batch) == 1 and x.shape[0] == batch[0] and heads in (None, x.shape[1]):
+        return x
     return _merged(x, batch).expand(math.prod(batch), -1 if heads is None else heads, -1, -1)
 
 
