@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +110,44 @@ def test_errors_are_at_most_twice_those_of_plain_code(case: Any, dtype: str, dev
         assert mine.shape == true.shape
         allowed = 2 * (other.double() - true.double()).abs().max() + 1e-5
         assert (mine.double() - true.double()).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_options(seed: int) -> None:
+    """Packed sequences, and the same ones alone in a batch of one, in float32: results and gradients."""
+    r = random.Random(seed)
+    fewer, dim = r.choice([1, 2, 3]), r.choice([8, 12, 32, 59])
+    heads, batch = fewer * r.choice([1, 2]), r.choice([1, 3])
+    lengths = [[r.choice([0, 1, 7, 40, 70]) for _ in range(batch)] for _ in range(2)]
+    options: dict[str, Any] = {
+        "causal": r.random() < 0.5, "window_size": r.choice([(-1, -1), (5, 0), (0, 9), (33, -1), (-1, 4)]),
+        "softcap": r.choice([0.0, 0.0, 7.0]),
+    }  # fmt: skip
+    if r.random() < 0.5:
+        options["alibi_slopes"] = normal(batch, heads, seed=seed).abs() if r.random() < 0.5 else normal(heads).abs()
+    total = [sum(x) for x in lengths]
+    shapes = (total[0], heads, dim), (total[1], fewer, dim), (total[1], fewer, dim)
+    q, k, v = leaves = [normal(*shape, seed=seed + i).requires_grad_() for i, shape in enumerate(shapes)]
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in lengths)
+    out = fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, max(lengths[0]), max(lengths[1]), **options)
+    arrived, parts, alone = normal(*out.shape, seed=9), [], []
+    slopes = options.get("alibi_slopes")
+    for b in range(batch):
+        i, j = (slice(int(cu[b]), int(cu[b + 1])) for cu in (cu_q, cu_k))
+        one = dict(options)
+        if slopes is not None and slopes.ndim > 1:
+            one["alibi_slopes"] = slopes[b : b + 1]
+        given = q[i][None], k[j][None], v[j][None]
+        alone.append(fa.flash_attn_func(*given, **one)[0])
+        empty = q[i].double() @ torch.zeros(dim, dim, dtype=torch.float64)
+        parts.append(plain(*given, one, True)[0] if lengths[0][b] and lengths[1][b] else empty)
+    want = torch.cat(parts)
+    for mine in (out, torch.cat(alone)):
+        torch.testing.assert_close(mine.double(), want, rtol=0, atol=5e-6)
+        got = grads(mine, leaves, arrived)
+        true = torch.autograd.grad(want, leaves, arrived.double(), retain_graph=True, materialize_grads=True)
+        for x, y in zip(got, true, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=2e-5 * max(1.0, float(y.abs().max()) if y.numel() else 1.0))
 
 
 # ------------------------------------------------------------------------------------------------------ packed tensors
