@@ -1,7 +1,4 @@
-"""torch's `scaled_dot_product_attention`, with its arguments and its meaning of them.
-
-    from flashmoe_cupy.integrations.sdpa import scaled_dot_product_attention
-"""
+"""torch's `scaled_dot_product_attention`, with its arguments and its meaning of them."""
 
 from __future__ import annotations
 
