@@ -19,13 +19,14 @@ from sanitize import DIMS, finite, unaligned
 
 import flashmoe_cupy
 from flashmoe_cupy.arrays import view
+from flashmoe_cupy.jit.device import H100
 from flashmoe_cupy.plan.archs import arch_for
 from flashmoe_cupy.plan.attention.backward import backward_steps
 from flashmoe_cupy.plan.attention.gradient import backward_problem, varlen_backward_problem
-from flashmoe_cupy.plan.kernels import KERNELS, of_task, only
+from flashmoe_cupy.plan.kernels import KERNELS, of_task, only, prepared
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
 
-NEEDS = ("q k v", "q", "k", "v")
+NEEDS = ("q k v", "q", "k", "v", "k v")
 FEATURES: tuple[dict[str, Any], ...] = (
     {"causal": True, "sinks": "float32"},
     {"window_size": (70, 3), "softcap": 15.0, "alibi": "bh"},
@@ -63,11 +64,14 @@ def launched(case: Case, given: dict[str, Any], arch: str, aligned: bool) -> set
     """(kernel, configuration) of each launch of a call; None where the kernels do not take it."""
     make: Any = varlen_backward_problem if isinstance(case, VarlenCase) else backward_problem
     views = {name: view(x, name) if isinstance(x, cupy.ndarray) else x for name, x in given.items()}
-    found = set()
-    for step in backward_steps(make(**views, deterministic=False))[0]:
+    steps = backward_steps(make(**views, deterministic=False))[0]
+    for step in steps:
         (kernel,) = of_task(step.task).values()
         if kernel.why_not(step.problem, arch, aligned):
             return None
+    found = set()
+    for step in prepared(steps, arch, aligned, H100, ())[0]:
+        (kernel,) = of_task(step.task).values()
         found.add((kernel.name, kernel.choose(step.problem, arch, aligned).name))
     return found
 

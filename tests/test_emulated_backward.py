@@ -8,6 +8,7 @@ import pytest
 from emulated_backward import ALL, CUDA, backward, faults, inputs, problem_of, truth
 from test_cli_moe import loads
 
+from flashmoe_cupy import reference
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.attention.backward import backward_steps
 from flashmoe_cupy.plan.kernels import KERNELS, of_task
@@ -92,6 +93,20 @@ def test_hopper_in_every_order(case: Case, wanted: tuple[str, ...], deterministi
     for seed in range(8):
         found = backward(case, arrays, seed, wanted, "sm_90a", deterministic=deterministic)
         assert faults(case, found, want) == [], seed
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
+def test_keys_behind_the_end(d: int, deterministic: bool) -> None:
+    """Where every score is so low that exp(-lse) is infinite, rows that are loaded as zeros must not count."""
+    case = AttentionCase(70, 70, 1, 2, 2, d)
+    arrays = inputs(case)
+    arrays["q"][...], arrays["k"][...] = 5.0, -5.0
+    q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
+    out, lse = reference.flash_attention(q, k, v, return_lse=True)
+    arrays |= {"out": out.astype(arrays["q"].dtype), "lse": lse.astype(np.float32)}
+    found = backward(case, arrays, 0, ALL, "sm_90a", deterministic=deterministic)
+    assert all(np.isfinite(found[name].astype(np.float32)).all() for name in ALL)
 
 
 _90, _90_BLOCKS = "attention/bwd_sm90.cuh", "attention/bwd_blocks_sm90.cuh"

@@ -117,8 +117,10 @@ struct AttentionBwdSm90
         if (step == steps - 1) rings.row_x.release(walk.row_x), walk.row_x.advance();
         if constexpr (kScores) {
           wgmma_fence_operand(r_dx);
+          __syncwarp();  // all lanes have read what comes with x
           if (step > 0) x.release(before), before.advance();
         } else {
+          __syncwarp();
           x.release(at);
         }
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
@@ -156,6 +158,7 @@ struct AttentionBwdSm90
       }
       if constexpr (kScores) {
         wgmma_wait_group<0>(r_dx);
+        __syncwarp();
         x.release(before), before.advance();
       }
     }
@@ -202,13 +205,15 @@ struct AttentionBwdSm90
         multiply<Element, kHeadDim>(r_s, k, KMajor<TileColX>(s_q), true);
         wgmma_commit_group();
         wgmma_wait_group<1>(r_dk);  // of the step before
+        __syncwarp();               // all lanes have read what comes with q
         if (step > 0) x.release(before), before.advance();
         y.wait_full(at);
         wgmma_fence();
         multiply<Element, kHeadDimV>(r_dp, v, KMajor<TileColY>(s_dout), true);
         wgmma_commit_group();
         wgmma_wait_group<1>(r_s[0]);
-        if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
+        if (w.band.template cuts<64, kCols>(tile_row, col) || tile_row + 64 > w.band.rows)
+          mask_keys(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
         u32 r_p[kCols / 16][4], r_ds[kCols / 16][4];
         pack_operand<Element>(r_p, r_s[0]);
@@ -253,6 +258,7 @@ struct AttentionBwdSm90
       wgmma_commit_group();
       wgmma_wait_group<0>(r_dq[0]);
       wgmma_fence_operand(r_dk);
+      __syncwarp();
       x.release(before), before.advance(), ++turn;
       rings.row_x.release(walk.row_x), walk.row_x.advance();
       put_down(s_base, rings.sums(consumer), walk.sums, consumer, r_dq[0]);
@@ -322,6 +328,17 @@ struct AttentionBwdSm90
     for (int n = 0; n < kCols / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) f(r_s[0][n][e], e / 2, n, e, n * 8 + 2 * t + e % 2);
+  }
+
+  // The band's mask. Keys behind the last one get no weights, which may be infinite: their scores are 0
+  // whatever lse is, and infinity times the zeros that are loaded as such keys would not be 0 in dq.
+  FM_DEVICE static void mask_keys(float (&r_s)[kCols / 8][4], const BandMask& band, int row, int col) {
+    ColumnsSeen seen = {{~0u, ~0u}, {~0u, ~0u}};
+    within_band(seen, band, row, col);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (row + i * 8 + (lane_id() >> 2) >= band.rows) seen[i][0] = seen[i][1] = 0;
+    mask_scores(r_s, seen);
   }
 
   // A warp's 16 rows of a gradient, where they exist.
