@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import ITEMSIZE, OURS, OURS_DETERMINISTIC, SUITES, Case, Suite
+from benchmarks.cases import (
+    ITEMSIZE,
+    OURS,
+    OURS_DETERMINISTIC,
+    OURS_FLASH_ATTN,
+    OURS_SDPA,
+    SUITES,
+    Case,
+    Suite,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +80,27 @@ BACKWARD_SUITES: dict[str, Suite[BackwardCase]] = {
             tuple(_backward("attention_backward_features", "attention_forward_features", FEATURES)),
             _LIBRARIES,
             _RIVALS,
+        ),
+    )
+}
+
+
+def _autograd() -> Iterator[BackwardCase]:
+    for case in _backward("attention_backward_host", "attention_host"):
+        if case.arrays == "torch":
+            yield BackwardCase(*case._replace(source="tiny arrays, forward and backward through torch.autograd"))
+
+
+AUTOGRAD_SUITES: dict[str, Suite[BackwardCase]] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "attention_backward_host",
+            "host microseconds of forward and backward through torch.autograd on tiny arrays",
+            tuple(_autograd()),
+            (OURS, OURS_FLASH_ATTN, OURS_SDPA, "torch_sdpa"),
+            ("torch_sdpa",),
+            "host_us",
         ),
     )
 }

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.backward_cases import BACKWARD_SUITES
-from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_PACKED, SUITES
+from benchmarks.backward_cases import AUTOGRAD_SUITES, BACKWARD_SUITES
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_FLASH_ATTN, OURS_PACKED, OURS_SDPA, SUITES
 from benchmarks.moe_cases import DRAWN, MOE_SUITES
 from benchmarks.numpy_backend import NAME, TORCH
 from benchmarks.rows import LABELS, Row, Table, of_device, state, timed
+from benchmarks.training_cases import FINE_TUNING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from benchmarks.backward_cases import BackwardCase
 
 DENSE = "share of the dense product"  # our TFLOP/s over those of an 8192³ bf16 matrix product of the same rounds
 READ = "share of the read rate"  # GB/s of the weights that are needed over those of a big read of the same rounds
@@ -21,11 +24,14 @@ MEAN = "geomean of the speed over"  # the same of every case of a group
 LEAST = "least speed over"
 HOST = "host µs of a call"
 TIME = "time over that of"  # some library of the same run
-_FIELDS = {DENSE: "share", READ: "read_share", HOST: "host_us"}
+LOSS = "largest difference of a mean loss from eager's"
+LOSS_SHARE = "that difference over eager's from SDPA's"
+_FIELDS = {DENSE: "share", READ: "read_share", HOST: "host_us", LOSS: "loss_apart", LOSS_SHARE: "loss_apart_ratio"}
+_AT_MOST = (HOST, TIME, LOSS, LOSS_SHARE)
 
 
 class Bar(NamedTuple):
-    """One line that has to hold: `kind` of our row of `case` is at least `limit`; for HOST and TIME at most.
+    """One line that has to hold: `kind` of our row of `case` is at least `limit`; for those in _AT_MOST at most.
 
     MEAN and LEAST are of the rows of all `cases`; `case` says which these are. A case that all rivals say they cannot
     compute takes no part. `ours`: the library of ours whose row it is.
@@ -53,7 +59,7 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.value <= self.bar.limit if self.bar.kind in (HOST, TIME) else self.value >= self.bar.limit
+        return self.value <= self.bar.limit if self.bar.kind in _AT_MOST else self.value >= self.bar.limit
 
     def word(self) -> str:
         if math.isnan(self.value):
@@ -81,6 +87,12 @@ def _deterministic() -> list[Bar]:
     return [bar._replace(ours=OURS_DETERMINISTIC) for bar in (*beside_ours, *beside_fa3)]
 
 
+def _host_libraries(case: BackwardCase) -> list[str]:
+    """Those of ours that serve a call: SDPA's has no packed sequences, flash-attn's no layout bhsd."""
+    lacking = {OURS_SDPA: case.varlen, OURS_FLASH_ATTN: case.layout != "bshd"}
+    return [name for name in (OURS, OURS_FLASH_ATTN, OURS_SDPA) if not lacking.get(name)]
+
+
 _VLLM = ("vllm_triton",)
 _DECODE = MOE_SUITES["moe_decode"].cases
 _GROUPED = ("torch_grouped_mm", "torch_index_add")
@@ -102,6 +114,17 @@ BARS = (
     *_all("attention_backward", _names("attention_backward"), "rows", 1.0, 0.92, ("fa3", "torch_cudnn", "fa4")),
     *_deterministic(),
     *_all("attention_backward_features", _names("attention_backward_features"), "rows", 1.0, 0.9, ("fa3",)),
+    *(
+        Bar("attention_backward_host", case.name, HOST, 60.0, ours=library)
+        for case in AUTOGRAD_SUITES["attention_backward_host"].cases
+        for library in _host_libraries(case)
+    ),
+    *(
+        Bar(suite.name, case.name, kind, limit)
+        for suite in FINE_TUNING.values()
+        for case in suite.cases
+        for kind, limit in ((LOSS, 0.02), (LOSS_SHARE, 2.0))
+    ),
     Bar("moe_forward", f"{_QWEN}_t16384", DENSE, 0.71),
     Bar("moe_forward", "olmoe_t16384", DENSE, 0.80),
     Bar("moe_forward", "t24576_d1536_n256_e128_k8", DENSE, 0.56),
@@ -176,10 +199,10 @@ def _judge(bar: Bar, here: dict[str, Row]) -> Verdict:
     """A bar against the rows of one run of its case."""
     ours = here.get(bar.ours)
     field = _FIELDS.get(bar.kind, "device_us")
-    if ours is None or not timed(ours, field):
+    if ours is None or not (timed(ours, field) or (timed(ours, "device_us") and ours.get(field) == 0)):
         return Verdict(bar, math.nan, f"{LABELS[bar.ours]}: {state(ours)}")
     if bar.kind not in (SPEED, TIME):
-        return Verdict(bar, float(ours[field]))
+        return Verdict(bar, float(ours[field]), str(ours.get("weights", "")))
     rivals = [here[name] for name in bar.rivals if timed(here.get(name), "device_us")]
     if not rivals:
         return Verdict(bar, math.nan, f"{LABELS[bar.rivals[0]]}: {state(here.get(bar.rivals[0]))}")
@@ -192,7 +215,7 @@ def bars_table(verdicts: Sequence[Verdict], suite: str) -> Table:
     """One line per bar."""
     cells: list[tuple[str, ...]] = []
     for item in verdicts:
-        sign = "≤" if item.bar.kind in (HOST, TIME) else "≥"
+        sign = "≤" if item.bar.kind in _AT_MOST else "≥"
         value = "-" if math.isnan(item.value) else f"{item.value:.3f}"
         cells.append((item.bar.case, item.bar.text(), f"{sign} {item.bar.limit:g}", value, item.word(), item.note))
     return Table(f"{suite}: what has to hold", ("case", "what", "bar", "measured", "verdict", "note"), cells)

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 
 class Setup(NamedTuple):
-    """Where the run takes place: torch device name, and the folder of FA3 (load_fa3.py beside fa3_C.so.xz), if any."""
+    """Where the run takes place: torch device name, the folder of FA3 (load_fa3.py beside fa3_C.so.xz) if any, and the
+    folder of models.
+    """
 
     device: str
     peers: str = ""
+    models: str = ""
 
     @property
     def cuda(self) -> bool:
@@ -136,3 +139,8 @@ def poison(case: Case, device: str) -> torch.Tensor:
 def default_peers() -> str:
     """The FA3 folder of the environment, or ""."""
     return os.environ.get("FLASHMOE_PEERS", "")
+
+
+def default_models() -> str:
+    """The folder of models of the environment, or ""."""
+    return os.environ.get("FLASHMOE_MODELS", "")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.backward_cases import BACKWARD_SUITES
+from benchmarks.backward_cases import AUTOGRAD_SUITES, BACKWARD_SUITES
 from benchmarks.cases import ITEMSIZE, OURS, SUITES, Suite
 from benchmarks.numpy_backend import HOST_SUITES
+from benchmarks.training_cases import FINE_TUNING, LAYER_STACKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -242,4 +243,12 @@ MOE_SUITES: dict[str, Suite[MoECase]] = {
     )
 }
 
-ALL_SUITES: dict[str, Suite[Any]] = {**SUITES, **BACKWARD_SUITES, **MOE_SUITES, **HOST_SUITES}
+ALL_SUITES: dict[str, Suite[Any]] = {
+    **SUITES,
+    **BACKWARD_SUITES,
+    **AUTOGRAD_SUITES,
+    **FINE_TUNING,
+    **LAYER_STACKS,
+    **MOE_SUITES,
+    **HOST_SUITES,
+}

@@ -180,10 +180,11 @@ def suite_table(rows: Sequence[Row], suite: str, device: str = "") -> Table:
     """One line per case, one column per library: speed and share of the ceiling, or why there is none."""
     found = newest(rows, suite, device)
     names = [name for name in LABELS if any(name in case for case in found.values())]
-    host = suite in SUITES and SUITES[suite].measure == "host_us"
+    host = ALL_SUITES[suite].measure == "host_us"
     cells = [(case, *(_cell(here.get(name), host) for name in names)) for case, here in found.items()]
     everything = [row for here in found.values() for row in here.values()]
-    measure = "host µs of a call" if host else "TFLOP/s (µs, share of the matrix product ceiling)"
+    rate = "tokens/s" if any(row.get("tokens_per_s") for row in everything) else "TFLOP/s"
+    measure = "host µs of a call" if host else f"{rate} (µs, share of the matrix product ceiling)"
     return Table(f"{suite}: {measure}\n{facts(everything)}", ("case", *(LABELS[name] for name in names)), cells)
 
 
@@ -194,7 +195,8 @@ def _cell(row: Row | None, host: bool) -> str:
         return str(row["status"])
     if host:
         return "-" if row.get("host_us") is None else f"{row['host_us']:.1f}"
-    return f"{row['tflops']:.3g} ({row['device_us']:.0f}, {100 * row['share']:.0f} %)"
+    speed = f"{row['tokens_per_s']:,.0f}" if row.get("tokens_per_s") else f"{row['tflops']:.3g}"
+    return f"{speed} ({row['device_us']:.0f}, {100 * row['share']:.0f} %)"
 
 
 def ratio_table(comparisons: Sequence[Comparison], suite: Suite[Any]) -> Table:

@@ -6,7 +6,15 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_PACKED, OURS_PLAIN, OURS_SM80
+from benchmarks.cases import (
+    OURS,
+    OURS_DETERMINISTIC,
+    OURS_FLASH_ATTN,
+    OURS_PACKED,
+    OURS_PLAIN,
+    OURS_SDPA,
+    OURS_SM80,
+)
 from benchmarks.moe_cases import ALL_SUITES
 
 if TYPE_CHECKING:
@@ -19,12 +27,16 @@ LABELS = {
     OURS_PLAIN: "flashmoe_cupy without the bias",
     OURS_PACKED: "flashmoe_cupy, packed rows",
     OURS_DETERMINISTIC: "flashmoe_cupy, deterministic",
+    OURS_FLASH_ATTN: "flashmoe_cupy as flash-attn",
+    OURS_SDPA: "flashmoe_cupy as SDPA",
     "torch_fa2": "torch FA2",
     "torch_cudnn": "torch cuDNN",
     "torch_flash": "torch flash",
     "torch_efficient": "torch efficient",
     "torch_sdpa": "torch SDPA",
     "torch_cpu": "torch on the CPU",
+    "eager": "transformers eager",
+    "sdpa": "transformers SDPA",
     "flex_attention": "FlexAttention",
     "fa3": "FA3",
     "fa3_deterministic": "FA3, deterministic",

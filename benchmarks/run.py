@@ -5,6 +5,7 @@
     python benchmarks/run.py --suite numpy_backend --out benchmarks/results/cpu_numpy.jsonl      (on the processor)
     FLASHMOE_VLLM=vllm.whl python benchmarks/run.py --suite h200 --peers FOLDER --out h200.jsonl    (forward, with bars)
     python benchmarks/run.py --suite h200_backward --peers FOLDER --out backward.jsonl    (the gradients, with bars)
+    FLASHMOE_MODELS=FOLDER python benchmarks/run.py --suite h200_training --peers FOLDER --out training.jsonl
 
 All libraries get the same random inputs. Each first computes the case into a poisoned output and is checked against
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
@@ -37,20 +38,24 @@ if "numpy_backend" in sys.argv:  # before NumPy is loaded: its BLAS has as many 
 if not __package__:  # run as a file: the repository takes the place of this folder on the path
     sys.path[0] = str(ROOT)
 
+from benchmarks.autograd_bench import AUTOGRAD_LIBRARIES, AutogradBench  # noqa: E402
 from benchmarks.backward_bench import BackwardBench  # noqa: E402
-from benchmarks.backward_cases import BACKWARD_SUITES  # noqa: E402
+from benchmarks.backward_cases import AUTOGRAD_SUITES, BACKWARD_SUITES  # noqa: E402
 from benchmarks.backward_rivals import BACKWARD_LIBRARIES  # noqa: E402
-from benchmarks.bench import QUICK, AttentionBench, Bench, Effort, Run  # noqa: E402
-from benchmarks.cases import OUR_LIBRARIES, SUITES  # noqa: E402
-from benchmarks.library import Setup, default_peers  # noqa: E402
+from benchmarks.bench import QUICK, AttentionBench, Effort, Run  # noqa: E402
+from benchmarks.cases import OUR_LIBRARIES, OURS, SUITES  # noqa: E402
+from benchmarks.library import Setup, default_models, default_peers  # noqa: E402
+from benchmarks.llama_training import LAYER_LIBRARIES, LayersBench  # noqa: E402
 from benchmarks.moe_bench import MOE_LIBRARIES, MoEBench  # noqa: E402
 from benchmarks.moe_cases import ALL_SUITES, MOE_SUITES  # noqa: E402
 from benchmarks.numpy_backend import HOST_SUITES, TORCH, HostBench  # noqa: E402
 from benchmarks.rivals import LIBRARIES  # noqa: E402
 from benchmarks.timing import CpuTimer, GpuTimer, Timer  # noqa: E402
+from benchmarks.training import TrainingBench  # noqa: E402
+from benchmarks.training_cases import EAGER, FINE_TUNING, LAYER_STACKS, SDPA  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 # Several suites by one name. What needs no peer, or the smallest, comes first: a run that ends early still has that.
@@ -64,7 +69,18 @@ GROUPS = {
         "moe_decode",
     ),
     "h200_backward": ("attention_backward_features", "attention_backward"),
+    "h200_training": ("attention_backward_host", "llama_training", "training"),
 }
+# Who measures which suites, and by which names its libraries go.
+BENCHES: tuple[tuple[Mapping[str, Any], Iterable[str], Callable[[Run], Any]], ...] = (
+    (SUITES, LIBRARIES, AttentionBench),
+    (BACKWARD_SUITES, BACKWARD_LIBRARIES, BackwardBench),
+    (AUTOGRAD_SUITES, AUTOGRAD_LIBRARIES, AutogradBench),
+    (LAYER_STACKS, LAYER_LIBRARIES, LayersBench),
+    (FINE_TUNING, (OURS, EAGER, SDPA), TrainingBench),
+    (MOE_SUITES, MOE_LIBRARIES, MoEBench),
+    (HOST_SUITES, (OURS, TORCH), HostBench),
+)
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -76,6 +92,11 @@ def line_of(row: dict[str, Any]) -> str:
     speed = f"{row['device_us']:10.1f} us {row['tflops']:7.4g} TFLOP/s {100 * row['share']:5.1f} %"
     if row.get("read_share"):
         speed += f"  weights {row['weight_gbps']:6.4g} GB/s {100 * row['read_share']:5.1f} %"
+    if row.get("tokens_per_s"):
+        speed += f"  {row['tokens_per_s']:,.0f} tokens/s"
+    if row.get("means"):
+        ours = f", {row['loss_apart']} from eager" if row.get("loss_apart") is not None else ""
+        return f"{head} {speed}  loss {row['means'][0]:.4f} to {row['means'][-1]:.4f}{ours}"
     return f"{head} {speed}  spread {100 * row['spread']:4.1f} %  error {row['error']:.1e}{host}"
 
 
@@ -86,12 +107,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", default=["attention_forward_portable"], choices=names, metavar="SUITE",
                         help=f"{', '.join(names)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
-    names = sorted({*LIBRARIES, *BACKWARD_LIBRARIES, *MOE_LIBRARIES, TORCH})
+    names = sorted({name for _, libraries, _ in BENCHES for name in libraries})
     parser.add_argument("--libraries", nargs="+", choices=names, help="default: those of each suite")
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name it finds")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop in time for this")
     parser.add_argument("--peers", default=default_peers(), metavar="FOLDER", help="FA3's folder (or FLASHMOE_PEERS)")
+    parser.add_argument("--models", default=default_models(), metavar="FOLDER", help="weights of the suite training "
+                        "(or FLASHMOE_MODELS)")  # fmt: skip
     parser.add_argument("--rounds", type=int, help="samples of every library and case")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,10 +127,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[tuple[Any, tuple[str, ...]]]:
     """The cases of the command line with the libraries of each."""
     pattern = re.compile(options.cases)
-    adapters = (SUITES, LIBRARIES), (BACKWARD_SUITES, BACKWARD_LIBRARIES), (MOE_SUITES, MOE_LIBRARIES)
     found = []
     for suite in (ALL_SUITES[name] for name in options.suite):
-        known = next((known for suites, known in adapters if suite.name in suites), suite.libraries)
+        known = next(known for suites, known, _ in BENCHES if suite.name in suites)
         libraries = tuple(name for name in options.libraries or suite.libraries if name in known)
         found += [(case, libraries) for case in suite.cases if libraries and pattern.search(case.name)]
     return found
@@ -150,12 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file.flush()
             print(line_of(row), flush=True)
 
-        return _run(Run(Setup(options.device, options.peers), timer, effort, write), work, options, begin)
+        setup = Setup(options.device, options.peers, options.models)
+        return _run(Run(setup, timer, effort, write), work, options, begin)
 
 
 def _run(run: Run, work: Sequence[tuple[Any, tuple[str, ...]]], options: argparse.Namespace, begin: float) -> int:
     facts = run.facts
-    attention, backward, moe, host = AttentionBench(run), BackwardBench(run), MoEBench(run), HostBench(run)
+    benches = [(suites, make(run)) for suites, _, make in BENCHES]
     print(f"{facts['device']}, driver {facts['driver'] or '-'}, {facts['versions']}, commit {facts['commit'][:12]}")
     ready = time.perf_counter() - begin
     print(f"matrix product ceiling {run.ceiling:.4g} TFLOP/s, ready after {ready:.1f} s", flush=True)
@@ -165,11 +188,7 @@ def _run(run: Run, work: Sequence[tuple[Any, tuple[str, ...]]], options: argpars
         if start - begin + longest > options.budget or run.dead:
             left_out.append(case.name)
             continue
-        bench: Bench[Any, Any] | HostBench = attention if case.suite in SUITES else moe
-        if case.suite in BACKWARD_SUITES:
-            bench = backward
-        if case.suite in HOST_SUITES:
-            bench = host
+        bench = next(bench for suites, bench in benches if case.suite in suites)
         rows = bench.measure(case, libraries, options.seed, begin + options.budget)
         bad += sum(row["library"] in OUR_LIBRARIES and row["status"] in ("wrong", "error") for row in rows)
         longest = max(longest, time.perf_counter() - start) if len(rows) else longest
