@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import importlib.metadata
 import itertools
 import math
@@ -52,13 +53,21 @@ class Start(NamedTuple):
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
+def topics() -> dict[str, str]:
+    """Python's own documents, those that help() shows; some installations leave them out."""
+    try:
+        module = importlib.import_module("pydoc_data.topics")
+    except ImportError:
+        return {}
+    found: dict[str, str] = module.topics
+    return found
+
+
 def documents(seed: int = 0, most: int | None = None) -> list[str]:
     """Python's own topics of help() and the sources of its standard library without tests, shuffled."""
-    from pydoc_data.topics import topics
-
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(root.rglob("*.py")) if not _NOT_TEXT & set(p.relative_to(root).parts)]
-    order: list[str | Path] = [*(topics[name] for name in sorted(topics)), *files]
+    order: list[str | Path] = [*(text for _, text in sorted(topics().items())), *files]
     random.Random(seed).shuffle(order)
     found = []
     for one in order[:most]:
@@ -274,6 +283,7 @@ class TrainingBench:
         digest = hashlib.sha256(tensor.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         first = {name: x.detach().to("cpu", copy=True) for name, x in model.state_dict().items()}
         facts = {"weights": begun.weights, "passes": passes, "text_sha256": digest, "seed": seed}
+        facts |= {"texts": len(texts), "topics": len(topics())}
         facts["parameters"] = sum(p.numel() for p in model.parameters())
         for row in rows.values():
             row |= facts
