@@ -119,14 +119,15 @@ struct AttentionBwdSm90
           wgmma_fence_operand(r_dx);
           __syncwarp();  // all lanes have read what comes with x
           if (step > 0) x.release(before), before.advance();
-        } else {
-          __syncwarp();
-          x.release(at);
         }
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int i, int, int, int j) {
           s = exp2_approx(fmaf(s, scale, -(kByKey ? s_of.lse[j] : lse[i])));
         });
+        if constexpr (!kScores) {
+          __syncwarp();  // all lanes have read lse, which comes with x
+          x.release(at);
+        }
         if constexpr (kValues) {
           pack_operand<Element>(r_p, r_s[0]);
           wgmma_fence();
