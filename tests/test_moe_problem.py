@@ -307,7 +307,7 @@ class Recorder:
         self.filled: list[tuple[Any, float]] = []  # what arrays.fill was told meanwhile
 
     def run(self, operation: Operation, problem: Any, views: Any, outputs: Any) -> None:
-        self.calls.append((operation.name, problem, views, tuple(outputs)))
+        self.calls.append((operation.name, problem, views, tuple(outputs.values())))
 
     def address(self, _: Any, made: Any) -> int:
         return made.data_ptr()  # type: ignore[no-any-return]
