@@ -70,13 +70,13 @@ def problem_of(case: Case, arrays: Arrays, wanted: Sequence[str]) -> AttentionBw
 
 def backward(
     case: Case, arrays: Arrays, seed: int, wanted: Sequence[str] = ALL, arch: str = "sm_80",
-    headers: Mapping[str, str] | None = None, deterministic: bool = True,
+    headers: Mapping[str, str] | None = None, deterministic: bool = True, resident: int = 0,
 ) -> Arrays:  # fmt: skip
     """The gradients as the kernels left them, NaN where they wrote nothing. All arrays lie beside guarded memory.
 
     Kernels whose blocks take tile after tile have few blocks, of which each takes several.
     """
-    sms = 1 + seed % 3
+    sms = resident or 1 + seed % 3
     arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in arrays.items()}
     for name in wanted:
         like = arrays[name[1:]]
@@ -101,7 +101,7 @@ def backward(
             params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[i])
         run(
             kernel.source(config), bytes(params), kernel.grid(step.problem, config, sms), config.threads,
-            config.smem_bytes, seed, headers=headers,
+            config.smem_bytes, seed, resident=resident or 1 + seed % 2, headers=headers,
         )  # fmt: skip
     return {name: arrays[name] for name in wanted}
 

@@ -67,13 +67,12 @@ struct AttentionBwdBlocksSm90 {
     int batch, head, head_k;  // head: the first of those that are walked over
     int row0;                 // the tile's first row; -1: there is no tile any more
     int first, steps, walks;  // steps of columns: the first one, how many; and heads
-    int start;                // the step that is taken first; behind the last one comes the first one
     int row_base, col_base;   // where row 0 and column 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
     int even;                 // behind the last row and column the arrays end
     FM_DEVICE int all_steps() const { return steps * walks; }
     FM_DEVICE int head_of(int step) const { return head + step / steps; }
-    FM_DEVICE int col_of(int step) const { return (first + (start + step) % steps) * kCols; }
+    FM_DEVICE int col_of(int step) const { return (first + step % steps) * kCols; }
   };
   struct Smem {
     static constexpr int kRowX = 0, kRowY = kRowX + kRowStages * kConsumers * TileRowX::kBytes;
@@ -83,7 +82,7 @@ struct AttentionBwdBlocksSm90 {
     static constexpr int kSums = kScoresTile + (kQueries ? 2 * TileScores::kBytes : 0);  // pieces of dq
     static constexpr int kStatistics = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
     static constexpr int kWork = kStatistics + (kByKey ? kStages * Statistics<kCols>::kBytes : 0);
-    static constexpr int kBarriersWork = kWork + static_cast<int>(sizeof(Work));
+    static constexpr int kBarriersWork = kWork + div_up(static_cast<int>(sizeof(Work)), 8) * 8;
     static constexpr int kBarriersRowX = kBarriersWork + RingBarriers<1>::kBytes;
     static constexpr int kBarriersRowY = kBarriersRowX + RingBarriers<kRowStages>::kBytes;
     static constexpr int kBarriersX = kBarriersRowY + RingBarriers<1>::kBytes;
@@ -154,7 +153,10 @@ struct AttentionBwdBlocksSm90 {
 #pragma unroll 1
     for (bool found = true; found;) {
       ring.wait_empty(at);  // the producer has no more than the steps in its rings to go
-      index = index < 0 ? blockIdx.x : gridDim.x + atomicAdd(p.tile_counters + kWanted, 1);
+      // Where blocks wait for each other, one that runs has an earlier tile.
+      const bool ordered = kQueries && p.turns != nullptr;
+      index = index < 0 && !ordered ? blockIdx.x
+                                    : (ordered ? 0 : gridDim.x) + atomicAdd(p.tile_counters + kWanted, 1);
       found = index < p.tiles;
       if (!found)
         s_work.row0 = -1;
@@ -172,7 +174,9 @@ struct AttentionBwdBlocksSm90 {
   // Tile `index`. False: it is behind the end of its sequence.
   FM_DEVICE static bool find_work(const Params& p, int index, Work& w) {
     // Under a causal mask late queries see the most keys, and early keys are seen by the most queries.
-    const int block = kByKey ? index % p.blocks : p.blocks - 1 - index % p.blocks;
+    // Where dq is added in order, a block of keys comes behind those that it waits for.
+    const bool ascending = kByKey && !(p.turns != nullptr && p.window_right >= 0);
+    const int block = ascending ? index % p.blocks : p.blocks - 1 - index % p.blocks;
     index /= p.blocks;
     const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
     w.batch = index / heads;
@@ -191,8 +195,6 @@ struct AttentionBwdBlocksSm90 {
     w.first = w.band.first(w.row0) / kCols;
     const int last = div_up(max(w.band.last(min(w.row0 + kRows, w.band.rows) - 1) + 1, 0), kCols);
     w.steps = max(last - w.first, 0);
-    // Blocks that add to dq at once begin apart from each other.
-    w.start = kQueries ? static_cast<int>(static_cast<i64>(block) * w.steps / p.blocks) : 0;
     return w.row0 < w.band.rows;
   }
 
@@ -288,7 +290,8 @@ struct AttentionBwdBlocksSm90 {
   // ---- sums of dq ----
 
   // One thread. Lets the copy engine add what the consumers put down, a piece of 64 x 64 in the order of
-  // their registers, to the sums in memory.
+  // their registers, to the sums in memory. With p.turns the blocks of keys add to a piece one after the
+  // other.
   FM_DEVICE static void add_sums(const Params& p, const u8* smem, u32 s_base, const Rings& rings) {
     const Work& w = *reinterpret_cast<const Work*>(smem + Smem::kWork);
     Ring<1> works, at;
@@ -298,27 +301,56 @@ struct AttentionBwdBlocksSm90 {
       const int steps = w.all_steps();
 #pragma unroll 1
       for (int step = 0; step < steps; ++step, at.advance()) {
-        const i64 first = (static_cast<i64>(w.batch) * p.heads_q + w.head_of(step)) * p.dq_blocks;
-        const int block = w.col_of(step) / 64;
+        const int col = w.col_of(step);
 #pragma unroll 1
         for (int i = 0; i < kConsumers; ++i) {
+          const int block = col / 64 + (kPieces == 1 ? i : 0);
+          const i64 piece =
+              ((static_cast<i64>(w.batch) * p.heads_q + w.head_of(step)) * p.dq_blocks + block) * kPieces +
+              (kPieces == 2 ? i : 0);
           rings.sums(i).wait_full(at);
-          const int its_block = block + (kPieces == 1 ? i : 0);
-          if (its_block < p.dq_blocks)
-            bulk_reduce_add_f32(
-                p.dq_sums + ((first + its_block) * kPieces + (kPieces == 2 ? i : 0)) * (64 * 64),
-                s_base + Smem::kSums + i * kPieceBytes, kPieceBytes);
-          bulk_commit_group();
-          if (before) {
-            bulk_wait_group_read<1>();
-            mbarrier_arrive(rings.sums(i ^ 1).empty(0));
+          if (block < p.dq_blocks) {
+            if (p.turns != nullptr) {
+              const u32 mine = turn_of(p, w, col);
+              while (ld_acquire_gpu_u32(p.turns + piece) != mine) {
+              }
+              fence_proxy_async_global();
+            }
+            bulk_reduce_add_f32(p.dq_sums + piece * (64 * 64), s_base + Smem::kSums + i * kPieceBytes,
+                                kPieceBytes);
           }
-          before = true;
+          bulk_commit_group();
+          if (p.turns != nullptr) {
+            bulk_wait_group<0>();
+            fence_proxy_async_global();
+            if (block < p.dq_blocks) red_add_release_gpu_u32(p.turns + piece, 1);
+            mbarrier_arrive(rings.sums(i).empty(0));
+          } else {
+            if (before) {
+              bulk_wait_group_read<1>();
+              mbarrier_arrive(rings.sums(i ^ 1).empty(0));
+            }
+            before = true;
+          }
         }
       }
       mbarrier_arrive(rings.work.empty(0));
     }
     bulk_wait_group<0>();
+  }
+
+  // How many blocks of keys add to the queries of a step before this one. Under a causal mask the last keys
+  // come first: theirs is the shortest way to each query.
+  FM_DEVICE static int turn_of(const Params& p, const Work& w, int col) {
+    const int block = w.row0 / kRows;
+    if (p.window_right < 0) {
+      // Keys behind these see the columns from col on.
+      const int row = w.band.right < 0 ? 0 : col - w.band.shift - w.band.right;
+      return block - max(row, 0) / kRows;
+    }
+    const int row = w.band.left < 0 ? w.band.rows - 1
+                                    : min(col + kCols - 1 - w.band.shift + w.band.left, w.band.rows - 1);
+    return row / kRows - block;
   }
 };
 

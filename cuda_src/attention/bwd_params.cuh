@@ -12,6 +12,7 @@ struct AttentionBwdDotParams {
   float *row_lse, *row_delta;                // (entries, heads, rows), or (heads, rows) of packed sequences
   float* dq_sums;                            // becomes 0; null: there is none
   int* tile_counters;                        // kTileCounters of them, become 0
+  u32* turns;                                // one for each 64 x 64 values of dq_sums, become 0; null: none
   i64 out_stride_b, out_stride_s, out_stride_h;
   i64 dout_stride_b, dout_stride_s, dout_stride_h;
   i64 lse_stride_b, lse_stride_h, lse_stride_s;
@@ -39,6 +40,7 @@ struct AttentionBwdParams {
   void *dq, *dk, *dv, *dbias;
   float* dq_sums;                            // sums of dq in fragments of the Hopper kernel (bwd_sm90.cuh)
   int* tile_counters;                        // tiles that blocks of the Hopper kernel have taken, by kWanted
+  u32* turns;                                // blocks that have added to each piece of dq_sums; null: in any order
   const void* bias;                          // null: none
   const float *row_lse, *row_delta;          // of each query of each head (bwd_dot.cuh)
   const void* alibi_slopes;                  // null: none

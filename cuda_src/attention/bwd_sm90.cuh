@@ -193,7 +193,7 @@ struct AttentionBwdSm90
       rings.row_x.wait_full(walk.row_x);
       rings.row_y.wait_full(walk.row_y);
 #pragma unroll 1
-      for (int step = 0, tile = w.first + w.start; step < steps; ++step) {
+      for (int step = 0, tile = w.first; step < steps; ++step) {
         const int col = tile * kCols;
         if (++tile == w.first + w.steps) tile = w.first;
         const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(smem + Smem::kStatistics +

@@ -236,10 +236,10 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
     """The launches, and the bytes of each array of the workspace."""
     f = p.forward
     rows = 4 * f.total_q * f.heads_q
-    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters")
+    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters", "turns")
     steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
-    if fused(p) and not p.deterministic and {"dq", "dk", "dv"} <= {*p.wanted}:
-        steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), _ARRAYS | same("dq_sums")))
+    if fused(p) and {"dq", "dk", "dv"} <= {*p.wanted}:
+        steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), _ARRAYS | same("dq_sums", "turns")))
     parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
     of_keys = [parts] if together(*specialisation(p)) else [*parts]
     at_once = steps[-1:] and steps[-1].problem.part == "qkv"
@@ -258,4 +258,6 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
         sinks = same("row_lse", "row_delta", "sinks", "dsinks", "cu_seqlens_q", "seqused_q", "leftpad_q")
         steps.append(Step("attention_bwd_sinks", GradientProblem(p, "sinks"), sinks))
     sums = {"dq_sums": 4 * dq_values(p)} if at_once else {}
+    if at_once and p.deterministic:
+        sums["turns"] = dq_values(p) // 1024
     return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4), "tile_counters": 32} | sums
