@@ -101,7 +101,7 @@ def backward(
             params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[i])
         run(
             kernel.source(config), bytes(params), kernel.grid(step.problem, config, sms), config.threads,
-            config.smem_bytes, seed, resident=resident or 1 + seed % 2, headers=headers,
+            config.smem_bytes, seed, config.cluster, resident=resident or 1 + seed % 2, headers=headers,
         )  # fmt: skip
     return {name: arrays[name] for name in wanted}
 

@@ -40,6 +40,16 @@ FM_DEVICE void st_async_b32(u32 cluster_address, u32 x, u32 cluster_barrier) {
       : "memory");
 }
 
+// Bytes of this block's shared memory, a multiple of 16 as both places are, to any block of the cluster, whose
+// barrier is told of them.
+FM_DEVICE void bulk_copy_cluster(u32 cluster_target, u32 s_source, u32 bytes, u32 cluster_barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(cluster_target),
+      "r"(s_source), "r"(bytes), "r"(cluster_barrier)
+      : "memory");
+}
+
 // Until the grids that this one depends on have ended and their writes are seen. At once where there is none,
 // and before sm_90.
 FM_DEVICE void griddepcontrol_wait() {

@@ -37,9 +37,10 @@ def _attention_backward() -> _Kernels:
         AttentionBwdSm80,
     )
     from flashmoe_cupy.plan.attention.backward_sm90 import AttentionBwdConvert, AttentionBwdSm90
+    from flashmoe_cupy.plan.attention.backward_wide_sm90 import AttentionBwdWidePairSm90, AttentionBwdWideSm90
 
     general = AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks(), AttentionBwdConvert()
-    return AttentionBwdSm90(), *general
+    return AttentionBwdSm90(), AttentionBwdWideSm90(), AttentionBwdWidePairSm90(), *general
 
 
 def _moe() -> _Kernels:

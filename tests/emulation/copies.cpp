@@ -205,7 +205,30 @@ void tma_load(u32 target, const void* pointer, u32 barrier, u32 blocks, u32 rank
   may_pause();
 }
 
+void copy_in_cluster(u32 target, u32 source, u32 bytes, u32 barrier) {
+  Block &block = block_of(target, true), &other = block_of(barrier, true);
+  if (&block != &other) fail("a bulk copy to one block that reports to another");
+  constexpr u32 kPlace = (1u << kRankShift) - 1;
+  if (bytes % 16 != 0) fail("a bulk copy of %u bytes", bytes);
+  shared(block, target & kPlace, bytes, 16, "a bulk copy");
+  shared(*current->block, source, bytes, 16, "a bulk copy");
+  mbarrier_at(block, barrier, "a bulk copy", true);
+  const Load load{&block, current, target & kPlace, barrier & kPlace, {}, {}, current->block, source, bytes};
+  if (run->policy.loads == When::now) run_load(load);
+  else run->loads.push_back(load);
+  may_pause();
+}
+
+static void run_copy_in_cluster(const Load& load) {
+  const Beside note("a bulk copy between blocks", load.fiber);
+  check_fenced(*load.from, load.source, load.bytes, "a bulk copy");
+  forget_written(*load.block, load.target, load.bytes);
+  std::memcpy(shared(*load.block, load.target, load.bytes, 16, "a bulk copy"), shared(*load.from, load.source, load.bytes, 16, "a bulk copy"), load.bytes);
+  complete_bytes(mbarrier_at(*load.block, load.barrier, "a bulk copy", true), *load.block, load.bytes);
+}
+
 void run_load(const Load& load) {
+  if (load.from != nullptr) return run_copy_in_cluster(load);
   const Beside note("a bulk copy to shared memory", load.fiber);
   const Map& map = load.map;
   const u32 bytes = box_bytes(map), width = map.box[0] * map.element;

@@ -59,6 +59,7 @@ void cluster_arrive();
 void cluster_wait();
 u32 cluster_address(u32 address, u32 rank);
 void store_in_cluster(u32 address, u32 value, u32 barrier);
+void copy_in_cluster(u32 target, u32 source, u32 bytes, u32 barrier);
 
 void copy_begin(u32 target, const void* source, bool valid);
 void copy_commit();

@@ -130,7 +130,7 @@ void start(Cluster& cluster, u32 index) {
 
 void end(Block& block) {
   for (const Load& load : run->loads)
-    if (load.block == &block)
+    if (load.block == &block || load.from == &block)
       fail("block %u ends while a bulk copy of thread %u into its shared memory +0x%x is under way", block.index, load.fiber->thread,
            load.target - kBase);
   for (size_t i = 0; i < run->stores.size(); ++i) {

@@ -145,6 +145,8 @@ struct Load {
   u32 target, barrier;
   Map map;
   int at[5];
+  Block* from = nullptr;  // where it comes from shared memory: the block, the place and the size
+  u32 source = 0, bytes = 0;
 };
 struct Store {
   Block* block;

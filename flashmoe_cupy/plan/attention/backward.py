@@ -11,6 +11,8 @@ from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
+    STAGES_WIDE_SM90,
+    TILES_BWD_SM90,
     Bwd80Config,
     BwdBias80Config,
     SmallConfig,
@@ -19,6 +21,7 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     together,
 )
 from flashmoe_cupy.plan.attention.backward_values import (
+    dims_sm90,
     dq_values,
     fused,
     grid_of,
@@ -172,12 +175,15 @@ class AttentionBwdSm80(_Portable[Bwd80Config]):
     def before(
         self, step: Step, config: Bwd80Config, odd: Sequence[str]  # noqa: ARG002
     ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
-        """Parts of their own for all that is wanted at once."""
-        if step.problem.part != "qkv":
-            return [step], {}
-        of = step.problem.of
+        """Parts of their own for all that is wanted at once, as far as there is no kernel of them."""
+        of, part = step.problem.of, step.problem.part
         parts = ["kv"] if together(*specialisation(of)) else ["k", "v"]
-        return [Step(step.task, GradientProblem(of, part), step.arguments) for part in (*parts, "q")], {}
+        if part not in ("kv", "qkv") or part == parts[0]:
+            return [step], {}
+        parts += ["q"] if part == "qkv" else []
+        steps = [Step(step.task, GradientProblem(of, part), step.arguments) for part in parts]
+        steps[0].clears = step.clears
+        return steps, {}
 
     def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
         return "" if aligned else _ALIGNED
@@ -238,10 +244,10 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
     rows = 4 * f.total_q * f.heads_q
     dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters", "turns")
     steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
-    if fused(p) and {"dq", "dk", "dv"} <= {*p.wanted}:
+    if fused(p) and (not p.deterministic or dims_sm90(p) in TILES_BWD_SM90) and {"dq", "dk", "dv"} <= {*p.wanted}:
         steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), _ARRAYS | same("dq_sums", "turns")))
     parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
-    of_keys = [parts] if together(*specialisation(p)) else [*parts]
+    of_keys = [parts] if together(*specialisation(p)) or dims_sm90(p) in STAGES_WIDE_SM90 else [*parts]
     at_once = steps[-1:] and steps[-1].problem.part == "qkv"
     sizes = {
         "dq": f.total_q * f.heads_q * f.head_dim, "dk": f.total_k * f.heads_k * f.head_dim,

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
-from flashmoe_cupy.plan.attention.backward_tiles import PARTS, TILES_BWD_SM90, Bwd90Config, SmallConfig, config_sm90
-from flashmoe_cupy.plan.attention.backward_values import dq_values, fused, grid_of, values_of
+from flashmoe_cupy.plan.attention.backward_tiles import (
+    PARTS,
+    TILES_BWD_SM90,
+    TILES_DQ_SM90,
+    Bwd90Config,
+    SmallConfig,
+    config_sm90,
+)
+from flashmoe_cupy.plan.attention.backward_values import dims_sm90, dq_columns, dq_values, fused, grid_of, values_of
 from flashmoe_cupy.plan.attention.choice import variant_of
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import GradientProblem
@@ -20,7 +27,7 @@ _FUSED = ((64, 64), (128, 128))  # compiled head dims of the Hopper kernel of dq
 
 
 class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
-    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores of even lengths in 16-bit rows."""
+    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores in 16-bit rows. Beyond head dims of 128 dq alone."""
 
     op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm90"
     header = "attention/bwd_sm90.cuh"
@@ -33,9 +40,9 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         return [
             config_sm90(element, dims, part)
             for element in ("bf16", "fp16")
-            for dims in TILES_BWD_SM90
+            for dims in (*TILES_BWD_SM90, *TILES_DQ_SM90)
             for part in PARTS
-            if part != "qkv" or dims in _FUSED
+            if part == "q" or (dims in TILES_BWD_SM90 and (part != "qkv" or dims in _FUSED))
         ]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
@@ -49,12 +56,13 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
             why.append(f"{UNALIGNED_ROWS}: the copy engine cannot fetch them")
         if variant_of(p) != PLAIN:
             why.append("softcap, ALiBi, biases and a scale <= 0 have no Hopper kernel of the backward yet")
-        if max(p.head_dim, p.head_dim_v) > [*TILES_BWD_SM90][-1][0]:
-            why.append(f"head dims beyond {[*TILES_BWD_SM90][-1][0]} have no Hopper kernel of the backward yet")
+        widest = [*(TILES_DQ_SM90 if problem.part == "q" else TILES_BWD_SM90)][-1][0]
+        if max(p.head_dim, p.head_dim_v) > widest:
+            why.append(f"head dims beyond {widest} have no such Hopper kernel of the backward")
         if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
             why.append(EMPTY)
         if problem.part == "qkv" and not fused(problem.of):
-            why.append("dq, dk and dv are made in one launch for head dims of 64 and 128 alone")
+            why.append("dq, dk and dv are not made in one launch of lengths that differ and of head dims 65 to 96")
         if why:
             return why
         tiles = grid_of(problem, self.choose(problem, arch, aligned))
@@ -66,9 +74,9 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> Bwd90Config:  # fmt: skip
-        p = problem.of.forward
-        dims = next((d for d in TILES_BWD_SM90 if max(p.head_dim, p.head_dim_v) <= d[0]), [*TILES_BWD_SM90][-1])
-        return config_sm90(p.dtype.cuda, dims, problem.part)
+        known = [*TILES_BWD_SM90, *(TILES_DQ_SM90 if problem.part == "q" else ())]
+        dims = next((d for d in known if d == dims_sm90(problem.of)), known[-1])
+        return config_sm90(problem.dtype.cuda, dims, problem.part)
 
     def grid(self, problem: GradientProblem, config: Bwd90Config, sms: int = DEFAULT_SMS) -> int:
         return min(grid_of(problem, config), sms)
@@ -113,14 +121,14 @@ class AttentionBwdConvert(Kernel[GradientProblem, SmallConfig]):
 
     op, task, name = "attention_backward", "attention_bwd_convert", "attention_bwd_convert"
     header = "attention/bwd_convert.cuh"
-    summary = "dq from the sums of attention_bwd_sm90"
+    summary = "dq from the sums of the Hopper kernels of attention backward"
     params = Params(header, "AttentionBwdConvertParams")
 
     def configs(self, arch: str) -> list[SmallConfig]:
         return [_convert(element) for element in ("bf16", "fp16")] if arch == "sm_90a" else []
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
-        return [] if arch == "sm_90a" else ["it serves attention_bwd_sm90, which is for sm_90a"]
+        return [] if arch == "sm_90a" else ["it serves Hopper kernels, which are for sm_90a"]
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
@@ -137,7 +145,7 @@ class AttentionBwdConvert(Kernel[GradientProblem, SmallConfig]):
         return {
             **{f"dq_stride_{axis}": n for axis, n in zip("bsh", problem.of.dq_strides, strict=True)},
             "blocks": -(-p.seqlen_q // 64),
-            "parts": 1 if max(p.head_dim, p.head_dim_v) <= 64 else 2,
+            "parts": dq_columns(problem.of) // 64,
             "heads": p.heads_q,
             "seqlen_q": p.seqlen_q,
             "head_dim": p.head_dim,

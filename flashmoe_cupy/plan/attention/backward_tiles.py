@@ -155,6 +155,114 @@ class Bwd90Config(NamedTuple):
         return f"AttentionBwdSm90<fm::{self.element}, {', '.join(map(str, sizes))}>"
 
 
+class BwdWide90Config(NamedTuple):
+    """One specialisation of `AttentionBwdWideSm90`; the fields are its template arguments, in their order."""
+
+    element: str  # see Bwd90Config
+    head_dim: int
+    head_dim_v: int
+    cols: int
+    stages: int
+    part: str
+
+    @property
+    def rows(self) -> int:
+        """Keys that a block owns."""
+        return 64
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d256 kv 64x64x2"."""
+        return self.like.name
+
+    @property
+    def like(self) -> Bwd90Config:
+        """The same sizes, of the kernel for narrower head dims."""
+        return Bwd90Config(*self[:3], self.rows, *self[3:])
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the producer's warpgroup and two consumers."""
+        return 128 * 3
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM."""
+        return 1
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdWideSm90::Smem`."""
+        size, width = ELEMENT_BYTES[self.element], self.head_dim + self.head_dim_v
+        exchanged = 2 * self.rows * size * (self.cols + 64 * (self.part == "qkv"))
+        return self.rows * width * size + exchanged + self.stages * (self.cols * (width * size + 8) + 32) + 16
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        sizes = (self.head_dim, self.head_dim_v, self.cols, self.stages, PARTS[self.part])
+        return f"AttentionBwdWideSm90<fm::{self.element}, {', '.join(map(str, sizes))}>"
+
+
+class BwdPair90Config(NamedTuple):
+    """One specialisation of `AttentionBwdWidePairSm90`; the fields are its template arguments, in their order."""
+
+    element: str  # see Bwd90Config
+    head_dim: int
+    head_dim_v: int
+    stages: int  # steps of q in shared memory
+    stages_v: int  # and of dout
+    shares: bool  # whether each block fetches half of the queries for both
+
+    @property
+    def alone(self) -> BwdWide90Config:
+        """The same for blocks that are not in pairs."""
+        return BwdWide90Config(*self[:3], 64, self.stages, "qkv")
+
+    @property
+    def rows(self) -> int:
+        """Keys that a block owns."""
+        return self.alone.rows
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d256 qkv 64x64x2x1 pairs"."""
+        return f"{self.alone.name}x{self.stages_v} pairs" + self.shares * " shared"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.alone.threads
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks per SM."""
+        return 1
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 2
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdWideBlocksSm90::Smem`."""
+        size = ELEMENT_BYTES[self.element]
+        one = self.alone.cols * self.head_dim_v * size + 16  # a step of dout, and its barriers
+        peer = self.rows * size * (2 * self.alone.cols + 2 * 64)  # dS of two steps, and keys
+        return self.alone.smem_bytes + (self.stages_v - self.stages) * one + peer + 32
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        return f"AttentionBwdWidePairSm90<fm::{self.element}, {', '.join(str(int(n)) for n in self[1:])}>"
+
+
 class SmallConfig(NamedTuple):
     """One specialisation of a kernel whose template arguments are written out."""
 
@@ -216,9 +324,26 @@ TILES_BWD_SM90: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (128, 128): ((128, 64, 2), (128, 80, 2)),
 }
 
+# The same for wide head dims, where bwd_sm90.cuh makes dq alone and bwd_wide_sm90.cuh the rest. Not measured yet.
+TILES_DQ_SM90: dict[tuple[int, int], Tile] = {
+    (192, 128): (128, 80, 2),
+    (192, 192): (128, 80, 2),
+    (256, 256): (128, 48, 2),
+}
+# Of q and of dout, and BwdPair90Config.shares.
+STAGES_PAIR_SM90 = {(192, 128): (3, 3, True), (192, 192): (2, 2, True), (256, 256): (2, 1, True)}
+STAGES_WIDE_SM90 = {(192, 128): 3, (192, 192): 3, (256, 256): 2}
+
+
+def config_wide(element: str, dims: tuple[int, int], part: str) -> BwdWide90Config:
+    """The configuration of a compiled size of the Hopper kernel for wide head dims."""
+    return BwdWide90Config(element, *dims, 64, STAGES_WIDE_SM90[dims], part)
+
 
 def config_sm90(element: str, dims: tuple[int, int], part: str) -> Bwd90Config:
     """The configuration of a compiled size."""
+    if part == "q" and dims in TILES_DQ_SM90:
+        return Bwd90Config(element, *dims, *TILES_DQ_SM90[dims], part)
     if part == "qkv":
         return Bwd90Config(element, *dims, 128, 64 if dims[0] > 64 else 128, 2, part)
     return Bwd90Config(element, *dims, *TILES_BWD_SM90[dims][part == "q"], part)

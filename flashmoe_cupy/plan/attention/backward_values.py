@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from flashmoe_cupy.plan.attention.backward_tiles import DIMS_FP32, Bwd80Config, Bwd90Config
+from flashmoe_cupy.plan.attention.backward_tiles import (
+    DIMS_FP32,
+    STAGES_WIDE_SM90,
+    TILES_BWD_SM90,
+    Bwd80Config,
+    Bwd90Config,
+    BwdWide90Config,
+)
 from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80
 from flashmoe_cupy.plan.step import Values
 
+_Config = Bwd80Config | Bwd90Config | BwdWide90Config
 
-def grid_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
+
+def grid_of(problem: GradientProblem, config: _Config) -> int:
     p = problem.of.forward
     return p.batch * blocks_of(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
 
 
-def values_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config, aligned: bool) -> Values:
+def values_of(problem: GradientProblem, config: _Config, aligned: bool) -> Values:
     """What AttentionBwdParams holds behind its pointers."""
     of, p = problem.of, problem.of.forward
     strides = {
@@ -46,7 +55,7 @@ def values_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config, align
     }
 
 
-def blocks_of(problem: GradientProblem, config: Bwd80Config | Bwd90Config) -> int:
+def blocks_of(problem: GradientProblem, config: _Config) -> int:
     p = problem.of.forward
     return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))
 
@@ -66,16 +75,26 @@ def lengths_code(of: AttentionBwdProblem) -> int:
     return 0 if of.forward.even else 2 if of.forward.varlen else 1
 
 
-def fused(of: AttentionBwdProblem) -> bool:
-    """Whether the Hopper kernel makes dq, dk and dv in one launch."""
+def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
+    """Compiled head dims of the Hopper kernels; None: they do not take the problem."""
     p = of.forward
-    dims = max(p.head_dim, p.head_dim_v)
-    plain = p.even and p.dtype.itemsize == 2 and variant_of(p) == PLAIN
-    return plain and (dims <= 64 or 96 < dims <= 128)
+    if p.dtype.itemsize != 2 or variant_of(p) != PLAIN:
+        return None
+    return next((d for d in (*TILES_BWD_SM90, *STAGES_WIDE_SM90) if p.head_dim <= d[0] and p.head_dim_v <= d[1]), None)
+
+
+def fused(of: AttentionBwdProblem) -> bool:
+    """Whether a Hopper kernel makes dq, dk and dv in one launch."""
+    return of.forward.even and dims_sm90(of) not in (None, (96, 96))
+
+
+def dq_columns(of: AttentionBwdProblem) -> int:
+    """Columns of the sums of dq, where there are any."""
+    dims = dims_sm90(of)
+    return dims[0] if dims else 0
 
 
 def dq_values(of: AttentionBwdProblem) -> int:
     """Of the sums of dq; 0: there are none."""
     p = of.forward
-    width = 64 if max(p.head_dim, p.head_dim_v) <= 64 else 128
-    return p.batch * p.heads_q * -(-p.seqlen_q // 64) * 64 * width if fused(of) else 0
+    return p.batch * p.heads_q * -(-p.seqlen_q // 64) * 64 * dq_columns(of) if fused(of) else 0

@@ -1,0 +1,138 @@
+"""The Hopper kernel of attention's backward for wide head dims as the host sees it. No GPU and no CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashmoe_cupy.jit.device import H100, DeviceProperties
+from flashmoe_cupy.jit.tensormap import TensorMap
+from flashmoe_cupy.plan.attention.backward_sm90 import AttentionBwdSm90
+from flashmoe_cupy.plan.attention.backward_tiles import (
+    STAGES_PAIR_SM90,
+    STAGES_WIDE_SM90,
+    BwdPair90Config,
+    BwdWide90Config,
+    config_wide,
+)
+from flashmoe_cupy.plan.attention.backward_values import blocks_of, dims_sm90, fused, grid_of, values_of
+from flashmoe_cupy.plan.attention.gradient import GradientProblem
+from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
+from flashmoe_cupy.plan.params import Params
+from flashmoe_cupy.plan.step import Step, Values, same
+
+_DQ = AttentionBwdSm90()  # dq of the same head dims
+
+
+class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
+    """cuda_src/attention/bwd_wide_sm90.cuh: dk and dv of head dims beyond 128, or all three gradients."""
+
+    op, task, name = "attention_backward", "attention_bwd", "attention_bwd_wide_sm90"
+    header = "attention/bwd_wide_sm90.cuh"
+    summary = "attention backward of head dims 129 to 256: bf16 and fp16 on Hopper (sm_90a)"
+    params = Params(header, "AttentionBwdSm90Params")
+
+    def configs(self, arch: str) -> list[BwdWide90Config]:
+        if arch != "sm_90a":
+            return []
+        kinds = [(element, dims) for element in ("bf16", "fp16") for dims in STAGES_WIDE_SM90]
+        return [config_wide(*kind, part) for kind in kinds for part in ("kv", "qkv")]
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
+        why = _DQ.why_not(GradientProblem(problem.of, "q"), arch, aligned)  # what Hopper's kernels ask for
+        if arch != "sm_90a" or dims_sm90(problem.of) is None:
+            return why
+        if dims_sm90(problem.of) not in STAGES_WIDE_SM90:
+            why.append("narrower head dims have a Hopper kernel of their own")
+        if problem.part not in ("kv", "qkv"):
+            why.append("of wide head dims Hopper makes dk and dv in one launch")
+        if problem.part == "qkv" and not fused(problem.of):
+            why.append("dq, dk and dv are not made in one launch of lengths that differ")
+        blocks = self.grid(problem, self.choose(problem, arch, aligned))
+        return [*why, f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else why
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
+    ) -> BwdWide90Config:  # fmt: skip
+        dims = next((d for d in STAGES_WIDE_SM90 if d == dims_sm90(problem.of)), [*STAGES_WIDE_SM90][-1])
+        return config_wide(problem.dtype.cuda, dims, problem.part)
+
+    def grid(self, problem: GradientProblem, config: BwdWide90Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        return grid_of(problem, config)
+
+    def values(
+        self, problem: GradientProblem, config: BwdWide90Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+    ) -> Values:  # fmt: skip
+        return values_of(problem, config, aligned) | {"dq_blocks": -(-problem.of.forward.seqlen_q // 64), "tiles": 0}
+
+    def before(
+        self, step: Step, config: BwdWide90Config, odd: Sequence[str]  # noqa: ARG002
+    ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
+        """dq comes from its sums afterwards."""
+        if config.part != "qkv":
+            return [step], {}
+        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), same("dq_sums", "dq"))
+        return [step, convert], {}
+
+    def map_arguments(self, problem: GradientProblem, config: BwdWide90Config) -> tuple[TensorMap, ...]:
+        return _DQ.map_arguments(problem, config.like)
+
+
+class AttentionBwdWidePairSm90(Kernel[GradientProblem, BwdPair90Config]):
+    """cuda_src/attention/bwd_wide_pair_sm90.cuh: all three gradients, by pairs of blocks."""
+
+    op, task, name = "attention_backward", "attention_bwd", "attention_bwd_wide_pair_sm90"
+    header = "attention/bwd_wide_pair_sm90.cuh"
+    summary = "attention backward of head dims 129 to 256 by pairs of blocks: bf16 and fp16 on Hopper (sm_90a)"
+    params = Params(header, "AttentionBwdSm90Params")
+
+    def configs(self, arch: str) -> list[BwdPair90Config]:
+        if arch != "sm_90a":
+            return []
+        return [_pair(element, dims) for element in ("bf16", "fp16") for dims in STAGES_PAIR_SM90]
+
+    def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
+        why = _WIDE.why_not(problem, arch, aligned)
+        if why:
+            return why
+        if problem.part != "qkv":
+            return ["pairs of blocks make dq, dk and dv in one launch"]
+        blocks = self.grid(problem, self.choose(problem, arch, aligned))
+        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
+
+    def choose(
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100
+    ) -> BwdPair90Config:  # fmt: skip
+        return _pair(problem.dtype.cuda, _WIDE.choose(problem, arch, aligned, device)[1:3])
+
+    def grid(self, problem: GradientProblem, config: BwdPair90Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+        p = problem.of.forward
+        return p.batch * p.heads_k * self._blocks(problem, config)
+
+    def _blocks(self, problem: GradientProblem, config: BwdPair90Config) -> int:
+        """Of a head, in whole pairs."""
+        return -(-blocks_of(problem, config.alone) // config.cluster) * config.cluster
+
+    def values(
+        self, problem: GradientProblem, config: BwdPair90Config, aligned: bool, sms: int = DEFAULT_SMS
+    ) -> Values:  # fmt: skip
+        return _WIDE.values(problem, config.alone, aligned, sms) | {"blocks": self._blocks(problem, config)}
+
+    def before(
+        self, step: Step, config: BwdPair90Config, odd: Sequence[str]
+    ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
+        """dq comes from its sums afterwards."""
+        return _WIDE.before(step, config.alone, odd)
+
+    def map_arguments(self, problem: GradientProblem, config: BwdPair90Config) -> tuple[TensorMap, ...]:
+        q, k, v, dout = _WIDE.map_arguments(problem, config.alone)
+        if config.shares:
+            q, dout = (x._replace(box=(x.box[0], x.box[1] // 2, *x.box[2:])) for x in (q, dout))
+        return q, k, v, dout
+
+
+_WIDE = AttentionBwdWideSm90()
+
+
+def _pair(element: str, dims: tuple[int, int]) -> BwdPair90Config:
+    stages, stages_v, shares = STAGES_PAIR_SM90[dims]
+    return BwdPair90Config(element, *dims, stages, stages_v, shares)
