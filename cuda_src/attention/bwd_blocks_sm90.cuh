@@ -29,8 +29,9 @@ struct AttentionBwdBlocksSm90 {
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kRows = kRows_, kCols = kCols_;
   static constexpr int kStages = kStages_, kWanted = kWanted_;
   static constexpr int kConsumers = kRows / 64, kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static constexpr bool kQueries = kWanted == (kGradQ | kGradK | kGradV);
+  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : kQueries && kHeadDim <= 64 ? 40 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kQueries && kHeadDim <= 64 ? 232 : 240;
   // What a launch has: registers of a thread come in eights.
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * (65536 / kThreads / 8 * 8));
@@ -39,7 +40,6 @@ struct AttentionBwdBlocksSm90 {
   static constexpr bool kValues = kWanted & kGradV;
   // dq, too: products of dS, which both consumers see in shared memory, with the keys, added up in dq_sums by
   // all blocks. A piece of it is 64 queries by 64 columns; each consumer takes one of a step.
-  static constexpr bool kQueries = kByKey && (kWanted & kGradQ);
   static constexpr int kPieces = kHeadDim / 64;  // along a row of dq
   static constexpr int kPieceBytes = 64 * 64 * 4;
   static_assert(!kQueries || (kConsumers == 2 && kHeadDim % 64 == 0 && kCols * kHeadDim == 128 * 64));
@@ -69,6 +69,7 @@ struct AttentionBwdBlocksSm90 {
     int first, steps, walks;  // steps of columns: the first one, how many; and heads
     int row_base, col_base;   // where row 0 and column 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
+    int sums, sum_blocks;     // its first head's first block in dq_sums; blocks of its queries
     int even;                 // behind the last row and column the arrays end
     FM_DEVICE int all_steps() const { return steps * walks; }
     FM_DEVICE int head_of(int step) const { return head + step / steps; }
@@ -188,6 +189,10 @@ struct AttentionBwdBlocksSm90 {
     w.even = RowKeys::even(f);
     const Sequence found = w.even ? RowKeys::each(f) : RowKeys::sequence(f, w.batch);
     w.map_batch = RowKeys::map_batch(f, w.batch);
+    if constexpr (kQueries) {
+      w.sums = first_block_of_sums(p.lengths, p.cu_seqlens_q, w.batch, p.heads_q, p.dq_blocks);
+      w.sum_blocks = div_up(found.seqlen_q, 64);
+    }
     w.row_base = kByKey ? found.k_row : found.q_row, w.col_base = kByKey ? found.q_row : found.k_row;
     const int shift = found.seqlen_k - found.seqlen_q;
     w.band = kByKey ? BandMask{found.seqlen_k, found.seqlen_q, -shift, p.window_right, p.window_left, 0}
@@ -217,13 +222,13 @@ struct AttentionBwdBlocksSm90 {
         rings.x.wait_empty(at);
         mbarrier_arrive_expect_tx(rings.x.full(at.stage), TileColX::kBytes);
         load<TileColX>(kByKey ? p.q_map : p.k_map, s_base + Smem::kColX + at.stage * TileColX::kBytes,
-                       rings.x.full(at.stage), createpolicy_evict_last(), col, head, w.map_batch);
+                       rings.x.full(at.stage), createpolicy_evict_normal(), col, head, w.map_batch);
         if (step == 0)
           load_rows<TileRowX>(kByKey ? p.k_map : p.q_map, w, s_base + Smem::kRowX, rings.row_x, row_x);
         rings.y.wait_empty(at);
         mbarrier_arrive_expect_tx(rings.y.full(at.stage), TileColY::kBytes);
         load<TileColY>(kByKey ? p.dout_map : p.v_map, s_base + Smem::kColY + at.stage * TileColY::kBytes,
-                       rings.y.full(at.stage), createpolicy_evict_last(), col, head, w.map_batch);
+                       rings.y.full(at.stage), createpolicy_evict_normal(), col, head, w.map_batch);
         if (kScores && step == 0)
           load_rows<TileRowY>(kByKey ? p.v_map : p.dout_map, w, s_base + Smem::kRowY, rings.row_y, row_y);
       }
@@ -239,7 +244,7 @@ struct AttentionBwdBlocksSm90 {
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i)
       load<Tile>(map, s_tiles + (at.stage * kConsumers + i) * Tile::kBytes, ring.full(at.stage),
-                 createpolicy_evict_first(), w.row_base + w.row0 + 64 * i, kByKey ? w.head_k : w.head,
+                 createpolicy_evict_normal(), w.row_base + w.row0 + 64 * i, kByKey ? w.head_k : w.head,
                  w.map_batch);
     at.advance();
   }
@@ -305,25 +310,24 @@ struct AttentionBwdBlocksSm90 {
 #pragma unroll 1
         for (int i = 0; i < kConsumers; ++i) {
           const int block = col / 64 + (kPieces == 1 ? i : 0);
-          const i64 piece =
-              ((static_cast<i64>(w.batch) * p.heads_q + w.head_of(step)) * p.dq_blocks + block) * kPieces +
-              (kPieces == 2 ? i : 0);
+          const int piece =
+              (w.sums + w.head_of(step) * p.dq_blocks + block) * kPieces + (kPieces == 2 ? i : 0);
           rings.sums(i).wait_full(at);
-          if (block < p.dq_blocks) {
+          if (block < w.sum_blocks) {
             if (p.turns != nullptr) {
               const u32 mine = turn_of(p, w, col);
               while (ld_acquire_gpu_u32(p.turns + piece) != mine) {
               }
               fence_proxy_async_global();
             }
-            bulk_reduce_add_f32(p.dq_sums + piece * (64 * 64), s_base + Smem::kSums + i * kPieceBytes,
-                                kPieceBytes);
+            bulk_reduce_add_f32(p.dq_sums + static_cast<i64>(piece) * (64 * 64),
+                                s_base + Smem::kSums + i * kPieceBytes, kPieceBytes);
           }
           bulk_commit_group();
           if (p.turns != nullptr) {
             bulk_wait_group<0>();
             fence_proxy_async_global();
-            if (block < p.dq_blocks) red_add_release_gpu_u32(p.turns + piece, 1);
+            if (block < w.sum_blocks) red_add_release_gpu_u32(p.turns + piece, 1);
             mbarrier_arrive(rings.sums(i).empty(0));
           } else {
             if (before) {

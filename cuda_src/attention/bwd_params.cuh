@@ -68,7 +68,7 @@ struct AttentionBwdParams {
 // For the Hopper kernel: the same, then the tensor maps, (head_dim, seqlen, heads, batch) in boxes of 64
 // columns.
 struct AttentionBwdSm90Params : AttentionBwdParams {
-  int dq_blocks;                             // blocks of 64 queries of a head in dq_sums
+  int dq_blocks;                             // blocks of 64 queries in dq_sums from head to head
   int tiles;                                 // of all heads and entries
   TensorMap q_map, k_map, v_map, dout_map;
 };
@@ -84,11 +84,20 @@ struct AttentionBwdBiasParams : AttentionBwdParams {
 struct AttentionBwdConvertParams {
   const float* dq_sums;
   void* dq;
+  const int *cu_seqlens_q, *seqused_q, *leftpad_q;
   i64 dq_stride_b, dq_stride_s, dq_stride_h;
-  int blocks, parts;                         // blocks of 64 queries of a head; parts of 64 columns
+  int blocks, parts;                         // blocks of 64 queries of the longest sequence; parts of 64 columns
+  int dq_blocks, lengths;                    // as above
   int heads, seqlen_q, head_dim;
   float softmax_scale;
 };
+
+// The first block of a sequence's first head in dq_sums. Packed sequences lie one behind the other, with up to
+// one block more for each that begins inside of one.
+FM_DEVICE i64 first_block_of_sums(int lengths, const int* cu_seqlens_q, int batch, int heads, int dq_blocks) {
+  return lengths == kPackedLengths ? cu_seqlens_q[batch] / 64 + batch
+                                   : static_cast<i64>(batch) * heads * dq_blocks;
+}
 
 // Of queries, in shared memory.
 template <int kQueries>

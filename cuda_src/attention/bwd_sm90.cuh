@@ -32,22 +32,24 @@ struct AttentionBwdSm90
   using TileColX = typename Blocks::TileColX;
   using TileColY = typename Blocks::TileColY;
   using TileScores = typename Blocks::TileScores;
-  using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kCols, Blocks::kStages, Blocks::kConsumers,
-      Blocks::kByKey;
+  using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kRows, Blocks::kCols, Blocks::kStages,
+      Blocks::kConsumers, Blocks::kByKey;
   using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kRounded;
   using Blocks::kScoresStored, Blocks::kColumnsCleared;
 
   FM_DEVICE static void run(const Params& p) {
     Blocks::run_with(p, [&](u8* smem, u32 s_base, const Rings& rings, int consumer) {
       const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
+      Ring<1> works;
       Walk walk;
+      Counts count;
 #pragma unroll 1
-      for (; Blocks::more(s_work, rings.work, walk.works); walk.works.advance()) {
+      for (; Blocks::more(s_work, rings.work, works); works.advance()) {
         const Work w = s_work;
         __syncwarp();
-        rings.work.release(walk.works);
+        rings.work.release(works);
         if constexpr (kQueries)
-          consume_all(p, w, smem, s_base, rings, walk, consumer);
+          consume_all(p, w, smem, s_base, rings, count, consumer);
         else
           consume(p, w, smem, s_base, rings, walk, consumer);
       }
@@ -56,11 +58,21 @@ struct AttentionBwdSm90
 
   // Where a consumer is.
   struct Walk {
-    Ring<1> works;
     Ring<Blocks::kRowStages> row_x;
-    Ring<1> row_y, sums;
-    Stage at, before;  // the step at hand, and the one whose x is still in use
-    int turn = 0;      // counts steps, and one more for each tile
+    Ring<1> row_y;
+    Stage at;  // the step at hand; x of the one before is still in use
+  };
+  // The same as counts, which takes fewer registers.
+  struct Counts {
+    u32 steps = 0, tiles = 0;  // tiles: those with steps
+    template <int kAtOnce>
+    FM_DEVICE static Ring<kAtOnce> ring(u32 count) {
+      return {static_cast<int>(count % kAtOnce), count / kAtOnce & 1};
+    }
+    FM_DEVICE Stage at() const { return ring<kStages>(steps); }
+    FM_DEVICE Ring<Blocks::kRowStages> row_x() const { return ring<Blocks::kRowStages>(tiles); }
+    FM_DEVICE Ring<1> row_y() const { return ring<1>(tiles); }
+    FM_DEVICE u32 turn() const { return (steps + tiles) & 1; }  // whose buffer of dS is next
   };
 
   // ---- consumer ----
@@ -68,7 +80,7 @@ struct AttentionBwdSm90
   FM_DEVICE static void consume(const Params& p, const Work& w, u8* smem, u32 s_base, const Rings& rings,
                                 Walk& walk, int consumer) {
     const RingBarriers<kStages>&x = rings.x, &y = rings.y;
-    Stage &at = walk.at, &before = walk.before;
+    Stage& at = walk.at;
     const int steps = w.all_steps(), tile_row = w.row0 + consumer * 64;
     const int row = tile_row + (warp_id() & 3) * 16;  // of this warp
     float r_dx[kScores ? kHeadDim / 8 : 1][4] = {}, r_dv[kValues ? kHeadDimV / 8 : 1][4] = {};
@@ -118,7 +130,7 @@ struct AttentionBwdSm90
         if constexpr (kScores) {
           wgmma_fence_operand(r_dx);
           __syncwarp();  // all lanes have read what comes with x
-          if (step > 0) x.release(before), before.advance();
+          if (step > 0) x.release(at.before());
         }
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int i, int, int, int j) {
@@ -160,7 +172,7 @@ struct AttentionBwdSm90
       if constexpr (kScores) {
         wgmma_wait_group<0>(r_dx);
         __syncwarp();
-        x.release(before), before.advance();
+        x.release(at.before());
       }
     }
     if constexpr (kValues)
@@ -177,23 +189,23 @@ struct AttentionBwdSm90
   // While exponentials are computed, dP runs; while dS is, dv runs; dk runs while a piece of dq is put down.
   // dq of a step is multiplied in the next one: dS of the other consumer has long been stored by then.
   FM_DEVICE static void consume_all(const Params& p, const Work& w, u8* smem, u32 s_base, const Rings& rings,
-                                    Walk& walk, int consumer) {
+                                    Counts& count, int consumer) {
     const RingBarriers<kStages>&x = rings.x, &y = rings.y;
-    Stage &at = walk.at, &before = walk.before;
-    int& turn = walk.turn;
     const int steps = w.all_steps(), tile_row = w.row0 + consumer * 64;
     const int row = tile_row + (warp_id() & 3) * 16;  // of this warp
     float r_dk[kHeadDim / 8][4] = {}, r_dv[kHeadDimV / 8][4] = {};
     if (steps > 0) {
-      const u32 s_k = s_base + Smem::kRowX + walk.row_x.stage * 2 * TileRowX::kBytes;
+      const u32 s_k = s_base + Smem::kRowX + count.row_x().stage * 2 * TileRowX::kBytes;
       const KMajor<TileRowX> k(s_k + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> v(s_base + Smem::kRowY + consumer * TileRowY::kBytes);
       const float scale = p.softmax_scale * kLog2e;
-      barrier_arrive(kScoresStored + 2 * consumer + (~turn & 1), 256);
-      rings.row_x.wait_full(walk.row_x);
-      rings.row_y.wait_full(walk.row_y);
+      barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
+      rings.row_x.wait_full(count.row_x());
+      rings.row_y.wait_full(count.row_y());
+      if (!w.even && w.row0 + kRows > w.band.rows) clear_keys(s_base, s_k, w.band.rows - w.row0);
 #pragma unroll 1
       for (int step = 0, tile = w.first; step < steps; ++step) {
+        const Stage at = count.at();
         const int col = tile * kCols;
         if (++tile == w.first + w.steps) tile = w.first;
         const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(smem + Smem::kStatistics +
@@ -202,12 +214,16 @@ struct AttentionBwdSm90
         const u32 s_dout = s_base + Smem::kColY + at.stage * TileColY::kBytes;
         float r_dq[1][8][4], r_s[1][kCols / 8][4], r_dp[1][kCols / 8][4];
         x.wait_full(at);
+        if (!w.even && col + kCols > w.band.cols) {
+          y.wait_full(at);
+          clear_columns(s_q, s_dout, w.band.cols - col);
+        }
         wgmma_fence();
         multiply<Element, kHeadDim>(r_s, k, KMajor<TileColX>(s_q), true);
         wgmma_commit_group();
         wgmma_wait_group<1>(r_dk);  // of the step before
         __syncwarp();               // all lanes have read what comes with q
-        if (step > 0) x.release(before), before.advance();
+        if (step > 0) x.release(at.before());
         y.wait_full(at);
         wgmma_fence();
         multiply<Element, kHeadDimV>(r_dp, v, KMajor<TileColY>(s_dout), true);
@@ -222,7 +238,7 @@ struct AttentionBwdSm90
         multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(s_dout), false, [] {});
         wgmma_commit_group();
         wgmma_wait_group<1>(r_dp[0]);
-        if (step == steps - 1) rings.row_y.release(walk.row_y), walk.row_y.advance();
+        if (step == steps - 1) rings.row_y.release(count.row_y());
         each(r_dp, [&](float& ds, int, int n, int e, int j) {
           float weight = r_s[0][n][e];
           if constexpr (kRounded) {
@@ -233,14 +249,14 @@ struct AttentionBwdSm90
         });
         pack_operand<Element>(r_ds, r_dp[0]);
         // The other consumer has stored its dS of the step before, and its dq of the one before that is done.
-        barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (~turn & 1), 256);
-        store_scores(s_base + Smem::kScoresTile + (turn & 1) * TileScores::kBytes,
+        barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
+        store_scores(s_base + Smem::kScoresTile + count.turn() * TileScores::kBytes,
                      consumer * 64 + (warp_id() & 3) * 16, r_ds);
         fence_proxy_async();
         // In step 0 nobody reads what comes out: behind a branch this product would cost all others their
         // order.
         wgmma_fence();
-        multiply_keys(r_dq, s_base, s_k, ~turn & 1, consumer);
+        multiply_keys(r_dq, s_base, s_k, count.turn() ^ 1, consumer);
         wgmma_commit_group();
         wgmma_fence();
         multiply<Element, 1>(r_dk, r_ds, MNMajor<TileColX>(s_q), false, [] {});
@@ -248,21 +264,22 @@ struct AttentionBwdSm90
         wgmma_wait_group<1>(r_dv);  // dv and dq
         wgmma_fence_operand(r_dq[0]);
         y.release(at);
-        barrier_arrive(kScoresStored + 2 * consumer + (turn & 1), 256);
-        if (step > 0) put_down(s_base, rings.sums(consumer), walk.sums, consumer, r_dq[0]);
-        at.advance(), ++turn;
+        barrier_arrive(kScoresStored + 2 * consumer + count.turn(), 256);
+        if (step > 0) put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
+        ++count.steps;
       }
       float r_dq[1][8][4];
-      barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (~turn & 1), 256);
+      barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
       wgmma_fence();
-      multiply_keys(r_dq, s_base, s_k, ~turn & 1, consumer);
+      multiply_keys(r_dq, s_base, s_k, count.turn() ^ 1, consumer);
       wgmma_commit_group();
       wgmma_wait_group<0>(r_dq[0]);
       wgmma_fence_operand(r_dk);
       __syncwarp();
-      x.release(before), before.advance(), ++turn;
-      rings.row_x.release(walk.row_x), walk.row_x.advance();
-      put_down(s_base, rings.sums(consumer), walk.sums, consumer, r_dq[0]);
+      x.release(count.at().before());
+      rings.row_x.release(count.row_x());
+      put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
+      ++count.tiles;
     }
     store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
           p.head_dim_v, 1.f);
@@ -281,10 +298,10 @@ struct AttentionBwdSm90
                             MNMajor<TileRowX>(s_keys + i * TileRowX::kBytes), i == 0);
   }
   // A piece of dq, to where the copy engine takes it from.
-  FM_DEVICE static void put_down(u32 s_base, const RingBarriers<1>& ring, Ring<1>& at, int consumer,
+  FM_DEVICE static void put_down(u32 s_base, const RingBarriers<1>& ring, const Counts& count, int consumer,
                                  const float (&r_dq)[8][4]) {
     const u32 s_piece = s_base + Smem::kSums + consumer * Blocks::kPieceBytes + threadIdx.x % 128 * 16;
-    ring.wait_empty(at);
+    ring.wait_empty(Counts::template ring<1>(count.steps - 1));
 #pragma unroll
     for (int n = 0; n < 8; ++n)
       st_shared_v4_b32(s_piece + n * 2048, __float_as_uint(r_dq[n][0]), __float_as_uint(r_dq[n][1]),
@@ -292,7 +309,19 @@ struct AttentionBwdSm90
     fence_proxy_async();
     __syncwarp();
     if (lane_id() == 0) mbarrier_arrive(ring.full(0));
-    at.advance();
+  }
+
+  // The same of keys, from row `first` of the tile on.
+  FM_DEVICE static void clear_keys(u32 s_base, u32 s_k, int first) {
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      const int from = max(first - 64 * i, 0);
+      if (from >= 64) continue;
+      clear_rows<TileRowX>(s_k + i * TileRowX::kBytes, from);
+      clear_rows<TileRowY>(s_base + Smem::kRowY + i * TileRowY::kBytes, from);
+    }
+    fence_proxy_async();
+    barrier_sync(kColumnsCleared, 128 * kConsumers);
   }
 
   // What lies behind the last column of a sequence may be anything, and 0 times anything may be NaN. By all
@@ -306,7 +335,7 @@ struct AttentionBwdSm90
   template <class Tile>
   FM_DEVICE static void clear_rows(u32 s_tile, int first) {
     const u32 s_first = s_tile + first * Tile::kRowBytes;
-    for (int i = threadIdx.x - 128; i < (kCols - first) * Tile::kPanelChunks; i += 128 * kConsumers)
+    for (int i = threadIdx.x - 128; i < (Tile::kRows - first) * Tile::kPanelChunks; i += 128 * kConsumers)
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel)
         st_shared_v4_b32(s_first + panel * Tile::kPanelBytes + 16 * i, 0, 0, 0, 0);

@@ -12,6 +12,8 @@ struct Ring {
   FM_DEVICE void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  // The stage before this one.
+  FM_DEVICE int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
 };
 
 // The two barriers of every stage, in shared memory from s_base on.
@@ -32,8 +34,9 @@ struct RingBarriers {
     return mbarrier_test_wait_parity(full(at.stage), at.parity);
   }
   // One lane of each warp reports that the warp is done with a stage.
-  FM_DEVICE void release(const Ring<kStages>& at) const {
-    if (lane_id() == 0) mbarrier_arrive(empty(at.stage));
+  FM_DEVICE void release(const Ring<kStages>& at) const { release(at.stage); }
+  FM_DEVICE void release(int stage) const {
+    if (lane_id() == 0) mbarrier_arrive(empty(stage));
   }
   // Lets `count` stages pass that others need; each() is called after each of them.
   template <class F>

@@ -181,9 +181,11 @@ class AttentionBwdSm80(_Portable[Bwd80Config]):
         if part not in ("kv", "qkv") or part == parts[0]:
             return [step], {}
         parts += ["q"] if part == "qkv" else []
-        steps = [Step(step.task, GradientProblem(of, part), step.arguments) for part in parts]
-        steps[0].clears = step.clears
-        return steps, {}
+        found = []
+        for part in parts:
+            clears = {name: size for name, size in step.clears.items() if name[1] in part}
+            found.append(Step(step.task, GradientProblem(of, part), step.arguments, None, clears))
+        return found, {}
 
     def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
         return "" if aligned else _ALIGNED
@@ -242,17 +244,19 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
     """The launches, and the bytes of each array of the workspace."""
     f = p.forward
     rows = 4 * f.total_q * f.heads_q
-    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters", "turns")
-    steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
-    if fused(p) and (not p.deterministic or dims_sm90(p) in TILES_BWD_SM90) and {"dq", "dk", "dv"} <= {*p.wanted}:
-        steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), _ARRAYS | same("dq_sums", "turns")))
-    parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
-    of_keys = [parts] if together(*specialisation(p)) or dims_sm90(p) in STAGES_WIDE_SM90 else [*parts]
-    at_once = steps[-1:] and steps[-1].problem.part == "qkv"
     sizes = {
         "dq": f.total_q * f.heads_q * f.head_dim, "dk": f.total_k * f.heads_k * f.head_dim,
         "dv": f.total_k * f.heads_k * f.head_dim_v,
     }  # fmt: skip
+    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters", "turns")
+    steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
+    if fused(p) and (not p.deterministic or dims_sm90(p) in TILES_BWD_SM90) and {"dq", "dk", "dv"} <= {*p.wanted}:
+        clears = {f"d{x}": sizes[f"d{x}"] * f.dtype.itemsize for x in "qkv" if not f.even and f"d{x}" in p.new}
+        arrays = _ARRAYS | same("dq_sums", "turns")
+        steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), arrays, None, clears))
+    parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
+    of_keys = [parts] if together(*specialisation(p)) or dims_sm90(p) in STAGES_WIDE_SM90 else [*parts]
+    at_once = steps[-1:] and steps[-1].problem.part == "qkv"
     for part in [*filter(None, of_keys), *(["q"] if "dq" in p.wanted else [])] if not at_once else ():
         if not sizes[f"d{part[0]}"]:
             continue  # no rows

@@ -14,14 +14,23 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     SmallConfig,
     config_sm90,
 )
-from flashmoe_cupy.plan.attention.backward_values import dims_sm90, dq_columns, dq_values, fused, grid_of, values_of
+from flashmoe_cupy.plan.attention.backward_values import (
+    CONVERTED,
+    dims_sm90,
+    dq_blocks,
+    dq_columns,
+    fused,
+    grid_of,
+    lengths_code,
+    values_of,
+)
 from flashmoe_cupy.plan.attention.choice import variant_of
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import GradientProblem
 from flashmoe_cupy.plan.attention.tiles import PLAIN
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, far_strides
 from flashmoe_cupy.plan.params import Params
-from flashmoe_cupy.plan.step import Step, Values, same
+from flashmoe_cupy.plan.step import Step, Values
 
 _FUSED = ((64, 64), (128, 128))  # compiled head dims of the Hopper kernel of dq, dk and dv at once
 
@@ -62,7 +71,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
             why.append(EMPTY)
         if problem.part == "qkv" and not fused(problem.of):
-            why.append("dq, dk and dv are not made in one launch of lengths that differ and of head dims 65 to 96")
+            why.append("dq, dk and dv are not made in one launch for head dims 65 to 96")
         if why:
             return why
         tiles = grid_of(problem, self.choose(problem, arch, aligned))
@@ -85,7 +94,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> Values:  # fmt: skip
         return values_of(problem, config, aligned) | {
-            "dq_blocks": -(-problem.of.forward.seqlen_q // 64),
+            "dq_blocks": dq_blocks(problem.of),
             "tiles": grid_of(problem, config),
         }
 
@@ -95,7 +104,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         """dq comes from its sums afterwards."""
         if config.part != "qkv":
             return [step], {}
-        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), same("dq_sums", "dq"))
+        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), CONVERTED)
         return [step, convert], {}
 
     def map_arguments(self, problem: GradientProblem, config: Bwd90Config) -> tuple[TensorMap, ...]:
@@ -136,7 +145,8 @@ class AttentionBwdConvert(Kernel[GradientProblem, SmallConfig]):
         return _convert(problem.dtype.cuda)
 
     def grid(self, problem: GradientProblem, config: SmallConfig, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        return dq_values(problem.of) // (64 * 64)
+        p = problem.of.forward
+        return p.batch * p.heads_q * -(-p.seqlen_q // 64) * (dq_columns(problem.of) // 64)
 
     def values(
         self, problem: GradientProblem, config: SmallConfig, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
@@ -146,6 +156,8 @@ class AttentionBwdConvert(Kernel[GradientProblem, SmallConfig]):
             **{f"dq_stride_{axis}": n for axis, n in zip("bsh", problem.of.dq_strides, strict=True)},
             "blocks": -(-p.seqlen_q // 64),
             "parts": dq_columns(problem.of) // 64,
+            "dq_blocks": dq_blocks(problem.of),
+            "lengths": lengths_code(problem.of),
             "heads": p.heads_q,
             "seqlen_q": p.seqlen_q,
             "head_dim": p.head_dim,

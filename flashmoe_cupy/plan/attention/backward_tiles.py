@@ -145,7 +145,7 @@ class Bwd90Config(NamedTuple):
         rows = self.rows * (width + (self.part != "v") * width_v)
         # The next tile's keys, dS, pieces of dq, and their barriers.
         more = (self.part == "qkv") * (self.rows * (width + 2 * self.cols * size) + 2 * (64 * 64 * 4 + 16) + 16)
-        work = 18 * 4 + 16 * 3  # a tile, its barriers, and those of the rows
+        work = 20 * 4 + 16 * 3  # a tile, its barriers, and those of the rows
         return rows + more + self.stages * (self.cols * (width + width_v) + 8 * self.cols * by_key + 32) + work
 
     @property

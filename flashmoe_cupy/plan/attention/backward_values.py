@@ -13,9 +13,11 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
 from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80
-from flashmoe_cupy.plan.step import Values
+from flashmoe_cupy.plan.step import Values, same
 
 _Config = Bwd80Config | Bwd90Config | BwdWide90Config
+
+CONVERTED = same("dq_sums", "dq", "cu_seqlens_q", "seqused_q", "leftpad_q")  # of attention_bwd_convert
 
 
 def grid_of(problem: GradientProblem, config: _Config) -> int:
@@ -85,7 +87,14 @@ def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
 
 def fused(of: AttentionBwdProblem) -> bool:
     """Whether a Hopper kernel makes dq, dk and dv in one launch."""
-    return of.forward.even and dims_sm90(of) not in (None, (96, 96))
+    dims = dims_sm90(of)
+    return dims not in (None, (96, 96)) and (of.forward.even or dims in TILES_BWD_SM90)
+
+
+def dq_blocks(of: AttentionBwdProblem) -> int:
+    """Blocks of 64 queries from head to head of the sums of dq: `first_block_of_sums` in bwd_params.cuh."""
+    p = of.forward
+    return p.total_q // 64 + p.batch if p.varlen else -(-p.seqlen_q // 64)
 
 
 def dq_columns(of: AttentionBwdProblem) -> int:
@@ -97,4 +106,5 @@ def dq_columns(of: AttentionBwdProblem) -> int:
 def dq_values(of: AttentionBwdProblem) -> int:
     """Of the sums of dq; 0: there are none."""
     p = of.forward
-    return p.batch * p.heads_q * -(-p.seqlen_q // 64) * 64 * dq_columns(of) if fused(of) else 0
+    entries = 1 if p.varlen else p.batch
+    return entries * p.heads_q * dq_blocks(of) * 64 * dq_columns(of) if fused(of) else 0

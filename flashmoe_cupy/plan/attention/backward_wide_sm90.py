@@ -14,11 +14,11 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     BwdWide90Config,
     config_wide,
 )
-from flashmoe_cupy.plan.attention.backward_values import blocks_of, dims_sm90, fused, grid_of, values_of
+from flashmoe_cupy.plan.attention.backward_values import CONVERTED, blocks_of, dims_sm90, fused, grid_of, values_of
 from flashmoe_cupy.plan.attention.gradient import GradientProblem
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
 from flashmoe_cupy.plan.params import Params
-from flashmoe_cupy.plan.step import Step, Values, same
+from flashmoe_cupy.plan.step import Step, Values
 
 _DQ = AttentionBwdSm90()  # dq of the same head dims
 
@@ -70,7 +70,7 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
         """dq comes from its sums afterwards."""
         if config.part != "qkv":
             return [step], {}
-        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), same("dq_sums", "dq"))
+        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), CONVERTED)
         return [step, convert], {}
 
     def map_arguments(self, problem: GradientProblem, config: BwdWide90Config) -> tuple[TensorMap, ...]:
