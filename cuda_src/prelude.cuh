@@ -30,9 +30,11 @@ struct alignas(128) TensorMap {
 // as most constants that are new here: constexpr variables stand in every cubin.
 enum HopperLimits : int {
   kMaxSmemBytes = 227 * 1024,
-  kWarpgroupRegisters = 65536 / 128,  // that one thread of each warpgroup may have, all warpgroups together
-  kNamedBarriers = 16                 // 0 is __syncthreads
+  kNamedBarriers = 16  // 0 is __syncthreads
 };
+// Registers that a launch has for one thread of each of its warpgroups, all together. A thread gets them in
+// eights; who asks for more by setmaxnreg waits for ever.
+constexpr int launch_registers(int warpgroups) { return 65536 / (128 * warpgroups) / 8 * 8 * warpgroups; }
 
 template <class A, class B>
 constexpr bool is_same = false;

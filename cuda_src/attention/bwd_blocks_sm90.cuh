@@ -32,9 +32,7 @@ struct AttentionBwdBlocksSm90 {
   static constexpr bool kQueries = kWanted == (kGradQ | kGradK | kGradV);
   static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : kQueries && kHeadDim <= 64 ? 40 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kQueries && kHeadDim <= 64 ? 232 : 240;
-  // What a launch has: registers of a thread come in eights.
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                (1 + kConsumers) * (65536 / kThreads / 8 * 8));
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= launch_registers(1 + kConsumers));
   static constexpr bool kByKey = kWanted != kGradQ;   // rows are keys
   static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk
   static constexpr bool kValues = kWanted & kGradV;

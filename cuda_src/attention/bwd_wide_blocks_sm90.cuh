@@ -34,7 +34,7 @@ struct AttentionBwdWideBlocksSm90 {
   static constexpr bool kTurned = false;
   static constexpr int kRows = 64, kThreads = 3 * 128, kConsumerThreads = 2 * 128;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= kWarpgroupRegisters);
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= launch_registers(3));
   static constexpr bool kQueries = kWanted_ & kGradQ;  // dq, too
   static_assert((kWanted_ & (kGradK | kGradV)) == (kGradK | kGradV) && (!kQueries || kCols == 64));
   static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0);

@@ -52,7 +52,7 @@ struct AttentionFwdSm90 {
   // Registers of a thread: producers keep the least with which they do not spill, consumers get the rest.
   static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kWarpgroupRegisters);
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= launch_registers(1 + kConsumers));
   static constexpr bool kBounded = Variant::kBounded;
   // Four consumers fill the gaps of each other by themselves.
   static constexpr bool kInTurn = kConsumers == 2 || kConsumers == 3;

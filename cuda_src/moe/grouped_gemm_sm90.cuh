@@ -59,7 +59,7 @@ struct GroupedGemmSm90 {
   enum : int { kWriters = kEightRows ? 1 : 4 * kConsumers };  // warps that have rows
   static constexpr int kProducerRegisters = kGather ? 72 : 40, kConsumerRegisters = kGather ? 216 : 232;
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of out in a tile
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kWarpgroupRegisters);
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= launch_registers(1 + kConsumers));
   static_assert(kCluster == 1 || kCluster == 2, "a block loads one half of the weights for both, or both");
   static_assert(kConsumers <= 2, "three would want more registers than a block has");
   static_assert(kBlockN % 32 == 0, "gate and up are whole periods of the swizzle, and pairs of 8 columns");
