@@ -84,6 +84,10 @@ HOPPER: tuple[tuple[Case, tuple[str, ...]], ...] = (
     (RAGGED._replace(head_dim=128, used_q=(60, 0, 1, 130), used_k=(30, 5, 0, 190), causal=True, dtype="float16"), ALL),
     (PADDED._replace(head_dim=128, causal=True), ALL),
     (PADDED._replace(head_dim=40, window_size=(30, 5)), ALL),
+    (AttentionCase(150, 150, 1, 4, 2, 128, causal=True, softcap=5.0), ALL),
+    (AttentionCase(130, 200, 2, 2, 2, 64, softcap=20.0, alibi="bh", dtype="float16"), ALL),
+    (RAGGED._replace(head_dim=128, causal=True, alibi="h"), ALL),
+    (AttentionCase(70, 131, 1, 2, 1, 96, softmax_scale=-0.1), ALL),
 )
 
 

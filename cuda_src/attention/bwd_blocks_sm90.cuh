@@ -9,6 +9,7 @@
 #pragma once
 #include "attention/bwd_params.cuh"
 #include "attention/keys.cuh"
+#include "attention/variant.cuh"
 #include "math/softmax.cuh"
 #include "ptx/global_memory.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -22,16 +23,18 @@
 
 namespace fm {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kStages_, int kWanted_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kStages_, int kWanted_,
+          class Variant_>
 struct AttentionBwdBlocksSm90 {
   using Element = Element_;
+  using Variant = Variant_;
   using Params = AttentionBwdSm90Params;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kRows = kRows_, kCols = kCols_;
   static constexpr int kStages = kStages_, kWanted = kWanted_;
   static constexpr int kConsumers = kRows / 64, kThreads = 128 * (1 + kConsumers);
   static constexpr bool kQueries = kWanted == (kGradQ | kGradK | kGradV);
-  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : kQueries && kHeadDim <= 64 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kQueries && kHeadDim <= 64 ? 232 : 240;
+  static constexpr int kProducerRegisters = kConsumers >= 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= launch_registers(1 + kConsumers));
   static constexpr bool kByKey = kWanted != kGradQ;   // rows are keys
   static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk

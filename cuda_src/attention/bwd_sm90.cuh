@@ -17,10 +17,13 @@
 
 namespace fm {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kStages_, int kWanted_>
-struct AttentionBwdSm90
-    : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_> {
-  using Blocks = AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_>;
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kStages_, int kWanted_,
+          class Variant_>
+struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_,
+                                                 kWanted_, Variant_> {
+  using Blocks = AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_,
+                                        Variant_>;
+  using Variant = Variant_;
   using Params = AttentionBwdSm90Params;
   using Element = Element_;
   using Work = typename Blocks::Work;
@@ -87,7 +90,7 @@ struct AttentionBwdSm90
     if (steps > 0) {
       const KMajor<TileRowX> row_x(s_base + Smem::kRowX + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> row_y(s_base + Smem::kRowY + (kScores ? consumer * TileRowY::kBytes : 0));
-      const float scale = p.softmax_scale * kLog2e;
+      const float scale = (Variant::kScore ? 1.f : p.softmax_scale) * kLog2e;
       float lse[2], delta[2];  // of the thread's rows, where rows are queries
       if constexpr (!kByKey) {
 #pragma unroll
@@ -103,9 +106,10 @@ struct AttentionBwdSm90
       rings.row_x.wait_full(walk.row_x);
       if constexpr (kScores) rings.row_y.wait_full(walk.row_y);
 #pragma unroll 1
-      for (int step = 0, tile = w.first; step < steps; ++step) {
+      for (int step = 0, tile = w.first, head = w.head; step < steps; ++step) {
         const int col = tile * kCols;
-        if (++tile == w.first + w.steps) tile = w.first;
+        const int its_head = head;
+        if (++tile == w.first + w.steps) tile = w.first, ++head;
         const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(
             smem + Smem::kStatistics + (kByKey ? at.stage * Statistics<kCols>::kBytes : 0));
         const u32 s_x = s_base + Smem::kColX + at.stage * TileColX::kBytes;
@@ -132,6 +136,8 @@ struct AttentionBwdSm90
           __syncwarp();  // all lanes have read what comes with x
           if (step > 0) x.release(at.before());
         }
+        u32 r_slope[kCols / 16][4];
+        change_scores(p, w, its_head, r_s, r_slope, row, col);
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int i, int, int, int j) {
           s = exp2_approx(fmaf(s, scale, -(kByKey ? s_of.lse[j] : lse[i])));
@@ -152,10 +158,8 @@ struct AttentionBwdSm90
           if constexpr (!kValues) y.release(at);
           each(r_dp, [&](float& ds, int i, int n, int e, int j) {
             float weight = r_s[0][n][e];
-            if constexpr (kRounded) {
-              const u32 both = r_p[n / 2][n % 2 * 2 + e / 2];
-              weight = e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both);
-            }
+            if constexpr (kRounded) weight = value_of(r_p, n, e);
+            if constexpr (Variant::kScore) weight *= value_of(r_slope, n, e);
             ds = weight * (ds - (kByKey ? s_of.delta[j] : delta[i]));
           });
           pack_operand<Element>(r_ds, r_dp[0]);
@@ -198,16 +202,17 @@ struct AttentionBwdSm90
       const u32 s_k = s_base + Smem::kRowX + count.row_x().stage * 2 * TileRowX::kBytes;
       const KMajor<TileRowX> k(s_k + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> v(s_base + Smem::kRowY + consumer * TileRowY::kBytes);
-      const float scale = p.softmax_scale * kLog2e;
+      const float scale = (Variant::kScore ? 1.f : p.softmax_scale) * kLog2e;
       barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
       rings.row_x.wait_full(count.row_x());
       rings.row_y.wait_full(count.row_y());
       if (!w.even && w.row0 + kRows > w.band.rows) clear_keys(s_base, s_k, w.band.rows - w.row0);
 #pragma unroll 1
-      for (int step = 0, tile = w.first; step < steps; ++step) {
+      for (int step = 0, tile = w.first, head = w.head; step < steps; ++step) {
         const Stage at = count.at();
         const int col = tile * kCols;
-        if (++tile == w.first + w.steps) tile = w.first;
+        const int its_head = head;
+        if (++tile == w.first + w.steps) tile = w.first, ++head;
         const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(smem + Smem::kStatistics +
                                                                        at.stage * Statistics<kCols>::kBytes);
         const u32 s_q = s_base + Smem::kColX + at.stage * TileColX::kBytes;
@@ -229,6 +234,8 @@ struct AttentionBwdSm90
         multiply<Element, kHeadDimV>(r_dp, v, KMajor<TileColY>(s_dout), true);
         wgmma_commit_group();
         wgmma_wait_group<1>(r_s[0]);
+        u32 r_slope[kCols / 16][4];
+        change_scores(p, w, its_head, r_s, r_slope, row, col);
         if (w.band.template cuts<64, kCols>(tile_row, col) || tile_row + 64 > w.band.rows)
           mask_keys(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
@@ -241,10 +248,8 @@ struct AttentionBwdSm90
         if (step == steps - 1) rings.row_y.release(count.row_y());
         each(r_dp, [&](float& ds, int, int n, int e, int j) {
           float weight = r_s[0][n][e];
-          if constexpr (kRounded) {
-            const u32 both = r_p[n / 2][n % 2 * 2 + e / 2];
-            weight = e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both);
-          }
+          if constexpr (kRounded) weight = value_of(r_p, n, e);
+          if constexpr (Variant::kScore) weight *= value_of(r_slope, n, e);
           ds = weight * (ds - s_of.delta[j]);
         });
         pack_operand<Element>(r_ds, r_dp[0]);
@@ -369,6 +374,39 @@ struct AttentionBwdSm90
     for (int i = 0; i < 2; ++i)
       if (row + i * 8 + (lane_id() >> 2) >= band.rows) seen[i][0] = seen[i][1] = 0;
     mask_scores(r_s, seen);
+  }
+
+  // Scores that change: from products to natural units. r_slope says, rounded, how fast each grows with its
+  // scaled product; it is an operand of products as r_p is.
+  FM_DEVICE static void change_scores(const Params& p, const Work& w, int head, float (&r_s)[1][kCols / 8][4],
+                                      u32 (&r_slope)[kCols / 16][4], int row, int col) {
+    if constexpr (Variant::kScore) {
+      each(r_s, [&](float& s, int, int, int, int) { s *= p.softmax_scale; });
+      if (p.softcap > 0.f) {
+        const float inverse = 1.f / p.softcap;
+        each(r_s, [&](float& s, int, int, int, int) { s = tanh_exp2(s * inverse); });
+#pragma unroll
+        for (int n = 0; n < kCols / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float low = r_s[0][n][2 * i], high = r_s[0][n][2 * i + 1];
+            r_slope[n / 2][n % 2 * 2 + i] = pack2<Element>(fmaf(-low, low, 1.f), fmaf(-high, high, 1.f));
+          }
+        each(r_s, [&](float& s, int, int, int, int) { s *= p.softcap; });
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCols / 16; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) r_slope[i][j] = pack2<Element>(1.f, 1.f);
+      }
+      Variant::add_alibi(forward_params(p), r_s, w.batch, head, row, col, w.band, 1.f);
+    }
+  }
+
+  // Value e of column pair n of a packed operand.
+  FM_DEVICE static float value_of(const u32 (&r)[kCols / 16][4], int n, int e) {
+    const u32 both = r[n / 2][n % 2 * 2 + e / 2];
+    return e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both);
   }
 
   // A warp's 16 rows of a gradient, where they exist.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.attention.backward_tiles import (
+    FUSED_SM90,
     PARTS,
     TILES_BWD_SM90,
     TILES_DQ_SM90,
@@ -27,16 +28,17 @@ from flashmoe_cupy.plan.attention.backward_values import (
 from flashmoe_cupy.plan.attention.choice import variant_of
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import GradientProblem
-from flashmoe_cupy.plan.attention.tiles import PLAIN
+from flashmoe_cupy.plan.attention.tiles import PLAIN, SCORES
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, Kernel, far_strides
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values
 
-_FUSED = ((64, 64), (128, 128))  # compiled head dims of the Hopper kernel of dq, dk and dv at once
-
 
 class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
-    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores in 16-bit rows. Beyond head dims of 128 dq alone."""
+    """cuda_src/attention/bwd_sm90.cuh: faster, for 16-bit rows without a bias.
+
+    Beyond head dims of 128 dq of plain scores alone.
+    """
 
     op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm90"
     header = "attention/bwd_sm90.cuh"
@@ -47,11 +49,12 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         if arch != "sm_90a":
             return []
         return [
-            config_sm90(element, dims, part)
+            config_sm90(element, dims, part, variant)
             for element in ("bf16", "fp16")
-            for dims in (*TILES_BWD_SM90, *TILES_DQ_SM90)
+            for variant in (PLAIN, SCORES)
+            for dims in (*TILES_BWD_SM90, *(TILES_DQ_SM90 if variant == PLAIN else ()))
             for part in PARTS
-            if part == "q" or (dims in TILES_BWD_SM90 and (part != "qkv" or dims in _FUSED))
+            if part == "q" or (dims in TILES_BWD_SM90 and (part != "qkv" or (dims, variant) in FUSED_SM90))
         ]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
@@ -63,15 +66,15 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
             why.append(f"{p.dtype} has no wgmma that is as exact as this library promises: bf16 and fp16 only")
         if not aligned:
             why.append(f"{UNALIGNED_ROWS}: the copy engine cannot fetch them")
-        if variant_of(p) != PLAIN:
-            why.append("softcap, ALiBi, biases and a scale <= 0 have no Hopper kernel of the backward yet")
-        widest = [*(TILES_DQ_SM90 if problem.part == "q" else TILES_BWD_SM90)][-1][0]
+        if variant_of(p) not in (PLAIN, SCORES):
+            why.append("biases have no Hopper kernel of the backward yet")
+        widest = [*(TILES_DQ_SM90 if problem.part == "q" and variant_of(p) == PLAIN else TILES_BWD_SM90)][-1][0]
         if max(p.head_dim, p.head_dim_v) > widest:
             why.append(f"head dims beyond {widest} have no such Hopper kernel of the backward")
         if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
             why.append(EMPTY)
         if problem.part == "qkv" and not fused(problem.of):
-            why.append("dq, dk and dv are not made in one launch for head dims 65 to 96")
+            why.append("dq, dk and dv are not made in one launch for head dims 65 to 96, nor up to 64 if scores change")
         if why:
             return why
         tiles = grid_of(problem, self.choose(problem, arch, aligned))
@@ -85,7 +88,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
     ) -> Bwd90Config:  # fmt: skip
         known = [*TILES_BWD_SM90, *(TILES_DQ_SM90 if problem.part == "q" else ())]
         dims = next((d for d in known if d == dims_sm90(problem.of)), known[-1])
-        return config_sm90(problem.dtype.cuda, dims, problem.part)
+        return config_sm90(problem.dtype.cuda, dims, problem.part, variant_of(problem.of.forward))
 
     def grid(self, problem: GradientProblem, config: Bwd90Config, sms: int = DEFAULT_SMS) -> int:
         return min(grid_of(problem, config), sms)

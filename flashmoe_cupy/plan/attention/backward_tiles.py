@@ -115,12 +115,14 @@ class Bwd90Config(NamedTuple):
     cols: int  # of a step
     stages: int  # steps in shared memory
     part: str  # whose gradients: a key of PARTS
+    variant: str = PLAIN  # what happens to the scores: a C++ struct of attention/variant.cuh
 
     @property
     def name(self) -> str:
         """For people: "bf16 d128 kv 128x64x2"."""
         dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
-        return f"{self.element} {dims} {self.part} {self.rows}x{self.cols}x{self.stages}"
+        changed = "" if self.variant == PLAIN else f" {self.variant}"
+        return f"{self.element} {dims} {self.part} {self.rows}x{self.cols}x{self.stages}{changed}"
 
     @property
     def threads(self) -> int:
@@ -152,7 +154,7 @@ class Bwd90Config(NamedTuple):
     def struct(self) -> str:
         """The C++ type inside namespace fm."""
         sizes = (self.head_dim, self.head_dim_v, self.rows, self.cols, self.stages, PARTS[self.part])
-        return f"AttentionBwdSm90<fm::{self.element}, {', '.join(map(str, sizes))}>"
+        return f"AttentionBwdSm90<fm::{self.element}, {', '.join(map(str, sizes))}, fm::{self.variant}>"
 
 
 class BwdWide90Config(NamedTuple):
@@ -340,13 +342,17 @@ def config_wide(element: str, dims: tuple[int, int], part: str) -> BwdWide90Conf
     return BwdWide90Config(element, *dims, 64, STAGES_WIDE_SM90[dims], part)
 
 
-def config_sm90(element: str, dims: tuple[int, int], part: str) -> Bwd90Config:
+def config_sm90(element: str, dims: tuple[int, int], part: str, variant: str = PLAIN) -> Bwd90Config:
     """The configuration of a compiled size."""
     if part == "q" and dims in TILES_DQ_SM90:
-        return Bwd90Config(element, *dims, *TILES_DQ_SM90[dims], part)
+        return Bwd90Config(element, *dims, *TILES_DQ_SM90[dims], part, variant)
     if part == "qkv":
-        return Bwd90Config(element, *dims, 128, 64 if dims[0] > 64 else 128, 2, part)
-    return Bwd90Config(element, *dims, *TILES_BWD_SM90[dims][part == "q"], part)
+        return Bwd90Config(element, *dims, 128, 64 if dims[0] > 64 else 128, 2, part, variant)
+    return Bwd90Config(element, *dims, *TILES_BWD_SM90[dims][part == "q"], part, variant)
+
+
+# Compiled head dims and variants of the kernel of dq, dk and dv at once. Scores that change spill with 64.
+FUSED_SM90 = (((64, 64), PLAIN), ((128, 128), PLAIN), ((128, 128), SCORES))
 
 
 def together(element: str, dims: tuple[int, int], variant: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
+    FUSED_SM90,
     STAGES_WIDE_SM90,
     TILES_BWD_SM90,
     Bwd80Config,
@@ -12,7 +13,7 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
 )
 from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
-from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, TILES_SM80
 from flashmoe_cupy.plan.step import Values, same
 
 _Config = Bwd80Config | Bwd90Config | BwdWide90Config
@@ -80,15 +81,17 @@ def lengths_code(of: AttentionBwdProblem) -> int:
 def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
     """Compiled head dims of the Hopper kernels; None: they do not take the problem."""
     p = of.forward
-    if p.dtype.itemsize != 2 or variant_of(p) != PLAIN:
+    variant = variant_of(p)
+    if p.dtype.itemsize != 2 or variant not in (PLAIN, SCORES):
         return None
-    return next((d for d in (*TILES_BWD_SM90, *STAGES_WIDE_SM90) if p.head_dim <= d[0] and p.head_dim_v <= d[1]), None)
+    known = (*TILES_BWD_SM90, *STAGES_WIDE_SM90) if variant == PLAIN else TILES_BWD_SM90
+    return next((d for d in known if p.head_dim <= d[0] and p.head_dim_v <= d[1]), None)
 
 
 def fused(of: AttentionBwdProblem) -> bool:
     """Whether a Hopper kernel makes dq, dk and dv in one launch."""
-    dims = dims_sm90(of)
-    return dims not in (None, (96, 96)) and (of.forward.even or dims in TILES_BWD_SM90)
+    dims, variant = dims_sm90(of), variant_of(of.forward)
+    return (dims, variant) in FUSED_SM90 or (dims in STAGES_WIDE_SM90 and of.forward.even)
 
 
 def dq_blocks(of: AttentionBwdProblem) -> int:
