@@ -41,6 +41,7 @@ class Call:
         self.plans: PlanMemory[Plan] = PlanMemory()
         self.guarded = GuardedPlans()
         self.guards = self.guarded.entries  # quicker to read
+        operation.call = self
 
 
 @compiled(run_traced)
@@ -82,9 +83,9 @@ def run(
                 if plan is not None:
                     fast = plan.fast_call(access, given)
                     if fast is not None:
-                        call.guarded.note(access, given, wanted, fast)
                         found = fast(given)
                         if found is not None:
+                            call.guarded.note(access, given, wanted, plan)
                             return found
     absent = (None,) * (len(call.operation.arguments) - len(required))
     return _run(call, (*required, *(optional or absent)), options, out, known, key, access)
