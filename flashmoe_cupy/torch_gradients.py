@@ -196,13 +196,15 @@ class Changed:
 
     def _plan(self, access: Any, given: tuple[Any, ...]) -> Forward | None:
         """The fast call that gives all outputs for such arrays, if there is one by now."""
-        if not (access.guards and self._flat) or self._cast(given) is not given:
+        if not (access.guards and self._flat):
             return None
         with torch.no_grad():
             key = access.key(given)
         wanted = self._saved if self._others is None else (*self._saved, self._others)
         plan = None if key is None else self._call.plans.find((key, wanted))
-        return None if plan is None else plan.fast_call(access, given)
+        if plan is None or isinstance(plan, Changed):  # new, or arrays that have to be cast
+            return None
+        return plan.fast_call(access, given)
 
     def _run_cast(self, given: tuple[Any, ...]) -> Any:
         return self._run(self._cast(given), self._given)
