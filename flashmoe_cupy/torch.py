@@ -223,14 +223,14 @@ def _autograd(operation: Operation) -> tuple[Callable[..., None], Callable[..., 
             raise once(operation.name)
         formula, saved = ctx.formula, ctx.saved_tensors
         needs = _named(operation, ctx.needs_input_grad)
-        need = [name for name in formula.names if needs[name]]
         asked = operation.wanted(formula.options)
         if len(asked) < len(operation.outputs):  # called without what backward reads
             again = formula.options | formula.more | dict(zip(formula.names, saved, strict=False))
             made = getattr(torch.ops.flashmoe_cupy, operation.name)(*map(again.get, operation.parameters))
             saved = (*saved[: len(formula.names)], *made)
             arrived = tuple([x if name in asked else None for name, x in zip(operation.outputs, arrived, strict=True)])
-        return *map(formula.gradients(need, saved, arrived).get, operation.parameters), None
+        found = formula.gradients(tuple([needs[name] for name in formula.names]), saved, arrived)
+        return *map(dict(zip(formula.names, found, strict=True)).get, operation.parameters), None
 
     return prepare, backward
 

@@ -6,6 +6,8 @@ Everything follows from the declarations of the operations (`plan.operation`), w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,12 @@ from flashmoe_cupy.ops.call import Call, run
 from flashmoe_cupy.plan.operation import Operation, operations, registered
 
 Forward = Callable[[tuple[Any, ...]], Any]  # arrays -> results
+_Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def _picker(places: Sequence[int]) -> _Picker:
+    """What takes the elements at these places."""
+    return itemgetter(*places) if len(places) > 1 else lambda given: tuple([given[i] for i in places])
 
 
 class Formula:
@@ -32,72 +40,112 @@ class Formula:
         assert operation.gradient is not None
         self.operation, self.names, self.options, self.forward = operation, tuple(names), options, forward
         self.deterministic = deterministic
-        self.backward, self.more = registered(operation.gradient.operation), operation.gradient.options
-        saved = enumerate((*self.names, *operation.outputs))
-        self._saved = [(i, name) for i, name in saved if name in self.backward.arguments]
-        self._fixed = {name: options[name] for name in self.backward.options if name in options}
+        self.backward = backward = registered(operation.gradient.operation)
+        self.more = operation.gradient.options
+        # Where the arrays that backward reads stand among those that are saved, those that arrive, and a None.
+        order = *self.names, *operation.outputs, *[f"d{name}" for name in operation.outputs]
+        places = [order.index(name) if name in order else -1 for name in backward.arguments]
+        needed, others = places[: backward.required], places[backward.required :]
+        self._required, self._optional, self._needed = _picker(needed), _picker(others), needed
+        self._perhaps = [i for i in others if i >= 0]
+        self._first = len(self.names) + len(operation.outputs)  # the place of what arrives first
         # Places of arrays that may require a gradient and have none.
-        self._without = [i for i, name in enumerate(self.names) if f"d{name}" not in self.backward.outputs]
+        self._without = [i for i, name in enumerate(self.names) if f"d{name}" not in backward.outputs]
+        self._ways: dict[tuple[Any, bool], tuple[tuple[Any, ...], _Picker]] = {}
 
     def look(self, given: Sequence[Any]) -> None:
         """Raise UnsupportedProblem if an array requires a gradient that there is not. given: in the order of names."""
         if names := [self.names[i] for i in self._without if getattr(given[i], "requires_grad", False)]:
             raise _refusal(self.operation, names, "there is no gradient of it")
 
-    def gradients(self, need: Sequence[str], saved: Sequence[Any], arrived: Sequence[Any]) -> dict[str, Any]:
-        """The gradients of the arguments `need`, by their names.
+    def gradients(self, needs: tuple[bool, ...], saved: Sequence[Any], arrived: Sequence[Any]) -> tuple[Any, ...]:
+        """The gradient of each array, None for one that is not needed. needs: whether it is, for each.
 
         saved: the arrays, then all outputs. arrived: the gradient of each output, None = 0.
         """
-        given, backward = dict(self._fixed), self.backward
         asked = self.deterministic
-        given["need"] = " ".join(need)
-        given["deterministic"] = torch.are_deterministic_algorithms_enabled() if asked is None else asked
-        for i, name in self._saved:
-            given[name] = saved[i]
-        for name, x in zip(self.operation.outputs, arrived, strict=True):
-            if x is None and f"d{name}" in backward.arguments[: backward.required]:
-                x = torch.zeros_like(given[name])
-            if x is not None:  # the gradient of a sum has strides of 0
-                given[f"d{name}"] = x if x.stride()[-1:] in ((1,), ()) else x.contiguous()
-        if self.forward is None:
-            made = getattr(torch.ops.flashmoe_cupy, backward.name)(*map(given.get, backward.parameters))
-        else:
-            made = backward.function(**given)
-        found = dict(zip(backward.outputs, made, strict=True))
-        return {name: found[f"d{name}"] for name in need}
+        way = needs, torch.are_deterministic_algorithms_enabled() if asked is None else asked
+        options, results = self._ways.get(way) or self._way(*way)
+        given, i = [*saved, *arrived, None], self._first
+        for x in arrived:
+            if x is None:
+                if i in self._needed:
+                    given[i] = torch.zeros_like(saved[i - len(arrived)])
+            elif not x.is_contiguous() and x.stride(-1) != 1:  # the gradient of a sum has strides of 0
+                given[i] = x.contiguous()
+            i += 1
+        required, optional = self._required(given), None
+        for i in self._perhaps:
+            if given[i] is not None:
+                optional = self._optional(given)
+                break
+        run_it = self._operator if self.forward is None else run
+        return results((*run_it(self.backward.call, required, options, optional), None))
+
+    def _operator(
+        self, call: Call, required: tuple[Any, ...], options: tuple[Any, ...], optional: tuple[Any, ...] | None
+    ) -> Any:
+        """`run` where that can be traced, giving every output."""
+        its = call.operation
+        named = dict(zip(its.arguments, (*required, *(optional or ())), strict=False))
+        named |= dict(zip(its.options, options, strict=True))
+        return getattr(torch.ops.flashmoe_cupy, its.name)(*map(named.get, its.parameters))
+
+    def _way(self, needs: tuple[bool, ...], deterministic: bool) -> tuple[tuple[Any, ...], _Picker]:
+        """The options of backward, and what takes the gradient of each array from its results and a None."""
+        need = [name for name, needed in zip(self.names, needs, strict=True) if needed]
+        known = self.options | {"need": " ".join(need), "deterministic": deterministic}
+        options = {name: known[name] for name in self.backward.options}
+        made = [*(self.backward.outputs if self.forward is None else self.backward.wanted(options))]
+        places = [made.index(f"d{name}") if name in need else -1 for name in self.names]
+        self._ways[needs, deterministic] = way = tuple(options.values()), _picker(places)
+        return way
 
 
 class _FlashMoE(torch.autograd.Function):  # type: ignore[misc, name-defined, unused-ignore]
-    """A call in eager code. Its results are all outputs."""
+    """A call in eager code. Its results are all outputs. fast: gives them for such arrays, if that is known."""
 
     @staticmethod
-    def forward(formula: Formula, *given: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, formula: Formula, fast: Forward | None, *given: Any) -> tuple[Any, ...]:
+        made = fast(given) if fast is not None else None
+        if made is None:
+            made = tuple(flat(formula.forward(given)))  # type: ignore[misc]
+        ctx.formula = formula
+        ctx.save_for_backward(*given, *made)
+        ctx.set_materialize_grads(False)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Any) -> tuple[Any, ...]:
+        formula, saved, needs = ctx.formula, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # create_graph=True, torch.func
+            made = iter(_Gradients.apply(formula, needs, len(saved), *saved, *arrived))
+            return None, None, *[next(made) if needed else None for needed in needs]
+        return None, None, *formula.gradients(needs, saved, arrived)
+
+
+class _Transformed(torch.autograd.Function):  # type: ignore[misc, name-defined, unused-ignore]
+    """The same for torch.func.grad and vjp, which want forward in two steps. It takes longer that way."""
+
+    @staticmethod
+    def forward(formula: Formula, fast: None, *given: Any) -> tuple[Any, ...]:  # noqa: ARG004
         return tuple(flat(formula.forward(given)))  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.formula = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_backward(*inputs[2:], *output)
         ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, *arrived: Any) -> tuple[Any, ...]:
-        formula, saved = ctx.formula, ctx.saved_tensors
-        need = [name for name, needs in zip(formula.names, ctx.needs_input_grad[1:], strict=True) if needs]
-        if torch.is_grad_enabled():  # create_graph=True, torch.func
-            found = dict(zip(need, _Gradients.apply(formula, need, len(saved), *saved, *arrived), strict=True))
-        else:
-            found = formula.gradients(need, saved, arrived)
-        return None, *map(found.get, formula.names)
+    backward = _FlashMoE.backward
 
 
 class _Gradients(torch.autograd.Function):  # type: ignore[misc, name-defined, unused-ignore]
-    """Gradients of which somebody may want gradients."""
+    """Gradients of which somebody may want gradients: those that are needed."""
 
     @staticmethod
-    def forward(formula: Formula, need: Sequence[str], count: int, *given: Any) -> tuple[Any, ...]:
-        return tuple(formula.gradients(need, given[:count], given[count:]).values())
+    def forward(formula: Formula, needs: tuple[bool, ...], count: int, *given: Any) -> tuple[Any, ...]:
+        return tuple([x for x in formula.gradients(needs, given[:count], given[count:]) if x is not None])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
@@ -128,29 +176,49 @@ class Changed:
         self._options = dict(zip(its.options, self._given, strict=True))
         self._formula = Formula(its, self._names, self._options, lambda given: self._run(given, self._saved))
         self._saved = tuple((self._options | self._formula.more).values())
-        self._single = its.gives_one_array and len(its.wanted(self._options)) == 1
+        asked = len(its.wanted(self._options))
+        self._single = its.gives_one_array and asked == 1
+        # Whether a plan's fast call gives all outputs, and whether they are the result.
+        self._flat = its.gives_one_array and len(its.outputs) > 1
+        self._whole = self._flat and asked == len(its.outputs)
 
-    def fast_call(self, access: Any, given: tuple[Any, ...]) -> Forward | None:  # noqa: ARG002
-        """As `ops.call.Plan` has it. None: nothing has to be changed."""
-        if wants_gradient(given):
-            return self._differentiate
-        return self._run_cast if self._cast(given) is not given else None
-
-    def _run_cast(self, given: tuple[Any, ...]) -> Any:
-        return self._run(self._cast(given), self._given)
-
-    def _differentiate(self, given: tuple[Any, ...]) -> Any:
+    def fast_call(self, access: Any, given: tuple[Any, ...]) -> Forward | None:
+        """As `ops.call.Plan` has it. None: nothing has to be changed. Raises UnsupportedProblem for a gradient that
+        there is not: arrays like these, which a guard knows, need not be asked again.
+        """
+        if not wants_gradient(given):
+            return self._run_cast if self._cast(given) is not given else None
         if self._has_out:
             names = [name for name, x in zip(self._names, given, strict=True) if getattr(x, "requires_grad", False)]
             raise _refusal(self.operation, names, "out is given, and only a new result has a gradient")
         self._formula.look(given)
+        return partial(self._differentiate, self._plan(access, given))
+
+    def _plan(self, access: Any, given: tuple[Any, ...]) -> Forward | None:
+        """The fast call that gives all outputs for such arrays, if there is one by now."""
+        if not (access.guards and self._flat):
+            return None
+        with torch.no_grad():
+            key = access.key(given)
+        wanted = self._saved if self._others is None else (*self._saved, self._others)
+        plan = None if key is None else self._call.plans.find((key, wanted))
+        if plan is None or isinstance(plan, Changed):  # new, or arrays that have to be cast
+            return None
+        return plan.fast_call(access, given)
+
+    def _run_cast(self, given: tuple[Any, ...]) -> Any:
+        return self._run(self._cast(given), self._given)
+
+    def _differentiate(self, fast: Forward | None, given: tuple[Any, ...]) -> Any:
         try:
-            made = _apply(self._formula, *(self._cast(given) if torch._C._is_any_autocast_enabled() else given))
+            made = _apply(self._formula, fast, *(self._cast(given) if torch._C._is_any_autocast_enabled() else given))
         except UnsupportedProblem:
             with torch.no_grad():
                 self._run(given, self._given)  # its error tells of the options as they were given
             raise
-        return made[0] if self._single else chosen(self.operation, self._options, made)
+        if self._single:
+            return made[0]
+        return made if self._whole else chosen(self.operation, self._options, made)
 
     def _run(self, given: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
         if self._others is None:
@@ -201,7 +269,7 @@ def differentiate(operation: Operation, named: Mapping[str, Any], deterministic:
         return operation.function(**{**named, **formula.more, **dict(zip(formula.names, given, strict=True))})
 
     formula, arrays = make_formula(operation, named, forward, deterministic)
-    return chosen(operation, formula.options, _FlashMoE.apply(formula, *arrays))
+    return chosen(operation, formula.options, _Transformed.apply(formula, None, *arrays))
 
 
 def derivatives() -> dict[str, str]:

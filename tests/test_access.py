@@ -141,14 +141,24 @@ def test_a_gradient_that_is_not_recorded_is_none(access: ArrayAccess) -> None:
     assert not guard(x)
 
 
+class Known:
+    """A plan with this fast call."""
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+
+    def fast_call(self, access: ArrayAccess, given: tuple[Any, ...]) -> Any:  # noqa: ARG002
+        return self.fast
+
+
 def find(guarded: GuardedPlans, given: tuple[Any, ...], options: Any) -> Any:
     return next((plan for guard, plan in guarded.entries.get(options, ()) if guard(*given)), None)
 
 
 def test_recent_plans_are_found_by_arrays_and_options(access: ArrayAccess, guarded: GuardedPlans) -> None:
     x, y = torch.rand(3, 8), torch.rand(4, 8)
-    guarded.note(access, (x,), (1, "a"), "first")
-    guarded.note(access, (y,), (1, "a"), "second")
+    guarded.note(access, (x,), (1, "a"), Known("first"))
+    guarded.note(access, (y,), (1, "a"), Known("second"))
     assert find(guarded, (x,), (1, "a")) == "first" and find(guarded, (torch.rand(4, 8),), (1, "a")) == "second"
     assert find(guarded, (x,), (1, "b")) is None and find(guarded, (torch.rand(5, 8),), (1, "a")) is None
     for call in kernels.forget:
@@ -165,8 +175,9 @@ def test_what_always_changes_is_not_guarded_for_ever(access: ArrayAccess, guarde
         return access.guard(arrays)
 
     counting.guard = guard
+    plan = Known("plan")
     for n in range(50):
-        guarded.note(counting, (torch.rand(n + 1),), (1,), "plan")
+        guarded.note(counting, (torch.rand(n + 1),), (1,), plan)
     assert len(made) == GuardedPlans._MOST_GUARDS and len(guarded.entries[(1,)]) == GuardedPlans._MOST
 
 
@@ -210,7 +221,7 @@ def test_what_is_recorded_has_no_fast_way(access: ArrayAccess, monkeypatch: pyte
     x, its, found = torch.rand(3, 8), Call(operation), []
     monkeypatch.setitem(accesses._known, torch.Tensor, access)
     monkeypatch.setattr(calls_of, "_run", lambda *_: None)
-    plan: Any = SimpleNamespace(fast_call=lambda access, given: lambda given: "fast")
+    plan: Any = Known(lambda _: "fast")
     its.plans.keep((access.key((x,)), ("a",)), plan)
     guard, run = access.guard((x,)), calls_of.run
     assert guard is not None

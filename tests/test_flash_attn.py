@@ -247,12 +247,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for name in ("flash_attention_backward", "flash_attention_varlen_backward"):
         operation = registered(name)
 
-        def spy(*a: Any, true: Any = operation.function, **given: Any) -> Any:
-            found.append(given["deterministic"])
-            return true(*a, **given)
+        def spy(problem: Any, given: Any, made: Any, true: Any = operation.host) -> None:
+            found.append(problem.deterministic)
+            true(problem, given, made)
 
-        monkeypatch.setattr(operation, "function", spy)
-        monkeypatch.setattr(fa, name, spy)
+        monkeypatch.setattr(operation, "host", spy)
     return found
 
 
@@ -290,18 +289,18 @@ def test_deterministic_reaches_the_backward(asked: list[Any]) -> None:
 def test_deterministic_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call has its own choice, whatever other threads do."""
     operation, found = registered("flash_attention_backward"), set()
-    true = operation.function
+    true = operation.host
 
-    def spy(*a: Any, **given: Any) -> Any:
-        found.add((threading.current_thread().name, given["deterministic"]))
-        return true(*a, **given)
+    def spy(problem: Any, given: Any, made: Any) -> None:
+        found.add((threading.current_thread().name, problem.deterministic))
+        true(problem, given, made)
 
     def work(choice: bool) -> None:
         x = normal(1, 5, 2, 8).requires_grad_()
         for _ in range(50):
             fa.flash_attn_func(x, x, x, deterministic=choice).sum().backward()
 
-    monkeypatch.setattr(operation, "function", spy)
+    monkeypatch.setattr(operation, "host", spy)
     threads = [threading.Thread(target=work, args=(choice,), name=str(choice)) for choice in (True, False)]
     for one in threads:
         one.start()

@@ -30,7 +30,8 @@ from torch import Tensor
 from ..ops.access import GRADIENT, find
 from ..ops.attention import flash_attention, flash_attention_varlen
 from ..ops.attention_backward import flash_attention_backward, flash_attention_varlen_backward
-from ..plan.operation import registered
+from ..ops.call import known
+from ..plan.operation import Operation, registered
 from ..torch import call
 from .torch_rows import NO_DROPOUT, fit, need_tensors, no_dropout, refuse, rows, scale_of
 
@@ -46,6 +47,7 @@ __all__ = [
 
 Window = tuple[int, int]
 _UNLIMITED = (-1, -1)
+_DENSE, _PACKED = registered("flash_attention").call, registered("flash_attention_varlen").call
 
 
 def flash_attn_func(
@@ -70,10 +72,15 @@ def flash_attn_func(
     Returns out (batch, seqlen_q, heads, head_dim) in q's dtype; with return_attn_probs (out, softmax_lse, None), where
     softmax_lse is (batch, heads, seqlen_q), float32. Raises as the head of this file says.
     """
+    if alibi_slopes is None and _usual(q, dropout_p, deterministic):
+        options = causal, window_size, softmax_scale, softcap, "bshd", return_attn_probs
+        made = known(_DENSE, (q, k, v), options)
+        if made is not None:
+            return (*made, None) if return_attn_probs else made
     need_tensors("flash_attn_func", q=q, k=k, v=v)
-    options = _options("flash_attn_func", dropout_p, causal, window_size, softcap, deterministic, return_attn_probs)
-    arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
-    return _attend(arrays, softmax_scale, options, deterministic, return_attn_probs)
+    more = _options("flash_attn_func", dropout_p, causal, window_size, softcap, deterministic, return_attn_probs)
+    others = {"alibi_slopes": alibi_slopes}
+    return _attend(q, k, v, others, softmax_scale, more, deterministic, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -152,14 +159,19 @@ def flash_attn_varlen_func(
     Returns out (total_q, heads, head_dim); with return_attn_probs (out, softmax_lse (heads, total_q), None). Rows that
     belong to no sequence are 0. Raises as the head of this file says.
     """
+    if alibi_slopes is None and block_table is None and _usual(q, dropout_p, deterministic):
+        options = max_seqlen_q, max_seqlen_k, causal, window_size, softmax_scale, softcap, return_attn_probs
+        made = known(_PACKED, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
+        if made is not None:
+            return (*made, None) if return_attn_probs else made
     name = "flash_attn_varlen_func"
     need_tensors(name, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    options = _options(
+    more = _options(
         name, dropout_p, causal, window_size, softcap, deterministic, return_attn_probs,
         block_table=block_table, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
-    arrays = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    return _attend(arrays | {"alibi_slopes": alibi_slopes}, softmax_scale, options, deterministic, return_attn_probs)
+    others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "alibi_slopes": alibi_slopes}
+    return _attend(q, k, v, others, softmax_scale, more, deterministic, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -235,11 +247,25 @@ def flash_attn_with_kvcache(*_: Any, **__: Any) -> NoReturn:
     )  # fmt: skip
 
 
+def _usual(q: Any, dropout_p: Any, deterministic: Any) -> bool:
+    """Whether a call may be one of ours as it is. What may be remembered is of any library, so q must be a tensor."""
+    return deterministic is False and type(dropout_p) is float and dropout_p == 0 and isinstance(q, Tensor)
+
+
 def _options(
     name: str, dropout_p: Any, causal: Any, window_size: Any, softcap: Any, deterministic: Any,
     return_attn_probs: Any, block_table: Any = None, **lengths: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Our options for these. Raises for what only flash-attn has; the call itself looks at all others."""
+    flags = type(deterministic) is bool is type(return_attn_probs)
+    if not (flags and type(dropout_p) is float and dropout_p == 0 and block_table is None):
+        _look(name, dropout_p, deterministic, return_attn_probs, block_table)
+    off = isinstance(softcap, (int, float)) and not isinstance(softcap, bool) and softcap < 0
+    return {"causal": causal, "window_size": window_size, "softcap": 0.0 if off else softcap, **lengths}
+
+
+def _look(name: str, dropout_p: Any, deterministic: Any, return_attn_probs: Any, block_table: Any) -> None:
+    """Raise for what only flash-attn has."""
     why = no_dropout(dropout_p)
     hint = [NO_DROPOUT] if why else []
     if block_table is not None:
@@ -251,8 +277,6 @@ def _options(
             hint.append(f"{argument}=True or False")
     if why:
         refuse(name, why, "; ".join(hint))
-    off = isinstance(softcap, (int, float)) and not isinstance(softcap, bool) and softcap < 0
-    return {"causal": causal, "window_size": window_size, "softcap": 0.0 if off else softcap, **lengths}
 
 
 def _need_packed(name: str, argument: str, x: Tensor, wanted: str) -> None:
@@ -263,25 +287,32 @@ def _need_packed(name: str, argument: str, x: Tensor, wanted: str) -> None:
         refuse(name, [f"{argument} must have shape ({wanted}), but {have}"], f"{argument} of shape ({wanted})")
 
 
-def _attend(arrays: dict[str, Any], scale: Any, options: dict[str, Any], deterministic: bool, probs: bool) -> Any:
-    """Run a call on q, k and v, and give what flash-attn returns."""
-    width = arrays["v"].shape[-1] if arrays["v"].ndim else 0
-    arrays["q"], arrays["k"], arrays["v"], scale = rows(arrays["q"], arrays["k"], arrays["v"], scale)
-    options = {**options, "softmax_scale": scale, "return_lse": probs}
-    function: Any = flash_attention_varlen if "cu_seqlens_q" in arrays else flash_attention
-    if deterministic and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arrays.values()):
-        operation = registered(function.__name__)
-        absent = dict.fromkeys(operation.arguments)
-        options = {"layout": "bshd", **options} if "layout" in operation.options else options
-        made = call(operation, absent | arrays, options, deterministic=True)
-    else:
-        made = function(**arrays, **options)
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, others: dict[str, Any], scale: Any, options: dict[str, Any],
+    deterministic: bool, probs: bool,
+) -> Any:  # fmt: skip
+    """Run a call on q, k, v and other arrays, and give what flash-attn returns."""
+    width = v.shape[-1] if v.ndim else 0
+    q, k, v, scale = rows(q, k, v, scale)
+    function: Any = flash_attention_varlen if "cu_seqlens_q" in others else flash_attention
+    if deterministic and torch.is_grad_enabled():
+        arrays = {"q": q, "k": k, "v": v, **others}
+        if any(x is not None and x.requires_grad for x in arrays.values()):
+            options = {**options, "softmax_scale": scale, "return_lse": probs}
+            return _results(_deterministic(registered(function.__name__), arrays, options), width, probs)
+    made = function(q, k, v, **others, **options, softmax_scale=scale, return_lse=probs)
+    return _results(made, width, probs)
+
+
+def _deterministic(operation: Operation, arrays: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Run a call whose gradients have the same bits in every run."""
+    options = {"layout": "bshd", **options} if "layout" in operation.options else options
+    return call(operation, dict.fromkeys(operation.arguments) | arrays, options, deterministic=True)
+
+
+def _results(made: Any, width: int, probs: bool) -> Any:
+    """What flash-attn returns. made: out, with probs also lse. width: the head dim of v, before it was filled up."""
     out, lse = made if probs else (made, None)
-    return _results(out, lse, width, probs)
-
-
-def _results(out: Tensor, lse: Tensor | None, width: int, probs: bool) -> Any:
-    """What flash-attn returns. width: the head dim of v, before it was filled up."""
     out = out if out.shape[-1] == width else out[..., :width]
     return (out, lse, None) if probs else out
 
@@ -296,12 +327,12 @@ def _attend_packed(
 ) -> Any:  # fmt: skip
     """`_attend` on the parts of a packed tensor: k and v, or all three where q is None."""
     if not _writes_one(q, packed, others):
-        parts = (q, *packed.unbind(-3)) if q is not None else packed.unbind(-3)
-        return _attend(dict(zip("qkv", parts, strict=True)) | others, scale, options, deterministic, probs)
+        query, k, v = (q, *packed.unbind(-3)) if q is not None else packed.unbind(-3)
+        return _attend(query, k, v, others, scale, options, deterministic, probs)
     width = packed.shape[-1]
     options = options | {"softmax_scale": scale_of(width, scale)}
     out, lse = _Packed.apply(options, deterministic, others, None if q is None else fit(q), fit(packed))
-    return _results(out, lse, width, probs)
+    return _results((out, lse) if probs else out, width, probs)
 
 
 def _writes_one(q: Tensor | None, packed: Tensor, others: dict[str, Any]) -> bool:

@@ -20,18 +20,19 @@ def fit(x: torch.Tensor) -> torch.Tensor:
     """
     if x.is_nested or x.layout is not torch.strided or not x.ndim:
         return x  # which the call itself refuses
-    if x.shape[-1] % _SHORTEST:
-        return torch.nn.functional.pad(x, (0, _SHORTEST - x.shape[-1] % _SHORTEST))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if odd := x.shape[-1] % _SHORTEST:
+        return torch.nn.functional.pad(x, (0, _SHORTEST - odd))
+    return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
     """q, k and v as `fit` makes them, and the scale of their scores, which that must not change."""
-    if not (q.ndim and k.ndim and q.shape[-1] == k.shape[-1] and q.shape[-1]):
+    width = q.shape[-1] if q.ndim and k.ndim else 0
+    if not (width and k.shape[-1] == width):
         return q, k, v, scale  # which the call itself refuses
-    return fit(q), fit(k), fit(v), scale_of(q.shape[-1], scale)
+    return fit(q), fit(k), fit(v), scale_of(width, scale)
 
 
 def scale_of(head_dim: int, scale: Any) -> Any:

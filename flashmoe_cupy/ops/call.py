@@ -17,7 +17,7 @@ from flashmoe_cupy.dtypes import DType, to_numpy
 from flashmoe_cupy.errors import UnsupportedProblem
 from flashmoe_cupy.ops.access import ArrayAccess, find
 from flashmoe_cupy.ops.adapters import adapter
-from flashmoe_cupy.ops.compiled import compiled, run_traced
+from flashmoe_cupy.ops.compiled import compiled, run_traced, unknown
 from flashmoe_cupy.ops.memory import GuardedPlans, PlanMemory
 from flashmoe_cupy.ops.workspace import Workspaces, may_stay
 from flashmoe_cupy.plan.operation import Operation
@@ -41,6 +41,7 @@ class Call:
         self.plans: PlanMemory[Plan] = PlanMemory()
         self.guarded = GuardedPlans()
         self.guards = self.guarded.entries  # quicker to read
+        operation.call = self
 
 
 @compiled(run_traced)
@@ -82,12 +83,25 @@ def run(
                 if plan is not None:
                     fast = plan.fast_call(access, given)
                     if fast is not None:
-                        call.guarded.note(access, given, wanted, fast)
                         found = fast(given)
                         if found is not None:
+                            call.guarded.note(access, given, wanted, plan)
                             return found
     absent = (None,) * (len(call.operation.arguments) - len(required))
     return _run(call, (*required, *(optional or absent)), options, out, known, key, access)
+
+
+@compiled(unknown)
+def known(call: Call, required: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """The result of a call without optional arrays that a guard knows, as `run` gives it; None: it knows none.
+
+    A guard knows arrays that have run as they are, so whoever changes arrays for `run` may ask before.
+    """
+    if tuple(map(type, options)) in call.exact_types and (call.pair < 0 or is_window(options[call.pair])):
+        for guard, fast in call.guards.get(options, ()):
+            if guard(*required):
+                return fast(required)
+    return None
 
 
 def _run(

@@ -32,6 +32,10 @@ def run_traced(
     return _late.load("torch").run_traced(call, required, options, optional, out)
 
 
+def unknown(*_: Any) -> None:
+    """In place of `ops.call.known`: nothing is remembered."""
+
+
 def torch_adapter(_: Any) -> Any:
     """In place of `ops.adapters.adapter`."""
     return _late.load("torch")

@@ -45,20 +45,21 @@ class GuardedPlans:
     _MOST, _MOST_GUARDS, _MOST_PLANS = 4, 8, 4096
 
     def __init__(self) -> None:
-        # By options: guards, and the plans of calls whose arrays they know. The options tell the number of arrays.
+        # By options: guards, and the fast calls for arrays that they know. The options tell the number of arrays.
         self.entries: dict[Any, tuple[tuple[Callable[..., bool], Any], ...]] = {}
         self._guards_of: dict[Any, int] = {}  # guards made for each plan: what always changes does without
         forget.append(self.clear)
 
     def note(self, access: ArrayAccess, given: tuple[Any, ...], options: Any, plan: Any) -> None:
-        """Find this plan for such arrays from now on."""
+        """Find from now on what this plan runs for such arrays. It has just run, and says once more what that is."""
         made = self._guards_of.get(plan, 0)
         if made >= self._MOST_GUARDS or len(self._guards_of) >= self._MOST_PLANS:
             return
         guard = access.guard(given)
         if guard is not None:
             self._guards_of[plan] = made + 1
-            self.entries[options] = ((guard, plan), *self.entries.get(options, ())[: self._MOST - 1])
+            found = guard, plan.fast_call(access, given)
+            self.entries[options] = (found, *self.entries.get(options, ())[: self._MOST - 1])
 
     def clear(self) -> None:
         """Forget all."""

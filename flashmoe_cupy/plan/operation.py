@@ -38,8 +38,7 @@ class Gradient(NamedTuple):
 
     It reads the other one's arguments, options and outputs under their names, and as "dx" what arrives at an output x.
     Its option `need` names the arguments whose gradients are wanted, `deterministic` asks for the same bits in every
-    run. The gradient of x is its output "dx". Its function returns a tuple of all its outputs, None in place of those
-    that are not wanted.
+    run. The gradient of x is its output "dx". Its `wrap` is tuple.
     """
 
     operation: str  # its name
@@ -134,6 +133,7 @@ class Operation:
         self.gradient, self.autocast = gradient, tuple(autocast)
         self.gives_one_array = wrap is _alone  # where it makes no more
         self.batched = dict(batched or {})
+        self.call: Any = None  # what runs it, of ops.call
         parameters = inspect.signature(function).parameters.values()
         hidden = (*written, *(["out"] if "out" not in arguments else []))
         # Every parameter but `out`, in order: the kind of an option, None for an array.
