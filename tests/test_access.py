@@ -481,3 +481,21 @@ def test_memory_that_may_be_shared_is_found_by_addresses() -> None:
     assert not overlap.possible(1000, (600, 2196))  # ends where out begins, begins where it ends
     assert overlap.possible(1000, (601, 2196)) and overlap.possible(1000, (600, 2191))
     assert overlap.possible(1000, (1399, 9000)) and not overlap.possible(1000, (1400, 9000))
+
+
+def test_plans_are_kept_for_accesses_that_read_addresses() -> None:
+    torch = pytest.importorskip("torch")
+    fast, slow, host = (accesses.find(kind) for kind in (torch.Tensor, torch.nn.Parameter, np.ndarray))
+    assert slow is not None and not slow.reads and host is not None and host.host
+    assert fast is None or fast.reads or not hasattr(torch._C, "_cuda_getCurrentRawStream")
+
+
+@pytest.mark.gpu
+def test_parameters_in_autocast_with_nothing_to_cast() -> None:
+    """They have no fast way, and the plan of the first call must not be taken for one."""
+    torch = pytest.importorskip("torch")
+    q = torch.nn.Parameter(torch.randn(1, 33, 2, 64, device="cuda", dtype=torch.bfloat16))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        want = flash_attention(q.data, q.data, q.data)
+        for _ in range(3):
+            assert torch.equal(flash_attention(q, q.data, q.data), want)

@@ -48,6 +48,7 @@ class ArrayAccess:
         self.key, self.pointer, self.empty, self.dtypes, self.device = key, pointer, empty, dtypes, device
         self.stream, self.maker, self.recorder, self.graph_pool = stream, maker, recorder, graph_pool
         self.guard, self.guards, self.host = guard, guards, host
+        self.reads = pointer is not _none  # addresses; else `key` alone serves
 
     @property
     def uint8(self) -> Any:

@@ -143,7 +143,7 @@ def _run(
         overlap.check(written, views)
     first = views[0]
     assert first is not None
-    if key is not None and access is not None and (first.device >= 0 or access.host):
+    if key is not None and access is not None and (access.host or (first.device >= 0 and access.reads)):
         call.plans.keep(key, plan)
     try:
         return plan.run(views, out_view, out)
