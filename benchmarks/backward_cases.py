@@ -16,6 +16,7 @@ from benchmarks.cases import (
     OURS_DETERMINISTIC,
     OURS_FLASH_ATTN,
     OURS_SDPA,
+    OURS_SM80,
     SUITES,
     Case,
     Suite,
@@ -80,6 +81,14 @@ BACKWARD_SUITES: dict[str, Suite[BackwardCase]] = {
             tuple(_backward("attention_backward_features", "attention_forward_features", FEATURES)),
             _LIBRARIES,
             _RIVALS,
+        ),
+        Suite(
+            "attention_backward_portable",
+            "gradients by the portable kernel on the 24 rows of attention_forward_portable",
+            tuple(_backward("attention_backward_portable", "attention_forward_portable")),
+            (OURS_SM80, "torch_flash"),
+            ("torch_flash",),
+            ours=OURS_SM80,
         ),
     )
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.attention_inputs import Inputs
 from benchmarks.backward_inputs import joined, parts
-from benchmarks.cases import OURS, OURS_DETERMINISTIC
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80
 from benchmarks.flash_rivals import FA3, FA4
 from benchmarks.library import Library, Prepared, Setup, bhsd, bshd, first_reason, from_torch, to_torch
 from benchmarks.ours import Ours, array_options, case_options
@@ -73,6 +73,27 @@ class OursBackward(Ours):
                 part.copy_(to_torch(made.dsinks, case.arrays))
 
         return Prepared(run, lambda made: joined(case, [to_torch(x, case.arrays) for x in made]), into)
+
+
+class OursBackwardForced(OursBackward):
+    """flashmoe_cupy's backward with one kernel of its registry, whatever it would choose by itself."""
+
+    def __init__(self, name: str, kernel: str) -> None:
+        super().__init__(name)
+        self.kernel = kernel
+
+    def missing(self, setup: Setup) -> str:
+        if not setup.cuda:
+            return "needs a CUDA device"
+        if reason := super().missing(setup):
+            return reason
+        kernels = importlib.import_module("flashmoe_cupy.plan.kernels")
+        known = self.kernel in kernels.of_task("attention_bwd")
+        return "" if known else f"this flashmoe_cupy has no kernel {self.kernel}"
+
+    def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:
+        kernels = importlib.import_module("flashmoe_cupy.plan.kernels")
+        return super().prepare(case, sets, setup)._replace(scope=lambda: kernels.only(self.kernel))
 
 
 def _leaves(arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -185,6 +206,7 @@ BACKWARD_LIBRARIES: dict[str, Library] = {
     for library in (
         OursBackward(OURS),
         OursBackward(OURS_DETERMINISTIC, deterministic=True),
+        OursBackwardForced(OURS_SM80, "attention_bwd_sm80"),
         SdpaBackward("torch_cudnn", "CUDNN_ATTENTION"),
         SdpaBackward("torch_flash", "FLASH_ATTENTION"),
         SdpaBackward("torch_sdpa"),

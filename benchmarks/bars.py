@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.backward_cases import AUTOGRAD_SUITES, BACKWARD_SUITES
-from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_FLASH_ATTN, OURS_PACKED, OURS_SDPA, SUITES
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_FLASH_ATTN, OURS_PACKED, OURS_SDPA, OURS_SM80, SUITES
 from benchmarks.moe_cases import DRAWN, MOE_SUITES
 from benchmarks.numpy_backend import NAME, TORCH
 from benchmarks.rows import LABELS, Row, Table, of_device, state, timed
@@ -87,6 +87,14 @@ def _deterministic() -> list[Bar]:
     return [bar._replace(ours=OURS_DETERMINISTIC) for bar in (*beside_ours, *beside_fa3)]
 
 
+def _portable() -> Bar:
+    """The portable kernel beside FlashAttention-2."""
+    names = _names("attention_backward_portable")
+    return Bar(
+        "attention_backward_portable", f"{len(names)} rows", MEAN, 1.0, ("torch_flash",), tuple(names), ours=OURS_SM80
+    )
+
+
 def _host_libraries(case: BackwardCase) -> list[str]:
     """Those of ours that serve a call: SDPA's has no packed sequences, flash-attn's no layout bhsd."""
     lacking = {OURS_SDPA: case.varlen, OURS_FLASH_ATTN: case.layout != "bshd"}
@@ -114,6 +122,7 @@ BARS = (
     *_all("attention_backward", _names("attention_backward"), "rows", 1.0, 0.92, ("fa3", "torch_cudnn", "fa4")),
     *_deterministic(),
     *_all("attention_backward_features", _names("attention_backward_features"), "rows", 1.0, 0.9, ("fa3",)),
+    _portable(),
     *(
         Bar("attention_backward_host", case.name, HOST, 60.0, ours=library)
         for case in AUTOGRAD_SUITES["attention_backward_host"].cases

@@ -15,10 +15,10 @@ import pytest
 from benchmarks import bars, report
 from benchmarks.backward_cases import BACKWARD_SUITES, BackwardCase
 from benchmarks.bars import BARS, LEAST, MEAN
-from benchmarks.cases import OURS, OURS_DETERMINISTIC, SUITES
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80, SUITES
 from flashmoe_cupy import reference
 
-ROWS, FEATURES = (BACKWARD_SUITES[name] for name in ("attention_backward", "attention_backward_features"))
+ROWS, FEATURES, PORTABLE = BACKWARD_SUITES.values()
 TINY = BackwardCase("x", "attention_backward", "", 2, 9, 9, 4, 2, 16, 16, "float32", causal=True)
 KINDS: dict[str, BackwardCase] = {
     "causal": TINY,
@@ -214,7 +214,8 @@ def test_the_command_line_knows_the_suites(capsys: pytest.CaptureFixture[str]) -
     from benchmarks.run import chosen, main, parse
 
     found = chosen(parse(["--suite", "h200_backward"]))
-    assert len(found) == 36 + 7 and all(libraries == ROWS.libraries for _, libraries in found)
+    assert len(found) == 36 + 7 + 24
+    assert all(libraries == BACKWARD_SUITES[case.suite].libraries for case, libraries in found)
     assert chosen(parse(["--suite", "attention_backward", "--libraries", "torch_efficient"])) == []
     assert main(["--suite", "attention_backward", "--cases", "^d64_s512_full$", "--list"]) == 0
     assert "171.8 GFLOP" in capsys.readouterr().out  # 10 * 16384 * 512 * 32 * 64
@@ -404,6 +405,7 @@ def test_the_bars_are_the_ones_to_show() -> None:
         (ROWS.name, OURS_DETERMINISTIC, LEAST, 1.0, ("fa3_deterministic",), 36),
         (FEATURES.name, OURS, MEAN, 1.0, fa3, 7),
         (FEATURES.name, OURS, LEAST, 0.9, fa3, 7),
+        (PORTABLE.name, OURS_SM80, MEAN, 1.0, ("torch_flash",), 24),
     ]
     assert mine[2].cases == tuple(f"d{d}_s{s}_causal" for d in (64, 128) for s in (4096, 8192, 16384))
 
