@@ -157,7 +157,7 @@ HOPPER_FAULTS = {
 def test_hopper_faults_are_found(name: str) -> None:
     fast, header, old, new = HOPPER_FAULTS[name]
     text = (CUDA / header).read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{header} no longer holds {old!r} once"
+    assert old in text, f"{header} no longer holds {old!r}"
     case = AttentionCase(300, 200, 1, 4, 2, 128, causal=True)  # a ring of two steps
     arrays = inputs(case)
     want = truth(case, arrays)

@@ -67,13 +67,12 @@ struct AttentionBwdBlocksSm90 {
     int batch, head, head_k;  // head: the first of those that are walked over
     int row0;                 // the tile's first row; -1: there is no tile any more
     int first, steps, walks;  // steps of columns: the first one, how many; and heads
-    int start;                // the step that is taken first; behind the last one comes the first one
     int row_base, col_base;   // where row 0 and column 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
     int even;                 // behind the last row and column the arrays end
     FM_DEVICE int all_steps() const { return steps * walks; }
     FM_DEVICE int head_of(int step) const { return head + step / steps; }
-    FM_DEVICE int col_of(int step) const { return (first + (start + step) % steps) * kCols; }
+    FM_DEVICE int col_of(int step) const { return (first + step % steps) * kCols; }
   };
   struct Smem {
     static constexpr int kRowX = 0, kRowY = kRowX + kRowStages * kConsumers * TileRowX::kBytes;
@@ -83,7 +82,7 @@ struct AttentionBwdBlocksSm90 {
     static constexpr int kSums = kScoresTile + (kQueries ? 2 * TileScores::kBytes : 0);  // pieces of dq
     static constexpr int kStatistics = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
     static constexpr int kWork = kStatistics + (kByKey ? kStages * Statistics<kCols>::kBytes : 0);
-    static constexpr int kBarriersWork = kWork + static_cast<int>(sizeof(Work));
+    static constexpr int kBarriersWork = kWork + div_up(static_cast<int>(sizeof(Work)), 8) * 8;
     static constexpr int kBarriersRowX = kBarriersWork + RingBarriers<1>::kBytes;
     static constexpr int kBarriersRowY = kBarriersRowX + RingBarriers<kRowStages>::kBytes;
     static constexpr int kBarriersX = kBarriersRowY + RingBarriers<1>::kBytes;
@@ -191,8 +190,6 @@ struct AttentionBwdBlocksSm90 {
     w.first = w.band.first(w.row0) / kCols;
     const int last = div_up(max(w.band.last(min(w.row0 + kRows, w.band.rows) - 1) + 1, 0), kCols);
     w.steps = max(last - w.first, 0);
-    // Blocks that add to dq at once begin apart from each other.
-    w.start = kQueries ? static_cast<int>(static_cast<i64>(block) * w.steps / p.blocks) : 0;
     return w.row0 < w.band.rows;
   }
 

@@ -20,7 +20,7 @@ _FUSED = ((64, 64), (128, 128))  # compiled head dims of the Hopper kernel of dq
 
 
 class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
-    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores of even lengths in 16-bit rows."""
+    """cuda_src/attention/bwd_sm90.cuh: faster, for plain scores in 16-bit rows."""
 
     op, task, name = "attention_backward", "attention_bwd", "attention_bwd_sm90"
     header = "attention/bwd_sm90.cuh"
