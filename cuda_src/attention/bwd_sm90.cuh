@@ -1,5 +1,6 @@
 // Attention backward for Hopper (sm_90a): the same gradients as bwd_sm80.cuh, for bf16 and fp16 rows that
-// start at multiples of 16 bytes, scores that are only scaled and masked, and sequences of one length.
+// start at multiples of 16 bytes and scores that are only scaled and masked. dq, dk and dv at once: for
+// sequences of one length.
 //
 //   S = scale q k^T   P = exp(S - lse)   dP = dout v^T   dS = P (dP - delta)
 //   dv = P^T dout     dk = scale dS^T q  dq = scale dS k      (FlashAttention-2, algorithm 2)
