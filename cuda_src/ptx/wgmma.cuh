@@ -12,11 +12,14 @@ namespace fm {
 // a step of 16 advances the address by 32 bytes; from eight rows to the next are eight_rows bytes. MN-major
 // (the summed dimension across the rows): panels of 64 columns lie panel_bytes apart; a step of 16 advances
 // by 16 rows.
-FM_DEVICE u64 wgmma_descriptor(u32 s_address, int panel_bytes, int eight_rows = 1024) {
+FM_DEVICE constexpr u64 wgmma_descriptor(u32 s_address, int panel_bytes, int eight_rows = 1024) {
   constexpr u64 kSwizzle128 = 1;
+  // In the second block of a cluster an address has its rank above these bits.
+  constexpr u32 kSmemAddressBits = (1 << 18) - 1;
   return kSwizzle128 << 62 | static_cast<u64>(eight_rows >> 4) << 32 |
-         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
+         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address & kSmemAddressBits) >> 4;
 }
+static_assert(wgmma_descriptor(0x01000400, 8192) == wgmma_descriptor(0x400, 8192));
 
 // Registers written by ordinary instructions before this may be operands after it.
 FM_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
