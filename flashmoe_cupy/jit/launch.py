@@ -162,21 +162,23 @@ class Launch:
     counter: the word for the address of a counter (`jit.counters`); 0: the kernel wants none.
     early: it may start before the launch in front of it has ended (programmatic dependent launch); the kernel waits by
     itself where it must.
+    at_once: its blocks wait for each other, so all of them run at once or none does (cooperative launch).
     """
 
     __slots__ = (
-        "check", "counter", "device", "early", "encoded", "function", "grid", "maps", "pointers", "smem", "tail",
-        "threads",
+        "at_once", "check", "counter", "device", "early", "encoded", "function", "grid", "maps", "pointers", "smem",
+        "tail", "threads",
     )  # fmt: skip
 
     def __init__(
         self, device: int, function: int, grid: int, threads: int, smem: int, pointers: int, tail: bytes,
         check: bool = False, maps: tuple[tuple[int, int], ...] = (),
         encoded: tuple[tuple[int, TensorMap, int], ...] = (), counter: int = 0, early: bool = False,
+        at_once: bool = False,
     ) -> None:  # fmt: skip
         self.device, self.function, self.grid, self.threads, self.smem = device, function, grid, threads, smem
         self.pointers, self.tail, self.check, self.maps, self.encoded = pointers, tail, check, maps, encoded
-        self.counter, self.early = counter, early
+        self.counter, self.early, self.at_once = counter, early, at_once
 
 
 def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap], size: int) -> Launch:

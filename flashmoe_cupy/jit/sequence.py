@@ -27,6 +27,7 @@ _ALIGNMENT = 128  # of Params, in bytes
 _LEGACY_STREAM = 0  # the handle of the default stream that all threads share
 _FEWEST = 3  # launches that a graph queues sooner than one by one
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _MOST_ENCODED = 64  # sets of encoded maps that a thread remembers for a sequence
 _calls: Any = None  # the driver's cuLaunchKernelEx and cuMemsetD32Async
 
@@ -195,8 +196,9 @@ class LaunchSequence:
         start = -ctypes.addressof(storage) % _ALIGNMENT
         view = own.view = memoryview(storage).cast("B")[start : start + sum(sizes)]
         own.words = (ctypes.c_uint64 * (sum(sizes) // 8)).from_buffer(storage, start)
-        attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_STREAM_SERIALIZATION, 1), _ATTRIBUTE.size)
-        own.keep += [storage, attribute]
+        both = _ATTRIBUTE.pack(_STREAM_SERIALIZATION, 1) + _ATTRIBUTE.pack(_COOPERATIVE, 1)
+        attributes = ctypes.create_string_buffer(both, len(both))
+        own.keep += [storage, attributes]
         at = 0
         for (one, places), size in zip(self.launches, sizes, strict=True):
             behind = at + 8 * len(places)
@@ -214,14 +216,15 @@ class LaunchSequence:
                 own.find_counter = launch.counters()
             array = (ctypes.c_void_p * 1)(ctypes.addressof(storage) + start + at)
             config = ctypes.create_string_buffer(_CONFIG.size)
+            first = ctypes.addressof(attributes) + (0 if one.early else _ATTRIBUTE.size)
             _CONFIG.pack_into(
-                config, 0, one.grid, 1, 1, one.threads, 1, 1, one.smem, 0, ctypes.addressof(attribute), int(one.early)
+                config, 0, one.grid, 1, 1, one.threads, 1, 1, one.smem, 0, first, one.early + one.at_once
             )
             own.configs.append(config)
             own.calls.append((ctypes.addressof(config), one.function, ctypes.addressof(array), None))
             own.keep.append(array)
             at += size
-        if len(self.launches) >= _FEWEST:
+        if len(self.launches) >= _FEWEST and not any(one.at_once for one, _ in self.launches):
             from flashmoe_cupy.jit import graph  # which a single launch does without
 
             own.nodes = [graph.node(one, its[2]) for (one, _), its in zip(self.launches, own.calls, strict=True)]

@@ -151,7 +151,7 @@ def launch_of(
     ready = Launch(
         device, loaded.function, kernel.grid(problem, config, sms), config.threads, config.smem_bytes,
         len(params.pointers), tail, _env.get().check, counter=kernel.counter_at(problem) // 8,
-        early=kernel.waits and _may_be_early(arch),
+        early=kernel.waits and _may_be_early(arch), at_once=kernel.at_once(problem, config, sms),
     )  # fmt: skip
     maps = kernel.map_arguments(problem, config)
     return driver.with_maps(ready, params.maps_at, maps, params.size), params.pointers, kernel.clears

@@ -109,6 +109,10 @@ class Kernel(ABC, Generic[P, C]):
         A step may add what only its operation knows.
         """
 
+    def at_once(self, problem: P, config: C, sms: int = DEFAULT_SMS) -> bool:  # noqa: ARG002
+        """Whether blocks wait for each other, so that all of them have to run at once."""
+        return False
+
     def counter_at(self, problem: P) -> int:  # noqa: ARG002
         """Where in Params the address of a counter of tiles belongs; 0: the kernel wants none."""
         return 0
