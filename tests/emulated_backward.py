@@ -70,13 +70,13 @@ def problem_of(case: Case, arrays: Arrays, wanted: Sequence[str]) -> AttentionBw
 
 def backward(
     case: Case, arrays: Arrays, seed: int, wanted: Sequence[str] = ALL, arch: str = "sm_80",
-    headers: Mapping[str, str] | None = None, deterministic: bool = True, resident: int = 0,
+    headers: Mapping[str, str] | None = None, deterministic: bool = True, resident: int = 0, sms: int = 0,
 ) -> Arrays:  # fmt: skip
     """The gradients as the kernels left them, NaN where they wrote nothing. All arrays lie beside guarded memory.
 
     Kernels whose blocks take tile after tile have few blocks, of which each takes several.
     """
-    sms = resident or 1 + seed % 3
+    sms = sms or resident or 1 + seed % 3
     arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in arrays.items()}
     for name in wanted:
         like = arrays[name[1:]]
@@ -96,12 +96,14 @@ def backward(
         params = bytearray(kernel.params.size)
         kernel.params.pack_pointers(params, 0, *at)
         behind = kernel.params.maps_at
-        params[8 * len(at) : behind] = kernel.params.pack(kernel.values(step.problem, config, p.rows_aligned))
+        params[8 * len(at) : behind] = kernel.params.pack(kernel.values(step.problem, config, p.rows_aligned, sms))
         for i, one in enumerate(kernel.map_arguments(step.problem, config)):
             params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[i])
+        grid = kernel.grid(step.problem, config, sms)
+        here = grid if kernel.at_once(step.problem, config, sms) else resident or 1 + seed % 2
         run(
-            kernel.source(config), bytes(params), kernel.grid(step.problem, config, sms), config.threads,
-            config.smem_bytes, seed, config.cluster, resident=resident or 1 + seed % 2, headers=headers,
+            kernel.source(config), bytes(params), grid, config.threads, config.smem_bytes, seed, config.cluster,
+            resident=here, headers=headers,
         )  # fmt: skip
     return {name: arrays[name] for name in wanted}
 

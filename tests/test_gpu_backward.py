@@ -218,8 +218,23 @@ def test_the_same_bits_beside_another_stream(case: AttentionCase) -> None:
         assert all(torch.equal(found[name], x) for name, x in first.items())
 
 
-def test_in_a_graph() -> None:
-    problem = Problem(AttentionCase(133, 147, 2, 4, 2, 64, causal=True))
+def test_two_streams_at_once() -> None:
+    """Blocks that wait for each other must not take the SMs that the others of their launch need."""
+    problems = [Problem(AttentionCase(2048, 2048, 2, 8, 8, d)) for d in (64, 128)]
+    first = [problem.run(deterministic=True) for problem in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        for stream, problem in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                last = problem.run(deterministic=True)
+    torch.cuda.synchronize()
+    assert all(torch.equal(last[name], x) for name, x in first[-1].items())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_in_a_graph(causal: bool) -> None:
+    problem = Problem(AttentionCase(133, 147, 2, 4, 2, 64, causal=causal))
     problem.run()  # compiles
     plain, graph = problem.run(deterministic=True), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

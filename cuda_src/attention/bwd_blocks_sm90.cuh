@@ -41,9 +41,9 @@ struct AttentionBwdBlocksSm90 {
   static constexpr bool kValues = kWanted & kGradV;
   // dq, too: products of dS, which both consumers see in shared memory, with the keys, added up in dq_sums by
   // all blocks. A piece of it is 64 queries by 64 columns; each consumer takes one of a step.
-  static constexpr int kPieces = kHeadDim / 64;  // along a row of dq
+  static constexpr int kPieces = div_up(kHeadDim, 64);  // along a row of dq, the last one with zeros
   static constexpr int kPieceBytes = 64 * 64 * 4;
-  static_assert(!kQueries || (kConsumers == 2 && kHeadDim % 64 == 0 && kCols * kHeadDim == 128 * 64));
+  static_assert(!kQueries || (kConsumers == 2 && kCols * kPieces == 128));
   // Named barriers of the block. A consumer reports its dS of a step at kScoresStored + 2 * consumer + step
   // % 2.
   enum Barrier { kScoresStored = 1, kColumnsCleared = 5 };
@@ -58,23 +58,34 @@ struct AttentionBwdBlocksSm90 {
   using TileColY = SmemTile<Element, kCols, div_up(kHeadDimV, 64) * 64>;
   using TileScores = SmemTile<Element, kRows, kQueries ? kCols : 64>;  // dS of a step, rows are keys
   using Stage = Ring<kStages>;                                         // a step of columns
+  static constexpr int kWantedAhead = 2;  // steps that are still to load when the next tile is wanted
   // Tiles of rows x at once. Where they are used to the end of a tile, those of the next one come before
   // that.
   static constexpr int kRowStages = kQueries ? 2 : 1;
 
   // A tile: rows of one head, or of all heads that share keys, and the columns that belong to them.
-  struct Work {
+  struct alignas(16) Work {
     BandMask band;            // rows see columns
     int batch, head, head_k;  // head: the first of those that are walked over
     int row0;                 // the tile's first row; -1: there is no tile any more
-    int first, steps, walks;  // steps of columns: the first one, how many; and heads
+    int first, steps, walks;  // tiles of columns: the first one, how many; and heads
+    int begin;                // with which of the tiles a head begins
+    int around;               // tiles of rows of a head, if each begins with other columns; else 0
     int row_base, col_base;   // where row 0 and column 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
     int sums, sum_blocks;     // its first head's first block in dq_sums; blocks of its queries
     int even;                 // behind the last row and column the arrays end
     FM_DEVICE int all_steps() const { return steps * walks; }
-    FM_DEVICE int head_of(int step) const { return head + step / steps; }
-    FM_DEVICE int col_of(int step) const { return (first + step % steps) * kCols; }
+  };
+  // The columns of a step.
+  struct Place {
+    int tile, head;
+    FM_DEVICE explicit Place(const Work& w) : tile(w.begin), head(w.head) {}
+    FM_DEVICE int col() const { return tile * kCols; }
+    FM_DEVICE void advance(const Work& w) {
+      if (++tile == w.first + w.steps) tile = w.first;
+      if (tile == w.begin) ++head;
+    }
   };
   struct Smem {
     static constexpr int kRowX = 0, kRowY = kRowX + kRowStages * kConsumers * TileRowX::kBytes;
@@ -84,8 +95,11 @@ struct AttentionBwdBlocksSm90 {
     static constexpr int kSums = kScoresTile + (kQueries ? 2 * TileScores::kBytes : 0);  // pieces of dq
     static constexpr int kStatistics = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
     static constexpr int kWork = kStatistics + (kByKey ? kStages * Statistics<kCols>::kBytes : 0);
-    static constexpr int kBarriersWork = kWork + div_up(static_cast<int>(sizeof(Work)), 8) * 8;
-    static constexpr int kBarriersRowX = kBarriersWork + RingBarriers<1>::kBytes;
+    static constexpr int kNextWork = kWork + static_cast<int>(sizeof(Work));      // the scheduler's
+    static constexpr int kSumsWork = kNextWork + static_cast<int>(sizeof(Work));  // of add_sums
+    static constexpr int kBarriersWork = kSumsWork + (kQueries ? static_cast<int>(sizeof(Work)) : 0);
+    static constexpr int kBarrierWanted = kBarriersWork + RingBarriers<1>::kBytes;
+    static constexpr int kBarriersRowX = kBarrierWanted + 8;
     static constexpr int kBarriersRowY = kBarriersRowX + RingBarriers<kRowStages>::kBytes;
     static constexpr int kBarriersX = kBarriersRowY + RingBarriers<1>::kBytes;
     static constexpr int kBarriersY = kBarriersX + RingBarriers<kStages>::kBytes;
@@ -95,6 +109,7 @@ struct AttentionBwdBlocksSm90 {
   };
   struct Rings {
     RingBarriers<1> work;
+    u32 wanted;  // the tile at hand is nearly loaded
     RingBarriers<kRowStages> row_x;
     RingBarriers<1> row_y;
     RingBarriers<kStages> x, y;
@@ -104,6 +119,7 @@ struct AttentionBwdBlocksSm90 {
     }
     FM_DEVICE explicit Rings(u32 s_base)
         : work{s_base + Smem::kBarriersWork},
+          wanted(s_base + Smem::kBarrierWanted),
           row_x{s_base + Smem::kBarriersRowX},
           row_y{s_base + Smem::kBarriersRowY},
           x{s_base + Smem::kBarriersX},
@@ -112,6 +128,7 @@ struct AttentionBwdBlocksSm90 {
     FM_DEVICE void init() const {
       // All who read a tile: the producer, the warps of the statistics and of the sums, the consumers.
       work.init(1, 1 + (kByKey ? 1 : 0) + (kQueries ? 1 : 0) + 4 * kConsumers);
+      mbarrier_init(wanted, 1);
       row_x.init(1, 4 * kConsumers);
       row_y.init(1, 4 * kConsumers);
       x.init(kByKey ? 1 + 32 : 1, 4 * kConsumers);  // one thread of each consumer warp reports
@@ -138,7 +155,7 @@ struct AttentionBwdBlocksSm90 {
       setmaxnreg_dec<kProducerRegisters>();
       if (warp == 0 && lane_id() == 0) produce(p, smem, s_base, rings);
       if (kByKey && warp == 1) bring_statistics(p, smem, rings);
-      if (warp == 2 && lane_id() == 0) schedule(p, *reinterpret_cast<Work*>(smem + Smem::kWork), rings.work);
+      if (warp == 2 && lane_id() == 0) schedule(p, smem, rings);
       if (kQueries && warp == 3 && lane_id() == 0) add_sums(p, smem, s_base, rings);
     } else {
       setmaxnreg_inc<kConsumerRegisters>();
@@ -149,24 +166,30 @@ struct AttentionBwdBlocksSm90 {
   // ---- scheduler ----
 
   // One thread. Blocks stay on their SM and take the next tile that is free. The last tile has row0 -1.
-  FM_DEVICE static void schedule(const Params& p, Work& s_work, const RingBarriers<1>& ring) {
-    Ring<1> at;
-    int index = -1;
+  FM_DEVICE static void schedule(const Params& p, u8* smem, const Rings& rings) {
+    Work& s_work = *reinterpret_cast<Work*>(smem + Smem::kWork);
+    Work& next = *reinterpret_cast<Work*>(smem + Smem::kNextWork);
+    u32 tiles = 0;
+    do {
+      // Taking a tile and finding what belongs to it takes as long as a step.
+      if (tiles > 0) mbarrier_wait_parity(rings.wanted, (tiles - 1) & 1);
+      // A tile that waits for later ones has to be done before this block takes one of them.
+      if (p.at_once) rings.work.wait_empty(Ring<1>{0, tiles & 1});
+      int index;
+      do {
+        index = atomicAdd(p.tile_counters + kWanted, 1);
+      } while (index < p.tiles && !find_work(p, index, next));
+      if (index >= p.tiles) next.row0 = -1;
+      rings.work.wait_empty(Ring<1>{0, tiles & 1});
+      copy(s_work, next);
+      mbarrier_arrive(rings.work.full(0));
+      ++tiles;
+    } while (next.row0 >= 0);
+  }
+  FM_DEVICE static void copy(Work& to, const Work& from) {
 #pragma unroll 1
-    for (bool found = true; found;) {
-      ring.wait_empty(at);  // the producer has no more than the steps in its rings to go
-      // Where blocks wait for each other, one that runs has an earlier tile.
-      const bool ordered = kQueries && p.turns != nullptr;
-      index = index < 0 && !ordered ? blockIdx.x
-                                    : (ordered ? 0 : gridDim.x) + atomicAdd(p.tile_counters + kWanted, 1);
-      found = index < p.tiles;
-      if (!found)
-        s_work.row0 = -1;
-      else if (!find_work(p, index, s_work))
-        continue;
-      mbarrier_arrive(ring.full(0));
-      at.advance();
-    }
+    for (int i = 0; i < static_cast<int>(sizeof(Work) / 16); ++i)
+      reinterpret_cast<uint4*>(&to)[i] = reinterpret_cast<const uint4*>(&from)[i];
   }
   // Whether there is one more tile, s_work. Each warp that reads it gives it back.
   FM_DEVICE static bool more(const Work& s_work, const RingBarriers<1>& ring, const Ring<1>& at) {
@@ -176,14 +199,15 @@ struct AttentionBwdBlocksSm90 {
   // Tile `index`. False: it is behind the end of its sequence.
   FM_DEVICE static bool find_work(const Params& p, int index, Work& w) {
     // Under a causal mask late queries see the most keys, and early keys are seen by the most queries.
-    // Where dq is added in order, a block of keys comes behind those that it waits for.
-    const bool ascending = kByKey && !(p.turns != nullptr && p.window_right >= 0);
-    const int block = ascending ? index % p.blocks : p.blocks - 1 - index % p.blocks;
-    index /= p.blocks;
+    // Where dq is added in order, a tile of keys comes behind those that it waits for, unless all are in
+    // work.
+    const bool ascending = kByKey && (p.turns == nullptr || p.window_right < 0 || p.at_once);
+    const TileOfHead at = tile_of_head(index, p.blocks, p.tiles / p.blocks, p.section);
+    const int block = ascending ? at.tile : p.blocks - 1 - at.tile;
     const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
-    w.batch = index / heads;
+    w.batch = at.head / heads;
     w.walks = kByKey ? p.heads_per_key : 1;
-    w.head = index % heads * w.walks;
+    w.head = at.head % heads * w.walks;
     w.head_k = w.head / p.heads_per_key;
     w.row0 = block * kRows;
     const AttentionFwdParams f = forward_params(p);
@@ -198,10 +222,19 @@ struct AttentionBwdBlocksSm90 {
     const int shift = found.seqlen_k - found.seqlen_q;
     w.band = kByKey ? BandMask{found.seqlen_k, found.seqlen_q, -shift, p.window_right, p.window_left, 0}
                     : BandMask{found.seqlen_q, found.seqlen_k, shift, p.window_left, p.window_right, 0};
+    keep_memory();  // registers are few here
     w.first = w.band.first(w.row0) / kCols;
     const int last = div_up(max(w.band.last(min(w.row0 + kRows, w.band.rows) - 1) + 1, 0), kCols);
     w.steps = max(last - w.first, 0);
+    find_turns(p, w);
     return w.row0 < w.band.rows;
+  }
+
+  // With which columns a tile begins.
+  FM_DEVICE static void find_turns(const Params& p, Work& w) {
+    const bool around = kQueries && p.at_once && p.window_left < 0 && p.window_right < 0;
+    w.around = around ? div_up(w.band.rows, kRows) : 0;
+    w.begin = around ? w.row0 / kRows * w.steps / w.around : w.first;
   }
 
   // ---- producer ----
@@ -217,15 +250,17 @@ struct AttentionBwdBlocksSm90 {
     for (; more(s_work, rings.work, works); works.advance()) {
       const Work& w = s_work;
       const int steps = w.all_steps();
+      Place place(w);
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step, at.advance()) {
-        const int head = kByKey ? w.head_of(step) : w.head_k, col = w.col_base + w.col_of(step);
+      for (int step = 0; step < steps; ++step, at.advance(), place.advance(w)) {
+        if (step == max(steps - kWantedAhead, 0)) mbarrier_arrive(rings.wanted);
+        const int head = kByKey ? place.head : w.head_k, col = w.col_base + place.col();
+        if (step == 0)
+          load_rows<TileRowX>(kByKey ? p.k_map : p.q_map, w, s_base + Smem::kRowX, rings.row_x, row_x);
         rings.x.wait_empty(at);
         mbarrier_arrive_expect_tx(rings.x.full(at.stage), TileColX::kBytes);
         load<TileColX>(kByKey ? p.q_map : p.k_map, s_base + Smem::kColX + at.stage * TileColX::kBytes,
                        rings.x.full(at.stage), createpolicy_evict_normal(), col, head, w.map_batch);
-        if (step == 0)
-          load_rows<TileRowX>(kByKey ? p.k_map : p.q_map, w, s_base + Smem::kRowX, rings.row_x, row_x);
         rings.y.wait_empty(at);
         mbarrier_arrive_expect_tx(rings.y.full(at.stage), TileColY::kBytes);
         load<TileColY>(kByKey ? p.dout_map : p.v_map, s_base + Smem::kColY + at.stage * TileColY::kBytes,
@@ -233,6 +268,7 @@ struct AttentionBwdBlocksSm90 {
         if (kScores && step == 0)
           load_rows<TileRowY>(kByKey ? p.v_map : p.dout_map, w, s_base + Smem::kRowY, rings.row_y, row_y);
       }
+      if (steps == 0) mbarrier_arrive(rings.wanted);
       mbarrier_arrive(rings.work.empty(0));
     }
   }
@@ -266,16 +302,18 @@ struct AttentionBwdBlocksSm90 {
 #pragma unroll 1
     for (; more(s_work, rings.work, works); works.advance()) {
       const Work& w = s_work;
+      Place place(w);
 #pragma unroll 1
-      for (int step = 0; step < w.all_steps(); ++step, at.advance()) bring_step(p, w, smem, rings, at, step);
+      for (int step = 0; step < w.all_steps(); ++step, at.advance(), place.advance(w))
+        bring_step(p, w, smem, rings, at, place);
       __syncwarp();
       rings.work.release(works);
     }
   }
   FM_DEVICE static void bring_step(const Params& p, const Work& w, u8* smem, const Rings& rings,
-                                   const Stage& at, int step) {
-    const int col = w.col_of(step);
-    const i64 first = w.batch * p.row_stride_b + w.head_of(step) * p.row_stride_h + w.col_base + col;
+                                   const Stage& at, const Place& place) {
+    const int col = place.col();
+    const i64 first = w.batch * p.row_stride_b + place.head * p.row_stride_h + w.col_base + col;
     auto& s = *reinterpret_cast<Statistics<kCols>*>(smem + Smem::kStatistics +
                                                     at.stage * Statistics<kCols>::kBytes);
     float lse[kCols / 32], delta[kCols / 32];
@@ -296,58 +334,95 @@ struct AttentionBwdBlocksSm90 {
   // ---- sums of dq ----
 
   // One thread. Lets the copy engine add what the consumers put down, a piece of 64 x 64 in the order of
-  // their registers, to the sums in memory. With p.turns the blocks of keys add to a piece one after the
-  // other.
-  FM_DEVICE static void add_sums(const Params& p, const u8* smem, u32 s_base, const Rings& rings) {
-    const Work& w = *reinterpret_cast<const Work*>(smem + Smem::kWork);
+  // their registers, to the sums in memory.
+  FM_DEVICE static void add_sums(const Params& p, u8* smem, u32 s_base, const Rings& rings) {
+    const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
+    Work& w = *reinterpret_cast<Work*>(smem + Smem::kSumsWork);
     Ring<1> works, at;
     bool before = false;  // the other consumer's piece is still being read
 #pragma unroll 1
-    for (; more(w, rings.work, works); works.advance()) {
-      const int steps = w.all_steps();
-#pragma unroll 1
-      for (int step = 0; step < steps; ++step, at.advance()) {
-        const int col = w.col_of(step);
-#pragma unroll 1
-        for (int i = 0; i < kConsumers; ++i) {
-          const int block = col / 64 + (kPieces == 1 ? i : 0);
-          const int piece =
-              (w.sums + w.head_of(step) * p.dq_blocks + block) * kPieces + (kPieces == 2 ? i : 0);
-          rings.sums(i).wait_full(at);
-          if (block < w.sum_blocks) {
-            if (p.turns != nullptr) {
-              const u32 mine = turn_of(p, w, col);
-              while (ld_acquire_gpu_u32(p.turns + piece) != mine) {
-              }
-              fence_proxy_async_global();
-            }
-            bulk_reduce_add_f32(p.dq_sums + static_cast<i64>(piece) * (64 * 64),
-                                s_base + Smem::kSums + i * kPieceBytes, kPieceBytes);
-          }
-          bulk_commit_group();
-          if (p.turns != nullptr) {
-            bulk_wait_group<0>();
-            fence_proxy_async_global();
-            if (block < w.sum_blocks) red_add_release_gpu_u32(p.turns + piece, 1);
-            mbarrier_arrive(rings.sums(i).empty(0));
-          } else {
-            if (before) {
-              bulk_wait_group_read<1>();
-              mbarrier_arrive(rings.sums(i ^ 1).empty(0));
-            }
-            before = true;
-          }
-        }
-      }
-      mbarrier_arrive(rings.work.empty(0));
+    for (; more(s_work, rings.work, works); works.advance()) {
+      copy(w, s_work);
+      // The next tile is wanted before the sums of this one are made, unless this one may wait for it.
+      if (!p.at_once) mbarrier_arrive(rings.work.empty(0));
+      if (p.turns != nullptr)
+        add_in_turns(p, w, s_base, rings, at);
+      else
+        add_in_any_order(p, w, s_base, rings, at, before);
+      if (p.at_once) mbarrier_arrive(rings.work.empty(0));
     }
     bulk_wait_group<0>();
+  }
+  FM_DEVICE static void add_in_any_order(const Params& p, const Work& w, u32 s_base, const Rings& rings,
+                                         Ring<1>& at, bool& before) {
+    Place place(w);
+#pragma unroll 1
+    for (int steps = w.all_steps(); steps > 0; --steps, at.advance(), place.advance(w)) {
+      const int piece = piece_of(p, w, place);
+#pragma unroll 1
+      for (int i = 0; i < kConsumers; ++i) {
+        rings.sums(i).wait_full(at);
+        if (exists(w, place, i)) add_piece(p, s_base, piece, i);
+        bulk_commit_group();
+        if (before) {
+          bulk_wait_group_read<1>();
+          mbarrier_arrive(rings.sums(i ^ 1).empty(0));
+        }
+        before = true;
+      }
+    }
+  }
+  // The blocks of keys add to the queries of a step one after the other. Nobody reads the sums here, and L2
+  // makes each addition; so that this thread knows that its own are made is all the order there has to be.
+  FM_DEVICE static void add_in_turns(const Params& p, const Work& w, u32 s_base, const Rings& rings,
+                                     Ring<1>& at) {
+    Place place(w);
+    int piece = piece_of(p, w, place);
+    u32 added = 0;  // blocks that have added to this step, when it was last looked at
+#pragma unroll 1
+    for (int steps = w.all_steps(); steps > 0; --steps, at.advance()) {
+      const u32 mine = turn_of(p, w, place);
+#pragma unroll
+      for (int i = 0; i < kConsumers; ++i) rings.sums(i).wait_full(at);
+      u32* turn = p.turns + piece;
+      while (added != mine) added = ld_relaxed_gpu_u32(turn);
+#pragma unroll
+      for (int i = 0; i < kConsumers; ++i)
+        if (exists(w, place, i)) add_piece(p, s_base, piece, i);
+      bulk_commit_group();
+      place.advance(w);
+      if (steps > 1) {
+        piece = piece_of(p, w, place);
+        added = ld_relaxed_gpu_u32(p.turns + piece);
+      }
+      bulk_wait_group_read<0>();
+#pragma unroll
+      for (int i = 0; i < kConsumers; ++i) mbarrier_arrive(rings.sums(i).empty(0));
+      bulk_wait_group<0>();
+      red_add_relaxed_gpu_u32(turn, 1);
+    }
+  }
+  // Of the first consumer.
+  FM_DEVICE static int piece_of(const Params& p, const Work& w, const Place& place) {
+    return (w.sums + place.head * p.dq_blocks + place.col() / 64) * kPieces;
+  }
+  FM_DEVICE static bool exists(const Work& w, const Place& place, int consumer) {
+    return kPieces == 2 || place.col() / 64 + consumer < w.sum_blocks;
+  }
+  FM_DEVICE static void add_piece(const Params& p, u32 s_base, int piece, int i) {
+    bulk_reduce_add_f32(p.dq_sums + static_cast<i64>(piece + i) * (64 * 64),
+                        s_base + Smem::kSums + i * kPieceBytes, kPieceBytes);
   }
 
   // How many blocks of keys add to the queries of a step before this one. Under a causal mask the last keys
   // come first: theirs is the shortest way to each query.
-  FM_DEVICE static int turn_of(const Params& p, const Work& w, int col) {
-    const int block = w.row0 / kRows;
+  FM_DEVICE static int turn_of(const Params& p, const Work& w, const Place& place) {
+    const int block = w.row0 / kRows, col = place.col();
+    if (w.around > 0) {
+      // Blocks that begin with this tile or one before it; the last of them has just begun.
+      const int begun = min(div_up((place.tile + 1) * w.around, w.steps), w.around);
+      return begun - 1 - block + (place.tile < w.begin ? w.around : 0);
+    }
     if (p.window_right < 0) {
       // Keys behind these see the columns from col on.
       const int row = w.band.right < 0 ? 0 : col - w.band.shift - w.band.right;

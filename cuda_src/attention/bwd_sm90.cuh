@@ -20,10 +20,10 @@ namespace fm {
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_, int kStages_, int kWanted_,
           class Variant_>
-struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_,
-                                                 kWanted_, Variant_> {
-  using Blocks = AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_,
-                                        Variant_>;
+struct AttentionBwdSm90
+    : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_, Variant_> {
+  using Blocks =
+      AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_, Variant_>;
   using Variant = Variant_;
   using Params = AttentionBwdSm90Params;
   using Element = Element_;
@@ -106,11 +106,11 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
       u32 r_p[kCols / 16][4], r_ds[kCols / 16][4];
       rings.row_x.wait_full(walk.row_x);
       if constexpr (kScores) rings.row_y.wait_full(walk.row_y);
+      typename Blocks::Place place(w);
 #pragma unroll 1
-      for (int step = 0, tile = w.first, head = w.head; step < steps; ++step) {
-        const int col = tile * kCols;
-        const int its_head = head;
-        if (++tile == w.first + w.steps) tile = w.first, ++head;
+      for (int step = 0; step < steps; ++step) {
+        const int col = place.col(), head = place.head;
+        place.advance(w);
         const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(
             smem + Smem::kStatistics + (kByKey ? at.stage * Statistics<kCols>::kBytes : 0));
         const u32 s_x = s_base + Smem::kColX + at.stage * TileColX::kBytes;
@@ -138,7 +138,7 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
           if (step > 0) x.release(at.before());
         }
         u32 r_slope[kCols / 16][4];
-        change_scores(p, w, its_head, r_s, r_slope, row, col);
+        change_scores(p, w, head, r_s, r_slope, row, col);
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int i, int, int, int j) {
           s = exp2_approx(fmaf(s, scale, -(kByKey ? s_of.lse[j] : lse[i])));
@@ -180,9 +180,7 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
         x.release(at.before());
       }
     }
-    if constexpr (kValues)
-      store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
-            p.head_dim_v, 1.f);
+    if constexpr (kValues) store_values(p, w, row, r_dv);
     if constexpr (kScores)
       store(p, w, row, r_dx, static_cast<Element*>(kByKey ? p.dk : p.dq),
             kByKey ? p.dk_stride_b : p.dq_stride_b, kByKey ? p.dk_stride_s : p.dq_stride_s,
@@ -208,12 +206,13 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
       rings.row_x.wait_full(count.row_x());
       rings.row_y.wait_full(count.row_y());
       if (!w.even && w.row0 + kRows > w.band.rows) clear_keys(s_base, s_k, w.band.rows - w.row0);
+      typename Blocks::Place place(w);
+      u32 r_ds[kCols / 16][4];  // the last product with it runs to the end
 #pragma unroll 1
-      for (int step = 0, tile = w.first, head = w.head; step < steps; ++step) {
+      for (int step = 0; step < steps; ++step) {
         const Stage at = count.at();
-        const int col = tile * kCols;
-        const int its_head = head;
-        if (++tile == w.first + w.steps) tile = w.first, ++head;
+        const int col = place.col(), head = place.head;
+        place.advance(w);
         const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(smem + Smem::kStatistics +
                                                                        at.stage * Statistics<kCols>::kBytes);
         const u32 s_q = s_base + Smem::kColX + at.stage * TileColX::kBytes;
@@ -236,11 +235,11 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
         wgmma_commit_group();
         wgmma_wait_group<1>(r_s[0]);
         u32 r_slope[kCols / 16][4];
-        change_scores(p, w, its_head, r_s, r_slope, row, col);
+        change_scores(p, w, head, r_s, r_slope, row, col);
         if (w.band.template cuts<64, kCols>(tile_row, col) || tile_row + 64 > w.band.rows)
           mask_keys(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
-        u32 r_p[kCols / 16][4], r_ds[kCols / 16][4];
+        u32 r_p[kCols / 16][4];
         pack_operand<Element>(r_p, r_s[0]);
         wgmma_fence();
         multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(s_dout), false, [] {});
@@ -279,6 +278,7 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
       wgmma_fence();
       multiply_keys(r_dq, s_base, s_k, count.turn() ^ 1, consumer);
       wgmma_commit_group();
+      store_values(p, w, row, r_dv);
       wgmma_wait_group<0>(r_dq[0]);
       wgmma_fence_operand(r_dk);
       __syncwarp();
@@ -286,9 +286,9 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
       rings.row_x.release(count.row_x());
       put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
       ++count.tiles;
+    } else {
+      store_values(p, w, row, r_dv);
     }
-    store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
-          p.head_dim_v, 1.f);
     store(p, w, row, r_dk, static_cast<Element*>(p.dk), p.dk_stride_b, p.dk_stride_s, p.dk_stride_h,
           p.head_dim, p.softmax_scale);
   }
@@ -410,6 +410,11 @@ struct AttentionBwdSm90 : AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_
     return e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both);
   }
 
+  template <int kN>
+  FM_DEVICE static void store_values(const Params& p, const Work& w, int row, const float (&r_dv)[kN][4]) {
+    store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
+          p.head_dim_v, 1.f);
+  }
   // A warp's 16 rows of a gradient, where they exist.
   template <int kN>
   FM_DEVICE static void store(const Params& p, const Work& w, int row, const float (&r_d)[kN][4],

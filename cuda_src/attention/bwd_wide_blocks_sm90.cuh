@@ -90,14 +90,14 @@ struct AttentionBwdWideBlocksSm90 {
     FM_DEVICE int next(int tile) const { return tile + 1 == first + steps ? first : tile + 1; }
   };
   FM_DEVICE static Work find_work(const Params& p) {
-    int index = static_cast<int>(blockIdx.x);
+    const int index = static_cast<int>(blockIdx.x);
+    const TileOfHead at = tile_of_head(index / kBlocks, p.blocks / kBlocks, p.tiles / p.blocks, p.section);
     Work w;
-    w.row0 = index % p.blocks * kRows;
-    index /= p.blocks;
+    w.row0 = (at.tile * kBlocks + index % kBlocks) * kRows;
     w.walks = p.heads_per_key;
     const int heads = p.heads_q / w.walks;
-    w.batch = index / heads;
-    w.head_k = index % heads;
+    w.batch = at.head / heads;
+    w.head_k = at.head % heads;
     w.head = w.head_k * w.walks;
     const AttentionFwdParams f = forward_params(p);
     w.even = kQueries || RowKeys::even(f);

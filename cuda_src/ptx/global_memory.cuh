@@ -10,11 +10,20 @@ FM_DEVICE u32 ld_acquire_gpu_u32(const u32* g_pointer) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(g_pointer) : "memory");
   return x;
 }
+// What other blocks have written, without any order of what lies around it.
+FM_DEVICE u32 ld_relaxed_gpu_u32(const u32* g_pointer) {
+  u32 x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(g_pointer) : "memory");
+  return x;
+}
 FM_DEVICE void red_add_release_gpu_u32(u32* g_pointer, u32 x) {
   asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(g_pointer), "r"(x) : "memory");
 }
 
 // Atomics without an order.
+FM_DEVICE void red_add_relaxed_gpu_u32(u32* g_pointer, u32 x) {
+  asm volatile("red.add.relaxed.gpu.global.u32 [%0], %1;" ::"l"(g_pointer), "r"(x) : "memory");
+}
 FM_DEVICE u32 atom_add_u32(u32* g_pointer, u32 x) {
   u32 before;
   asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"

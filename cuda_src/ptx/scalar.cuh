@@ -21,6 +21,8 @@ __device__ __forceinline__ unsigned mov_tid_x() {
 // No instruction: the compiler forgets how x came about, and keeps the one register.
 __device__ __forceinline__ void keep_register(unsigned& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep_register(const unsigned char*& x) { asm volatile("" : "+l"(x)); }
+// No instruction: what memory holds is read again, not kept in registers.
+__device__ __forceinline__ void keep_memory() { asm volatile("" ::: "memory"); }
 
 // Two floats to two 16-bit values in a register, to nearest even.
 __device__ __forceinline__ unsigned cvt_rn_bf16x2_f32(float high, float low) {

@@ -40,7 +40,7 @@ def _attention_backward() -> _Kernels:
     from flashmoe_cupy.plan.attention.backward_wide_sm90 import AttentionBwdWidePairSm90, AttentionBwdWideSm90
 
     general = AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks(), AttentionBwdConvert()
-    return AttentionBwdSm90(), AttentionBwdWideSm90(), AttentionBwdWidePairSm90(), *general
+    return AttentionBwdSm90(), AttentionBwdWidePairSm90(), AttentionBwdWideSm90(), *general
 
 
 def _moe() -> _Kernels:
@@ -115,9 +115,14 @@ def choose(task: str, problem: Any, arch: str, aligned: bool) -> Kernel[Any, Any
     raise UnsupportedProblem(problem.describe(), why, "a GPU of compute capability 8.0 or newer, or NumPy arrays")
 
 
+EVERY_ARCH = "sm_80"  # a kernel for it is one for every architecture
+
+
 def passed_over(kernel: Kernel[Any, Any], problem: Any, arch: str, aligned: bool) -> list[str]:
-    """Why faster kernels that `arch` has did not take the problem."""
+    """Why faster kernels that `arch` has did not take the problem; those of one architecture are all fast."""
     why: list[str] = []
+    if not kernel.configs(EVERY_ARCH):
+        return why
     for other in of_task(kernel.task).values():
         if other is kernel:
             break

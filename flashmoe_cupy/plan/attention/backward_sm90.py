@@ -17,15 +17,17 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
 )
 from flashmoe_cupy.plan.attention.backward_values import (
     CONVERTED,
+    blocks_of,
     dims_sm90,
     dq_blocks,
     dq_columns,
     fused,
     grid_of,
     lengths_code,
+    section,
     values_of,
 )
-from flashmoe_cupy.plan.attention.choice import variant_of
+from flashmoe_cupy.plan.attention.choice import variant_of, window
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import GradientProblem
 from flashmoe_cupy.plan.attention.tiles import PLAIN, SCORES
@@ -74,7 +76,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
             why.append(EMPTY)
         if problem.part == "qkv" and not fused(problem.of):
-            why.append("dq, dk and dv are not made in one launch for head dims 65 to 96, nor up to 64 if scores change")
+            why.append("dq, dk and dv are not made in one launch for head dims up to 64 if scores change")
         if why:
             return why
         tiles = grid_of(problem, self.choose(problem, arch, aligned))
@@ -94,12 +96,21 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         return min(grid_of(problem, config), sms)
 
     def values(
-        self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
         return values_of(problem, config, aligned) | {
             "dq_blocks": dq_blocks(problem.of),
             "tiles": grid_of(problem, config),
+            "section": section(problem, config, sms),
+            "at_once": int(self.at_once(problem, config, sms)),
         }
+
+    def at_once(self, problem: GradientProblem, config: Bwd90Config, sms: int = DEFAULT_SMS) -> bool:
+        """In order, dq is added faster where tiles may wait for later ones: all of a section's have to run."""
+        p = problem.of.forward
+        full = window(p.window_left, p) < 0 and window(p.window_right, p) < 0
+        in_order = config.part == "qkv" and problem.of.deterministic and full
+        return in_order and blocks_of(problem, config) * section(problem, config, sms) <= sms
 
     def before(
         self, step: Step, config: Bwd90Config, odd: Sequence[str]  # noqa: ARG002

@@ -147,7 +147,7 @@ class Bwd90Config(NamedTuple):
         rows = self.rows * (width + (self.part != "v") * width_v)
         # The next tile's keys, dS, pieces of dq, and their barriers.
         more = (self.part == "qkv") * (self.rows * (width + 2 * self.cols * size) + 2 * (64 * 64 * 4 + 16) + 16)
-        work = 20 * 4 + 16 * 3  # a tile, its barriers, and those of the rows
+        work = 24 * 4 * (2 + (self.part == "qkv")) + 16 * 3 + 8  # tiles, their barriers, and those of the rows
         return rows + more + self.stages * (self.cols * (width + width_v) + 8 * self.cols * by_key + 32) + work
 
     @property
@@ -352,7 +352,7 @@ def config_sm90(element: str, dims: tuple[int, int], part: str, variant: str = P
 
 
 # Compiled head dims and variants of the kernel of dq, dk and dv at once. Scores that change spill with 64.
-FUSED_SM90 = (((64, 64), PLAIN), ((128, 128), PLAIN), ((128, 128), SCORES))
+FUSED_SM90 = (((64, 64), PLAIN), ((96, 96), PLAIN), ((96, 96), SCORES), ((128, 128), PLAIN), ((128, 128), SCORES))
 
 
 def together(element: str, dims: tuple[int, int], variant: str) -> bool:

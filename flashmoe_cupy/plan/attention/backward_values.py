@@ -63,6 +63,21 @@ def blocks_of(problem: GradientProblem, config: _Config) -> int:
     return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))
 
 
+def section(problem: GradientProblem, config: _Config, sms: int) -> int:
+    """Heads whose tiles are worked on together, so that the last ones leave no block with much more than the others.
+
+    As many as have tiles for every block, a power of 2; a simulation in benchmarks/NOTEBOOK.md. 1: all tiles take as
+    long.
+    """
+    p = problem.of.forward
+    if (window(p.window_left, p) < 0) == (window(p.window_right, p) < 0):
+        return 1
+    heads = p.batch * (p.heads_q if problem.part == "q" else p.heads_k)
+    fit = max(min(sms // blocks_of(problem, config), heads), 1)
+    tiles = int(1 << fit.bit_length() - 1)
+    return 2 * tiles if problem.of.deterministic else tiles  # those that wait for each other lie farther apart
+
+
 def specialisation(of: AttentionBwdProblem) -> tuple[str, tuple[int, int], str]:
     """Element, compiled head dims and variant, for rows that are aligned."""
     p = of.forward
@@ -101,9 +116,9 @@ def dq_blocks(of: AttentionBwdProblem) -> int:
 
 
 def dq_columns(of: AttentionBwdProblem) -> int:
-    """Columns of the sums of dq, where there are any."""
+    """Columns of the sums of dq, where there are any: parts of 64."""
     dims = dims_sm90(of)
-    return dims[0] if dims else 0
+    return -(-dims[0] // 64) * 64 if dims else 0
 
 
 def dq_values(of: AttentionBwdProblem) -> int:

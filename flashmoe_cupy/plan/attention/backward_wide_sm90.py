@@ -14,7 +14,15 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     BwdWide90Config,
     config_wide,
 )
-from flashmoe_cupy.plan.attention.backward_values import CONVERTED, blocks_of, dims_sm90, fused, grid_of, values_of
+from flashmoe_cupy.plan.attention.backward_values import (
+    CONVERTED,
+    blocks_of,
+    dims_sm90,
+    fused,
+    grid_of,
+    section,
+    values_of,
+)
 from flashmoe_cupy.plan.attention.gradient import GradientProblem
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, Kernel
 from flashmoe_cupy.plan.params import Params
@@ -60,9 +68,14 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
         return grid_of(problem, config)
 
     def values(
-        self, problem: GradientProblem, config: BwdWide90Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: GradientProblem, config: BwdWide90Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
-        return values_of(problem, config, aligned) | {"dq_blocks": -(-problem.of.forward.seqlen_q // 64), "tiles": 0}
+        return values_of(problem, config, aligned) | {
+            "dq_blocks": -(-problem.of.forward.seqlen_q // 64),
+            "tiles": self.grid(problem, config),
+            "section": section(problem, config, sms),
+            "at_once": 0,
+        }
 
     def before(
         self, step: Step, config: BwdWide90Config, odd: Sequence[str]  # noqa: ARG002
@@ -115,7 +128,8 @@ class AttentionBwdWidePairSm90(Kernel[GradientProblem, BwdPair90Config]):
     def values(
         self, problem: GradientProblem, config: BwdPair90Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
-        return _WIDE.values(problem, config.alone, aligned, sms) | {"blocks": self._blocks(problem, config)}
+        sizes = {"blocks": self._blocks(problem, config), "tiles": self.grid(problem, config)}
+        return _WIDE.values(problem, config.alone, aligned, sms) | sizes
 
     def before(
         self, step: Step, config: BwdPair90Config, odd: Sequence[str]

@@ -7,6 +7,7 @@ inline unsigned shl_b32(unsigned x, int n) { return static_cast<unsigned>(n) > 3
 inline unsigned mov_tid_x() { return threadIdx.x; }
 inline void keep_register(unsigned&) {}
 inline void keep_register(const unsigned char*&) {}
+inline void keep_memory() {}
 
 inline unsigned cvt_rn_bf16x2_f32(float high, float low) {
   return static_cast<unsigned>(emu::float_to_bfloat(high)) << 16 | emu::float_to_bfloat(low);
