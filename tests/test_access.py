@@ -362,7 +362,7 @@ class Calls:
     def access(self) -> Any:
         return SimpleNamespace(
             pointer=lambda x: x, empty=self.empty, stream=lambda device: 7 + device, uint8=None, graph_pool=True,
-            dtypes={"float32": "f", "int32": "i"}, host=False,
+            dtypes={"float32": "f", "int32": "i"}, host=False, reads=True,
             maker=lambda *spec: partial(self.empty, *spec), recorder=lambda device: lambda stream: self.recording,
         )  # fmt: skip
 
@@ -499,3 +499,12 @@ def test_parameters_in_autocast_with_nothing_to_cast() -> None:
         want = flash_attention(q.data, q.data, q.data)
         for _ in range(3):
             assert torch.equal(flash_attention(q, q.data, q.data), want)
+
+
+def test_what_reads_no_addresses_gets_no_fast_call() -> None:
+    torch = pytest.importorskip("torch")
+    plan = object.__new__(Plan)
+    plan._fast, plan._nothing, plan.written = (lambda _: 1), False, []
+    slow, host = accesses.find(torch.nn.Parameter), accesses.find(np.ndarray)
+    assert slow is not None and plan.fast_call(slow, ()) is None
+    assert host is not None and plan.fast_call(host, ()) is plan._fast

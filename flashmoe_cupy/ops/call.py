@@ -231,6 +231,8 @@ class Plan:
 
     def fast_call(self, access: ArrayAccess, given: tuple[Any, ...]) -> FastCall | None:
         """`run` for plain arrays like these. None: there is none, as far as is known."""
+        if not (access.reads or access.host):
+            return None
         if self._fast is None and not self._nothing and not self.written:
             if access.host:
                 self._fast = self._on_numpy() if self.overlap is None else None
