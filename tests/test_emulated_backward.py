@@ -84,6 +84,7 @@ HOPPER: tuple[tuple[Case, tuple[str, ...]], ...] = (
     (AttentionCase(700, 600, 1, 4, 2, 64), ALL),
     (AttentionCase(1, 1, 2, 2, 2, 128), ALL),
     (RAGGED._replace(causal=True), ALL),
+    (VarlenCase((5, 0, 130, 1, 70, 0, 0, 200, 64), (5, 3, 260, 0, 70, 0, 0, 128, 300), heads_k=2), ALL),
     (RAGGED._replace(head_dim=128, used_q=(60, 0, 1, 130), used_k=(30, 5, 0, 190), causal=True, dtype="float16"), ALL),
     (PADDED._replace(head_dim=128, causal=True), ALL),
     (PADDED._replace(head_dim=40, window_size=(30, 5)), ALL),

@@ -203,13 +203,20 @@ struct AttentionBwdBlocksSm90 {
     // work.
     const bool ascending = kByKey && (p.turns == nullptr || p.window_right < 0 || p.at_once);
     const TileOfHead at = tile_of_head(index, p.blocks, p.tiles / p.blocks, p.section);
-    const int block = ascending ? at.tile : p.blocks - 1 - at.tile;
     const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
-    w.batch = at.head / heads;
     w.walks = kByKey ? p.heads_per_key : 1;
     w.head = at.head % heads * w.walks;
     w.head_k = w.head / p.heads_per_key;
-    w.row0 = block * kRows;
+    int tile = at.tile, tiles = p.blocks;  // of the sequence
+    if (p.lengths == kPackedLengths) {
+      const int* cu_seqlens = kByKey ? p.cu_seqlens_k : p.cu_seqlens_q;
+      w.batch = sequence_of_tile<kRows>(cu_seqlens, p.sequences, tile);
+      tile -= first_tile<kRows>(cu_seqlens, w.batch);
+      tiles = first_tile<kRows>(cu_seqlens, w.batch + 1) - first_tile<kRows>(cu_seqlens, w.batch);
+    } else {
+      w.batch = at.head / heads;
+    }
+    w.row0 = (ascending ? tile : tiles - 1 - tile) * kRows;
     const AttentionFwdParams f = forward_params(p);
     w.even = RowKeys::even(f);
     const Sequence found = w.even ? RowKeys::each(f) : RowKeys::sequence(f, w.batch);
@@ -234,7 +241,7 @@ struct AttentionBwdBlocksSm90 {
   FM_DEVICE static void find_turns(const Params& p, Work& w) {
     const bool around = kQueries && p.at_once && p.window_left < 0 && p.window_right < 0;
     w.around = around ? div_up(w.band.rows, kRows) : 0;
-    w.begin = around ? w.row0 / kRows * w.steps / w.around : w.first;
+    w.begin = w.around > 0 ? w.row0 / kRows * w.steps / w.around : w.first;
   }
 
   // ---- producer ----

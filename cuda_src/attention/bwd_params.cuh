@@ -71,6 +71,7 @@ struct AttentionBwdSm90Params : AttentionBwdParams {
   int dq_blocks;  // blocks of 64 queries in dq_sums from head to head
   int tiles;      // of all heads and entries
   int section;    // heads, or groups that share keys, that are worked on together
+  int sequences;  // entries, or packed sequences
   int at_once;    // all blocks run at once, and tiles may wait for later ones
   TensorMap q_map, k_map, v_map, dout_map;
 };
@@ -85,6 +86,19 @@ FM_DEVICE TileOfHead tile_of_head(int index, int tiles_of_head, int heads, int s
   const int before = index / (tiles_of_head * section) * section, wide = min(section, heads - before);
   index -= before * tiles_of_head;
   return {index / wide, before + index % wide};
+}
+
+// Packed sequences have their tiles one behind the other; up to one too many for each.
+template <int kRows>
+FM_DEVICE int first_tile(const int* cu_seqlens, int batch) {
+  return cu_seqlens[batch] / kRows + batch;
+}
+template <int kRows>
+FM_DEVICE int sequence_of_tile(const int* cu_seqlens, int sequences, int tile) {
+  int batch = 0;
+  for (int step = 1 << (31 - __clz(sequences)); step > 0; step /= 2)
+    if (batch + step < sequences && first_tile<kRows>(cu_seqlens, batch + step) <= tile) batch += step;
+  return batch;
 }
 
 // The gradient of a bias, which has 1 or all along each axis.

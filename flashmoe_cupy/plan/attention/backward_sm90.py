@@ -22,7 +22,6 @@ from flashmoe_cupy.plan.attention.backward_values import (
     dq_blocks,
     dq_columns,
     fused,
-    grid_of,
     lengths_code,
     section,
     values_of,
@@ -79,7 +78,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
             why.append("dq, dk and dv are not made in one launch for head dims up to 64 if scores change")
         if why:
             return why
-        tiles = grid_of(problem, self.choose(problem, arch, aligned))
+        tiles = self._tiles(problem, self.choose(problem, arch, aligned))
         if tiles >= 2**31:
             why.append(f"{tiles} blocks of work: too much for one launch (2**31 - 1)")
         maps = self.map_arguments(problem, self.choose(problem, arch, aligned))
@@ -93,14 +92,28 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         return config_sm90(problem.dtype.cuda, dims, problem.part, variant_of(problem.of.forward))
 
     def grid(self, problem: GradientProblem, config: Bwd90Config, sms: int = DEFAULT_SMS) -> int:
-        return min(grid_of(problem, config), sms)
+        return min(self._tiles(problem, config), sms)
+
+    def _blocks(self, problem: GradientProblem, config: Bwd90Config) -> int:
+        """Tiles of rows of a head: of an entry, or of all packed sequences, up to one too many for each."""
+        p = problem.of.forward
+        if not p.varlen:
+            return blocks_of(problem, config)
+        return (p.total_q if problem.part == "q" else p.total_k) // config.rows + p.batch
+
+    def _tiles(self, problem: GradientProblem, config: Bwd90Config) -> int:
+        p = problem.of.forward
+        heads = p.heads_q if problem.part == "q" else p.heads_k
+        return (1 if p.varlen else p.batch) * heads * self._blocks(problem, config)
 
     def values(
         self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
         return values_of(problem, config, aligned) | {
             "dq_blocks": dq_blocks(problem.of),
-            "tiles": grid_of(problem, config),
+            "blocks": self._blocks(problem, config),
+            "tiles": self._tiles(problem, config),
+            "sequences": problem.of.forward.batch,
             "section": section(problem, config, sms),
             "at_once": int(self.at_once(problem, config, sms)),
         }

@@ -74,6 +74,7 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
             "dq_blocks": -(-problem.of.forward.seqlen_q // 64),
             "tiles": self.grid(problem, config),
             "section": section(problem, config, sms),
+            "sequences": problem.of.forward.batch,
             "at_once": 0,
         }
 
