@@ -1,7 +1,7 @@
 """The measuring loop: cases on several libraries in one process, every answer checked before it is timed.
 
 Each library first computes a case into a poisoned output and is checked against float64 maths; only right answers are
-timed. Then rounds: every round takes one sample of each library, in turning order. What is particular to attention is
+timed. Then rounds: every round takes one sample of each library, in a drawn order. What is particular to attention is
 at the end of this file, what is particular to the mixture of experts in moe_bench.py.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import gc
 import math
 import os
+import random
 import statistics
 import time
 from datetime import UTC, datetime
@@ -209,8 +210,9 @@ class Bench(Generic[C, I]):
         gc.disable()
         try:
             for turn in range(self.effort.rounds):
-                order = list(ready)
-                for name in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
+                # Where power sets the clock, a library gets more of it behind one that has taken less.
+                order = random.Random(f"{case.name} {turn}").sample(list(ready), len(ready))
+                for name in order:
                     timed, launches, hold, lead = plans[name]
                     with self._guard(case, name, rows, ready), ready[name].scope():
                         samples[name].append(self.timer.sample(timed.run, launches, hold, lead) / timed.calls)

@@ -9,7 +9,7 @@
 
 All libraries get the same random inputs. Each first computes the case into a poisoned output and is checked against
 float64 maths on sampled rows; only right answers are timed. Then rounds: every round takes one sample of each library,
-in turning order. Device microseconds: CUDA events around several launches, per launch; the median of the rounds, each
+in a drawn order. Device microseconds: CUDA events around several launches, per launch; the median of the rounds, each
 sample over the pace of its round (`at_one_pace` in bench.py: the clock changes for all libraries alike). Inputs rotate
 when they would stay in the L2 cache. Host microseconds: processor time of one call while the queue is short.
 A backward reads what the library's own forward gave; that one is made before and is not timed.
