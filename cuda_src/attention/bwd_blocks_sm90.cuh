@@ -201,7 +201,7 @@ struct AttentionBwdBlocksSm90 {
     // Under a causal mask late queries see the most keys, and early keys are seen by the most queries.
     // Where dq is added in order, a tile of keys comes behind those that it waits for, unless all are in
     // work.
-    const bool ascending = kByKey && (p.turns == nullptr || p.window_right < 0 || p.at_once);
+    const bool ascending = kByKey && (!p.ordered || p.window_right < 0 || p.at_once);
     const TileOfHead at = tile_of_head(index, p.blocks, p.tiles / p.blocks, p.section);
     const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
     w.walks = kByKey ? p.heads_per_key : 1;
@@ -352,7 +352,7 @@ struct AttentionBwdBlocksSm90 {
       copy(w, s_work);
       // The next tile is wanted before the sums of this one are made, unless this one may wait for it.
       if (!p.at_once) mbarrier_arrive(rings.work.empty(0));
-      if (p.turns != nullptr)
+      if (p.ordered)
         add_in_turns(p, w, s_base, rings, at);
       else
         add_in_any_order(p, w, s_base, rings, at, before);
@@ -391,7 +391,7 @@ struct AttentionBwdBlocksSm90 {
       const u32 mine = turn_of(p, w, place);
 #pragma unroll
       for (int i = 0; i < kConsumers; ++i) rings.sums(i).wait_full(at);
-      u32* turn = p.turns + piece;
+      u32* turn = turns_of(p) + piece;
       while (added != mine) added = ld_relaxed_gpu_u32(turn);
 #pragma unroll
       for (int i = 0; i < kConsumers; ++i)
@@ -400,7 +400,7 @@ struct AttentionBwdBlocksSm90 {
       place.advance(w);
       if (steps > 1) {
         piece = piece_of(p, w, place);
-        added = ld_relaxed_gpu_u32(p.turns + piece);
+        added = ld_relaxed_gpu_u32(turns_of(p) + piece);
       }
       bulk_wait_group_read<0>();
 #pragma unroll

@@ -25,10 +25,8 @@ struct AttentionBwdDot {
 
   FM_DEVICE static void run(const AttentionBwdDotParams& p) {
     if (blockIdx.x == 0 && threadIdx.x < kTileCounters) p.tile_counters[threadIdx.x] = 0;
-    if (p.turns != nullptr)
-      for (i64 i = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x; i < p.dq_values / (64 * 64);
-           i += static_cast<i64>(gridDim.x) * kThreads)
-        p.turns[i] = 0;
+    for (int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x); i < p.turns; i += gridDim.x * kThreads)
+      p.tile_counters[kTileCounters + i] = 0;
     if (p.dq_sums != nullptr)
       for (i64 i = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * 4; i < p.dq_values;
            i += static_cast<i64>(gridDim.x) * kThreads * 4)

@@ -77,7 +77,7 @@ struct AttentionBwdWidePairSm90
         barrier_arrive(kWeightsStored + (step & 1), kConsumerThreads);
         y.wait_full(at_v);
         wgmma_fence();
-        multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(col_y(s_base, at_v)), false, [] {});
+        multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(without_rank(col_y(s_base, at_v))), false, [] {});
         wgmma_commit_group();
         barrier_sync(kWeightsUsed + ((step + 1) & 1), kConsumerThreads);
         multiply_queries(r_dq, s_base, step - 1, 0);
@@ -152,7 +152,7 @@ struct AttentionBwdWidePairSm90
         barrier_sync(kScoresStored, 128);
         if (threadIdx.x % 128 == 0) send_scores(s_base, step);
         wgmma_fence();
-        multiply<Element, 1>(r_dk, r_ds, MNMajor<TileColX>(col_x(s_base, at)), false, [] {});
+        multiply<Element, 1>(r_dk, r_ds, MNMajor<TileColX>(without_rank(col_x(s_base, at))), false, [] {});
         wgmma_commit_group();
         at.advance(), at_v.advance();
         if (step > 0) add_queries(g_before, r_dq[0]);
@@ -191,12 +191,13 @@ struct AttentionBwdWidePairSm90
   FM_DEVICE static void multiply_queries(float (&r_dq)[1][8][4], u32 s_base, int step, int consumer) {
     if (step >= 0) peers(s_base).wait_full(of_step(step));
     const u32 part = cluster_ctarank() * 2 + consumer;
-    keep_register(s_base);  // as in multiply_keys
-    const MNMajor<TileX> keys(s_base + Smem::kRowX + part * TileX::kPanelBytes);
-    const MNMajor<TilePeer> peer_keys(s_base + Smem::kPeerKeys + consumer * TilePeer::kPanelBytes);
+    u32 s_own = without_rank(s_base);
+    keep_register(s_own);  // as in multiply_keys
+    const MNMajor<TileX> keys(s_own + Smem::kRowX + part * TileX::kPanelBytes);
+    const MNMajor<TilePeer> peer_keys(s_own + Smem::kPeerKeys + consumer * TilePeer::kPanelBytes);
     wgmma_fence();
-    multiply<Element, kRows>(r_dq, MNMajor<TileScores>(s_scores(s_base, step)), keys, true);
-    multiply<Element, kRows>(r_dq, MNMajor<TileScores>(s_peer_scores(s_base, step)), peer_keys, false);
+    multiply<Element, kRows>(r_dq, MNMajor<TileScores>(s_scores(s_own, step)), keys, true);
+    multiply<Element, kRows>(r_dq, MNMajor<TileScores>(s_peer_scores(s_own, step)), peer_keys, false);
     wgmma_commit_group();
   }
   // Where a thread adds up a consumer's part of 64 queries; null: it has none.

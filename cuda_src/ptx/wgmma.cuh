@@ -14,12 +14,13 @@ namespace fm {
 // by 16 rows.
 FM_DEVICE constexpr u64 wgmma_descriptor(u32 s_address, int panel_bytes, int eight_rows = 1024) {
   constexpr u64 kSwizzle128 = 1;
-  // In the second block of a cluster an address has its rank above these bits.
-  constexpr u32 kSmemAddressBits = (1 << 18) - 1;
   return kSwizzle128 << 62 | static_cast<u64>(eight_rows >> 4) << 32 |
-         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address & kSmemAddressBits) >> 4;
+         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
 }
-static_assert(wgmma_descriptor(0x01000400, 8192) == wgmma_descriptor(0x400, 8192));
+// In the second block of a cluster an address has the block's rank above these bits, where MN-major operands
+// have panel_bytes: what they are described by goes through here.
+FM_DEVICE constexpr u32 without_rank(u32 s_address) { return s_address & ((1 << 18) - 1); }
+static_assert(wgmma_descriptor(without_rank(0x01000400), 8192) == wgmma_descriptor(0x400, 8192));
 
 // Registers written by ordinary instructions before this may be operands after it.
 FM_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -27,6 +27,7 @@ from flashmoe_cupy.plan.attention.backward_values import (
     grid_of,
     lengths_code,
     specialisation,
+    turns,
     values_of,
 )
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS
@@ -88,6 +89,7 @@ class AttentionBwdDot(_Portable[SmallConfig]):
             "head_dim_v": p.head_dim_v,
             "aligned": int(aligned),
             "dq_values": dq_values(of),
+            "turns": turns(of),
         }
 
     def title(self, config: SmallConfig) -> str:
@@ -248,11 +250,11 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
         "dq": f.total_q * f.heads_q * f.head_dim, "dk": f.total_k * f.heads_k * f.head_dim,
         "dv": f.total_k * f.heads_k * f.head_dim_v,
     }  # fmt: skip
-    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters", "turns")
+    dot = same("out", "dout", "lse", "dlse", "row_lse", "row_delta", "dq_sums", "tile_counters")
     steps = [Step("attention_bwd_dot", GradientProblem(p, "dot"), dot)] if rows else []
     if fused(p) and (not p.deterministic or dims_sm90(p) in TILES_BWD_SM90) and {"dq", "dk", "dv"} <= {*p.wanted}:
         clears = {f"d{x}": sizes[f"d{x}"] * f.dtype.itemsize for x in "qkv" if not f.even and f"d{x}" in p.new}
-        arrays = _ARRAYS | same("dq_sums", "turns")
+        arrays = _ARRAYS | same("dq_sums")
         steps.append(Step("attention_bwd", GradientProblem(p, "qkv"), arrays, None, clears))
     parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
     of_keys = [parts] if together(*specialisation(p)) or dims_sm90(p) in STAGES_WIDE_SM90 else [*parts]
@@ -268,6 +270,5 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
         sinks = same("row_lse", "row_delta", "sinks", "dsinks", "cu_seqlens_q", "seqused_q", "leftpad_q")
         steps.append(Step("attention_bwd_sinks", GradientProblem(p, "sinks"), sinks))
     sums = {"dq_sums": 4 * dq_values(p)} if at_once else {}
-    if at_once and p.deterministic:
-        sums["turns"] = dq_values(p) // 1024
-    return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4), "tile_counters": 32} | sums
+    counters = 32 + 4 * turns(p)
+    return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4), "tile_counters": counters} | sums

@@ -115,6 +115,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
             "tiles": self._tiles(problem, config),
             "sequences": problem.of.forward.batch,
             "section": section(problem, config, sms),
+            "ordered": int(config.part == "qkv" and problem.of.deterministic),
             "at_once": int(self.at_once(problem, config, sms)),
         }
 

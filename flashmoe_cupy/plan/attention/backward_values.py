@@ -126,3 +126,9 @@ def dq_values(of: AttentionBwdProblem) -> int:
     p = of.forward
     entries = 1 if p.varlen else p.batch
     return entries * p.heads_q * dq_blocks(of) * 64 * dq_columns(of) if fused(of) else 0
+
+
+def turns(of: AttentionBwdProblem) -> int:
+    """Counters behind the tile counters, of blocks that add to the sums of dq one after the other."""
+    ordered = of.deterministic and dims_sm90(of) in TILES_BWD_SM90
+    return dq_values(of) // (64 * 64) if ordered else 0

@@ -75,6 +75,7 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
             "tiles": self.grid(problem, config),
             "section": section(problem, config, sms),
             "sequences": problem.of.forward.batch,
+            "ordered": 0,
             "at_once": 0,
         }
 

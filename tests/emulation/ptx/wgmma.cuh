@@ -7,8 +7,9 @@ namespace fm {
 inline u64 wgmma_descriptor(u32 s_address, int panel_bytes, int eight_rows = 1024) {
   constexpr u64 kSwizzle128 = 1;
   return kSwizzle128 << 62 | static_cast<u64>(eight_rows >> 4) << 32 |
-         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address & 0x3ffff) >> 4;
+         static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
 }
+inline u32 without_rank(u32 s_address) { return s_address & 0x3ffff; }
 
 inline void wgmma_fence() { emu::product_fence(); }
 inline void wgmma_commit_group() { emu::product_commit(); }
