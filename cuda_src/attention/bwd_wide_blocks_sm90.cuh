@@ -29,9 +29,6 @@ struct AttentionBwdWideBlocksSm90 {
   static constexpr bool kShares = kShares_;
   static constexpr int kUsers = kShares ? 16 : 8;  // consumer warps that use what a block fetches
   static_assert(kBlocks == 2 || !kShares);
-  // Whether blocks that see the same queries begin with different ones, so that they do not add to one place
-  // of dq_sums at a time. Not measured yet.
-  static constexpr bool kTurned = false;
   static constexpr int kRows = 64, kThreads = 3 * 128, kConsumerThreads = 2 * 128;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= launch_registers(3));
@@ -80,13 +77,12 @@ struct AttentionBwdWideBlocksSm90 {
     int batch, head, head_k;  // head: the first of those that are walked over
     int row0;                 // the block's first key
     int first, steps, walks;  // tiles of queries: the first one, how many; and heads
-    int begin;                // with which of the tiles a head begins
     int row_base, col_base;   // where key 0 and query 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
     bool even;                // behind the last key and query the arrays end
     FM_DEVICE int all_steps() const { return steps * walks; }
     FM_DEVICE int head_of(int step) const { return head + step / steps; }
-    FM_DEVICE int col_of(int step) const { return (first + (begin - first + step) % steps) * kCols; }
+    FM_DEVICE int col_of(int step) const { return (first + step % steps) * kCols; }
     FM_DEVICE int next(int tile) const { return tile + 1 == first + steps ? first : tile + 1; }
   };
   FM_DEVICE static Work find_work(const Params& p) {
@@ -111,9 +107,6 @@ struct AttentionBwdWideBlocksSm90 {
     w.first = w.band.first(row0) / kCols;
     const int last = div_up(max(w.band.last(min(row0 + kBlocks * kRows, w.band.rows) - 1) + 1, 0), kCols);
     w.steps = max(last - w.first, 0);
-    w.begin = w.first;
-    if (kTurned && kQueries && w.steps > 0 && p.window_left < 0 && p.window_right < 0)
-      w.begin += row0 / (kBlocks * kRows) % w.steps;
     return w;
   }
 

@@ -59,10 +59,10 @@ struct AttentionBwdWidePairSm90
       x.wait_full(at);
       multiply_keys(r_s, s_base, at);
 #pragma unroll 1
-      for (int step = 0, tile = w.begin; step < steps; ++step) {
+      for (int step = 0, tile = w.first; step < steps; ++step) {
         const int col = tile * kCols, its_head = head;
         tile = w.next(tile);
-        if (tile == w.begin) ++head;
+        if (tile == w.first) ++head;
         wgmma_wait_group<0>(r_s[0]);
         if (w.band.template cuts<kRows, kCols>(w.row0, col) || w.row0 + kRows > w.band.rows)
           mask(r_s[0], w.band, row, col);
@@ -121,10 +121,10 @@ struct AttentionBwdWidePairSm90
       mbarrier_wait_parity(s_base + Smem::kBarrierY, 0);
       mbarrier_wait_parity(s_base + Smem::kBarrierX, 0);
 #pragma unroll 1
-      for (int step = 0, tile = w.begin; step < steps; ++step) {
+      for (int step = 0, tile = w.first; step < steps; ++step) {
         const int col = tile * kCols, its_head = head;
         tile = w.next(tile);
-        if (tile == w.begin) ++head;
+        if (tile == w.first) ++head;
         y.wait_full(at_v);
         multiply_values(r_dp, s_base, at_v);
         wgmma_wait_group<1>(r_dk);

@@ -64,13 +64,13 @@ struct AttentionBwdWideSm90
       float* g_before = nullptr;  // dq of the step before
       int head = w.head;
       mbarrier_wait_parity(s_base + Smem::kBarrierX, 0);
-      wait_for_columns(w, s_base, x, y, at, w.begin * kCols);
+      wait_for_columns(w, s_base, x, y, at, w.first * kCols);
       multiply_keys(r_s, s_base, at);
 #pragma unroll 1
-      for (int step = 0, tile = w.begin; step < steps; ++step) {
+      for (int step = 0, tile = w.first; step < steps; ++step) {
         const int col = tile * kCols, its_head = head;
         tile = w.next(tile);
-        if (tile == w.begin) ++head;
+        if (tile == w.first) ++head;
         wgmma_wait_group<0>(r_s[0]);
         if (w.band.template cuts<kRows, kCols>(w.row0, col) || w.row0 + kRows > w.band.rows)
           mask(r_s[0], w.band, row, col);
@@ -143,10 +143,10 @@ struct AttentionBwdWideSm90
       mbarrier_wait_parity(s_base + Smem::kBarrierY, 0);
       if constexpr (kQueries) mbarrier_wait_parity(s_base + Smem::kBarrierX, 0);
 #pragma unroll 1
-      for (int step = 0, tile = w.begin; step < steps; ++step) {
+      for (int step = 0, tile = w.first; step < steps; ++step) {
         const int col = tile * kCols, its_head = head;
         tile = w.next(tile);
-        if (tile == w.begin) ++head;
+        if (tile == w.first) ++head;
         wait_for_columns(w, s_base, y, x, at, col);
         multiply_values(r_dp, s_base, at);
         // Before the first step there is no dq: what its products make is not used.

@@ -4,12 +4,16 @@
 
 namespace fm {
 
+// The machine's addresses have the rank of a block in its cluster above bit 23. The emulated ones do not, so a
+// descriptor adds it, unless without_rank says that the kernel has left it out.
+enum : u32 { kWithoutRank = 1u << 31 };
+inline u32 without_rank(u32 s_address) { return s_address | kWithoutRank; }
 inline u64 wgmma_descriptor(u32 s_address, int panel_bytes, int eight_rows = 1024) {
   constexpr u64 kSwizzle128 = 1;
+  s_address = s_address & kWithoutRank ? s_address & ~kWithoutRank : s_address | emu::cluster_rank() << 24;
   return kSwizzle128 << 62 | static_cast<u64>(eight_rows >> 4) << 32 |
          static_cast<u64>(panel_bytes >> 4) << 16 | (s_address >> 4);
 }
-inline u32 without_rank(u32 s_address) { return s_address & 0x3ffff; }
 
 inline void wgmma_fence() { emu::product_fence(); }
 inline void wgmma_commit_group() { emu::product_commit(); }
