@@ -1,14 +1,14 @@
 // Attention backward for Hopper (sm_90a): the same gradients as bwd_sm80.cuh, for bf16 and fp16 rows that
-// start at multiples of 16 bytes and scores that are only scaled and masked. dq, dk and dv at once: for
-// sequences of one length.
+// start at multiples of 16 bytes and scores without a bias.
 //
 //   S = scale q k^T   P = exp(S - lse)   dP = dout v^T   dS = P (dP - delta)
 //   dv = P^T dout     dk = scale dS^T q  dq = scale dS k      (FlashAttention-2, algorithm 2)
 //
 // Overwrites the rows of dq, dk and dv, touches nothing else. There are two ways. One kernel makes dk and dv
 // and one makes dq: nothing is added up in memory, and every run gives the same bits. Or one kernel makes
-// all, with five products instead of seven: its blocks add dq up in dq_sums, in any order, and
-// bwd_convert.cuh rounds the sums.
+// all, with five products instead of seven: its blocks add dq / scale up in dq_sums, which bwd_dot.cuh clears
+// before and bwd_convert.cuh turns into dq; in any order, or one after the other (p.ordered), which gives the
+// same bits in every run, too.
 //
 // Each warpgroup but the first (a consumer) owns 64 rows of a tile (bwd_blocks_sm90.cuh). Rows times columns
 // come from shared memory; P and dS go from registers into the products that follow. Without dq in memory

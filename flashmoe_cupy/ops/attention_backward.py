@@ -73,21 +73,24 @@ def flash_attention_backward(
         computed.
     dq, dk, dv: arrays for these gradients, in the shape and dtype of q, k and v, overwritten; None = new ones. Rows
         that do not count are left alone in them. Not for JAX, whose arrays are immutable.
-    deterministic: True = the same bits in every run. False lets blocks add up dq in any order where that is faster:
-        on Hopper, when dq, dk and dv are all wanted, for some head dims. dk and dv are the same in every run even then.
+    deterministic: True = the same bits in every run, on the same kind of device. False lets blocks add up dq in any
+        order where that is faster: on Hopper, when dq, dk and dv are all wanted and there is no bias. dk and dv are the
+        same in every run even then.
     Strides of every array: any whose last dimension is contiguous, also 0 where it is read; those of lse and dlse any.
 
     Returns AttentionGradients(dq, dk, dv, dsinks, dbias), None for what need does not name. dk and dv are summed over
     the query heads of a group, dsinks (heads_q,) over batch and queries, dbias over the axes along which bias is
     spread. Sums run in float32 and are rounded once. Rows that do not count, keys that no query sees and queries that
     see no key get 0. On GPUs there is a workspace of 8 bytes for each query and head;
-    where dq is added up, of 4 bytes more for each of its values, head_dim filled up to 64 or 128.
+    where dq is added up, in any order or (head dims up to 128) in one, of 4 bytes more for each of its values, head_dim
+    filled up to a multiple of 64.
 
     Hidden keys must be finite, as in `flash_attention`. Raises UnsupportedProblem (a ValueError) with every reason,
     DependencyError when CuPy or a driver is missing. Nothing is written on error.
 
-    Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, in two kernels, one that walks over queries
-    for dk and dv and one that walks over keys for dq. The gradient of lse is subtracted from rowsum(dout * out).
+    Algorithm: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 2, in one kernel that adds dq up, or in two, one
+    that walks over queries for dk and dv and one that walks over keys for dq. The gradient of lse is subtracted from
+    rowsum(dout * out).
     """
     if unknown:
         raise no_argument(flash_attention_backward, unknown)
