@@ -7,7 +7,7 @@
 // and the columns through two rings: x, that is q or k, and y, that is dout or v. One warp brings lse and
 // delta of the queries of a step, and one thread has pieces of dq added to the sums in memory.
 #pragma once
-#include "attention/bwd_params.cuh"
+#include "attention/bwd_fragments_sm90.cuh"
 #include "attention/keys.cuh"
 #include "attention/variant.cuh"
 #include "math/softmax.cuh"
@@ -323,18 +323,9 @@ struct AttentionBwdBlocksSm90 {
     const i64 first = w.batch * p.row_stride_b + place.head * p.row_stride_h + w.col_base + col;
     auto& s = *reinterpret_cast<Statistics<kCols>*>(smem + Smem::kStatistics +
                                                     at.stage * Statistics<kCols>::kBytes);
-    float lse[kCols / 32], delta[kCols / 32];
-#pragma unroll
-    for (int i = 0; i < kCols / 32; ++i) {
-      const int query = i * 32 + lane_id();
-      const bool there = col + query < w.band.cols;
-      lse[i] = there ? p.row_lse[first + query] * kLog2e : infinity();
-      delta[i] = there ? p.row_delta[first + query] : 0.f;
-    }
+    const StatisticsInRegisters<kCols> r(p, first, w.band.cols - col);
     rings.x.wait_empty(at);
-#pragma unroll
-    for (int i = 0; i < kCols / 32; ++i)
-      s.lse[i * 32 + lane_id()] = lse[i], s.delta[i * 32 + lane_id()] = delta[i];
+    r.store(s);
     mbarrier_arrive(rings.x.full(at.stage));
   }
 

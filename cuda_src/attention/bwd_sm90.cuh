@@ -159,8 +159,8 @@ struct AttentionBwdSm90
           if constexpr (!kValues) y.release(at);
           each(r_dp, [&](float& ds, int i, int n, int e, int j) {
             float weight = r_s[0][n][e];
-            if constexpr (kRounded) weight = value_of(r_p, n, e);
-            if constexpr (Variant::kScore) weight *= value_of(r_slope, n, e);
+            if constexpr (kRounded) weight = value_of<Element>(r_p, n, e);
+            if constexpr (Variant::kScore) weight *= value_of<Element>(r_slope, n, e);
             ds = weight * (ds - (kByKey ? s_of.delta[j] : delta[i]));
           });
           pack_operand<Element>(r_ds, r_dp[0]);
@@ -248,15 +248,15 @@ struct AttentionBwdSm90
         if (step == steps - 1) rings.row_y.release(count.row_y());
         each(r_dp, [&](float& ds, int, int n, int e, int j) {
           float weight = r_s[0][n][e];
-          if constexpr (kRounded) weight = value_of(r_p, n, e);
-          if constexpr (Variant::kScore) weight *= value_of(r_slope, n, e);
+          if constexpr (kRounded) weight = value_of<Element>(r_p, n, e);
+          if constexpr (Variant::kScore) weight *= value_of<Element>(r_slope, n, e);
           ds = weight * (ds - s_of.delta[j]);
         });
         pack_operand<Element>(r_ds, r_dp[0]);
         // The other consumer has stored its dS of the step before, and its dq of the one before that is done.
         barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
-        store_scores(s_base + Smem::kScoresTile + count.turn() * TileScores::kBytes,
-                     consumer * 64 + (warp_id() & 3) * 16, r_ds);
+        store_scores<TileScores>(s_base + Smem::kScoresTile + count.turn() * TileScores::kBytes,
+                                 consumer * 64 + (warp_id() & 3) * 16, r_ds);
         fence_proxy_async();
         // In step 0 nobody reads what comes out: behind a branch this product would cost all others their
         // order.
@@ -323,8 +323,8 @@ struct AttentionBwdSm90
     for (int i = 0; i < kConsumers; ++i) {
       const int from = max(first - 64 * i, 0);
       if (from >= 64) continue;
-      clear_rows<TileRowX>(s_k + i * TileRowX::kBytes, from);
-      clear_rows<TileRowY>(s_base + Smem::kRowY + i * TileRowY::kBytes, from);
+      clear_rows<TileRowX, 128 * kConsumers>(s_k + i * TileRowX::kBytes, from);
+      clear_rows<TileRowY, 128 * kConsumers>(s_base + Smem::kRowY + i * TileRowY::kBytes, from);
     }
     fence_proxy_async();
     barrier_sync(kColumnsCleared, 128 * kConsumers);
@@ -333,29 +333,11 @@ struct AttentionBwdSm90
   // What lies behind the last column of a sequence may be anything, and 0 times anything may be NaN. By all
   // consumers, from column `first` of a step on.
   FM_DEVICE static void clear_columns(u32 s_x, u32 s_y, int first) {
-    clear_rows<TileColX>(s_x, first);
-    clear_rows<TileColY>(s_y, first);
+    clear_rows<TileColX, 128 * kConsumers>(s_x, first);
+    clear_rows<TileColY, 128 * kConsumers>(s_y, first);
     fence_proxy_async();
     barrier_sync(kColumnsCleared, 128 * kConsumers);
   }
-  template <class Tile>
-  FM_DEVICE static void clear_rows(u32 s_tile, int first) {
-    const u32 s_first = s_tile + first * Tile::kRowBytes;
-    for (int i = threadIdx.x - 128; i < (Tile::kRows - first) * Tile::kPanelChunks; i += 128 * kConsumers)
-#pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel)
-        st_shared_v4_b32(s_first + panel * Tile::kPanelBytes + 16 * i, 0, 0, 0, 0);
-  }
-
-  // A warp's 16 rows of dS, packed as an operand, to rows `row` .. of a tile.
-  FM_DEVICE static void store_scores(u32 s_tile, int row, const u32 (&r_ds)[kCols / 16][4]) {
-    const int lane = lane_id();
-#pragma unroll
-    for (int i = 0; i < kCols / 16; ++i)
-      stmatrix_x4(s_tile + TileScores::offset(row + (lane >> 3 & 1) * 8 + (lane & 7), 2 * i + (lane >> 4)),
-                  r_ds[i]);
-  }
-
   // f(value, i, n, e, j) for each value a thread holds: its row i, column j of the tile.
   template <class F>
   FM_DEVICE static void each(float (&r_s)[1][kCols / 8][4], F&& f) {
@@ -364,17 +346,6 @@ struct AttentionBwdSm90
     for (int n = 0; n < kCols / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) f(r_s[0][n][e], e / 2, n, e, n * 8 + 2 * t + e % 2);
-  }
-
-  // The band's mask. Keys behind the last one get no weights, which may be infinite: their scores are 0
-  // whatever lse is, and infinity times the zeros that are loaded as such keys would not be 0 in dq.
-  FM_DEVICE static void mask_keys(float (&r_s)[kCols / 8][4], const BandMask& band, int row, int col) {
-    ColumnsSeen seen = {{~0u, ~0u}, {~0u, ~0u}};
-    within_band(seen, band, row, col);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (row + i * 8 + (lane_id() >> 2) >= band.rows) seen[i][0] = seen[i][1] = 0;
-    mask_scores(r_s, seen);
   }
 
   // Scores that change: from products to natural units. r_slope says, rounded, how fast each grows with its
@@ -402,12 +373,6 @@ struct AttentionBwdSm90
       }
       Variant::add_alibi(forward_params(p), r_s, w.batch, head, row, col, w.band, 1.f);
     }
-  }
-
-  // Value e of column pair n of a packed operand.
-  FM_DEVICE static float value_of(const u32 (&r)[kCols / 16][4], int n, int e) {
-    const u32 both = r[n / 2][n % 2 * 2 + e / 2];
-    return e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both);
   }
 
   template <int kN>

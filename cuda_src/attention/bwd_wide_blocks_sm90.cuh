@@ -1,7 +1,7 @@
 // The blocks of attention's backward for wide head dims on Hopper: tiles, shared memory, who brings what, and
 // what becomes of the sums.
 #pragma once
-#include "attention/bwd_params.cuh"
+#include "attention/bwd_fragments_sm90.cuh"
 #include "attention/keys.cuh"
 #include "math/softmax.cuh"
 #include "ptx/cluster.cuh"
@@ -205,18 +205,9 @@ struct AttentionBwdWideBlocksSm90 {
       const int col = w.col_of(step);
       const i64 first = w.batch * p.row_stride_b + w.head_of(step) * p.row_stride_h + w.col_base + col;
       auto& s = statistics(smem, at);
-      float lse[kCols / 32], delta[kCols / 32];
-#pragma unroll
-      for (int i = 0; i < kCols / 32; ++i) {
-        const int query = i * 32 + lane_id();
-        const bool there = col + query < w.band.cols;
-        lse[i] = there ? p.row_lse[first + query] * kLog2e : infinity();
-        delta[i] = there ? p.row_delta[first + query] : 0.f;
-      }
+      const StatisticsInRegisters<kCols> r(p, first, w.band.cols - col);
       x.wait_empty(at);
-#pragma unroll
-      for (int i = 0; i < kCols / 32; ++i)
-        s.lse[i * 32 + lane_id()] = lse[i], s.delta[i * 32 + lane_id()] = delta[i];
+      r.store(s);
       mbarrier_arrive(x.full(at.stage));
     }
   }
@@ -251,20 +242,11 @@ struct AttentionBwdWideBlocksSm90 {
     mine.wait_full(at);
     if (kQueries || w.even || col + kCols <= w.band.cols) return;
     other.wait_full(at);
-    clear_rows<TileColX>(col_x(s_base, at), w.band.cols - col);
-    clear_rows<TileColY>(col_y(s_base, at), w.band.cols - col);
+    clear_rows<TileColX, kConsumerThreads>(col_x(s_base, at), w.band.cols - col);
+    clear_rows<TileColY, kConsumerThreads>(col_y(s_base, at), w.band.cols - col);
     fence_proxy_async();
     barrier_sync(kColumnsCleared, kConsumerThreads);
   }
-  template <class Tile>
-  FM_DEVICE static void clear_rows(u32 s_tile, int first) {
-    const u32 s_first = s_tile + first * Tile::kRowBytes;
-    for (int i = threadIdx.x - 128; i < (kCols - first) * Tile::kPanelChunks; i += kConsumerThreads)
-#pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel)
-        st_shared_v4_b32(s_first + panel * Tile::kPanelBytes + 16 * i, 0, 0, 0, 0);
-  }
-
   // f(value, n, e, j) for each value a thread holds: value e of its n-th four, column j of the tile.
   template <class F>
   FM_DEVICE static void each(float (&r_s)[1][kCols / 8][4], F&& f) {
@@ -286,17 +268,6 @@ struct AttentionBwdWideBlocksSm90 {
                                  w.head_k, row,    w.batch,  0};
     const float both[2] = {scale, scale};
     store_accumulator_directly(to, r_d, both);
-  }
-
-  // The band's mask. Keys behind the last one get no weights, which may be infinite: their scores are 0
-  // whatever lse is, and infinity times the zeros that are loaded as such keys would not be 0 in dq.
-  FM_DEVICE static void mask(float (&r_s)[kCols / 8][4], const BandMask& band, int row, int col) {
-    ColumnsSeen seen = {{~0u, ~0u}, {~0u, ~0u}};
-    within_band(seen, band, row, col);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (row + i * 8 + (lane_id() >> 2) >= band.rows) seen[i][0] = seen[i][1] = 0;
-    mask_scores(r_s, seen);
   }
 
   // Where a thread finds its share of P.
@@ -327,15 +298,6 @@ struct AttentionBwdWideBlocksSm90 {
   FM_DEVICE static void add(float* g_sums, const float (&r_dq)[8][4]) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) red_add_v4_f32(g_sums + n * 512, r_dq[n]);
-  }
-
-  // A warp's 16 rows of dS, packed as an operand, to rows `row` .. of a tile.
-  FM_DEVICE static void store_scores(u32 s_tile, int row, const u32 (&r_ds)[kCols / 16][4]) {
-    const int lane = lane_id();
-#pragma unroll
-    for (int i = 0; i < kCols / 16; ++i)
-      stmatrix_x4(s_tile + TileScores::offset(row + (lane >> 3 & 1) * 8 + (lane & 7), 2 * i + (lane >> 4)),
-                  r_ds[i]);
   }
 };
 

@@ -19,9 +19,9 @@ struct AttentionBwdWidePairSm90
                                             kGradQ | kGradK | kGradV, kStagesV_, 2, kShares_>;
   using Blocks::kConsumerThreads, Blocks::kWeightsStored, Blocks::kWeightsUsed, Blocks::kScoresStored;
   using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kCols, Blocks::kRows;
-  using Blocks::mask, Blocks::weights, Blocks::multiply_keys, Blocks::multiply_values, Blocks::sums;
   using Blocks::statistics, Blocks::col_x, Blocks::col_y, Blocks::each, Blocks::add;
-  using Blocks::store_scores, Blocks::store;
+  using Blocks::store;
+  using Blocks::weights, Blocks::multiply_keys, Blocks::multiply_values, Blocks::sums;
   using typename Blocks::Barriers, typename Blocks::BarriersV, typename Blocks::Peers, typename Blocks::Smem;
   using typename Blocks::Element, typename Blocks::Params, typename Blocks::Work;
   using typename Blocks::Stage, typename Blocks::StageV;
@@ -65,7 +65,7 @@ struct AttentionBwdWidePairSm90
         if (tile == w.first) ++head;
         wgmma_wait_group<0>(r_s[0]);
         if (w.band.template cuts<kRows, kCols>(w.row0, col) || w.row0 + kRows > w.band.rows)
-          mask(r_s[0], w.band, row, col);
+          mask_keys(r_s[0], w.band, row, col);
         const auto& s_of = statistics(smem, at);
         each(r_s, [&](float& s, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
         Blocks::release(x, at);
@@ -139,14 +139,13 @@ struct AttentionBwdWidePairSm90
 #pragma unroll
         for (int i = 0; i < kCols / 16; ++i) ld_shared_v4_b32(r_ds[i], s_weights + i * 2048);
         each(r_dp, [&](float& ds, int n, int e, int j) {
-          const u32 both = r_ds[n / 2][n % 2 * 2 + e / 2];
-          ds = (e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both)) * (ds - s_of.delta[j]);
+          ds = value_of<Element>(r_ds, n, e) * (ds - s_of.delta[j]);
         });
         pack_operand<Element>(r_ds, r_dp[0]);
         wgmma_wait_group<0>(r_dq[0]);
         if (step > 0) give_back(s_base, step - 1);
         peers(s_base).wait_empty(of_step(step));  // the other block has used what was sent from here
-        store_scores(s_scores(s_base, step), warp_row, r_ds);
+        store_scores<TileScores>(s_scores(s_base, step), warp_row, r_ds);
         fence_proxy_async();
         barrier_arrive(kWeightsUsed + (step & 1), kConsumerThreads);
         barrier_sync(kScoresStored, 128);

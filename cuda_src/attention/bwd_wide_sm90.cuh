@@ -28,10 +28,9 @@ struct AttentionBwdWideSm90
   using Blocks = AttentionBwdWideBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kCols_, kStages_, kWanted_>;
   using Blocks::kConsumerThreads, Blocks::kWeightsStored, Blocks::kWeightsUsed, Blocks::kScoresStored;
   using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kCols, Blocks::kRows, Blocks::kQueries;
-  using Blocks::mask, Blocks::weights, Blocks::multiply_keys, Blocks::multiply_values, Blocks::sums,
-      Blocks::add;
   using Blocks::statistics, Blocks::col_x, Blocks::col_y, Blocks::wait_for_columns, Blocks::each;
-  using Blocks::store_scores, Blocks::store;
+  using Blocks::store;
+  using Blocks::weights, Blocks::multiply_keys, Blocks::multiply_values, Blocks::sums, Blocks::add;
   using typename Blocks::Element, typename Blocks::Params, typename Blocks::Work, typename Blocks::Stage;
   using typename Blocks::Smem, typename Blocks::TileX, typename Blocks::TileY, typename Blocks::TileColX;
   using typename Blocks::TileColY, typename Blocks::TileScores, typename Blocks::Barriers;
@@ -73,7 +72,7 @@ struct AttentionBwdWideSm90
         if (tile == w.first) ++head;
         wgmma_wait_group<0>(r_s[0]);
         if (w.band.template cuts<kRows, kCols>(w.row0, col) || w.row0 + kRows > w.band.rows)
-          mask(r_s[0], w.band, row, col);
+          mask_keys(r_s[0], w.band, row, col);
         const auto& s_of = statistics(smem, at);
         each(r_s, [&](float& s, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
         x.release(at);
@@ -162,13 +161,13 @@ struct AttentionBwdWideSm90
 #pragma unroll
         for (int i = 0; i < kCols / 16; ++i) ld_shared_v4_b32(r_ds[i], s_weights + i * 2048);
         each(r_dp, [&](float& ds, int n, int e, int j) {
-          const u32 both = r_ds[n / 2][n % 2 * 2 + e / 2];
-          ds = (e % 2 == 0 ? low_of<Element>(both) : high_of<Element>(both)) * (ds - s_of.delta[j]);
+          ds = value_of<Element>(r_ds, n, e) * (ds - s_of.delta[j]);
         });
         pack_operand<Element>(r_ds, r_dp[0]);
         if constexpr (kQueries) {
           wgmma_wait_group<0>(r_dq[0][0]);
-          store_scores(s_base + Smem::kScoresTile + (step & 1) * TileScores::kBytes, warp_row, r_ds);
+          store_scores<TileScores>(s_base + Smem::kScoresTile + (step & 1) * TileScores::kBytes, warp_row,
+                                   r_ds);
           fence_proxy_async();
           barrier_arrive(kWeightsUsed + (step & 1), kConsumerThreads);
           barrier_sync(kScoresStored, 128);

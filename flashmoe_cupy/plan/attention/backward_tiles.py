@@ -326,7 +326,7 @@ TILES_BWD_SM90: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (128, 128): ((128, 64, 2), (128, 80, 2)),
 }
 
-# The same for wide head dims, where bwd_sm90.cuh makes dq alone and bwd_wide_sm90.cuh the rest. No others were measured.
+# The same for wide head dims, where bwd_sm90.cuh makes dq alone and bwd_wide_sm90.cuh the rest. Others: not measured.
 TILES_DQ_SM90: dict[tuple[int, int], Tile] = {
     (192, 128): (128, 80, 2),
     (192, 192): (128, 80, 2),
