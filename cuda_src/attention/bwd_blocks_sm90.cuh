@@ -2,10 +2,11 @@
 // but those that compute.
 //
 // A block stays on its SM. A tile is kRows rows, keys for dk and dv or queries for dq, and the columns that
-// belong to them, head after head. Of the first warpgroup one thread (the scheduler) takes the next tile that
-// is free when the tile before is nearly loaded. One (the producer) lets the copy engine fetch the rows once
-// and the columns through two rings: x, that is q or k, and y, that is dout or v. One warp brings lse and
-// delta of the queries of a step, and one thread has pieces of dq added to the sums in memory.
+// belong to them; of heads that share keys, the same queries of one head after the other. Of the first
+// warpgroup one thread (the scheduler) takes the next tile that is free when the tile before is nearly
+// loaded. One (the producer) lets the copy engine fetch the rows once and the columns through two rings: x,
+// that is q or k, and y, that is dout or v. One warp brings lse and delta of the queries of a step, and one
+// thread has pieces of dq added to the sums in memory.
 #pragma once
 #include "attention/bwd_fragments_sm90.cuh"
 #include "attention/keys.cuh"
@@ -40,8 +41,10 @@ struct AttentionBwdBlocksSm90 {
   static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk
   static constexpr bool kValues = kWanted & kGradV;
   // dq, too: products of dS, which both consumers see in shared memory, with the keys, added up in dq_sums by
-  // all blocks. A piece of it is 64 queries by 64 columns; each consumer takes one of a step.
-  static constexpr int kPieces = div_up(kHeadDim, 64);  // along a row of dq, the last one with zeros
+  // all blocks. A piece of it is 64 queries by up to 64 columns; each consumer takes one of a step.
+  static constexpr int kPieces = div_up(kHeadDim, 64);  // along a row of dq
+  // Columns of the last one. Beside scores that change there are no registers for two versions of the loop.
+  static constexpr int kLastPiece = Variant::kScore ? 64 : kHeadDim - 64 * (kPieces - 1);
   static constexpr int kPieceBytes = 64 * 64 * 4;
   static_assert(!kQueries || (kConsumers == 2 && kCols * kPieces == 128));
   // Named barriers of the block. A consumer reports its dS of a step at kScoresStored + 2 * consumer + step
@@ -69,7 +72,8 @@ struct AttentionBwdBlocksSm90 {
     int batch, head, head_k;  // head: the first of those that are walked over
     int row0;                 // the tile's first row; -1: there is no tile any more
     int first, steps, walks;  // tiles of columns: the first one, how many; and heads
-    int begin;                // with which of the tiles a head begins
+    int begin;                // with which of the tiles of columns it begins
+    int direction;            // 1: upwards from there; -1: downwards
     int around;               // tiles of rows of a head, if each begins with other columns; else 0
     int row_base, col_base;   // where row 0 and column 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
@@ -83,9 +87,16 @@ struct AttentionBwdBlocksSm90 {
     FM_DEVICE explicit Place(const Work& w) : tile(w.begin), head(w.head) {}
     FM_DEVICE int col() const { return tile * kCols; }
     FM_DEVICE void advance(const Work& w) {
-      if (++tile == w.first + w.steps) tile = w.first;
-      if (tile == w.begin) ++head;
+      if (++head < w.head + w.walks) return;
+      head = w.head;
+      tile += w.direction;
+      if (tile == w.first + w.steps) tile = w.first;
     }
+  };
+  // What comes with the columns of a step, if they are queries.
+  struct alignas(16) Queries {
+    Statistics<kCols> of;
+    int col, head;  // the first column, and whose
   };
   struct Smem {
     static constexpr int kRowX = 0, kRowY = kRowX + kRowStages * kConsumers * TileRowX::kBytes;
@@ -94,7 +105,7 @@ struct AttentionBwdBlocksSm90 {
     static constexpr int kScoresTile = kColY + kStages * TileColY::kBytes;
     static constexpr int kSums = kScoresTile + (kQueries ? 2 * TileScores::kBytes : 0);  // pieces of dq
     static constexpr int kStatistics = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
-    static constexpr int kWork = kStatistics + (kByKey ? kStages * Statistics<kCols>::kBytes : 0);
+    static constexpr int kWork = kStatistics + (kByKey ? kStages * static_cast<int>(sizeof(Queries)) : 0);
     static constexpr int kNextWork = kWork + static_cast<int>(sizeof(Work));      // the scheduler's
     static constexpr int kSumsWork = kNextWork + static_cast<int>(sizeof(Work));  // of add_sums
     static constexpr int kBarriersWork = kSumsWork + (kQueries ? static_cast<int>(sizeof(Work)) : 0);
@@ -201,8 +212,9 @@ struct AttentionBwdBlocksSm90 {
     // Under a causal mask late queries see the most keys, and early keys are seen by the most queries.
     // Where dq is added in order, a tile of keys comes behind those that it waits for, unless all are in
     // work.
-    const bool ascending = kByKey && (!p.ordered || p.window_right < 0 || p.at_once);
     const TileOfHead at = tile_of_head(index, p.blocks, p.tiles / p.blocks, p.section);
+    w.direction = direction_of(p, at.head / p.section);
+    const bool ascending = kByKey && (!p.ordered || p.window_right < 0 || p.at_once || w.direction < 0);
     const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
     w.walks = kByKey ? p.heads_per_key : 1;
     w.head = at.head % heads * w.walks;
@@ -237,11 +249,23 @@ struct AttentionBwdBlocksSm90 {
     return w.row0 < w.band.rows;
   }
 
+  // Which way the tiles of a section walk under a causal mask. Those of the first section begin at once: from
+  // the last queries on, which all of them see, they read the same ones at the same time. Those of the next
+  // one begin one after the other, later the later their first query is: from there upwards they read the
+  // same ones, too. In order, the last section has the longest tiles first and its dq in the order of keys,
+  // or few blocks would be left with them in the end.
+  FM_DEVICE static int direction_of(const Params& p, int section) {
+    if (!kByKey || p.window_right < 0 || p.window_left >= 0) return 1;
+    const int last = (p.tiles / p.blocks - 1) / p.section;
+    return (p.ordered ? section == last : section % 2 == 0) ? -1 : 1;
+  }
   // With which columns a tile begins.
   FM_DEVICE static void find_turns(const Params& p, Work& w) {
     const bool around = kQueries && p.at_once && p.window_left < 0 && p.window_right < 0;
     w.around = around ? div_up(w.band.rows, kRows) : 0;
-    w.begin = w.around > 0 ? w.row0 / kRows * w.steps / w.around : w.first;
+    w.begin = w.around > 0      ? w.row0 / kRows * w.steps / w.around
+              : w.direction < 0 ? w.first + w.steps - 1
+                                : w.first;
   }
 
   // ---- producer ----
@@ -301,7 +325,8 @@ struct AttentionBwdBlocksSm90 {
       tma_load_4d(s_tile + panel * Tile::kPanelBytes, map, s_full, policy, panel * 64, row, head, batch);
   }
 
-  // One warp. lse in units of log2; queries behind the last one get weights of 0.
+  // One warp. lse in units of log2; queries behind the last one get weights of 0. The consumers learn here
+  // which columns they have.
   FM_DEVICE static void bring_statistics(const Params& p, u8* smem, const Rings& rings) {
     const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
     Ring<1> works;
@@ -321,11 +346,11 @@ struct AttentionBwdBlocksSm90 {
                                    const Stage& at, const Place& place) {
     const int col = place.col();
     const i64 first = w.batch * p.row_stride_b + place.head * p.row_stride_h + w.col_base + col;
-    auto& s = *reinterpret_cast<Statistics<kCols>*>(smem + Smem::kStatistics +
-                                                    at.stage * Statistics<kCols>::kBytes);
+    Queries& s = reinterpret_cast<Queries*>(smem + Smem::kStatistics)[at.stage];
     const StatisticsInRegisters<kCols> r(p, first, w.band.cols - col);
     rings.x.wait_empty(at);
-    r.store(s);
+    r.store(s.of);
+    if (lane_id() == 0) s.col = col, s.head = place.head;
     mbarrier_arrive(rings.x.full(at.stage));
   }
 
@@ -408,12 +433,13 @@ struct AttentionBwdBlocksSm90 {
     return kPieces == 2 || place.col() / 64 + consumer < w.sum_blocks;
   }
   FM_DEVICE static void add_piece(const Params& p, u32 s_base, int piece, int i) {
+    const int bytes = i + 1 < kPieces ? kPieceBytes : 64 * kLastPiece * 4;
     bulk_reduce_add_f32(p.dq_sums + static_cast<i64>(piece + i) * (64 * 64),
-                        s_base + Smem::kSums + i * kPieceBytes, kPieceBytes);
+                        s_base + Smem::kSums + i * kPieceBytes, bytes);
   }
 
   // How many blocks of keys add to the queries of a step before this one. Under a causal mask the last keys
-  // come first: theirs is the shortest way to each query.
+  // come first where blocks walk upwards: theirs is the shortest way to each query.
   FM_DEVICE static int turn_of(const Params& p, const Work& w, const Place& place) {
     const int block = w.row0 / kRows, col = place.col();
     if (w.around > 0) {
@@ -421,7 +447,7 @@ struct AttentionBwdBlocksSm90 {
       const int begun = min(div_up((place.tile + 1) * w.around, w.steps), w.around);
       return begun - 1 - block + (place.tile < w.begin ? w.around : 0);
     }
-    if (p.window_right < 0) {
+    if (p.window_right < 0 || w.direction < 0) {
       // Keys behind these see the columns from col on.
       const int row = w.band.right < 0 ? 0 : col - w.band.shift - w.band.right;
       return block - max(row, 0) / kRows;

@@ -28,6 +28,7 @@ struct AttentionBwdSm90
   using Params = AttentionBwdSm90Params;
   using Element = Element_;
   using Work = typename Blocks::Work;
+  using Queries = typename Blocks::Queries;
   using Rings = typename Blocks::Rings;
   using Smem = typename Blocks::Smem;
   using Stage = typename Blocks::Stage;
@@ -38,7 +39,8 @@ struct AttentionBwdSm90
   using TileScores = typename Blocks::TileScores;
   using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kRows, Blocks::kCols, Blocks::kStages,
       Blocks::kConsumers, Blocks::kByKey;
-  using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kRounded;
+  using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kLastPiece,
+      Blocks::kRounded;
   using Blocks::kScoresStored, Blocks::kColumnsCleared;
 
   FM_DEVICE static void run(const Params& p) {
@@ -52,10 +54,16 @@ struct AttentionBwdSm90
         const Work w = s_work;
         __syncwarp();
         rings.work.release(works);
-        if constexpr (kQueries)
-          consume_all(p, w, smem, s_base, rings, count, consumer);
-        else
+        if constexpr (kQueries && kLastPiece < 64) {
+          if (consumer == 0)
+            consume_all<64>(p, w, smem, s_base, rings, count, 0);
+          else
+            consume_all<kLastPiece>(p, w, smem, s_base, rings, count, 1);
+        } else if constexpr (kQueries) {
+          consume_all<64>(p, w, smem, s_base, rings, count, consumer);
+        } else {
           consume(p, w, smem, s_base, rings, walk, consumer);
+        }
       }
     });
   }
@@ -109,13 +117,14 @@ struct AttentionBwdSm90
       typename Blocks::Place place(w);
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        const int col = place.col(), head = place.head;
-        place.advance(w);
-        const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(
-            smem + Smem::kStatistics + (kByKey ? at.stage * Statistics<kCols>::kBytes : 0));
+        const Queries& s_queries =
+            reinterpret_cast<const Queries*>(smem + Smem::kStatistics)[kByKey ? at.stage : 0];
+        const Statistics<kCols>& s_of = s_queries.of;
         const u32 s_x = s_base + Smem::kColX + at.stage * TileColX::kBytes;
         const u32 s_y = s_base + Smem::kColY + at.stage * TileColY::kBytes;
         x.wait_full(at);
+        const int col = kByKey ? s_queries.col : place.col(), head = kByKey ? s_queries.head : place.head;
+        place.advance(w);
         if (!w.even && col + kCols > w.band.cols) {
           y.wait_full(at);
           clear_columns(s_x, s_y, w.band.cols - col);
@@ -191,6 +200,7 @@ struct AttentionBwdSm90
 
   // While exponentials are computed, dP runs; while dS is, dv runs; dk runs while a piece of dq is put down.
   // dq of a step is multiplied in the next one: dS of the other consumer has long been stored by then.
+  template <int kDqColumns>
   FM_DEVICE static void consume_all(const Params& p, const Work& w, u8* smem, u32 s_base, const Rings& rings,
                                     Counts& count, int consumer) {
     const RingBarriers<kStages>&x = rings.x, &y = rings.y;
@@ -206,19 +216,17 @@ struct AttentionBwdSm90
       rings.row_x.wait_full(count.row_x());
       rings.row_y.wait_full(count.row_y());
       if (!w.even && w.row0 + kRows > w.band.rows) clear_keys(s_base, s_k, w.band.rows - w.row0);
-      typename Blocks::Place place(w);
       u32 r_ds[kCols / 16][4];  // the last product with it runs to the end
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const Stage at = count.at();
-        const int col = place.col(), head = place.head;
-        place.advance(w);
-        const auto& s_of = *reinterpret_cast<const Statistics<kCols>*>(smem + Smem::kStatistics +
-                                                                       at.stage * Statistics<kCols>::kBytes);
+        const Queries& s_queries = reinterpret_cast<const Queries*>(smem + Smem::kStatistics)[at.stage];
+        const Statistics<kCols>& s_of = s_queries.of;
         const u32 s_q = s_base + Smem::kColX + at.stage * TileColX::kBytes;
         const u32 s_dout = s_base + Smem::kColY + at.stage * TileColY::kBytes;
-        float r_dq[1][8][4], r_s[1][kCols / 8][4], r_dp[1][kCols / 8][4];
+        float r_dq[1][kDqColumns / 8][4], r_s[1][kCols / 8][4], r_dp[1][kCols / 8][4];
         x.wait_full(at);
+        const int col = s_queries.col, head = s_queries.head;
         if (!w.even && col + kCols > w.band.cols) {
           y.wait_full(at);
           clear_columns(s_q, s_dout, w.band.cols - col);
@@ -273,7 +281,7 @@ struct AttentionBwdSm90
         if (step > 0) put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
         ++count.steps;
       }
-      float r_dq[1][8][4];
+      float r_dq[1][kDqColumns / 8][4];
       barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
       wgmma_fence();
       multiply_keys(r_dq, s_base, s_k, count.turn() ^ 1, consumer);
@@ -294,7 +302,9 @@ struct AttentionBwdSm90
   }
 
   // A consumer's piece of dq: dS of buffer `buffer`, all keys of the block.
-  FM_DEVICE static void multiply_keys(float (&r_dq)[1][8][4], u32 s_base, u32 s_k, int buffer, int consumer) {
+  template <int kTiles>
+  FM_DEVICE static void multiply_keys(float (&r_dq)[1][kTiles][4], u32 s_base, u32 s_k, int buffer,
+                                      int consumer) {
     const u32 s_ds = s_base + Smem::kScoresTile + buffer * TileScores::kBytes +
                      (kPieces == 1 ? consumer * TileScores::kPanelBytes : 0);
     const u32 s_keys = s_k + (kPieces == 2 ? consumer * TileRowX::kPanelBytes : 0);
@@ -304,12 +314,13 @@ struct AttentionBwdSm90
                             MNMajor<TileRowX>(s_keys + i * TileRowX::kBytes), i == 0);
   }
   // A piece of dq, to where the copy engine takes it from.
+  template <int kTiles>
   FM_DEVICE static void put_down(u32 s_base, const RingBarriers<1>& ring, const Counts& count, int consumer,
-                                 const float (&r_dq)[8][4]) {
+                                 const float (&r_dq)[kTiles][4]) {
     const u32 s_piece = s_base + Smem::kSums + consumer * Blocks::kPieceBytes + threadIdx.x % 128 * 16;
     ring.wait_empty(Counts::template ring<1>(count.steps - 1));
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < kTiles; ++n)
       st_shared_v4_b32(s_piece + n * 2048, __float_as_uint(r_dq[n][0]), __float_as_uint(r_dq[n][1]),
                        __float_as_uint(r_dq[n][2]), __float_as_uint(r_dq[n][3]));
     fence_proxy_async();

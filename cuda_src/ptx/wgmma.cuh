@@ -88,7 +88,8 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(kTransB)));                           \
     }                                                                                                                                   \
   };
-#define FM_REGS_48 FM_R0 ", " FM_R1 ", " FM_R2
+#define FM_REGS_32 FM_R0 ", " FM_R1
+#define FM_REGS_48 FM_REGS_32 ", " FM_R2
 #define FM_REGS_64 FM_REGS_48 ", " FM_R3
 #define FM_REGS_80 FM_REGS_64 ", " FM_R4
 #define FM_REGS_96 FM_REGS_80 ", " FM_R5
@@ -99,6 +100,7 @@ struct Wgmma;
 #define FM_REGS_176 FM_REGS_160 ", " FM_R10
 #define FM_REGS_192 FM_REGS_176 ", " FM_R11
 #define FM_REGS_256 FM_REGS_192 ", " FM_R12 ", " FM_R13 ", " FM_R14 ", " FM_R15
+#define FM_BIND_32 FM_D4(0)
 #define FM_BIND_48 FM_D4(0), FM_D2(4)
 #define FM_BIND_64 FM_D8(0)
 #define FM_BIND_80 FM_D8(0), FM_D2(8)
@@ -111,6 +113,8 @@ struct Wgmma;
 #define FM_BIND_192 FM_D16(0), FM_D8(16)
 #define FM_BIND_256 FM_D16(0), FM_D16(16)
 
+FM_WGMMA(bf16, "bf16", 32, FM_REGS_32, FM_BIND_32, "16", "17", "18", "19", "20", "21", "22")
+FM_WGMMA(fp16, "f16", 32, FM_REGS_32, FM_BIND_32, "16", "17", "18", "19", "20", "21", "22")
 FM_WGMMA(bf16, "bf16", 48, FM_REGS_48, FM_BIND_48, "24", "25", "26", "27", "28", "29", "30")
 FM_WGMMA(fp16, "f16", 48, FM_REGS_48, FM_BIND_48, "24", "25", "26", "27", "28", "29", "30")
 FM_WGMMA(bf16, "bf16", 64, FM_REGS_64, FM_BIND_64, "32", "33", "34", "35", "36", "37", "38")

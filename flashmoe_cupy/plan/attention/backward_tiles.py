@@ -148,7 +148,7 @@ class Bwd90Config(NamedTuple):
         # The next tile's keys, dS, pieces of dq, and their barriers.
         more = (self.part == "qkv") * (self.rows * (width + 2 * self.cols * size) + 2 * (64 * 64 * 4 + 16) + 16)
         work = 24 * 4 * (2 + (self.part == "qkv")) + 16 * 3 + 8  # tiles, their barriers, and those of the rows
-        return rows + more + self.stages * (self.cols * (width + width_v) + 8 * self.cols * by_key + 32) + work
+        return rows + more + self.stages * (self.cols * (width + width_v) + (8 * self.cols + 16) * by_key + 32) + work
 
     @property
     def struct(self) -> str:
