@@ -43,9 +43,10 @@ def test_wide_in_every_order(case: Case, wanted: tuple[str, ...], deterministic:
     arrays = inputs(case)
     want = truth(case, arrays)
     if not deterministic and not fused(problem_of(case, arrays, wanted)):
-        pytest.skip("such lengths have the deterministic kernels alone")
+        pytest.skip("such head dims and lengths have the deterministic kernels alone")
     for part in ("qkv",) if wanted == ALL and not deterministic else ("q", "kv"):
-        kernel = "attention_bwd_sm90" if part == "q" else "attention_bwd_wide_sm90"
+        names = {"q": "attention_bwd_sm90", "kv": "attention_bwd_wide_sm90", "qkv": "attention_bwd_wide_pair_sm90"}
+        kernel = names[part]
         assert not KERNELS[kernel].why_not(GradientProblem(problem_of(case, arrays, wanted), part), "sm_90a")
     for seed in range(8):
         found = backward(case, arrays, seed, wanted, "sm_90a", deterministic=deterministic)
@@ -56,18 +57,12 @@ _BLOCKS = "attention/bwd_wide_blocks_sm90.cuh"
 _WIDE = "attention/bwd_wide_sm90.cuh", _BLOCKS
 WIDE_FAULTS = {
     "weights not waited for": ("barrier_sync(kWeightsStored + (step & 1), kConsumerThreads);", ""),
-    "scores not waited for": (
-        "if constexpr (kQueries) barrier_sync(kWeightsUsed + ((step + 1) & 1), kConsumerThreads);", "",
-    ),
-    "scores not fenced": ("fence_proxy_async();\n          barrier_arrive", "barrier_arrive"),
-    "scores of the wrong step": ("multiply_queries<0>(r_dq, s_base, step + 1)", "multiply_queries<0>(r_dq, s_base, 0)"),
-    "the last dq left out": ("add(g_before + i * 4096, r_dq[i][0]);", ""),
-    "sums of dq read too early": ("wgmma_wait_group<1>(r_dq_last[0][0]);", ""),
-    "q given back before its product": ("wgmma_wait_group<1 + kQueries>(r_dk);\n", "\n"),
+    "weights overwritten": ("if (step >= 2) barrier_sync(kWeightsUsed + (step & 1), kConsumerThreads);", ""),
+    "q given back before its product": ("wgmma_wait_group<1>(r_dk);\n", "\n"),
     "dout given back before its product": ("wgmma_wait_group<1>(r_dv);\n", "\n"),
     "rows not waited for": ("mbarrier_wait_parity(s_base + Smem::kBarrierY, 0);", ""),
     "columns not waited for": ("mine.wait_full(at);\n    if", "if"),
-    "the next head": ("if (tile == w.first) ++head;\n        wait_for_columns", "wait_for_columns"),
+    "the next head": ("return head + step / steps;", "return head;"),
 }  # fmt: skip
 
 
@@ -83,16 +78,18 @@ def test_wide_keys_behind_the_end() -> None:
     assert all(np.isfinite(found[name].astype(np.float32)).all() for name in ALL)
 
 
-def find_in_wide(name: str, headers: tuple[str, ...], old: str, new: str) -> None:
+def find_in_wide(
+    name: str, headers: tuple[str, ...], old: str, new: str, wanted: tuple[str, ...] = ALL, head_dim: int = 256
+) -> None:
     texts = {header: (CUDA / header).read_text(encoding="utf-8") for header in headers}
     assert sum(text.count(old) for text in texts.values()) == 1, f"{headers} no longer hold {old!r} once"
     texts = {header: text.replace(old, new) for header, text in texts.items()}
-    case = AttentionCase(300, 100, 1, 4, 2, 256, causal=True)
+    case = AttentionCase(300, 100, 1, 4, 2, head_dim, causal=True)
     arrays = inputs(case)
     want = truth(case, arrays)
     for seed in range(16):
         try:
-            if faults(case, backward(case, arrays, seed, ALL, "sm_90a", texts, deterministic=False), want):
+            if faults(case, backward(case, arrays, seed, wanted, "sm_90a", texts, deterministic=False), want):
                 return
         except emulate.EmulationError:
             return
@@ -102,7 +99,7 @@ def find_in_wide(name: str, headers: tuple[str, ...], old: str, new: str) -> Non
 @pytest.mark.parametrize("name", WIDE_FAULTS)
 def test_wide_faults_are_found(name: str) -> None:
     with only("attention_bwd_wide_sm90"):
-        find_in_wide(name, _WIDE, *WIDE_FAULTS[name])
+        find_in_wide(name, _WIDE, *WIDE_FAULTS[name], wanted=("dk", "dv"), head_dim=192)
 
 
 # By pairs of blocks: the last pair is half a one, or both blocks of it see other queries; many steps.
@@ -112,9 +109,7 @@ PAIRS = (
     AttentionCase(200, 33, 1, 2, 2, 200, causal=True),
     AttentionCase(33, 260, 1, 2, 2, 256, dtype="float16", window_size=(20, 0)),
     AttentionCase(400, 170, 2, 2, 1, 256, 200, window_size=(40, 7)),
-    AttentionCase(150, 203, 1, 4, 2, 192, causal=True),
-    AttentionCase(400, 131, 1, 2, 1, 136, 72, window_size=(40, 7)),
-    AttentionCase(70, 300, 1, 2, 2, 192, 128, dtype="float16", causal=True),
+    AttentionCase(400, 131, 1, 2, 1, 200, 72, window_size=(40, 7)),
     AttentionCase(1, 1, 2, 2, 2, 256),
 )
 _PAIR = "attention/bwd_wide_pair_sm90.cuh", _BLOCKS

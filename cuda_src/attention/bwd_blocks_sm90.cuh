@@ -2,7 +2,7 @@
 // but those that compute.
 //
 // A block stays on its SM. A tile is kRows rows, keys for dk and dv or queries for dq, and the columns that
-// belong to them; of heads that share keys, the same queries of one head after the other. Of the first
+// belong to them, of one head or of all heads that share the keys. Of the first
 // warpgroup one thread (the scheduler) takes the next tile that is free when the tile before is nearly
 // loaded. One (the producer) lets the copy engine fetch the rows once and the columns through two rings: x,
 // that is q or k, and y, that is dout or v. One warp brings lse and delta of the queries of a step, and one
@@ -74,6 +74,7 @@ struct AttentionBwdBlocksSm90 {
     int first, steps, walks;  // tiles of columns: the first one, how many; and heads
     int begin;                // with which of the tiles of columns it begins
     int direction;            // 1: upwards from there; -1: downwards
+    int heads_inside;         // all heads have a tile of columns before the next tile comes
     int around;               // tiles of rows of a head, if each begins with other columns; else 0
     int row_base, col_base;   // where row 0 and column 0 lie, and
     int map_batch;            // in which entry, as coordinates of the tensor maps
@@ -87,10 +88,13 @@ struct AttentionBwdBlocksSm90 {
     FM_DEVICE explicit Place(const Work& w) : tile(w.begin), head(w.head) {}
     FM_DEVICE int col() const { return tile * kCols; }
     FM_DEVICE void advance(const Work& w) {
-      if (++head < w.head + w.walks) return;
-      head = w.head;
+      if (w.heads_inside) {
+        if (++head < w.head + w.walks) return;
+        head = w.head;
+      }
       tile += w.direction;
       if (tile == w.first + w.steps) tile = w.first;
+      if (!w.heads_inside && tile == w.begin) ++head;
     }
   };
   // What comes with the columns of a step, if they are queries.
@@ -213,7 +217,7 @@ struct AttentionBwdBlocksSm90 {
     // Where dq is added in order, a tile of keys comes behind those that it waits for, unless all are in
     // work.
     const TileOfHead at = tile_of_head(index, p.blocks, p.tiles / p.blocks, p.section);
-    w.direction = direction_of(p, at.head / p.section);
+    find_direction(p, at.head / p.section, w);
     const bool ascending = kByKey && (!p.ordered || p.window_right < 0 || p.at_once || w.direction < 0);
     const int heads = kByKey ? p.heads_q / p.heads_per_key : p.heads_q;
     w.walks = kByKey ? p.heads_per_key : 1;
@@ -249,15 +253,19 @@ struct AttentionBwdBlocksSm90 {
     return w.row0 < w.band.rows;
   }
 
-  // Which way the tiles of a section walk under a causal mask. Those of the first section begin at once: from
-  // the last queries on, which all of them see, they read the same ones at the same time. Those of the next
-  // one begin one after the other, later the later their first query is: from there upwards they read the
-  // same ones, too. In order, the last section has the longest tiles first and its dq in the order of keys,
-  // or few blocks would be left with them in the end.
-  FM_DEVICE static int direction_of(const Params& p, int section) {
-    if (!kByKey || p.window_right < 0 || p.window_left >= 0) return 1;
-    const int last = (p.tiles / p.blocks - 1) / p.section;
-    return (p.ordered ? section == last : section % 2 == 0) ? -1 : 1;
+  // Which way a tile walks under a causal mask.
+  //
+  // Heads that share keys: all heads take the same queries one after the other. Tiles of the first section
+  // begin at once: from the last queries on, which all of them see, they read the same ones at the same time.
+  // Those of the next one begin one after the other, later the later their first query is: from there upwards
+  // they read the same ones, too. Head after head would read more than L2 holds.
+  // In order, the last section has the longest tiles first and its dq in the order of keys, or few blocks
+  // would be left with them in the end.
+  FM_DEVICE static void find_direction(const Params& p, int section, Work& w) {
+    const bool causal = kByKey && p.window_right >= 0 && p.window_left < 0;
+    const bool last = section == (p.tiles / p.blocks - 1) / p.section;
+    w.heads_inside = causal && p.heads_per_key > 1;
+    w.direction = causal && (p.ordered ? last : w.heads_inside && section % 2 == 0) ? -1 : 1;
   }
   // With which columns a tile begins.
   FM_DEVICE static void find_turns(const Params& p, Work& w) {

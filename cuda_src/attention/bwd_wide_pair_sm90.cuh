@@ -27,9 +27,7 @@ struct AttentionBwdWidePairSm90
   using typename Blocks::Stage, typename Blocks::StageV;
   using typename Blocks::TileScores, typename Blocks::TilePeer;
   using typename Blocks::TileX, typename Blocks::TileColX, typename Blocks::TileColY;
-  // Parts of 64 columns of dq: one for each consumer of a pair. Of three the last consumer has none; what it
-  // multiplies all the same costs nothing, as the others take as long.
-  static_assert(Blocks::kParts == 3 || Blocks::kParts == 4);
+  static_assert(Blocks::kParts == 4, "each consumer of both blocks makes one part of dq");
 
   FM_DEVICE static void run(const Params& p) {
     Blocks::run_with(
@@ -89,7 +87,7 @@ struct AttentionBwdWidePairSm90
         wgmma_wait_group<1>(r_dq[0]);
         if (step > 0) {
           give_back(s_base, step - 1);
-          add_queries(g_before, r_dq[0]);
+          add(g_before, r_dq[0]);
         }
         g_before = part_of_sums(p, w, its_head, col, 0);
       }
@@ -98,7 +96,7 @@ struct AttentionBwdWidePairSm90
       multiply_queries(r_dq, s_base, steps - 1, 0);
       wgmma_wait_group<0>(r_dq[0]);
       give_back(s_base, steps - 1);
-      add_queries(g_before, r_dq[0]);
+      add(g_before, r_dq[0]);
     }
     store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
           p.head_dim_v, 1.f);
@@ -154,14 +152,14 @@ struct AttentionBwdWidePairSm90
         multiply<Element, 1>(r_dk, r_ds, MNMajor<TileColX>(without_rank(col_x(s_base, at))), false, [] {});
         wgmma_commit_group();
         at.advance(), at_v.advance();
-        if (step > 0) add_queries(g_before, r_dq[0]);
+        if (step > 0) add(g_before, r_dq[0]);
         g_before = part_of_sums(p, w, its_head, col, 1);
       }
       multiply_queries(r_dq, s_base, steps - 1, 1);
       wgmma_wait_group<0>(r_dq[0]);
       wgmma_fence_operand(r_dk);
       give_back(s_base, steps - 1);
-      add_queries(g_before, r_dq[0]);
+      add(g_before, r_dq[0]);
     }
     store(p, w, w.row0 + warp_row, r_dk, static_cast<Element*>(p.dk), p.dk_stride_b, p.dk_stride_s,
           p.dk_stride_h, p.head_dim, p.softmax_scale);
@@ -199,17 +197,13 @@ struct AttentionBwdWidePairSm90
     multiply<Element, kRows>(r_dq, MNMajor<TileScores>(s_peer_scores(s_own, step)), peer_keys, false);
     wgmma_commit_group();
   }
-  // Where a thread adds up a consumer's part of 64 queries; null: it has none.
+  // Where a thread adds up a consumer's part of 64 queries.
   FM_DEVICE static float* part_of_sums(const Params& p, const Work& w, int head, int col, int consumer) {
-    const u32 part = cluster_ctarank() * 2 + consumer;
-    return part < Blocks::kParts ? sums(p, w, head, col) + part * 4096 : nullptr;
+    return sums(p, w, head, col) + (cluster_ctarank() * 2 + consumer) * 4096;
   }
   // The other block may send to where its dS of that step is.
   FM_DEVICE static void give_back(u32 s_base, int step) {
     if (lane_id() == 0) mbarrier_arrive_cluster(mapa(peers(s_base).empty(step & 1), cluster_ctarank() ^ 1));
-  }
-  FM_DEVICE static void add_queries(float* g_sums, const float (&r_dq)[8][4]) {
-    if (Blocks::kParts == 4 || g_sums != nullptr) add(g_sums, r_dq);
   }
 };
 

@@ -1,43 +1,34 @@
-// Attention backward for Hopper (sm_90a), head dims beyond 128: dk and dv, and dq with them, for bf16 and
-// fp16 rows that start at multiples of 16 bytes and scores that are only scaled and masked.
+// Attention backward for Hopper (sm_90a), head dims beyond 128: dk and dv, for bf16 and fp16 rows that start
+// at multiples of 16 bytes and scores that are only scaled and masked. dq: bwd_sm90.cuh, or with dk and dv
+// bwd_wide_pair_sm90.cuh.
 //
 //   S^T = k q^T scale   P^T = exp(S^T - lse)   dP^T = v dout^T   dS^T = P^T (dP^T - delta)
-//   dv = P^T dout       dk = scale dS^T q      dq = scale dS k
+//   dv = P^T dout       dk = scale dS^T q
 //
-// Overwrites the rows of dk and dv, the same bits in every run. Adds dq / scale to dq_sums, which bwd_dot.cuh
-// clears and bwd_convert.cuh turns into dq; the order of these sums is not fixed.
+// Overwrites the rows of dk and dv, the same bits in every run.
 //
 // A block owns 64 keys, too few for a warpgroup to have dk and dv, so two share the work by products. The
 // first makes S, P and dv, the second dP, dS and dk. P goes from the first to the second through shared
-// memory as packed operands; dS goes to a tile there that both multiply with k, each for some columns of dq.
-// The first is up to a step ahead, and both make dq of a step in the next one, so that neither waits long for
-// the other. The order of products in a step (dq: of the step before; +=: added to dq_sums):
-//
-//   first    S is there | P | dq, dq, dv | += | S of the next step | +=
-//   second   dP, dq | dk of the step before and dP are there | dS | dq, dk | += | +=
-//
-// In the remaining warpgroup one warp has the copy engine fetch q, one dout, and one brings lse and delta.
+// memory as packed operands. The first is up to a step ahead. In the remaining warpgroup one warp has the
+// copy engine fetch q, one dout, and one brings lse and delta.
 #pragma once
 #include "attention/bwd_wide_blocks_sm90.cuh"
 
 namespace fm {
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kCols_, int kStages_, int kWanted_>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kCols_, int kStages_>
 struct AttentionBwdWideSm90
-    : AttentionBwdWideBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kCols_, kStages_, kWanted_> {
-  using Blocks = AttentionBwdWideBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kCols_, kStages_, kWanted_>;
-  using Blocks::kConsumerThreads, Blocks::kWeightsStored, Blocks::kWeightsUsed, Blocks::kScoresStored;
-  using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kCols, Blocks::kRows, Blocks::kQueries;
+    : AttentionBwdWideBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kCols_, kStages_, kGradK | kGradV> {
+  using Blocks =
+      AttentionBwdWideBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kCols_, kStages_, kGradK | kGradV>;
+  using Blocks::kConsumerThreads, Blocks::kWeightsStored, Blocks::kWeightsUsed;
+  using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kCols, Blocks::kRows;
   using Blocks::statistics, Blocks::col_x, Blocks::col_y, Blocks::wait_for_columns, Blocks::each;
   using Blocks::store;
-  using Blocks::weights, Blocks::multiply_keys, Blocks::multiply_values, Blocks::sums, Blocks::add;
+  using Blocks::weights, Blocks::multiply_keys, Blocks::multiply_values;
   using typename Blocks::Element, typename Blocks::Params, typename Blocks::Work, typename Blocks::Stage;
   using typename Blocks::Smem, typename Blocks::TileX, typename Blocks::TileY, typename Blocks::TileColX;
   using typename Blocks::TileColY, typename Blocks::TileScores, typename Blocks::Barriers;
-
-  // Parts of 64 columns of dq that each consumer makes. The second has no exponentials to make.
-  static constexpr int kPartsFirst = Blocks::kParts / 2, kLastPart = kPartsFirst + 1;
-  static_assert(kLastPart + 1 == Blocks::kParts);
 
   FM_DEVICE static void run(const Params& p) {
     Blocks::run_with(
@@ -57,19 +48,16 @@ struct AttentionBwdWideSm90
     float r_dv[kHeadDimV / 8][4] = {};
     if (steps > 0) {
       const float scale = p.softmax_scale * kLog2e;
-      float r_s[1][kCols / 8][4], r_dq[kPartsFirst][1][8][4];
+      float r_s[1][kCols / 8][4];
       u32 r_p[kCols / 16][4];
       Stage at;
-      float* g_before = nullptr;  // dq of the step before
-      int head = w.head;
       mbarrier_wait_parity(s_base + Smem::kBarrierX, 0);
       wait_for_columns(w, s_base, x, y, at, w.first * kCols);
       multiply_keys(r_s, s_base, at);
 #pragma unroll 1
       for (int step = 0, tile = w.first; step < steps; ++step) {
-        const int col = tile * kCols, its_head = head;
+        const int col = tile * kCols;
         tile = w.next(tile);
-        if (tile == w.first) ++head;
         wgmma_wait_group<0>(r_s[0]);
         if (w.band.template cuts<kRows, kCols>(w.row0, col) || w.row0 + kRows > w.band.rows)
           mask_keys(r_s[0], w.band, row, col);
@@ -77,50 +65,25 @@ struct AttentionBwdWideSm90
         each(r_s, [&](float& s, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
         x.release(at);
         pack_operand<Element>(r_p, r_s[0]);
-        if constexpr (!kQueries)
-          if (step >= 2) barrier_sync(kWeightsUsed + (step & 1), kConsumerThreads);
+        if (step >= 2) barrier_sync(kWeightsUsed + (step & 1), kConsumerThreads);
         const u32 s_weights = weights(s_base, step);
 #pragma unroll
         for (int i = 0; i < kCols / 16; ++i)
           st_shared_v4_b32(s_weights + i * 2048, r_p[i][0], r_p[i][1], r_p[i][2], r_p[i][3]);
         barrier_arrive(kWeightsStored + (step & 1), kConsumerThreads);
         y.wait_full(at);
-        // Before the first step there is no dq: what its product makes is not used.
-        if constexpr (kQueries) barrier_sync(kWeightsUsed + ((step + 1) & 1), kConsumerThreads);
-        if constexpr (kQueries) multiply_queries<0>(r_dq, s_base, step + 1);
         wgmma_fence();
         multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(col_y(s_base, at)), false, [] {});
         wgmma_commit_group();
-        if constexpr (kQueries) {
-          wgmma_wait_group<kPartsFirst>(r_dq[0][0]);
-          if (step > 0) add(g_before, r_dq[0][0]);
-        }
         Stage next = at;
         next.advance();
         if (step + 1 < steps) wait_for_columns(w, s_base, x, y, next, tile * kCols);
         multiply_keys(r_s, s_base, next);
         wgmma_wait_group<1>(r_dv);
         y.release(at);
-        if constexpr (kQueries) {
-          if constexpr (kPartsFirst > 1) {
-            wgmma_fence_operand(r_dq[1][0]);
-            if (step > 0) add(g_before + 4096, r_dq[1][0]);
-          }
-          g_before = sums(p, w, its_head, col);
-        }
         at = next;
       }
       wgmma_wait_group<0>(r_s[0]);
-      if constexpr (kQueries) {
-        barrier_sync(kWeightsUsed + ((steps + 1) & 1), kConsumerThreads);
-        multiply_queries<0>(r_dq, s_base, steps + 1);
-        wgmma_wait_group<0>(r_dq[0][0]);
-#pragma unroll
-        for (int i = 0; i < kPartsFirst; ++i) {
-          wgmma_fence_operand(r_dq[i][0]);
-          add(g_before + i * 4096, r_dq[i][0]);
-        }
-      }
     }
     store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
           p.head_dim_v, 1.f);
@@ -133,26 +96,19 @@ struct AttentionBwdWideSm90
     const int steps = w.all_steps(), warp_row = (warp_id() & 3) * 16;
     float r_dk[kHeadDim / 8][4] = {};
     if (steps > 0) {
-      float r_dp[1][kCols / 8][4], r_dq[1][1][8][4], r_dq_last[1][1][8][4];
+      float r_dp[1][kCols / 8][4];
       u32 r_ds[kCols / 16][4];
-      Stage at, before;           // the step at hand, and the one whose q is still in use
-      float* g_before = nullptr;  // dq of the step before
-      int head = w.head;
-      if constexpr (kQueries) barrier_arrive(kWeightsUsed + 1, kConsumerThreads);  // before the first step
+      Stage at, before;  // the step at hand, and the one whose q is still in use
       mbarrier_wait_parity(s_base + Smem::kBarrierY, 0);
-      if constexpr (kQueries) mbarrier_wait_parity(s_base + Smem::kBarrierX, 0);
 #pragma unroll 1
       for (int step = 0, tile = w.first; step < steps; ++step) {
-        const int col = tile * kCols, its_head = head;
+        const int col = tile * kCols;
         tile = w.next(tile);
-        if (tile == w.first) ++head;
         wait_for_columns(w, s_base, y, x, at, col);
         multiply_values(r_dp, s_base, at);
-        // Before the first step there is no dq: what its products make is not used.
-        if constexpr (kQueries) multiply_queries<kPartsFirst>(r_dq, s_base, step + 1);
-        wgmma_wait_group<1 + kQueries>(r_dk);
+        wgmma_wait_group<1>(r_dk);
         if (step > 0) x.release(before), before.advance();
-        wgmma_wait_group<kQueries>(r_dp[0]);
+        wgmma_wait_group<0>(r_dp[0]);
         y.release(at);
         x.wait_full(at);
         const auto& s_of = statistics(smem, at);
@@ -164,55 +120,16 @@ struct AttentionBwdWideSm90
           ds = value_of<Element>(r_ds, n, e) * (ds - s_of.delta[j]);
         });
         pack_operand<Element>(r_ds, r_dp[0]);
-        if constexpr (kQueries) {
-          wgmma_wait_group<0>(r_dq[0][0]);
-          store_scores<TileScores>(s_base + Smem::kScoresTile + (step & 1) * TileScores::kBytes, warp_row,
-                                   r_ds);
-          fence_proxy_async();
-          barrier_arrive(kWeightsUsed + (step & 1), kConsumerThreads);
-          barrier_sync(kScoresStored, 128);
-        } else {
-          if (step + 2 < steps) barrier_arrive(kWeightsUsed + (step & 1), kConsumerThreads);
-        }
-        if constexpr (kQueries) multiply_queries<kLastPart>(r_dq_last, s_base, step + 1);
+        if (step + 2 < steps) barrier_arrive(kWeightsUsed + (step & 1), kConsumerThreads);
         wgmma_fence();
         multiply<Element, 1>(r_dk, r_ds, MNMajor<TileColX>(col_x(s_base, at)), false, [] {});
         wgmma_commit_group();
         at.advance();
-        if constexpr (kQueries) {
-          if (step > 0) add(g_before + kPartsFirst * 4096, r_dq[0][0]);
-          wgmma_wait_group<1>(r_dq_last[0][0]);
-          if (step > 0) add(g_before + kLastPart * 4096, r_dq_last[0][0]);
-          g_before = sums(p, w, its_head, col);
-        }
-      }
-      if constexpr (kQueries) {
-        multiply_queries<kPartsFirst>(r_dq, s_base, steps + 1);
-        multiply_queries<kLastPart>(r_dq_last, s_base, steps + 1);
-        wgmma_wait_group<0>(r_dq_last[0][0]);
-        wgmma_fence_operand(r_dq[0][0]);
-        add(g_before + kPartsFirst * 4096, r_dq[0][0]);
-        add(g_before + kLastPart * 4096, r_dq_last[0][0]);
       }
       wgmma_wait_group<0>(r_dk);
     }
     store(p, w, w.row0 + warp_row, r_dk, static_cast<Element*>(p.dk), p.dk_stride_b, p.dk_stride_s,
           p.dk_stride_h, p.head_dim, p.softmax_scale);
-  }
-
-  // ---- dq ----
-
-  // Products of dS of a step of the same parity with columns of the keys, a group for each part.
-  template <int kFirst, int kN>
-  FM_DEVICE static void multiply_queries(float (&r_dq)[kN][1][8][4], u32 s_base, int step) {
-    const MNMajor<TileScores> scores(s_base + Smem::kScoresTile + (step & 1) * TileScores::kBytes);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      multiply<Element, kRows>(
-          r_dq[i], scores, MNMajor<TileX>(s_base + Smem::kRowX + (kFirst + i) * TileX::kPanelBytes), true);
-      wgmma_commit_group();
-    }
   }
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
     FUSED_SM90,
+    STAGES_PAIR_SM90,
     STAGES_WIDE_SM90,
     TILES_BWD_SM90,
     Bwd80Config,
@@ -106,7 +107,7 @@ def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
 def fused(of: AttentionBwdProblem) -> bool:
     """Whether a Hopper kernel makes dq, dk and dv in one launch."""
     dims, variant = dims_sm90(of), variant_of(of.forward)
-    return (dims, variant) in FUSED_SM90 or (dims in STAGES_WIDE_SM90 and of.forward.even)
+    return (dims, variant) in FUSED_SM90 or (dims in STAGES_PAIR_SM90 and of.forward.even)
 
 
 def dq_blocks(of: AttentionBwdProblem) -> int:

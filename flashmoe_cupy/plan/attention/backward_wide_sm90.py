@@ -32,7 +32,7 @@ _DQ = AttentionBwdSm90()  # dq of the same head dims
 
 
 class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
-    """cuda_src/attention/bwd_wide_sm90.cuh: dk and dv of head dims beyond 128, or all three gradients."""
+    """cuda_src/attention/bwd_wide_sm90.cuh: dk and dv of head dims beyond 128."""
 
     op, task, name = "attention_backward", "attention_bwd", "attention_bwd_wide_sm90"
     header = "attention/bwd_wide_sm90.cuh"
@@ -42,27 +42,19 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
     def configs(self, arch: str) -> list[BwdWide90Config]:
         if arch != "sm_90a":
             return []
-        kinds = [(element, dims) for element in ("bf16", "fp16") for dims in STAGES_WIDE_SM90]
-        return [config_wide(*kind, part) for kind in kinds for part in ("kv", "qkv")]
+        return [config_wide(element, dims, "kv") for element in ("bf16", "fp16") for dims in STAGES_WIDE_SM90]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
-        why = _DQ.why_not(GradientProblem(problem.of, "q"), arch, aligned)  # what Hopper's kernels ask for
-        if arch != "sm_90a" or dims_sm90(problem.of) is None:
-            return why
-        if dims_sm90(problem.of) not in STAGES_WIDE_SM90:
-            why.append("narrower head dims have a Hopper kernel of their own")
-        if problem.part not in ("kv", "qkv"):
-            why.append("of wide head dims Hopper makes dk and dv in one launch")
-        if problem.part == "qkv" and not fused(problem.of):
-            why.append("dq, dk and dv are not made in one launch of lengths that differ")
-        blocks = self.grid(problem, self.choose(problem, arch, aligned))
-        return [*why, f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else why
+        why = _why_not(problem, arch, aligned)
+        if not why and problem.part != "kv":
+            why.append("it makes dk and dv in one launch, and nothing else")
+        return why or _too_many(self.grid(problem, self.choose(problem, arch, aligned)))
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> BwdWide90Config:  # fmt: skip
         dims = next((d for d in STAGES_WIDE_SM90 if d == dims_sm90(problem.of)), [*STAGES_WIDE_SM90][-1])
-        return config_wide(problem.dtype.cuda, dims, problem.part)
+        return config_wide(problem.dtype.cuda, dims, "kv")
 
     def grid(self, problem: GradientProblem, config: BwdWide90Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
         return grid_of(problem, config)
@@ -79,15 +71,6 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
             "at_once": 0,
         }
 
-    def before(
-        self, step: Step, config: BwdWide90Config, odd: Sequence[str]  # noqa: ARG002
-    ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
-        """dq comes from its sums afterwards."""
-        if config.part != "qkv":
-            return [step], {}
-        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), CONVERTED)
-        return [step, convert], {}
-
     def map_arguments(self, problem: GradientProblem, config: BwdWide90Config) -> tuple[TensorMap, ...]:
         return _DQ.map_arguments(problem, config.like)
 
@@ -97,7 +80,7 @@ class AttentionBwdWidePairSm90(Kernel[GradientProblem, BwdPair90Config]):
 
     op, task, name = "attention_backward", "attention_bwd", "attention_bwd_wide_pair_sm90"
     header = "attention/bwd_wide_pair_sm90.cuh"
-    summary = "attention backward of head dims 129 to 256 by pairs of blocks: bf16 and fp16 on Hopper (sm_90a)"
+    summary = "attention backward of head dims 193 to 256 by pairs of blocks: bf16 and fp16 on Hopper (sm_90a)"
     params = Params(header, "AttentionBwdSm90Params")
 
     def configs(self, arch: str) -> list[BwdPair90Config]:
@@ -106,18 +89,17 @@ class AttentionBwdWidePairSm90(Kernel[GradientProblem, BwdPair90Config]):
         return [_pair(element, dims) for element in ("bf16", "fp16") for dims in STAGES_PAIR_SM90]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
-        why = _WIDE.why_not(problem, arch, aligned)
-        if why:
-            return why
-        if problem.part != "qkv":
-            return ["pairs of blocks make dq, dk and dv in one launch"]
-        blocks = self.grid(problem, self.choose(problem, arch, aligned))
-        return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
+        why = _why_not(problem, arch, aligned)
+        if not why and problem.part != "qkv":
+            why.append("pairs of blocks make dq, dk and dv in one launch")
+        if not why and not fused(problem.of):
+            why.append("dq, dk and dv are made in one launch for head dims beyond 192 and lengths that do not differ")
+        return why or _too_many(self.grid(problem, self.choose(problem, arch, aligned)))
 
     def choose(
-        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100
+        self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
     ) -> BwdPair90Config:  # fmt: skip
-        return _pair(problem.dtype.cuda, _WIDE.choose(problem, arch, aligned, device)[1:3])
+        return _pair(problem.dtype.cuda, [*STAGES_PAIR_SM90][-1])
 
     def grid(self, problem: GradientProblem, config: BwdPair90Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
         p = problem.of.forward
@@ -134,10 +116,10 @@ class AttentionBwdWidePairSm90(Kernel[GradientProblem, BwdPair90Config]):
         return _WIDE.values(problem, config.alone, aligned, sms) | sizes
 
     def before(
-        self, step: Step, config: BwdPair90Config, odd: Sequence[str]
+        self, step: Step, config: BwdPair90Config, odd: Sequence[str]  # noqa: ARG002
     ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
         """dq comes from its sums afterwards."""
-        return _WIDE.before(step, config.alone, odd)
+        return [step, Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), CONVERTED)], {}
 
     def map_arguments(self, problem: GradientProblem, config: BwdPair90Config) -> tuple[TensorMap, ...]:
         q, k, v, dout = _WIDE.map_arguments(problem, config.alone)
@@ -152,3 +134,16 @@ _WIDE = AttentionBwdWideSm90()
 def _pair(element: str, dims: tuple[int, int]) -> BwdPair90Config:
     stages, stages_v, shares = STAGES_PAIR_SM90[dims]
     return BwdPair90Config(element, *dims, stages, stages_v, shares)
+
+
+def _why_not(problem: GradientProblem, arch: str, aligned: bool) -> list[str]:
+    """What both kernels ask for."""
+    why = _DQ.why_not(GradientProblem(problem.of, "q"), arch, aligned)  # what all of Hopper's kernels do
+    dims = dims_sm90(problem.of)
+    if arch == "sm_90a" and dims is not None and dims not in STAGES_WIDE_SM90:
+        why.append("narrower head dims have a Hopper kernel of their own")
+    return why
+
+
+def _too_many(blocks: int) -> list[str]:
+    return [f"{blocks} blocks of work: too much for one launch (2**31 - 1)"] if blocks >= 2**31 else []
