@@ -97,7 +97,8 @@ def line_of(row: dict[str, Any]) -> str:
     if row.get("means"):
         ours = f", {row['loss_apart']} from eager" if row.get("loss_apart") is not None else ""
         return f"{head} {speed}  loss {row['means'][0]:.4f} to {row['means'][-1]:.4f}{ours}"
-    return f"{head} {speed}  spread {100 * row['spread']:4.1f} %  error {row['error']:.1e}{host}"
+    note = f"  {row['note']}" if row.get("note") else ""
+    return f"{head} {speed}  spread {100 * row['spread']:4.1f} %  error {row['error']:.1e}{host}{note}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
