@@ -163,11 +163,12 @@ def test_blocks_of_queries_give_the_whole() -> None:
     inputs = inputs_of(case)
     rows, columns = torch.tensor([0, 4, 8]), torch.tensor([1, 8])
     whole, apart = (truth_of(case, inputs, 1, 2, rows, columns, block) for block in (1 << 20, 20))
-    for one, other in zip(whole, apart, strict=True):
+    assert whole.dbias is None and apart.dbias is None
+    for one, other in zip(whole[:4], apart[:4], strict=True):
         assert torch.allclose(one.truth, other.truth, rtol=1e-12, atol=1e-14)
         assert torch.allclose(one.size, other.size, rtol=1e-12)
-    assert [tuple(one.truth.shape) for one in whole] == [(3, 16), (2, 16), (2, 16), (1, 1)]
-    assert all(bool((one.size > 0).all()) for one in whole)
+    assert [tuple(one.truth.shape) for one in whole[:4]] == [(3, 16), (2, 16), (2, 16), (1, 1)]
+    assert all(bool((one.size > 0).all()) for one in whole[:4])
 
 
 @pytest.mark.torch
