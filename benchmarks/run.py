@@ -68,7 +68,12 @@ GROUPS = {
         "attention_forward",
         "moe_decode",
     ),
-    "h200_backward": ("attention_backward_features", "attention_backward_portable", "attention_backward"),
+    "h200_backward": (
+        "attention_backward_bias",
+        "attention_backward_features",
+        "attention_backward_portable",
+        "attention_backward",
+    ),
     "h200_training": ("attention_backward_host", "llama_training", "training"),
 }
 # Who measures which suites, and by which names its libraries go.
