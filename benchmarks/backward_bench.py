@@ -46,9 +46,13 @@ class BackwardBench(Bench[BackwardCase, Inputs]):
         return rows
 
     def _poisoned(self, case: BackwardCase, prepared: Prepared) -> tuple[torch.Tensor, bool]:
-        """As in bench.py; without a place to write into, poison is left where each gradient will be."""
+        """As in bench.py; without a place to write into, poison is left where each gradient will be.
+
+        into() gives False where it made a gradient that it has no argument for, and not in memory full of NaN.
+        """
         if prepared.into is not None:
-            return super()._poisoned(case, prepared)
+            out = self.poison(case)
+            return out, prepared.into(0, out) is not False
         blocks = [part.clone() for _ in range(2) for part in parts(case, self.poison(case))]
         places = [block.data_ptr() for block in blocks]
         del blocks

@@ -2,8 +2,8 @@
 
 FLOP: five products of the visible pairs. The scores again, dk and dq have head_dim, the gradient of the probabilities
 and dv have head_dim_v: 2 * heads_q * pairs * (3 * head_dim + 2 * head_dim_v), which is 2.5 times the forward's when
-head_dim_v == head_dim. `pairs` is as in cases.py. What a kernel computes twice does not count. Bytes: q, k, v, out,
-dout and the log-sum-exp read once, dq, dk and dv written once.
+head_dim_v == head_dim. `pairs` is as in cases.py. What a kernel computes twice does not count, nor do the sums of a
+bias's gradient. Bytes: q, k, v, out, dout, a bias and the log-sum-exp read once, dq, dk, dv and dbias written once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class BackwardCase(Case):
-    """The gradients of one attention problem with respect to q, k and v, and to the sinks where it has them.
+    """The gradients of one attention problem with respect to q, k and v, and to the sinks and bias where it has them.
 
-    No case has ALiBi slopes, a bias or padding: the check does not know them.
+    No case has ALiBi slopes, padding, a boolean bias or a softcap beside a bias: the check does not know them.
     """
 
     __slots__ = ()
@@ -42,7 +42,7 @@ class BackwardCase(Case):
         """Fewest bytes through device memory."""
         queries, keys = self.tokens_q * self.heads_q, self.tokens_k * self.heads_k
         moved = 2 * (self.head_dim + self.head_dim_v) * (queries + keys)  # q, dq, out, dout, k, dk, v, dv
-        return ITEMSIZE[self.dtype] * moved + ITEMSIZE["float32"] * queries
+        return ITEMSIZE[self.dtype] * moved + ITEMSIZE["float32"] * queries + 2 * self.bias_bytes()
 
 
 FEATURES = (
@@ -54,6 +54,7 @@ FEATURES = (
     "softcap_d128_8k_causal",
     "d192_128_8k_causal",
 )
+BIASES = tuple(case.name for case in SUITES["attention_bias"].cases if case.dtype == "bfloat16")
 
 
 def _backward(suite: str, forward: str, names: tuple[str, ...] = ()) -> Iterator[BackwardCase]:
@@ -64,6 +65,7 @@ def _backward(suite: str, forward: str, names: tuple[str, ...] = ()) -> Iterator
 
 _LIBRARIES = (OURS, OURS_DETERMINISTIC, "torch_cudnn", "torch_flash", "fa3", "fa3_deterministic", "fa4")
 _RIVALS = ("torch_cudnn", "fa3", "fa4")
+_BIAS_RIVALS = ("torch_efficient", "cudnn_frontend")
 
 BACKWARD_SUITES: dict[str, Suite[BackwardCase]] = {
     suite.name: suite
@@ -89,6 +91,13 @@ BACKWARD_SUITES: dict[str, Suite[BackwardCase]] = {
             (OURS_SM80, "torch_flash"),
             ("torch_flash",),
             ours=OURS_SM80,
+        ),
+        Suite(  # a call with a bias has the same kernels with and without `deterministic`
+            "attention_backward_bias",
+            "gradients of q, k, v and a bias that broadcasts; rivals get a float32 bias in bfloat16, cast before",
+            tuple(_backward("attention_backward_bias", "attention_bias", BIASES)),
+            (OURS, *_BIAS_RIVALS),
+            _BIAS_RIVALS,
         ),
     )
 }

@@ -1,17 +1,19 @@
 """Adapters for attention's backward. Each library's own forward gives what its backward reads, outside of the time.
 
-A call gives a tuple: dq, dk, dv and, of a case with sinks, dsinks, in the library's order of axes. Gradients are made
-anew by every call, as a training step has them.
+A call gives a tuple: dq, dk, dv and, of a case that has them, dsinks and dbias, in the library's order of axes.
+Gradients are made anew by every call, as a training step has them.
 """
 
 from __future__ import annotations
 
 import importlib
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.attention_inputs import Inputs
-from benchmarks.backward_inputs import joined, parts
+from benchmarks.backward_inputs import cast_bias, joined, parts
 from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80
+from benchmarks.cudnn_rival import CudnnBackward
 from benchmarks.flash_rivals import FA3, FA4
 from benchmarks.library import Library, Prepared, Setup, bhsd, bshd, first_reason, from_torch, to_torch
 from benchmarks.ours import Ours, array_options, case_options
@@ -33,7 +35,7 @@ def _moved(case: Any, move: Move, gradients: Sequence[torch.Tensor]) -> list[tor
 
 
 class OursBackward(Ours):
-    """flash_attention_backward and flash_attention_varlen_backward; with sinks their gradient too, as FA4 has it."""
+    """flash_attention_backward and flash_attention_varlen_backward; of sinks and of a bias the gradient too."""
 
     def __init__(self, name: str, deterministic: bool = False) -> None:
         self.name = name
@@ -50,8 +52,10 @@ class OursBackward(Ours):
         forward = package.flash_attention_varlen if case.varlen else package.flash_attention
         backward = package.flash_attention_varlen_backward if case.varlen else package.flash_attention_backward
         more: dict[str, Any] = {"deterministic": True} if self.deterministic else {}
-        if case.sinks:
-            more["need"] = ("q", "k", "v", "sinks")
+        extra = [(place, name) for place, name in ((3, "sinks"), (4, "bias")) if getattr(case, name)]
+        if extra:
+            more["need"] = ("q", "k", "v", *[name for _, name in extra])
+        wanted = itemgetter(0, 1, 2, *[place for place, _ in extra])
         calls = []
         for one in sets:
             native = Inputs(*(None if t is None else from_torch(t, case.arrays) for t in one))
@@ -61,18 +65,28 @@ class OursBackward(Ours):
 
         def run(i: int) -> Any:
             arrays, keywords = calls[i % len(calls)]
-            made = backward(*arrays, **keywords)
-            return made[:4] if case.sinks else made[:3]
+            return wanted(backward(*arrays, **keywords))
 
         def into(i: int, flat: torch.Tensor) -> Any:
             arrays, keywords = calls[i % len(calls)]
             dq, dk, dv, *rest = parts(case, flat)
             given = {name: from_torch(x, case.arrays) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
+            places = _left_behind(sets[i % len(sets)].bias)
             made = backward(*arrays, **keywords, **given)
-            for part in rest:  # there is no argument for dsinks
-                part.copy_(to_torch(made.dsinks, case.arrays))
+            found = [to_torch(made[place], case.arrays) for place, _ in extra]  # there is no argument for these
+            for part, gradient in zip(rest, found, strict=True):
+                part.copy_(gradient)
+            return not places or found[-1].data_ptr() in places
 
         return Prepared(run, lambda made: joined(case, [to_torch(x, case.arrays) for x in made]), into)
+
+
+def _left_behind(like: torch.Tensor | None) -> set[int]:
+    """Where memory full of NaN was just freed, of this size and dtype: torch gives it out again to the next array."""
+    import torch
+
+    blocks = [] if like is None else [torch.full_like(like, float("nan")) for _ in range(2)]
+    return {block.data_ptr() for block in blocks}
 
 
 class OursBackwardForced(OursBackward):
@@ -102,12 +116,18 @@ def _leaves(arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class SdpaBackward(Sdpa):
-    """The gradient that torch.autograd takes of scaled_dot_product_attention with one back end of it."""
+    """The gradient that torch.autograd takes of scaled_dot_product_attention with one back end of it.
+
+    A bias is spread by a view, in q's dtype; its gradient is that of the bias as the case has it, so that the sum over
+    the axes along which it is spread is part of the call.
+    """
 
     def why_not(self, case: Any, setup: Setup) -> str:
-        flash = self.backend == "FLASH_ATTENTION"
+        flash, cudnn = self.backend == "FLASH_ATTENTION", self.backend == "CUDNN_ATTENTION"
         return super().why_not(case, setup) or first_reason(
             (flash and case.head_dim != case.head_dim_v, "torch's FA2 wants head_dim_v == head_dim"),
+            (flash and case.bias, "FA2 has no dense bias"),
+            (cudnn and case.bias, "torch has no gradient of a bias by cuDNN"),
         )
 
     def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:  # noqa: ARG002
@@ -115,10 +135,14 @@ class SdpaBackward(Sdpa):
         from torch.nn.functional import scaled_dot_product_attention
 
         calls = []
+        given, said = cast_bias(case, sets)
         with self.scope():
-            for one in sets:
-                leaves = _leaves([bhsd(case, t) for t in one[:3]])
-                out = scaled_dot_product_attention(*leaves, **self.options(case))
+            for one in given:
+                leaves = _leaves([*(bhsd(case, t) for t in one[:3]), *([] if one.bias is None else [one.bias])])
+                options = self.options(case)
+                if one.bias is not None:
+                    options["attn_mask"] = leaves[3].expand(case.batch, case.heads_q, case.seqlen_q, case.seqlen_k)
+                out = scaled_dot_product_attention(*leaves[:3], **options)
                 assert one.dout is not None
                 calls.append((out, leaves, bhsd(case, one.dout)))
 
@@ -126,7 +150,7 @@ class SdpaBackward(Sdpa):
             out, leaves, dout = calls[i % len(calls)]
             return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
-        return Prepared(run, lambda made: joined(case, _moved(case, bhsd, made)), scope=self.scope)
+        return Prepared(run, lambda made: joined(case, _moved(case, bhsd, made)), scope=self.scope, **said)
 
 
 class FA3Backward(FA3):
@@ -209,7 +233,9 @@ BACKWARD_LIBRARIES: dict[str, Library] = {
         OursBackwardForced(OURS_SM80, "attention_bwd_sm80"),
         SdpaBackward("torch_cudnn", "CUDNN_ATTENTION"),
         SdpaBackward("torch_flash", "FLASH_ATTENTION"),
+        SdpaBackward("torch_efficient", "EFFICIENT_ATTENTION"),
         SdpaBackward("torch_sdpa"),
+        CudnnBackward(),
         FA3Backward("fa3"),
         FA3Backward("fa3_deterministic", deterministic=True),
         FA4Backward(),

@@ -122,6 +122,11 @@ BARS = (
     *_all("attention_backward", _names("attention_backward"), "rows", 1.0, 0.92, ("fa3", "torch_cudnn", "fa4")),
     *_deterministic(),
     *_all("attention_backward_features", _names("attention_backward_features"), "rows", 1.0, 0.9, ("fa3",)),
+    *(
+        Bar("attention_backward_bias", name, TIME, 0.6, ("torch_efficient",))
+        for name in _names("attention_backward_bias")
+        if name.endswith("_bf16")
+    ),
     _portable(),
     *(
         Bar("attention_backward_host", case.name, HOST, 60.0, ours=library)

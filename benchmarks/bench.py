@@ -300,6 +300,7 @@ class Bench(Generic[C, I]):
             error_row=rounded(answer.error_row),
             error_limit=answer.limit,
             poisoned=poisoned,
+            **({"note": prepared.note} if prepared.note else {}),
         )
         if answer.passed:
             ready[name], answers[name] = prepared, out

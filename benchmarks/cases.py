@@ -134,10 +134,14 @@ class Case(NamedTuple):
         moved += size * self.tokens_k * self.heads_k * (self.head_dim + self.head_dim_v)
         if self.lse:
             moved += ITEMSIZE["float32"] * self.tokens_q * self.heads_q
-        if self.bias:
-            bias_size = {"same": size, "float32": 4, "bool": 1}[self.bias]
-            moved += bias_size * math.prod(self.whole_bias())
-        return moved
+        return moved + self.bias_bytes()
+
+    def bias_bytes(self) -> int:
+        """The bytes of the bias."""
+        if not self.bias:
+            return 0
+        size = {"same": ITEMSIZE[self.dtype], "float32": 4, "bool": 1}[self.bias]
+        return size * math.prod(self.whole_bias())
 
     def shape(self) -> dict[str, Any]:
         """The fields that say what was computed, for a row of results."""

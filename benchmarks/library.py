@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
     run(i) computes input set i and returns the library's own output; as_torch gives that output as a torch tensor in
     the case's layout; into(i, out), where the library has an `out` argument, writes into the given torch tensor;
     scope() is entered around every loop of calls (back-end choices), so that its cost is not in a call's time.
-    check(out) is there for what computes another thing than the case says.
+    check(out) is there for what computes another thing than the case says; note says so in the row.
     """
 
     run: Callable[[int], Any]
@@ -50,6 +50,7 @@ class Prepared(NamedTuple):
     into: Callable[[int, torch.Tensor], Any] | None = None
     scope: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     check: Callable[[torch.Tensor], Check] | None = None
+    note: str = ""
 
 
 class Library:

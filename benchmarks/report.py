@@ -176,6 +176,17 @@ def gaps(comparisons: Sequence[Comparison], rows: Sequence[Row], suite: Suite[An
     return lines
 
 
+def notes(comparisons: Sequence[Comparison], rows: Sequence[Row], suite: Suite[Any], device: str = "") -> list[str]:
+    """What rows of the suite say of what they measured, and of which cases."""
+    found = newest(rows, suite.name, device)
+    cases: dict[tuple[str, str], list[str]] = {}
+    for item in comparisons:
+        for name, row in found[item.case].items():
+            if row["status"] == "ok" and row.get("note"):
+                cases.setdefault((LABELS.get(name, name), row["note"]), []).append(item.case)
+    return [f"{label} in {', '.join(names)}: {note}" for (label, note), names in cases.items()]
+
+
 def suite_table(rows: Sequence[Row], suite: str, device: str = "") -> Table:
     """One line per case, one column per library: speed and share of the ceiling, or why there is none."""
     found = newest(rows, suite, device)
@@ -377,6 +388,8 @@ def _main(options: argparse.Namespace) -> int:
             print(f"against our own kernel without the bias: {summary(plain)}")
         for line in (*absent(rows, suite, options.device), *gaps(comparisons, rows, suite, options.device)):
             print(f"not compared: {line}")
+        for line in notes(comparisons, rows, suite, options.device):
+            print(f"note: {line}")
         print(summary(comparisons))
         return 0
     names = [name for name in ALL_SUITES if any(row["suite"] == name for row in rows)]

@@ -33,6 +33,7 @@ LABELS = {
     "torch_cudnn": "torch cuDNN",
     "torch_flash": "torch flash",
     "torch_efficient": "torch efficient",
+    "cudnn_frontend": "cuDNN's own front end",
     "torch_sdpa": "torch SDPA",
     "torch_cpu": "torch on the CPU",
     "eager": "transformers eager",

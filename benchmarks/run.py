@@ -68,7 +68,12 @@ GROUPS = {
         "attention_forward",
         "moe_decode",
     ),
-    "h200_backward": ("attention_backward_features", "attention_backward_portable", "attention_backward"),
+    "h200_backward": (
+        "attention_backward_bias",
+        "attention_backward_features",
+        "attention_backward_portable",
+        "attention_backward",
+    ),
     "h200_training": ("attention_backward_host", "llama_training", "training"),
 }
 # Who measures which suites, and by which names its libraries go.
@@ -97,7 +102,8 @@ def line_of(row: dict[str, Any]) -> str:
     if row.get("means"):
         ours = f", {row['loss_apart']} from eager" if row.get("loss_apart") is not None else ""
         return f"{head} {speed}  loss {row['means'][0]:.4f} to {row['means'][-1]:.4f}{ours}"
-    return f"{head} {speed}  spread {100 * row['spread']:4.1f} %  error {row['error']:.1e}{host}"
+    note = f"  {row['note']}" if row.get("note") else ""
+    return f"{head} {speed}  spread {100 * row['spread']:4.1f} %  error {row['error']:.1e}{host}{note}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

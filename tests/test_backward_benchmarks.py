@@ -18,7 +18,7 @@ from benchmarks.bars import BARS, LEAST, MEAN
 from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80, SUITES
 from flashmoe_cupy import reference
 
-ROWS, FEATURES, PORTABLE = BACKWARD_SUITES.values()
+ROWS, FEATURES, PORTABLE, _ = BACKWARD_SUITES.values()
 TINY = BackwardCase("x", "attention_backward", "", 2, 9, 9, 4, 2, 16, 16, "float32", causal=True)
 KINDS: dict[str, BackwardCase] = {
     "causal": TINY,
@@ -163,11 +163,12 @@ def test_blocks_of_queries_give_the_whole() -> None:
     inputs = inputs_of(case)
     rows, columns = torch.tensor([0, 4, 8]), torch.tensor([1, 8])
     whole, apart = (truth_of(case, inputs, 1, 2, rows, columns, block) for block in (1 << 20, 20))
-    for one, other in zip(whole, apart, strict=True):
+    assert whole.dbias is None and apart.dbias is None
+    for one, other in zip(whole[:4], apart[:4], strict=True):
         assert torch.allclose(one.truth, other.truth, rtol=1e-12, atol=1e-14)
         assert torch.allclose(one.size, other.size, rtol=1e-12)
-    assert [tuple(one.truth.shape) for one in whole] == [(3, 16), (2, 16), (2, 16), (1, 1)]
-    assert all(bool((one.size > 0).all()) for one in whole)
+    assert [tuple(one.truth.shape) for one in whole[:4]] == [(3, 16), (2, 16), (2, 16), (1, 1)]
+    assert all(bool((one.size > 0).all()) for one in whole[:4])
 
 
 @pytest.mark.torch
@@ -214,9 +215,9 @@ def test_the_command_line_knows_the_suites(capsys: pytest.CaptureFixture[str]) -
     from benchmarks.run import chosen, main, parse
 
     found = chosen(parse(["--suite", "h200_backward"]))
-    assert len(found) == 36 + 7 + 24
+    assert len(found) == 8 + 7 + 24 + 36
     assert all(libraries == BACKWARD_SUITES[case.suite].libraries for case, libraries in found)
-    assert chosen(parse(["--suite", "attention_backward", "--libraries", "torch_efficient"])) == []
+    assert chosen(parse(["--suite", "attention_backward", "--libraries", "torch_fa2"])) == []
     assert main(["--suite", "attention_backward", "--cases", "^d64_s512_full$", "--list"]) == 0
     assert "171.8 GFLOP" in capsys.readouterr().out  # 10 * 16384 * 512 * 32 * 64
 
@@ -396,7 +397,7 @@ def rows_of(suite: Any, lacking: dict[str, set[str]], **times: float) -> list[di
 
 
 def test_the_bars_are_the_ones_to_show() -> None:
-    mine = [bar for bar in BARS if bar.suite in BACKWARD_SUITES]
+    mine = [bar for bar in BARS if bar.suite in (ROWS.name, FEATURES.name, PORTABLE.name)]
     best, fa3 = ("fa3", "torch_cudnn", "fa4"), ("fa3",)
     assert [(bar.suite, bar.ours, bar.kind, bar.limit, bar.rivals, len(bar.cases)) for bar in mine] == [
         (ROWS.name, OURS, MEAN, 1.0, best, 36),
