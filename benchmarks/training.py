@@ -81,6 +81,8 @@ def documents(seed: int = 0, most: int | None = None) -> list[str]:
 def token_ids(tokenizer: Any, texts: Sequence[str], count: int) -> tuple[list[int], float]:
     """The first `count` tokens of the documents, one behind the other, and how often they were gone through."""
     end, ids = tokenizer.token_to_id(END), []
+    if not texts or end is None:  # it would go on for ever, or give no tensor
+        raise ValueError(f"the tokenizer has no {END}" if texts else "no text to read")
     for number in itertools.count():
         for first in range(0, len(texts), 64):
             batch = texts[first : first + 64]
@@ -272,7 +274,7 @@ class TrainingBench:
 
         setup = self.common.setup
         texts = documents(seed, None if setup.cuda else 60)
-        begun = start(case, setup.device, setup.models, texts, seed)
+        begun = start(case, setup.device, setup.models, texts, seed) if texts else "this Python has no sources"
         if isinstance(begun, str):
             for row in rows.values():
                 row |= {"status": "missing", "reason": begun}

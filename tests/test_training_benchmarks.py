@@ -216,6 +216,29 @@ def test_weights_that_are_nowhere_are_missing(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.torch
+def test_a_python_without_sources_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose library is compiled or in an archive, say; one that has topics alone reads them several times."""
+    pytest.importorskip("transformers")
+    from benchmarks import training
+
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(training, "topics", lambda: {"a": "some text ", "b": "more of it"})
+    assert sorted(training.documents()) == ["more of it", "some text "]
+    tokenizer = training.made_tokenizer(training.documents(), 300)
+    ids, passes = training.token_ids(tokenizer, training.documents(), 500)
+    assert len(ids) == 500 and passes > 2
+    monkeypatch.setattr(training, "topics", dict)
+    with pytest.raises(ValueError, match="no text"):
+        training.token_ids(tokenizer, training.documents(), 500)
+    bench, _ = bench_of(training.TrainingBench)
+    rows = bench.measure(RANDOM, (OURS,), 0, math.inf)
+    assert rows[0]["status"] == "missing" and "no sources" in rows[0]["reason"]
+    monkeypatch.setattr(training, "END", "<|none|>")
+    with pytest.raises(ValueError, match="tokenizer has no"):
+        training.token_ids(tokenizer, ["text"], 5)
+
+
+@pytest.mark.torch
 def test_a_folder_in_the_layout_of_the_hub(tmp_path: Path) -> None:
     """Weights and tokenizer are read from it, and a model of another shape is refused."""
     transformers = pytest.importorskip("transformers")
