@@ -11,9 +11,10 @@ from emulated_backward import ALL, CUDA, backward, faults, inputs, problem_of, t
 from test_cli_moe import loads
 
 from flashmoe_cupy import reference
+from flashmoe_cupy.jit.device import H100
 from flashmoe_cupy.ops import gpu, public
 from flashmoe_cupy.plan.attention.backward import backward_steps
-from flashmoe_cupy.plan.kernels import KERNELS, of_task
+from flashmoe_cupy.plan.kernels import KERNELS, of_task, prepared
 from flashmoe_cupy.plan.operation import registered
 from flashmoe_cupy.testing import AttentionCase, Case, VarlenCase
 
@@ -60,6 +61,54 @@ def test_right_in_every_order(case: Case, wanted: tuple[str, ...]) -> None:
     want = truth(case, arrays)
     for seed in range(6):
         assert faults(case, backward(case, arrays, seed, wanted), want) == [], seed
+
+
+# The portable kernel of all three gradients. Architectures differ in its tiles: warps that exchange P and dS or hold
+# them, one step in shared memory or two.
+AT_ONCE: tuple[Case, ...] = (
+    AttentionCase(70, 131, 1, 2, 2, 128),
+    AttentionCase(150, 203, 1, 4, 2, 64, causal=True),
+    AttentionCase(200, 331, 2, 2, 1, 120, dtype="float16", window_size=(40, 7)),
+    AttentionCase(300, 33, 1, 2, 2, 64, causal=True, sinks="float32"),
+    AttentionCase(150, 150, 1, 4, 2, 96, causal=True, softcap=5.0),
+    AttentionCase(70, 90, 1, 2, 1, 128, softcap=5.0, alibi="h", dtype="float16"),
+    AttentionCase(90, 100, 1, 2, 2, 128, 72),
+    AttentionCase(130, 70, 1, 2, 2, 40, window_size=(0, 9)),
+    AttentionCase(70, 90, 1, 4, 2, 192, 128),
+    AttentionCase(70, 90, 1, 2, 1, 160, dtype="float16", causal=True),
+    AttentionCase(150, 90, 1, 2, 1, 256, causal=True),
+    AttentionCase(1, 1, 2, 2, 2, 64),
+    RAGGED._replace(causal=True),
+    VarlenCase((5, 0, 130, 1, 70, 0, 0, 200, 64), (5, 3, 260, 0, 70, 0, 0, 128, 300), heads_k=2, head_dim=128),
+    PADDED._replace(causal=True),
+    PADDED._replace(head_dim=128, window_size=(30, 5)),
+)
+PORTABLE = ("sm_80", "sm_86", "sm_100")
+
+
+@pytest.mark.parametrize("arch", PORTABLE)
+@pytest.mark.parametrize("case", AT_ONCE, ids=[str(i) for i in range(len(AT_ONCE))])
+def test_all_gradients_at_once(case: Case, arch: str) -> None:
+    arrays = inputs(case)
+    want = truth(case, arrays)
+    for seed in range(4):
+        found = backward(case, arrays, seed, ALL, arch, deterministic=False)
+        assert faults(case, found, want) == [], seed
+
+
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("arch", PORTABLE)
+def test_which_kernel_makes_all_gradients(arch: str, d: int) -> None:
+    """None of head dims for which 99 KiB of shared memory hold no tiles, and none whose sums have one order."""
+    case = AttentionCase(40, 50, 1, 2, 2, d)
+    problem = problem_of(case, inputs(case), ALL)
+    for deterministic in (False, True):
+        steps = backward_steps(problem._replace(deterministic=deterministic))[0]
+        steps = prepared(steps, arch, True, H100, ())[0]
+        at_once = not deterministic and (arch != "sm_86" or d <= 128)
+        parts = [step.problem.part for step in steps if step.task == "attention_bwd"]
+        assert parts == (["qkv"] if at_once else ["k", "v", "q"] if d > 128 else ["kv", "q"])
+        assert (steps[-1].task == "attention_bwd_convert") == at_once
 
 
 def test_small_shared_memory() -> None:
@@ -116,7 +165,8 @@ def test_hopper_in_every_order(case: Case, wanted: tuple[str, ...], deterministi
 
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
-def test_keys_behind_the_end(d: int, deterministic: bool) -> None:
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80", "sm_100"])
+def test_keys_behind_the_end(d: int, deterministic: bool, arch: str) -> None:
     """Where every score is so low that exp(-lse) is infinite, rows that are loaded as zeros must not count."""
     case = AttentionCase(70, 70, 1, 2, 2, d)
     arrays = inputs(case)
@@ -124,7 +174,7 @@ def test_keys_behind_the_end(d: int, deterministic: bool) -> None:
     q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
     out, lse = reference.flash_attention(q, k, v, return_lse=True)
     arrays |= {"out": out.astype(arrays["q"].dtype), "lse": lse.astype(np.float32)}
-    found = backward(case, arrays, 0, ALL, "sm_90a", deterministic=deterministic)
+    found = backward(case, arrays, 0, ALL, arch, deterministic=deterministic)
     assert all(np.isfinite(found[name].astype(np.float32)).all() for name in ALL)
 
 
@@ -245,6 +295,41 @@ def test_faults_are_found(name: str) -> None:
         except emulate.EmulationError as error:
             found.append(str(error))
     assert found, f"{name}: no order of events shows it"
+
+
+_ALL = "attention/bwd_all_sm80.cuh"
+# The architecture whose tiles show them, and the head dim.
+FAULTS_AT_ONCE = {
+    "copies not waited for": ("sm_80", 64, "cp_async_wait_group<0>();\n      __syncthreads();", "__syncthreads();"),
+    "a step read too late": ("sm_80", 64, "      __syncthreads();  // this step", "      // this step"),
+    "P and dS not waited for": ("sm_80", 64, "      __syncthreads();  // P and dS are", "      // P and dS are"),
+    "dS of warps that hold P not waited for": (
+        "sm_100", 64, "      __syncthreads();  // P and dS are", "      // P and dS are",
+    ),
+    "a step overwritten too early": ("sm_86", 128, "__syncthreads();  // nobody reads this step any more", ";"),
+    "delta left out": ("sm_80", 64, "(ds - s_cols.delta[first + j])", "ds"),
+    "sums of no queries": ("sm_80", 64, "if (row >= w.band.cols) break;", ""),
+    "no scale": ("sm_80", 64, "r_dk, p.softmax_scale);", "r_dk, 1.f);"),
+    "heads of a group left out": ("sm_80", 64, "steps = w.steps * w.walks", "steps = w.steps"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS_AT_ONCE)
+def test_faults_at_once_are_found(name: str) -> None:
+    arch, d, old, new = FAULTS_AT_ONCE[name]
+    text = (CUDA / _ALL).read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{_ALL} no longer holds {old!r} once"
+    case = AttentionCase(190, 90, 1, 4, 2, d, causal=True)
+    arrays = inputs(case)
+    want = truth(case, arrays)
+    for seed in range(12):
+        try:
+            changed = {_ALL: text.replace(old, new)}
+            if faults(case, backward(case, arrays, seed, ALL, arch, changed, deterministic=False), want):
+                return
+        except emulate.EmulationError:
+            return
+    raise AssertionError(f"{name}: no order of events shows it")
 
 
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [((0, 0), (5, 0)), ((5, 0), (0, 0))], ids=["queries", "keys"])

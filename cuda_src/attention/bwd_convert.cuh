@@ -1,4 +1,4 @@
-// dq from the sums that the Hopper backward kernel leaves: dq = scale * sum, rounded.
+// dq from the sums that backward kernels leave: dq = scale * sum, rounded.
 //
 // dq_sums (entries, heads, blocks of 64 queries, parts of 64 columns, 8, 128, 4): value (n, thread, e) of a
 // part is column 8 n + 2 (thread % 4) + e % 2 of query 16 (thread / 32) + 8 (e / 2) + thread % 32 / 4 of its

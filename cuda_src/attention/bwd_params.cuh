@@ -38,7 +38,7 @@ struct AttentionBwdSinksParams {
 struct AttentionBwdParams {
   const void *q, *k, *v, *dout;
   void *dq, *dk, *dv, *dbias;
-  float* dq_sums;                            // sums of dq in fragments of the Hopper kernel (bwd_sm90.cuh)
+  float* dq_sums;                            // sums of dq, as bwd_convert.cuh has them
   int* tile_counters;                        // tiles that blocks of the Hopper kernel have taken, by kWanted
   const void* bias;                          // null: none
   const float *row_lse, *row_delta;          // of each query of each head (bwd_dot.cuh)
@@ -62,12 +62,12 @@ struct AttentionBwdParams {
   int alibi_stride_b, bias_dtype;
   int aligned, lengths;                      // aligned: rows of all arrays start at multiples of 16 bytes
   float softmax_scale, softcap;              // softcap: 0 is none
+  int dq_blocks;                             // blocks of 64 queries in dq_sums from head to head
 };
 
 // For the Hopper kernel: the same, then the tensor maps, (head_dim, seqlen, heads, batch) in boxes of 64
 // columns.
 struct AttentionBwdSm90Params : AttentionBwdParams {
-  int dq_blocks;                             // blocks of 64 queries in dq_sums from head to head
   int tiles;                                 // of all heads and entries
   int section;                               // heads, or groups that share keys, that are worked on together
   int sequences;                             // entries, or packed sequences

@@ -38,8 +38,7 @@ struct AttentionBwdSm80 {
   static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk
   static constexpr bool kValues = kWanted & kGradV;
   static constexpr bool kAligned = Variant::kAligned;
-  static constexpr int kM = kRows / (16 * kWarps);  // accumulator tiles of 16 rows that a warp owns
-  static_assert(kM * 16 * kWarps == kRows, "warps own whole tiles of 16 rows");
+  static constexpr int kM = div_up(kRows, 16 * kWarps);  // accumulator tiles of 16 rows that a warp owns
   static_assert(kWanted == kGradQ || (kWanted & kGradQ) == 0, "dq has a walk of its own");
 
   // Of the rows, x and y; of the columns the same: (q, dout) or (k, v).
@@ -164,6 +163,7 @@ struct AttentionBwdSm80 {
   }
 
   FM_DEVICE static void run(const AttentionBwdParams& p) {
+    static_assert(kM * 16 * kWarps == kRows, "warps own whole tiles of 16 rows");
     extern __shared__ __align__(128) u8 smem[];
     const u32 s_base = smem_address(smem);
     AttentionFwdParams f = forward_params(p);
@@ -240,21 +240,24 @@ struct AttentionBwdSm80 {
   }
 
   // f(value, m, n, e, i, j) for each value a thread holds: row i of its warp's, column j of the tile.
-  template <class F>
-  FM_DEVICE static void each(Scores& r_s, F&& f) {
+  template <int kTilesM, int kTilesN, class F>
+  FM_DEVICE static void each(float (&r_s)[kTilesM][kTilesN][4], F&& f) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
-      for (int n = 0; n < kCols / 8; ++n)
+      for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) f(r_s[m][n][e], m, n, e, m * 16 + e / 2 * 8 + g, n * 8 + 2 * t + e % 2);
   }
 
   // From products to scores. Of scores that change (kScore) they are in natural units afterwards, and r_slope
   // says how fast each grows with its scaled product.
-  FM_DEVICE static void change_scores(const AttentionFwdParams& f, const Work& w, int head, Scores& r_s,
-                                      Scores& r_slope, const Bias& bias, int row, int col) {
+  template <int kTilesM, int kTilesN>
+  FM_DEVICE static void change_scores(const AttentionFwdParams& f, const Work& w, int head,
+                                      float (&r_s)[kTilesM][kTilesN][4],
+                                      float (&r_slope)[kTilesM][kTilesN][4], const Bias& bias, int row,
+                                      int col) {
     const BandMask band = w.band;
     if constexpr (Variant::kScore) {
       each(r_s, [&](float& s, int m, int n, int e, int, int) {
@@ -272,15 +275,15 @@ struct AttentionBwdSm80 {
       Variant::add_alibi(f, r_s, w.batch, head, row, col, band, 1.f);
     }
     bias.add(f, r_s);
-    if (!band.template cuts<16 * kM, kCols>(row, col)) return;
+    if (!band.template cuts<16 * kTilesM, 8 * kTilesN>(row, col)) return;
     for_each_score(r_s, row, col, [&](float& s, int i, int j) {
       if (j < band.first(i) || j > band.last(i)) s = -infinity();
     });
   }
 
   // Scores to weights. lse(i, j): of row i of the warp's, or of column j.
-  template <class F>
-  FM_DEVICE static void weigh(const AttentionBwdParams& p, Scores& r_s, F&& lse) {
+  template <int kTilesM, int kTilesN, class F>
+  FM_DEVICE static void weigh(const AttentionBwdParams& p, float (&r_s)[kTilesM][kTilesN][4], F&& lse) {
     const float scale = p.softmax_scale * kLog2e;
     each(r_s, [&](float& s, int, int, int, int i, int j) {
       if constexpr (Variant::kScore)
@@ -291,19 +294,19 @@ struct AttentionBwdSm80 {
   }
 
   // The gradient of the rows that exist, in pairs of columns.
-  template <int kN>
+  template <int kTilesM, int kTilesN>
   FM_DEVICE static void store(const AttentionBwdParams& p, const Work& w, Element* array, int head,
                               i64 stride_b, i64 stride_s, i64 stride_h, int columns, int warp_row,
-                              const float (&r_d)[kM][kN][4], float scale) {
+                              const float (&r_d)[kTilesM][kTilesN][4], float scale) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
     const i64 first = kByKey ? w.k_row : w.q_row;
 #pragma unroll
-    for (int i = 0; i < 2 * kM; ++i) {
+    for (int i = 0; i < 2 * kTilesM; ++i) {
       const int row = w.row0 + warp_row + i / 2 * 16 + (i & 1) * 8 + g;
       if (row >= w.band.rows) continue;
       Element* g_row = array + w.batch * stride_b + (first + row) * stride_s + head * stride_h;
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+      for (int n = 0; n < kTilesN; ++n) {
         const int col = n * 8 + 2 * t;
         if (col >= columns) continue;
         const float x = r_d[i / 2][n][(i & 1) * 2] * scale, y = r_d[i / 2][n][(i & 1) * 2 + 1] * scale;

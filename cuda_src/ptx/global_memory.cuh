@@ -34,9 +34,15 @@ FM_DEVICE u32 atom_add_u32(u32* g_pointer, u32 x) {
 }
 // Four neighbours at a multiple of 16 bytes, each added by itself.
 FM_DEVICE void red_add_v4_f32(float* g_pointer, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(g_pointer), "f"(x[0]), "f"(x[1]),
                "f"(x[2]), "f"(x[3])
                : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(g_pointer + i), "f"(x[i]) : "memory");
+#endif
 }
 // For sums of gradients that several blocks add to; no kernel uses it yet.
 FM_DEVICE void red_add_f32(float* g_pointer, float x) {

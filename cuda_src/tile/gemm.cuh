@@ -177,6 +177,101 @@ FM_DEVICE void gemm_rs_nn(float (&d)[kM][kND][4], const float (&p)[kM][kN][4], u
   }
 }
 
+// An accumulator as the A operand of products: a pair of two neighbouring 16 x 8 tiles is, value for value,
+// one 16 x 16 operand. 16-bit values.
+template <class E, int kM, int kN>
+FM_DEVICE void pack_accumulator(u32 (&a)[kM][kN / 2][4], const float (&p)[kM][kN][4]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[m][k][i] = pack2<E>(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+// D(16 kM x 8 kND) += A * B, B rows of tile TB from s_b on, the summed dimension across them.
+template <class E, class TB, int kM, int kK, int kND>
+FM_DEVICE void gemm_packed_nn(float (&d)[kM][kND][4], const u32 (&a)[kM][kK][4], u32 s_b) {
+  const int row_b = lane_id() & 15, half_b = lane_id() >> 4;
+#pragma unroll
+  for (int k = 0; k < kK; ++k) {
+    typename Step<E>::A step[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) step[m].set(a[m][k]);
+#pragma unroll
+    for (int n = 0; n < kND; n += 2) {
+      u32 b[4];
+      ldmatrix_x4_trans(b, s_b + TB::offset(row_b, n + half_b) + k * 16 * TB::kRowBytes);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Step<E>::mma(d[m][n], step[m], b[0], b[1]);
+        Step<E>::mma(d[m][n + 1], step[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// D(16 kM x 8 kN) += A B: A rows from `a_row` of tile TA, which hold the summed dimension along them, all of
+// it; B the rows of tile TB, columns from 16-byte chunk b_chunk on. 16-bit values.
+template <class E, class TA, class TB, int kM, int kN>
+FM_DEVICE void gemm_ss_nn(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b, int b_chunk) {
+  static_assert(sizeof(E) == 2 && kN % 2 == 0 && TA::kCols == TB::kRows);
+  const int lane = lane_id();
+  const int row_a = a_row + (lane & 15), half_a = lane >> 4;
+  const int row_b = lane & 15, half_b = lane >> 4;
+#pragma unroll
+  for (int k = 0; k < TB::kRows / 16; ++k) {
+    typename Step<E>::A a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      u32 raw[4];
+      ldmatrix_x4(raw, s_a + TA::offset(row_a, 2 * k + half_a) + m * 16 * TA::kRowBytes);
+      a[m].set(raw);
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      u32 b[4];
+      ldmatrix_x4_trans(b, s_b + TB::offset(row_b, b_chunk + n + half_b) + k * 16 * TB::kRowBytes);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Step<E>::mma(d[m][n], a[m], b[0], b[1]);
+        Step<E>::mma(d[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// D(16 kM x 8 kN) += A^T B: both hold the summed dimension across their rows. Columns from 16-byte chunk
+// a_chunk on of tile TA, b_chunk on of tile TB. 16-bit values.
+template <class E, class TA, class TB, int kM, int kN>
+FM_DEVICE void gemm_ss_tn(float (&d)[kM][kN][4], u32 s_a, int a_chunk, u32 s_b, int b_chunk) {
+  static_assert(sizeof(E) == 2 && kN % 2 == 0 && TA::kRows == TB::kRows);
+  const int lane = lane_id();
+  const int row_a = (lane & 7) + (lane >> 4) * 8, half_a = lane >> 3 & 1;
+  const int row_b = lane & 15, half_b = lane >> 4;
+#pragma unroll
+  for (int k = 0; k < TA::kRows / 16; ++k) {
+    typename Step<E>::A a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      u32 raw[4];
+      ldmatrix_x4_trans(raw, s_a + TA::offset(row_a, a_chunk + 2 * m + half_a) + k * 16 * TA::kRowBytes);
+      a[m].set(raw);
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      u32 b[4];
+      ldmatrix_x4_trans(b, s_b + TB::offset(row_b, b_chunk + n + half_b) + k * 16 * TB::kRowBytes);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Step<E>::mma(d[m][n], a[m], b[0], b[1]);
+        Step<E>::mma(d[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
 // Whether some row of the warp has a factor other than 1: late in a row the maximum seldom moves.
 template <int kRows>
 FM_DEVICE bool any_differs(const float (&row_scale)[kRows]) {

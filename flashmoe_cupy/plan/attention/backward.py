@@ -12,15 +12,19 @@ from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
     STAGES_WIDE_SM90,
+    TILES_ALL_SM80,
     TILES_BWD_SM90,
     Bwd80Config,
+    BwdAll80Config,
     BwdBias80Config,
     SmallConfig,
+    all_config,
     bias_config,
     config_sm80,
     together,
 )
 from flashmoe_cupy.plan.attention.backward_values import (
+    CONVERTED,
     dims_sm90,
     dq_values,
     fused,
@@ -32,12 +36,13 @@ from flashmoe_cupy.plan.attention.backward_values import (
 )
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
-from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, TILES_SM80, UNALIGNED, VARIANTS
+from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, TILES_SM80, UNALIGNED, VARIANTS
 from flashmoe_cupy.plan.kernel import DEFAULT_SMS, C, Kernel
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values, same
 
 _DOT_THREADS, _DOT_AT_ONCE, _SINKS_THREADS = 256, 2, 512  # of the structs in bwd_dot.cuh and bwd_sinks.cuh
+_Config80 = Bwd80Config | BwdAll80Config
 _ALIGNED = f"{UNALIGNED_ROWS}, so elements are copied one by one; contiguous arrays are faster"
 
 
@@ -137,18 +142,21 @@ class AttentionBwdSinks(_Portable[SmallConfig]):
         return self.name
 
 
-class AttentionBwdSm80(_Portable[Bwd80Config]):
-    """cuda_src/attention/bwd_sm80.cuh, which runs everything that a problem can describe."""
+class AttentionBwdSm80(_Portable[_Config80]):
+    """cuda_src/attention/bwd_sm80.cuh, which runs everything that a problem can describe, and bwd_all_sm80.cuh.
+
+    The latter makes all three gradients in one launch, where it may add dq up in any order.
+    """
 
     task, name = "attention_bwd", "attention_bwd_sm80"
-    header = "attention/bwd_sm80.cuh"
+    header = "attention/bwd_all_sm80.cuh"
     summary = "attention backward on cp.async, ldmatrix and mma.sync: every GPU from sm_80 on"
     params = Params(header, "AttentionBwdParams")
 
-    def configs(self, arch: str) -> list[Bwd80Config]:
+    def configs(self, arch: str) -> list[_Config80]:
         if arch not in MAX_SMEM:
             return []
-        found = [
+        found: list[_Config80 | None] = [
             config_sm80(arch, element, dims, part, variant)
             for element in ("bf16", "fp16")
             for dims in TILES_SM80
@@ -156,29 +164,42 @@ class AttentionBwdSm80(_Portable[Bwd80Config]):
             for part in ("q", "k", "v", "kv")
             if part != "kv" or together(element, dims, variant)
         ]
-        return found + [config_sm80(arch, "fp32", dims, part, BIAS) for dims in DIMS_FP32 for part in ("q", "k", "v")]
+        found += [config_sm80(arch, "fp32", dims, part, BIAS) for dims in DIMS_FP32 for part in ("q", "k", "v")]
+        found += [
+            all_config(arch, element, dims, variant)
+            for element in ("bf16", "fp16")
+            for dims in TILES_ALL_SM80
+            for variant in (PLAIN, SCORES)
+        ]
+        return [config for config in found if config is not None]
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002
-    ) -> Bwd80Config:  # fmt: skip
+    ) -> _Config80:  # fmt: skip
         element, dims, variant = specialisation(problem.of)
+        if problem.part == "qkv" and aligned and not problem.of.deterministic:
+            found = all_config(arch, element, dims_sm90(problem.of), variant)
+            if found is not None:
+                return found
         if variant == PLAIN and not aligned:
             variant = UNALIGNED
         return config_sm80(arch, element, dims, "kv" if problem.part == "qkv" else problem.part, variant)
 
-    def grid(self, problem: GradientProblem, config: Bwd80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
+    def grid(self, problem: GradientProblem, config: _Config80, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
         return grid_of(problem, config)
 
     def values(
-        self, problem: GradientProblem, config: Bwd80Config, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
+        self, problem: GradientProblem, config: _Config80, aligned: bool, sms: int = DEFAULT_SMS  # noqa: ARG002
     ) -> Values:  # fmt: skip
         return values_of(problem, config, aligned)
 
     def before(
-        self, step: Step, config: Bwd80Config, odd: Sequence[str]  # noqa: ARG002
+        self, step: Step, config: _Config80, odd: Sequence[str]  # noqa: ARG002
     ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
         """Parts of their own for all that is wanted at once, as far as there is no kernel of them."""
         of, part = step.problem.of, step.problem.part
+        if config.part == "qkv":
+            return [step, Step("attention_bwd_convert", GradientProblem(of, "convert"), CONVERTED)], {}
         parts = ["kv"] if together(*specialisation(of)) else ["k", "v"]
         if part not in ("kv", "qkv") or part == parts[0]:
             return [step], {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
+from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention.backward_tiles import (
     FUSED_SM90,
     PARTS,
@@ -110,7 +111,6 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         self, problem: GradientProblem, config: Bwd90Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
         return values_of(problem, config, aligned) | {
-            "dq_blocks": dq_blocks(problem.of),
             "blocks": self._blocks(problem, config),
             "tiles": self._tiles(problem, config),
             "sequences": problem.of.forward.batch,
@@ -158,14 +158,14 @@ class AttentionBwdConvert(Kernel[GradientProblem, SmallConfig]):
 
     op, task, name = "attention_backward", "attention_bwd_convert", "attention_bwd_convert"
     header = "attention/bwd_convert.cuh"
-    summary = "dq from the sums of the Hopper kernels of attention backward"
+    summary = "dq from its sums, of the kernels that make all gradients at once"
     params = Params(header, "AttentionBwdConvertParams")
 
     def configs(self, arch: str) -> list[SmallConfig]:
-        return [_convert(element) for element in ("bf16", "fp16")] if arch == "sm_90a" else []
+        return [_convert(element) for element in ("bf16", "fp16")] if arch in MAX_SMEM else []
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:  # noqa: ARG002
-        return [] if arch == "sm_90a" else ["it serves Hopper kernels, which are for sm_90a"]
+        return [] if arch in MAX_SMEM else [f"{arch} is not supported: compute capability 8.0 or newer is needed"]
 
     def choose(
         self, problem: GradientProblem, arch: str, aligned: bool = True, device: DeviceProperties = H100  # noqa: ARG002

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM, RESERVED_SMEM
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, SIBLINGS, UNALIGNED
 
 PARTS = {"q": 1, "k": 2, "v": 4, "kv": 6, "qkv": 7}  # kWanted of cuda_src/attention/bwd_sm80.cuh
@@ -57,6 +57,63 @@ class Bwd80Config(NamedTuple):
         """The C++ type inside namespace fm."""
         sizes = (self.head_dim, self.head_dim_v, self.rows, self.cols, self.warps, self.stages, PARTS[self.part])
         return f"AttentionBwdSm80<fm::{self.element}, {', '.join(map(str, sizes))}, fm::{self.variant}>"
+
+
+class BwdAll80Config(NamedTuple):
+    """One specialisation of `AttentionBwdAllSm80`; the fields are its template arguments, in their order."""
+
+    element: str  # "bf16" or "fp16"
+    head_dim: int  # compiled sizes: see Bwd80Config
+    head_dim_v: int
+    rows: int  # keys that a block owns
+    cols: int  # queries of a step
+    warps: int  # of a block
+    stages: int  # steps in shared memory
+    down_s: int  # warps along the keys of S and dP, ...
+    down_d: int  # ... along the keys of dk and dv, ...
+    down_q: int  # ... and along the queries of dq
+    variant: str  # what happens to the scores: PLAIN or SCORES
+
+    @property
+    def part(self) -> str:
+        """Whose gradients."""
+        return "qkv"
+
+    @property
+    def like(self) -> Bwd80Config:
+        """The configuration for dk and dv whose code it shares."""
+        return Bwd80Config(*self[:7], "kv", self.variant)
+
+    @property
+    def name(self) -> str:
+        """For people: "bf16 d128 qkv 128x64x2 PlainScores"."""
+        return self.like.name.replace(" kv ", " qkv ").replace(f" {self.variant}", f"x{self.stages} {self.variant}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.like.threads
+
+    @property
+    def min_blocks(self) -> int:
+        """See Bwd80Config."""
+        return self.like.min_blocks
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdAllSm80::Smem`."""
+        held = self.warps == self.down_s == self.down_d
+        return self.like.smem_bytes + (2 - held) * self.rows * self.cols * ELEMENT_BYTES[self.element]
+
+    @property
+    def struct(self) -> str:
+        """The C++ type inside namespace fm."""
+        return f"AttentionBwdAllSm80<fm::{self.element}, {', '.join(map(str, self[1:-1]))}, fm::{self.variant}>"
 
 
 class BwdBias80Config(NamedTuple):
@@ -308,6 +365,38 @@ def config_sm80(arch: str, element: str, dims: tuple[int, int], part: str, varia
     cols = _COLS_ON.get((like, dims, part, variant), cols)
     config = Bwd80Config(element, *dims, 64, cols, 4, 1, part, variant)
     return config if config.smem_bytes <= MAX_SMEM[arch] else config._replace(cols=32)
+
+
+# Of the portable kernel that makes dq, dk and dv at once, by compiled head dims: the first of which shared memory holds
+# as many blocks as registers do, or the first that it holds. Not measured yet.
+Grid = tuple[int, int, int, int, int, int, int]  # BwdAll80Config from rows to down_q
+TILES_ALL_SM80: dict[tuple[int, int], tuple[Grid, ...]] = {
+    (64, 64): ((128, 64, 4, 2, 4, 4, 2), (128, 128, 8, 2, 4, 4, 4), (128, 64, 8, 2, 4, 4, 4)),
+    (96, 96): ((128, 64, 8, 2, 4, 4, 4), (64, 64, 4, 2, 2, 2, 2)),
+    (128, 128): ((128, 64, 8, 2, 4, 4, 2), (64, 64, 4, 1, 2, 2, 2)),
+    (192, 128): ((64, 64, 8, 2, 4, 2, 2), (64, 64, 8, 1, 4, 2, 2)),
+    (192, 192): ((64, 64, 8, 2, 4, 2, 2), (64, 64, 8, 1, 4, 2, 2)),
+    (256, 256): ((64, 64, 8, 2, 4, 2, 2), (64, 64, 8, 1, 4, 2, 2)),
+}
+# Where another architecture's register allocation would spill with those.
+_ALL_ON: dict[tuple[str, tuple[int, int], str], tuple[Grid, ...]] = {
+    ("sm_86", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
+    ("sm_89", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
+    ("sm_100", (256, 256), PLAIN): ((64, 64, 8, 2, 4, 2, 4),),
+    ("sm_120", (128, 128), PLAIN): ((64, 64, 4, 1, 2, 2, 4),),
+}
+
+
+def all_config(arch: str, element: str, dims: tuple[int, int] | None, variant: str) -> BwdAll80Config | None:
+    """The configuration that makes all three gradients; None: there is none."""
+    if dims not in TILES_ALL_SM80 or (dims, variant) not in (*FUSED_SM90, *((d, PLAIN) for d in STAGES_WIDE_SM90)):
+        return None
+    grids = _ALL_ON.get((SIBLINGS.get(arch, arch), dims, variant), TILES_ALL_SM80[dims])
+    known = [BwdAll80Config(element, *dims, *grid, variant) for grid in grids]
+    fit = [config for config in known if config.smem_bytes <= MAX_SMEM[arch]]
+    room = MAX_SMEM[arch] + RESERVED_SMEM  # of a multiprocessor
+    full = [config for config in fit if config.min_blocks * (config.smem_bytes + RESERVED_SMEM) <= room]
+    return next(iter(full or fit), None)
 
 
 def bias_config(element: str, dims: tuple[int, int]) -> BwdBias80Config:

@@ -10,6 +10,7 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     TILES_BWD_SM90,
     Bwd80Config,
     Bwd90Config,
+    BwdAll80Config,
     BwdWide90Config,
 )
 from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
@@ -17,7 +18,7 @@ from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientP
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, TILES_SM80
 from flashmoe_cupy.plan.step import Values, same
 
-_Config = Bwd80Config | Bwd90Config | BwdWide90Config
+_Config = Bwd80Config | BwdAll80Config | Bwd90Config | BwdWide90Config
 
 CONVERTED = same("dq_sums", "dq", "cu_seqlens_q", "seqused_q", "leftpad_q")  # of attention_bwd_convert
 
@@ -56,6 +57,7 @@ def values_of(problem: GradientProblem, config: _Config, aligned: bool) -> Value
         "lengths": lengths_code(of),
         "softmax_scale": p.softmax_scale,
         "softcap": p.softcap,
+        "dq_blocks": dq_blocks(of),
     }
 
 
@@ -95,7 +97,7 @@ def lengths_code(of: AttentionBwdProblem) -> int:
 
 
 def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
-    """Compiled head dims of the Hopper kernels; None: they do not take the problem."""
+    """Compiled head dims of the Hopper kernels and of all gradients at once; None: they do not take the problem."""
     p = of.forward
     variant = variant_of(p)
     if p.dtype.itemsize != 2 or variant not in (PLAIN, SCORES):
@@ -105,7 +107,7 @@ def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
 
 
 def fused(of: AttentionBwdProblem) -> bool:
-    """Whether a Hopper kernel makes dq, dk and dv in one launch."""
+    """Whether kernels make dq, dk and dv in one launch: Hopper's, and the portable ones where tiles fit."""
     dims, variant = dims_sm90(of), variant_of(of.forward)
     return (dims, variant) in FUSED_SM90 or (dims in STAGES_PAIR_SM90 and of.forward.even)
 

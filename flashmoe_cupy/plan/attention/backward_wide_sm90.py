@@ -63,7 +63,6 @@ class AttentionBwdWideSm90(Kernel[GradientProblem, BwdWide90Config]):
         self, problem: GradientProblem, config: BwdWide90Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
         return values_of(problem, config, aligned) | {
-            "dq_blocks": -(-problem.of.forward.seqlen_q // 64),
             "tiles": self.grid(problem, config),
             "section": section(problem, config, sms),
             "sequences": problem.of.forward.batch,
