@@ -99,13 +99,13 @@ def test_all_gradients_at_once(case: Case, arch: str) -> None:
 @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("arch", PORTABLE)
 def test_which_kernel_makes_all_gradients(arch: str, d: int) -> None:
-    """None of head dims for which 99 KiB of shared memory hold no tiles, and none whose sums have one order."""
+    """None of 129 to 192 columns, none of more for 99 KiB of shared memory, and none whose sums have one order."""
     case = AttentionCase(40, 50, 1, 2, 2, d)
     problem = problem_of(case, inputs(case), ALL)
     for deterministic in (False, True):
         steps = backward_steps(problem._replace(deterministic=deterministic))[0]
         steps = prepared(steps, arch, True, H100, ())[0]
-        at_once = not deterministic and (arch != "sm_86" or d <= 128)
+        at_once = not deterministic and d != 192 and (arch != "sm_86" or d <= 128)
         parts = [step.problem.part for step in steps if step.task == "attention_bwd"]
         assert parts == (["qkv"] if at_once else ["k", "v", "q"] if d > 128 else ["kv", "q"])
         assert (steps[-1].task == "attention_bwd_convert") == at_once

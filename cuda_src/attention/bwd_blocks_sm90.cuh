@@ -259,13 +259,16 @@ struct AttentionBwdBlocksSm90 {
   // begin at once: from the last queries on, which all of them see, they read the same ones at the same time.
   // Those of the next one begin one after the other, later the later their first query is: from there upwards
   // they read the same ones, too. Head after head would read more than L2 holds.
-  // In order, the last section has the longest tiles first and its dq in the order of keys, or few blocks
-  // would be left with them in the end.
+  // In order, tiles come shortest first and dq from the last keys to the first, as the last keys have the
+  // shortest way to each query. Longest first, from the last queries down, costs a wait from tile to tile in
+  // the beginning. It pays for heads that share keys, whose tiles are long, and in the last section, or few
+  // blocks would be left with the longest tiles in the end.
   FM_DEVICE static void find_direction(const Params& p, int section, Work& w) {
     const bool causal = kByKey && p.window_right >= 0 && p.window_left < 0;
     const bool last = section == (p.tiles / p.blocks - 1) / p.section;
     w.heads_inside = causal && p.heads_per_key > 1;
-    w.direction = causal && (p.ordered ? last : w.heads_inside && section % 2 == 0) ? -1 : 1;
+    w.direction =
+        causal && (p.ordered ? last || w.heads_inside : w.heads_inside && section % 2 == 0) ? -1 : 1;
   }
   // With which columns a tile begins.
   FM_DEVICE static void find_turns(const Params& p, Work& w) {

@@ -374,8 +374,6 @@ TILES_ALL_SM80: dict[tuple[int, int], tuple[Grid, ...]] = {
     (64, 64): ((128, 64, 4, 2, 4, 4, 2), (128, 128, 8, 2, 4, 4, 4), (128, 64, 8, 2, 4, 4, 4)),
     (96, 96): ((128, 64, 8, 2, 4, 4, 4), (64, 64, 4, 2, 2, 2, 2)),
     (128, 128): ((128, 64, 8, 2, 4, 4, 2), (64, 64, 4, 1, 2, 2, 2)),
-    (192, 128): ((64, 64, 8, 2, 4, 2, 2), (64, 64, 8, 1, 4, 2, 2)),
-    (192, 192): ((64, 64, 8, 2, 4, 2, 2), (64, 64, 8, 1, 4, 2, 2)),
     (256, 256): ((64, 64, 8, 2, 4, 2, 2), (64, 64, 8, 1, 4, 2, 2)),
 }
 # Where another architecture's register allocation would spill with those.
@@ -389,7 +387,7 @@ _ALL_ON: dict[tuple[str, tuple[int, int], str], tuple[Grid, ...]] = {
 
 def all_config(arch: str, element: str, dims: tuple[int, int] | None, variant: str) -> BwdAll80Config | None:
     """The configuration that makes all three gradients; None: there is none."""
-    if dims not in TILES_ALL_SM80 or (dims, variant) not in (*FUSED_SM90, *((d, PLAIN) for d in STAGES_WIDE_SM90)):
+    if dims not in TILES_ALL_SM80 or (dims, variant) not in (*FUSED_SM90, *((d, PLAIN) for d in STAGES_PAIR_SM90)):
         return None
     grids = _ALL_ON.get((SIBLINGS.get(arch, arch), dims, variant), TILES_ALL_SM80[dims])
     known = [BwdAll80Config(element, *dims, *grid, variant) for grid in grids]
