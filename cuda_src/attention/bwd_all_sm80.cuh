@@ -50,7 +50,8 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
   using GridQ = WarpGrid<kWarps, kDownQ, kCols, kHeadDim>;
   static constexpr bool kHeld = kDownS == kWarps && kDownD == kWarps;
   static constexpr int kPiece = 32;  // queries whose P and dS a warp holds
-  static_assert(sizeof(Element) == 2 && !Variant_::kFetchesBias && kCols % 64 == 0);
+  static_assert(sizeof(Element) == 2 && !Variant_::kFetchesBias);
+  static_assert(kCols == 64, "a step adds to one block of dq_sums for each head");
 
   struct Smem : Base::Smem {
     static constexpr int kDs = Base::Smem::kBytes, kP = kDs + TileScores::kBytes;
@@ -221,7 +222,6 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
 #pragma unroll
     for (int m = 0; m < GridQ::kM; ++m) {
       const int row = col + GridQ::row() + 16 * m;
-      if (row >= w.band.cols) break;  // there may be no sums
       float* g_sums = p.dq_sums + (first + row / 64) * (div_up(kHeadDim, 64) * 64 * 64) +
                       GridQ::col() / 8 * 512 + (row % 64 / 16 * 32 + lane_id()) * 4;
 #pragma unroll

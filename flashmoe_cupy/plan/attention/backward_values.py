@@ -108,8 +108,11 @@ def dims_sm90(of: AttentionBwdProblem) -> tuple[int, int] | None:
 
 def fused(of: AttentionBwdProblem) -> bool:
     """Whether kernels make dq, dk and dv in one launch: Hopper's, and the portable ones where tiles fit."""
-    dims, variant = dims_sm90(of), variant_of(of.forward)
-    return (dims, variant) in FUSED_SM90 or (dims in STAGES_PAIR_SM90 and of.forward.even)
+    p = of.forward
+    if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
+        return False
+    dims, variant = dims_sm90(of), variant_of(p)
+    return (dims, variant) in FUSED_SM90 or (dims in STAGES_PAIR_SM90 and p.even)
 
 
 def dq_blocks(of: AttentionBwdProblem) -> int:
