@@ -204,9 +204,8 @@ HOPPER_FAULTS = {
     ),
     "statistics not reported": (False, _90_BLOCKS, "x.init(kByKey ? 1 + 32 : 1,", "x.init(1,"),
     "barriers not fenced": (False, _90_BLOCKS, "fence_mbarrier_init();", ""),
-    "the first tile of the next head": (
-        False, _90_BLOCKS, "      if (tile == w.begin) ++head;", "      if (tile == w.begin) ++head, ++tile;",
-    ),
+    "the next head": (False, _90_BLOCKS, "      if (w.heads_inside) {", "      if (false) {"),
+    "where the way down begins": (False, _90_BLOCKS, "? w.first + w.steps - 1", "? w.first"),
     "a tile read while the next one is written": (
         False, _90, "        const Work w = s_work;\n        __syncwarp();\n", "        const Work& w = s_work;\n",
     ),
@@ -260,19 +259,21 @@ def test_hopper_faults_are_found(name: str) -> None:
     "case",
     [
         AttentionCase(256, 900, 1, 2, 2, 64), AttentionCase(700, 600, 1, 4, 2, 96),
-        AttentionCase(600, 600, 1, 2, 2, 64, window_size=(150, -1)),
+        AttentionCase(600, 600, 1, 2, 2, 64, window_size=(150, -1)), AttentionCase(500, 500, 3, 2, 2, 64, causal=True),
+        AttentionCase(400, 400, 1, 4, 2, 128, causal=True),
     ],
-    ids=["all keys", "all keys, groups", "window"],
+    ids=["all keys", "all keys, groups", "window", "causal", "causal, groups"],
 )  # fmt: skip
 def test_the_order_of_sums_is_kept(case: AttentionCase) -> None:
     """Without their turns blocks add in another order in some run, and the last bits of dq tell."""
     arrays = inputs(case)
-    text = (CUDA / _90_BLOCKS).read_text(encoding="utf-8")
+    header = "attention/bwd_sums_sm90.cuh"
+    text = (CUDA / header).read_text(encoding="utf-8")
     old = "while (added != mine) added = ld_relaxed_gpu_u32(turn);"
     assert text.count(old) == 1
     bits = [
         {
-            backward(case, arrays, seed, ALL, "sm_90a", headers={_90_BLOCKS: one}, resident=3)["dq"].tobytes()
+            backward(case, arrays, seed, ALL, "sm_90a", headers={header: one}, resident=3)["dq"].tobytes()
             for seed in range(8)
         }
         for one in (text, text.replace(old, "added = mine;"))
@@ -349,7 +350,7 @@ def test_packed_sequences_without(lengths_q: tuple[int, ...], lengths_k: tuple[i
     arrays = inputs(case)
     assert faults(case, backward(case, arrays, 0), truth(case, arrays)) == []
     steps, sizes = backward_steps(problem_of(case, arrays, ALL))
-    assert len(steps) == 2 and all(sizes.values())
+    assert len(steps) == 3 and all(sizes.values())
     for step in steps:
         kernel = [*of_task(step.task).values()][-1]
         assert kernel.grid(step.problem, kernel.choose(step.problem, "sm_80")) > 0

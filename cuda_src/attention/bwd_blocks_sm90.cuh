@@ -9,6 +9,7 @@
 // thread has pieces of dq added to the sums in memory.
 #pragma once
 #include "attention/bwd_fragments_sm90.cuh"
+#include "attention/bwd_sums_sm90.cuh"
 #include "attention/keys.cuh"
 #include "attention/variant.cuh"
 #include "math/softmax.cuh"
@@ -171,7 +172,9 @@ struct AttentionBwdBlocksSm90 {
       if (warp == 0 && lane_id() == 0) produce(p, smem, s_base, rings);
       if (kByKey && warp == 1) bring_statistics(p, smem, rings);
       if (warp == 2 && lane_id() == 0) schedule(p, smem, rings);
-      if (kQueries && warp == 3 && lane_id() == 0) add_sums(p, smem, s_base, rings);
+      if constexpr (kQueries)
+        if (warp == 3 && lane_id() == 0)
+          AttentionBwdSumsSm90<AttentionBwdBlocksSm90>::add_sums(p, smem, s_base, rings);
     } else {
       setmaxnreg_inc<kConsumerRegisters>();
       consume(smem, s_base, rings, warp / 4 - 1);
@@ -363,109 +366,6 @@ struct AttentionBwdBlocksSm90 {
     r.store(s.of);
     if (lane_id() == 0) s.col = col, s.head = place.head;
     mbarrier_arrive(rings.x.full(at.stage));
-  }
-
-  // ---- sums of dq ----
-
-  // One thread. Lets the copy engine add what the consumers put down, a piece of 64 x 64 in the order of
-  // their registers, to the sums in memory.
-  FM_DEVICE static void add_sums(const Params& p, u8* smem, u32 s_base, const Rings& rings) {
-    const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
-    Work& w = *reinterpret_cast<Work*>(smem + Smem::kSumsWork);
-    Ring<1> works, at;
-    bool before = false;  // the other consumer's piece is still being read
-#pragma unroll 1
-    for (; more(s_work, rings.work, works); works.advance()) {
-      copy(w, s_work);
-      // The next tile is wanted before the sums of this one are made, unless this one may wait for it.
-      if (!p.at_once) mbarrier_arrive(rings.work.empty(0));
-      if (p.ordered)
-        add_in_turns(p, w, s_base, rings, at);
-      else
-        add_in_any_order(p, w, s_base, rings, at, before);
-      if (p.at_once) mbarrier_arrive(rings.work.empty(0));
-    }
-    bulk_wait_group<0>();
-  }
-  FM_DEVICE static void add_in_any_order(const Params& p, const Work& w, u32 s_base, const Rings& rings,
-                                         Ring<1>& at, bool& before) {
-    Place place(w);
-#pragma unroll 1
-    for (int steps = w.all_steps(); steps > 0; --steps, at.advance(), place.advance(w)) {
-      const int piece = piece_of(p, w, place);
-#pragma unroll 1
-      for (int i = 0; i < kConsumers; ++i) {
-        rings.sums(i).wait_full(at);
-        if (exists(w, place, i)) add_piece(p, s_base, piece, i);
-        bulk_commit_group();
-        if (before) {
-          bulk_wait_group_read<1>();
-          mbarrier_arrive(rings.sums(i ^ 1).empty(0));
-        }
-        before = true;
-      }
-    }
-  }
-  // The blocks of keys add to the queries of a step one after the other. Nobody reads the sums here, and L2
-  // makes each addition; so that this thread knows that its own are made is all the order there has to be.
-  FM_DEVICE static void add_in_turns(const Params& p, const Work& w, u32 s_base, const Rings& rings,
-                                     Ring<1>& at) {
-    Place place(w);
-    int piece = piece_of(p, w, place);
-    u32 added = 0;  // blocks that have added to this step, when it was last looked at
-#pragma unroll 1
-    for (int steps = w.all_steps(); steps > 0; --steps, at.advance()) {
-      const u32 mine = turn_of(p, w, place);
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i) rings.sums(i).wait_full(at);
-      u32* turn = turns_of(p) + piece;
-      while (added != mine) added = ld_relaxed_gpu_u32(turn);
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i)
-        if (exists(w, place, i)) add_piece(p, s_base, piece, i);
-      bulk_commit_group();
-      place.advance(w);
-      if (steps > 1) {
-        piece = piece_of(p, w, place);
-        added = ld_relaxed_gpu_u32(turns_of(p) + piece);
-      }
-      bulk_wait_group_read<0>();
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i) mbarrier_arrive(rings.sums(i).empty(0));
-      bulk_wait_group<0>();
-      red_add_relaxed_gpu_u32(turn, 1);
-    }
-  }
-  // Of the first consumer.
-  FM_DEVICE static int piece_of(const Params& p, const Work& w, const Place& place) {
-    return (w.sums + place.head * p.dq_blocks + place.col() / 64) * kPieces;
-  }
-  FM_DEVICE static bool exists(const Work& w, const Place& place, int consumer) {
-    return kPieces == 2 || place.col() / 64 + consumer < w.sum_blocks;
-  }
-  FM_DEVICE static void add_piece(const Params& p, u32 s_base, int piece, int i) {
-    const int bytes = i + 1 < kPieces ? kPieceBytes : 64 * kLastPiece * 4;
-    bulk_reduce_add_f32(p.dq_sums + static_cast<i64>(piece + i) * (64 * 64),
-                        s_base + Smem::kSums + i * kPieceBytes, bytes);
-  }
-
-  // How many blocks of keys add to the queries of a step before this one. Under a causal mask the last keys
-  // come first where blocks walk upwards: theirs is the shortest way to each query.
-  FM_DEVICE static int turn_of(const Params& p, const Work& w, const Place& place) {
-    const int block = w.row0 / kRows, col = place.col();
-    if (w.around > 0) {
-      // Blocks that begin with this tile or one before it; the last of them has just begun.
-      const int begun = min(div_up((place.tile + 1) * w.around, w.steps), w.around);
-      return begun - 1 - block + (place.tile < w.begin ? w.around : 0);
-    }
-    if (p.window_right < 0 || w.direction < 0) {
-      // Keys behind these see the columns from col on.
-      const int row = w.band.right < 0 ? 0 : col - w.band.shift - w.band.right;
-      return block - max(row, 0) / kRows;
-    }
-    const int row = w.band.left < 0 ? w.band.rows - 1
-                                    : min(col + kCols - 1 - w.band.shift + w.band.left, w.band.rows - 1);
-    return row / kRows - block;
   }
 };
 
