@@ -23,6 +23,9 @@ _Config = Bwd80Config | BwdAll80Config | Bwd90Config | BwdWide90Config
 CONVERTED = same("dq_sums", "dq", "cu_seqlens_q", "seqused_q", "leftpad_q")  # of attention_bwd_convert
 
 
+_L2_BYTES = 40 << 20  # what of the 50 MB of an H100's or H200's L2 is counted on
+
+
 def grid_of(problem: GradientProblem, config: _Config) -> int:
     p = problem.of.forward
     return p.batch * blocks_of(problem, config) * (p.heads_q if problem.part == "q" else p.heads_k)
@@ -70,15 +73,28 @@ def section(problem: GradientProblem, config: _Config, sms: int) -> int:
     """Heads whose tiles are worked on together, so that the last ones leave no block with much more than the others.
 
     As many as have tiles for every block, a power of 2; a simulation in benchmarks/NOTEBOOK.md. 1: all tiles take as
-    long.
+    long. In order, a tile waits for no other where all blocks work on the same tile of so many heads; the next tile of
+    these heads finds their queries and sums in L2, if they are few.
     """
     p = problem.of.forward
+    if _short(problem, sms):
+        return sms
     if (window(p.window_left, p) < 0) == (window(p.window_right, p) < 0):
         return 1
     heads = p.batch * (p.heads_q if problem.part == "q" else p.heads_k)
     fit = max(min(sms // blocks_of(problem, config), heads), 1)
     tiles = int(1 << fit.bit_length() - 1)
     return 2 * tiles if problem.of.deterministic else tiles  # those that wait for each other lie farther apart
+
+
+def _short(problem: GradientProblem, sms: int) -> bool:
+    """Whether sums come in order, all queries see all keys, and L2 holds as many heads as there are blocks."""
+    of, p = problem.of, problem.of.forward
+    full = window(p.window_left, p) < 0 and window(p.window_right, p) < 0
+    row = 2 * (p.head_dim + p.head_dim_v) + 4 * dq_columns(of)  # bytes of q, dout and the sums of dq
+    heads = p.batch * p.heads_k
+    fits = row * p.seqlen_q * (p.heads_q // max(p.heads_k, 1)) * sms <= _L2_BYTES
+    return problem.part == "qkv" and of.deterministic and not p.varlen and full and fits and heads >= 2 * sms
 
 
 def specialisation(of: AttentionBwdProblem) -> tuple[str, tuple[int, int], str]:
