@@ -200,9 +200,6 @@ struct AttentionBwdSm90
 
   // While exponentials are computed, dP runs; while dS is, dv runs; dk runs while a piece of dq is put down.
   // dq of a step is multiplied in the next one: dS of the other consumer has long been stored by then.
-  //
-  // Values that fit into registers stay there: shared memory is read once less.
-  static constexpr bool kHoldsValues = kHeadDim + kHeadDimV <= 128;
   template <int kDqColumns>
   FM_DEVICE static void consume_all(const Params& p, const Work& w, u8* smem, u32 s_base, const Rings& rings,
                                     Counts& count, int consumer) {
@@ -213,21 +210,12 @@ struct AttentionBwdSm90
     if (steps > 0) {
       const u32 s_k = s_base + Smem::kRowX + count.row_x().stage * 2 * TileRowX::kBytes;
       const KMajor<TileRowX> k(s_k + consumer * TileRowX::kBytes);
-      const u32 s_v = s_base + Smem::kRowY + consumer * TileRowY::kBytes;
+      const KMajor<TileRowY> v(s_base + Smem::kRowY + consumer * TileRowY::kBytes);
       const float scale = (Variant::kScore ? 1.f : p.softmax_scale) * kLog2e;
       barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
       rings.row_x.wait_full(count.row_x());
       rings.row_y.wait_full(count.row_y());
       if (!w.even && w.row0 + kRows > w.band.rows) clear_keys(s_base, s_k, w.band.rows - w.row0);
-      u32 r_v[kHeadDimV / 16][4];
-      if constexpr (kHoldsValues) {
-#pragma unroll
-        for (int i = 0; i < kHeadDimV / 16; ++i)
-          ldmatrix_x4(r_v[i], s_v + TileRowY::offset((warp_id() & 3) * 16 + (lane_id() & 15),
-                                                     2 * i + (lane_id() >> 4)));
-        __syncwarp();
-        rings.row_y.release(count.row_y());
-      }
       u32 r_ds[kCols / 16][4];  // the last product with it runs to the end
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -251,10 +239,7 @@ struct AttentionBwdSm90
         if (step > 0) x.release(at.before());
         y.wait_full(at);
         wgmma_fence();
-        if constexpr (kHoldsValues)
-          multiply<Element, 1>(r_dp[0], r_v, KMajor<TileColY>(s_dout), true, [] {});
-        else
-          multiply<Element, kHeadDimV>(r_dp, KMajor<TileRowY>(s_v), KMajor<TileColY>(s_dout), true);
+        multiply<Element, kHeadDimV>(r_dp, v, KMajor<TileColY>(s_dout), true);
         wgmma_commit_group();
         wgmma_wait_group<1>(r_s[0]);
         u32 r_slope[kCols / 16][4];
@@ -268,7 +253,7 @@ struct AttentionBwdSm90
         multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(s_dout), false, [] {});
         wgmma_commit_group();
         wgmma_wait_group<1>(r_dp[0]);
-        if (!kHoldsValues && step == steps - 1) rings.row_y.release(count.row_y());
+        if (step == steps - 1) rings.row_y.release(count.row_y());
         each(r_dp, [&](float& ds, int, int n, int e, int j) {
           float weight = r_s[0][n][e];
           if constexpr (kRounded) weight = value_of<Element>(r_p, n, e);
