@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls_kit import options_of_calls
 
 from benchmarks import bars, report
 from benchmarks.backward_cases import BACKWARD_SUITES, BackwardCase
@@ -247,14 +248,7 @@ def test_deterministic_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.backward_rivals import BACKWARD_LIBRARIES
     from benchmarks.library import Setup
 
-    seen: list[dict[str, Any]] = []
-    real = flashmoe_cupy.flash_attention_backward
-
-    def counted(*arrays: Any, **options: Any) -> Any:
-        seen.append(options)
-        return real(*arrays, **options)
-
-    monkeypatch.setattr(flashmoe_cupy, "flash_attention_backward", counted)
+    seen = options_of_calls(monkeypatch, flashmoe_cupy, "flash_attention_backward")
     case = KINDS["sinks"]
     for name in (OURS, OURS_DETERMINISTIC):
         made = BACKWARD_LIBRARIES[name].prepare(case, [inputs_of(case)], Setup("cpu"))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from calls_kit import options_of_calls
 
 from benchmarks import bars, report
 from benchmarks.backward_cases import BACKWARD_SUITES, BackwardCase
@@ -215,14 +216,7 @@ def test_ours_is_asked_for_the_gradient_of_the_bias(monkeypatch: pytest.MonkeyPa
     from benchmarks.backward_inputs import check, poison
     from benchmarks.library import Setup
 
-    seen: list[dict[str, Any]] = []
-    real = flashmoe_cupy.flash_attention_backward
-
-    def counted(*arrays: Any, **options: Any) -> Any:
-        seen.append(options)
-        return real(*arrays, **options)
-
-    monkeypatch.setattr(flashmoe_cupy, "flash_attention_backward", counted)
+    seen = options_of_calls(monkeypatch, flashmoe_cupy, "flash_attention_backward")
     for kind in ("bf16_fp32", "of_queries"):
         case, seen[:] = KINDS[kind], []
         inputs = inputs_of(case)

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from calls_kit import options_of_calls
 from moe_kit import SMOKE, TINY, case_of, dense, named
 
 import flashmoe_cupy
@@ -50,14 +51,7 @@ def test_our_adapter_times_the_router_only_where_asked(monkeypatch: pytest.Monke
     from benchmarks.moe_inputs import check, make_inputs
     from benchmarks.moe_rivals import OursMoE
 
-    calls: list[dict[str, Any]] = []
-    route = flashmoe_cupy.moe_route
-
-    def counted(*arrays: Any, **options: Any) -> Any:
-        calls.append(options)
-        return route(*arrays, **options)
-
-    monkeypatch.setattr(flashmoe_cupy, "moe_route", counted)
+    calls = options_of_calls(monkeypatch, flashmoe_cupy, "moe_route")
     case = case_of("moe_smoke", "sigmoid_groups")._replace(arrays=arrays)
     inputs = make_inputs(case, "cpu", seed=1)
     for routing in (False, True):

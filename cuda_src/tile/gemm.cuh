@@ -177,37 +177,20 @@ FM_DEVICE void gemm_rs_nn(float (&d)[kM][kND][4], const float (&p)[kM][kN][4], u
   }
 }
 
-// An accumulator as the A operand of products: a pair of two neighbouring 16 x 8 tiles is, value for value,
-// one 16 x 16 operand. 16-bit values.
-template <class E, int kM, int kN>
-FM_DEVICE void pack_accumulator(u32 (&a)[kM][kN / 2][4], const float (&p)[kM][kN][4]) {
+// D(16 kM x 8 kN) += A B over 16 values of the summed dimension: A in registers, B 16 rows of tile TB from s_b
+// on, columns from 16-byte chunk `chunk` on. 16-bit values.
+template <class E, class TB, int kM, int kN>
+FM_DEVICE void gemm_rs_nn_step(float (&d)[kM][kN][4], const typename Step<E>::A (&a)[kM], u32 s_b, int chunk) {
+  static_assert(sizeof(E) == 2 && kN % 2 == 0);
+  const int row = lane_id() & 15, half = lane_id() >> 4;
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int n = 0; n < kN; n += 2) {
+    u32 b[4];
+    ldmatrix_x4_trans(b, s_b + TB::offset(row, chunk + n + half));
 #pragma unroll
-    for (int k = 0; k < kN / 2; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[m][k][i] = pack2<E>(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
-}
-
-// D(16 kM x 8 kND) += A * B, B rows of tile TB from s_b on, the summed dimension across them.
-template <class E, class TB, int kM, int kK, int kND>
-FM_DEVICE void gemm_packed_nn(float (&d)[kM][kND][4], const u32 (&a)[kM][kK][4], u32 s_b) {
-  const int row_b = lane_id() & 15, half_b = lane_id() >> 4;
-#pragma unroll
-  for (int k = 0; k < kK; ++k) {
-    typename Step<E>::A step[kM];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) step[m].set(a[m][k]);
-#pragma unroll
-    for (int n = 0; n < kND; n += 2) {
-      u32 b[4];
-      ldmatrix_x4_trans(b, s_b + TB::offset(row_b, n + half_b) + k * 16 * TB::kRowBytes);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        Step<E>::mma(d[m][n], step[m], b[0], b[1]);
-        Step<E>::mma(d[m][n + 1], step[m], b[2], b[3]);
-      }
+    for (int m = 0; m < kM; ++m) {
+      Step<E>::mma(d[m][n], a[m], b[0], b[1]);
+      Step<E>::mma(d[m][n + 1], a[m], b[2], b[3]);
     }
   }
 }
@@ -216,10 +199,9 @@ FM_DEVICE void gemm_packed_nn(float (&d)[kM][kND][4], const u32 (&a)[kM][kK][4],
 // it; B the rows of tile TB, columns from 16-byte chunk b_chunk on. 16-bit values.
 template <class E, class TA, class TB, int kM, int kN>
 FM_DEVICE void gemm_ss_nn(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b, int b_chunk) {
-  static_assert(sizeof(E) == 2 && kN % 2 == 0 && TA::kCols == TB::kRows);
+  static_assert(TA::kCols == TB::kRows);
   const int lane = lane_id();
   const int row_a = a_row + (lane & 15), half_a = lane >> 4;
-  const int row_b = lane & 15, half_b = lane >> 4;
 #pragma unroll
   for (int k = 0; k < TB::kRows / 16; ++k) {
     typename Step<E>::A a[kM];
@@ -229,16 +211,7 @@ FM_DEVICE void gemm_ss_nn(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b, in
       ldmatrix_x4(raw, s_a + TA::offset(row_a, 2 * k + half_a) + m * 16 * TA::kRowBytes);
       a[m].set(raw);
     }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      u32 b[4];
-      ldmatrix_x4_trans(b, s_b + TB::offset(row_b, b_chunk + n + half_b) + k * 16 * TB::kRowBytes);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        Step<E>::mma(d[m][n], a[m], b[0], b[1]);
-        Step<E>::mma(d[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    gemm_rs_nn_step<E, TB>(d, a, s_b + k * 16 * TB::kRowBytes, b_chunk);
   }
 }
 
@@ -246,10 +219,9 @@ FM_DEVICE void gemm_ss_nn(float (&d)[kM][kN][4], u32 s_a, int a_row, u32 s_b, in
 // a_chunk on of tile TA, b_chunk on of tile TB. 16-bit values.
 template <class E, class TA, class TB, int kM, int kN>
 FM_DEVICE void gemm_ss_tn(float (&d)[kM][kN][4], u32 s_a, int a_chunk, u32 s_b, int b_chunk) {
-  static_assert(sizeof(E) == 2 && kN % 2 == 0 && TA::kRows == TB::kRows);
+  static_assert(TA::kRows == TB::kRows);
   const int lane = lane_id();
   const int row_a = (lane & 7) + (lane >> 4) * 8, half_a = lane >> 3 & 1;
-  const int row_b = lane & 15, half_b = lane >> 4;
 #pragma unroll
   for (int k = 0; k < TA::kRows / 16; ++k) {
     typename Step<E>::A a[kM];
@@ -259,16 +231,7 @@ FM_DEVICE void gemm_ss_tn(float (&d)[kM][kN][4], u32 s_a, int a_chunk, u32 s_b, 
       ldmatrix_x4_trans(raw, s_a + TA::offset(row_a, a_chunk + 2 * m + half_a) + k * 16 * TA::kRowBytes);
       a[m].set(raw);
     }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      u32 b[4];
-      ldmatrix_x4_trans(b, s_b + TB::offset(row_b, b_chunk + n + half_b) + k * 16 * TB::kRowBytes);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        Step<E>::mma(d[m][n], a[m], b[0], b[1]);
-        Step<E>::mma(d[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    gemm_rs_nn_step<E, TB>(d, a, s_b + k * 16 * TB::kRowBytes, b_chunk);
   }
 }
 

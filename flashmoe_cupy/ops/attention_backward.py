@@ -74,7 +74,7 @@ def flash_attention_backward(
     dq, dk, dv: arrays for these gradients, in the shape and dtype of q, k and v, overwritten; None = new ones. Rows
         that do not count are left alone in them. Not for JAX, whose arrays are immutable.
     deterministic: True = the same bits in every run, on the same kind of device. False lets blocks add up dq in any
-        order where that is faster: on Hopper, when dq, dk and dv are all wanted and there is no bias. dk and dv are the
+        order where that is faster: on GPUs, when dq, dk and dv are all wanted and there is no bias. dk and dv are the
         same in every run even then.
     Strides of every array: any whose last dimension is contiguous, also 0 where it is read; those of lse and dlse any.
 

@@ -25,7 +25,7 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     together,
 )
 from flashmoe_cupy.plan.attention.backward_values import (
-    CONVERTED,
+    and_convert,
     bias_tiles,
     bias_values,
     dims_sm90,
@@ -202,7 +202,7 @@ class AttentionBwdSm80(_Portable[_Config80]):
         """Parts of their own for all that is wanted at once, as far as there is no kernel of them."""
         of, part = step.problem.of, step.problem.part
         if config.part == "qkv":
-            return [step, Step("attention_bwd_convert", GradientProblem(of, "convert"), CONVERTED)], {}
+            return and_convert(step), {}
         parts = ["kv"] if together(*specialisation(of)) else ["k", "v"]
         if part not in ("kv", "qkv") or part == parts[0]:
             return [step], {}

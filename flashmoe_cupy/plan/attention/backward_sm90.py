@@ -17,7 +17,7 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     config_sm90,
 )
 from flashmoe_cupy.plan.attention.backward_values import (
-    CONVERTED,
+    and_convert,
     blocks_of,
     dims_sm90,
     dq_blocks,
@@ -132,8 +132,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         """dq comes from its sums afterwards."""
         if config.part != "qkv":
             return [step], {}
-        convert = Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), CONVERTED)
-        return [step, convert], {}
+        return and_convert(step), {}
 
     def map_arguments(self, problem: GradientProblem, config: Bwd90Config) -> tuple[TensorMap, ...]:
         of, p = problem.of, problem.of.forward

@@ -16,14 +16,19 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
 from flashmoe_cupy.plan.attention.choice import compiled_dims, variant_of, window
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
 from flashmoe_cupy.plan.attention.tiles import BIAS, PLAIN, SCORES, TILES_SM80
-from flashmoe_cupy.plan.step import Values, same
+from flashmoe_cupy.plan.step import Step, Values, same
 
 _Config = Bwd80Config | BwdAll80Config | Bwd90Config | BwdWide90Config
 
-CONVERTED = same("dq_sums", "dq", "cu_seqlens_q", "seqused_q", "leftpad_q")  # of attention_bwd_convert
+_CONVERTED = same("dq_sums", "dq", "cu_seqlens_q", "seqused_q", "leftpad_q")
 
 
 _L2_BYTES = 40 << 20  # what of the 50 MB of an H100's or H200's L2 is counted on
+
+
+def and_convert(step: Step) -> list[Step]:
+    """A launch that adds dq up, and the one that makes dq of its sums."""
+    return [step, Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), _CONVERTED)]
 
 
 def grid_of(problem: GradientProblem, config: _Config) -> int:

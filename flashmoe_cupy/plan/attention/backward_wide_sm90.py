@@ -15,7 +15,7 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
     config_wide,
 )
 from flashmoe_cupy.plan.attention.backward_values import (
-    CONVERTED,
+    and_convert,
     blocks_of,
     dims_sm90,
     fused,
@@ -118,7 +118,7 @@ class AttentionBwdWidePairSm90(Kernel[GradientProblem, BwdPair90Config]):
         self, step: Step, config: BwdPair90Config, odd: Sequence[str]  # noqa: ARG002
     ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
         """dq comes from its sums afterwards."""
-        return [step, Step("attention_bwd_convert", GradientProblem(step.problem.of, "convert"), CONVERTED)], {}
+        return and_convert(step), {}
 
     def map_arguments(self, problem: GradientProblem, config: BwdPair90Config) -> tuple[TensorMap, ...]:
         q, k, v, dout = _WIDE.map_arguments(problem, config.alone)
