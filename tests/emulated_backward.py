@@ -71,20 +71,22 @@ def problem_of(case: Case, arrays: Arrays, wanted: Sequence[str]) -> AttentionBw
 def backward(
     case: Case, arrays: Arrays, seed: int, wanted: Sequence[str] = ALL, arch: str = "sm_80",
     headers: Mapping[str, str] | None = None, deterministic: bool = True, resident: int = 0, sms: int = 0,
+    odd: Sequence[str] = (),
 ) -> Arrays:  # fmt: skip
     """The gradients as the kernels left them, NaN where they wrote nothing. All arrays lie beside guarded memory.
 
-    Kernels whose blocks take tile after tile have few blocks, of which each takes several.
+    Kernels whose blocks take tile after tile have few blocks, of which each takes several. odd: arrays that count as
+    not beginning at multiples of 16 bytes.
     """
     sms = sms or resident or 1 + seed % 3
-    arrays = {name: guarded(x, name, before=seed % 2 == 1) for name, x in arrays.items()}
+    arrays = {name: in_its_order(x, name, before=seed % 2 == 1) for name, x in arrays.items()}
     for name in wanted:
         like = arrays[name[1:]]
         arrays[name] = guarded(np.full(like.shape, np.nan, like.dtype), name)
     p = problem_of(case, arrays, wanted)._replace(deterministic=deterministic)
     steps, sizes = backward_steps(p)
-    steps = prepared(steps, arch, p.rows_aligned, H100, ())[0]
-    for name, size in sizes.items():
+    steps, more = prepared(steps, arch, p.rows_aligned, H100, odd)
+    for name, size in (sizes | more).items():
         arrays[name] = guarded(np.full(-(-size // 4), np.nan, np.float32), name)
     for step in steps:
         kernel = next(one for one in of_task(step.task).values() if not one.why_not(step.problem, arch, p.rows_aligned))
@@ -98,7 +100,7 @@ def backward(
         behind = kernel.params.maps_at
         params[8 * len(at) : behind] = kernel.params.pack(kernel.values(step.problem, config, p.rows_aligned, sms))
         for i, one in enumerate(kernel.map_arguments(step.problem, config)):
-            params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[i])
+            params[behind + 128 * i : behind + 128 * (i + 1)] = tensor_map(one, at[kernel.params.mapped[i]])
         grid = kernel.grid(step.problem, config, sms)
         here = grid if kernel.at_once(step.problem, config, sms) else resident or 1 + seed % 2
         run(
@@ -106,6 +108,12 @@ def backward(
             resident=here, headers=headers,
         )  # fmt: skip
     return {name: arrays[name] for name in wanted}
+
+
+def in_its_order(x: NDArray[Any], name: str, before: bool) -> NDArray[Any]:
+    """A guarded copy whose axes lie as those of x: the one with the largest stride first."""
+    order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    return guarded(x.transpose(order), name, before).transpose(np.argsort(order))
 
 
 def truth(case: Case, arrays: Arrays) -> dict[str, NDArray[np.float64]]:

@@ -57,7 +57,7 @@ class Machine:
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.capability, self.kernels, self.launched, self.driver = capability, [""], 0, 12040
-        self.maps: dict[int, tuple[int, Sequence[TensorMap]]] = {}
+        self.maps: dict[int, tuple[int, Sequence[tuple[TensorMap, int]]]] = {}
 
     def compute_capability(self, *_: int) -> tuple[int, int]:
         return self.capability
@@ -75,8 +75,8 @@ class Machine:
         self.kernels.append(tu)
         return Loaded(len(self.kernels) - 1, None)
 
-    def with_maps(self, kernel: Launch, at: int, maps: Sequence[TensorMap], size: int) -> Launch:  # noqa: ARG002
-        self.maps[kernel.function] = at, maps
+    def with_maps(self, kernel: Launch, at: int, maps: Sequence[TensorMap], size: int, mapped: Sequence[int]) -> Launch:  # noqa: ARG002
+        self.maps[kernel.function] = at, [*zip(maps, mapped, strict=False)]
         return kernel
 
     def launch(self, kernel: Launch, pointers: tuple[int, ...], stream: int) -> None:
@@ -88,8 +88,8 @@ class Machine:
         struct.pack_into(f"{len(pointers)}Q", params, 0, *pointers)
         params[8 * len(pointers) : 8 * len(pointers) + len(kernel.tail)] = kernel.tail
         at, maps = self.maps.get(kernel.function, (0, ()))
-        for i, one in enumerate(maps):
-            params[at + 128 * i : at + 128 * (i + 1)] = tensor_map(one, pointers[i])
+        for i, (one, index) in enumerate(maps):
+            params[at + 128 * i : at + 128 * (i + 1)] = tensor_map(one, pointers[index])
         cluster = 2 if "__cluster_dims__(2" in tu else 1
         run(tu, bytes(params), kernel.grid, kernel.threads, kernel.smem, 4, cluster)
         self.launched += 1

@@ -48,7 +48,7 @@ def header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_members_are_where_a_compiler_puts_them(header: str) -> None:
     p = Params(header, "P")
-    assert p.pointers == ("q", "k", "lse") and p.maps == ("q_map", "k_map")
+    assert p.pointers == ("q", "k", "lse") and p.maps == ("q_map", "k_map") and p.mapped == (0, 1)
     assert (p.size, p.align, p.maps_at) == (384, 128, 128)
     assert {name: (field.at, field.kind, field.length) for name, field in p.fields.items()} == {
         "q": (0, "*", 1), "k": (8, "*", 1), "lse": (16, "*", 1), "stride": (24, "i64", 1),

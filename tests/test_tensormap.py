@@ -135,7 +135,8 @@ def prepared(maps: int, tail: bytes = bytes(range(112))) -> launch.Launch:
     """Two pointers, a tail up to byte 128, then maps."""
     plain = launch.Launch(0, 77, 5, 384, 1000, 2, tail)
     at = 16 + len(tail)
-    return launch.with_maps(plain, at, [MAP._replace(dims=(64 + i, 1, 1, 1)) for i in range(maps)], at + 128 * maps)
+    made = [MAP._replace(dims=(64 + i, 1, 1, 1)) for i in range(maps)]
+    return launch.with_maps(plain, at, made, at + 128 * maps, range(maps))
 
 
 def queue(kernel: launch.Launch, pointers: tuple[int, int]) -> None:

@@ -2,12 +2,12 @@
 // but those that compute.
 //
 // A block stays on its SM. A tile is kRows rows, keys for dk and dv or queries for dq, and the columns that
-// belong to them, of one head or of all heads that share the keys. Of the first
-// warpgroup one thread (the scheduler) takes the next tile that is free when the tile before is nearly
-// loaded. One (the producer) lets the copy engine fetch the rows once and the columns through two rings: x,
-// that is q or k, and y, that is dout or v. One warp brings lse and delta of the queries of a step, and one
-// thread has pieces of dq added to the sums in memory.
+// belong to them, of one head or of all heads that share the keys. Of the first warpgroup one thread (the
+// scheduler) takes the next tile that is free when the tile before is nearly loaded. One (the producer) lets
+// the copy engine fetch the rows once and the columns through two rings: x, that is q or k, and the bias, and
+// y, that is dout or v. One warp brings lse and delta of a step's queries, one thread has dq's sums added up.
 #pragma once
+#include "attention/bwd_bias_tiles_sm90.cuh"
 #include "attention/bwd_fragments_sm90.cuh"
 #include "attention/bwd_sums_sm90.cuh"
 #include "attention/keys.cuh"
@@ -30,7 +30,6 @@ template <class Element_, int kHeadDim_, int kHeadDimV_, int kRows_, int kCols_,
 struct AttentionBwdBlocksSm90 {
   using Element = Element_;
   using Variant = Variant_;
-  using Params = AttentionBwdSm90Params;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_, kRows = kRows_, kCols = kCols_;
   static constexpr int kStages = kStages_, kWanted = kWanted_;
   static constexpr int kConsumers = kRows / 64, kThreads = 128 * (1 + kConsumers);
@@ -41,6 +40,8 @@ struct AttentionBwdBlocksSm90 {
   static constexpr bool kByKey = kWanted != kGradQ;   // rows are keys
   static constexpr bool kScores = kWanted != kGradV;  // dS is wanted, for dq or dk
   static constexpr bool kValues = kWanted & kGradV;
+  using Bias = BwdBiasOf<Element, Variant, kRows, kCols, kByKey>;
+  using Params = typename Bias::Params;
   // dq, too: products of dS, which both consumers see in shared memory, with the keys, added up in dq_sums by
   // all blocks. A piece of it is 64 queries by up to 64 columns; each consumer takes one of a step.
   static constexpr int kPieces = div_up(kHeadDim, 64);  // along a row of dq
@@ -63,11 +64,10 @@ struct AttentionBwdBlocksSm90 {
   using TileScores = SmemTile<Element, kRows, kQueries ? kCols : 64>;  // dS of a step, rows are keys
   using Stage = Ring<kStages>;                                         // a step of columns
   static constexpr int kWantedAhead = 2;  // steps that are still to load when the next tile is wanted
-  // Tiles of rows x at once. Where they are used to the end of a tile, those of the next one come before
-  // that.
+  // Tiles of rows x at once. Where they are used to the end of a tile, the next one's come before that.
   static constexpr int kRowStages = kQueries ? 2 : 1;
 
-  // A tile: rows of one head, or of all heads that share keys, and the columns that belong to them.
+  // A tile, as above.
   struct alignas(16) Work {
     BandMask band;            // rows see columns
     int batch, head, head_k;  // head: the first of those that are walked over
@@ -109,7 +109,8 @@ struct AttentionBwdBlocksSm90 {
     static constexpr int kColY = kColX + kStages * TileColX::kBytes;
     static constexpr int kScoresTile = kColY + kStages * TileColY::kBytes;
     static constexpr int kSums = kScoresTile + (kQueries ? 2 * TileScores::kBytes : 0);  // pieces of dq
-    static constexpr int kStatistics = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
+    static constexpr int kBias = kSums + (kQueries ? kConsumers * kPieceBytes : 0);
+    static constexpr int kStatistics = kBias + kStages * Bias::kBytes;
     static constexpr int kWork = kStatistics + (kByKey ? kStages * static_cast<int>(sizeof(Queries)) : 0);
     static constexpr int kNextWork = kWork + static_cast<int>(sizeof(Work));      // the scheduler's
     static constexpr int kSumsWork = kNextWork + static_cast<int>(sizeof(Work));  // of add_sums
@@ -130,9 +131,7 @@ struct AttentionBwdBlocksSm90 {
     RingBarriers<1> row_y;
     RingBarriers<kStages> x, y;
     u32 s_sums;
-    FM_DEVICE RingBarriers<1> sums(int consumer) const {
-      return {s_sums + consumer * RingBarriers<1>::kBytes};
-    }
+    FM_DEVICE RingBarriers<1> sums(int i) const { return {s_sums + i * RingBarriers<1>::kBytes}; }
     FM_DEVICE explicit Rings(u32 s_base)
         : work{s_base + Smem::kBarriersWork},
           wanted(s_base + Smem::kBarrierWanted),
@@ -303,13 +302,15 @@ struct AttentionBwdBlocksSm90 {
         if (step == 0)
           load_rows<TileRowX>(kByKey ? p.k_map : p.q_map, w, s_base + Smem::kRowX, rings.row_x, row_x);
         rings.x.wait_empty(at);
-        mbarrier_arrive_expect_tx(rings.x.full(at.stage), TileColX::kBytes);
+        mbarrier_arrive_expect_tx(rings.x.full(at.stage), TileColX::kBytes + Bias::kLoaded);
         load<TileColX>(kByKey ? p.q_map : p.k_map, s_base + Smem::kColX + at.stage * TileColX::kBytes,
-                       rings.x.full(at.stage), createpolicy_evict_normal(), col, head, w.map_batch);
+                       rings.x.full(at.stage), col, head, w.map_batch);
+        Bias::load(p, s_base + Smem::kBias + at.stage * Bias::kBytes, rings.x.full(at.stage),
+                   kByKey ? col : w.row0, kByKey ? w.row0 : col, place.head, w.batch);
         rings.y.wait_empty(at);
         mbarrier_arrive_expect_tx(rings.y.full(at.stage), TileColY::kBytes);
         load<TileColY>(kByKey ? p.dout_map : p.v_map, s_base + Smem::kColY + at.stage * TileColY::kBytes,
-                       rings.y.full(at.stage), createpolicy_evict_normal(), col, head, w.map_batch);
+                       rings.y.full(at.stage), col, head, w.map_batch);
         if (kScores && step == 0)
           load_rows<TileRowY>(kByKey ? p.v_map : p.dout_map, w, s_base + Smem::kRowY, rings.row_y, row_y);
       }
@@ -326,14 +327,13 @@ struct AttentionBwdBlocksSm90 {
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i)
       load<Tile>(map, s_tiles + (at.stage * kConsumers + i) * Tile::kBytes, ring.full(at.stage),
-                 createpolicy_evict_normal(), w.row_base + w.row0 + 64 * i, kByKey ? w.head_k : w.head,
-                 w.map_batch);
+                 w.row_base + w.row0 + 64 * i, kByKey ? w.head_k : w.head, w.map_batch);
     at.advance();
   }
 
   template <class Tile>
-  FM_DEVICE static void load(const TensorMap& map, u32 s_tile, u32 s_full, u64 policy, int row, int head,
-                             int batch) {
+  FM_DEVICE static void load(const TensorMap& map, u32 s_tile, u32 s_full, int row, int head, int batch) {
+    const u64 policy = createpolicy_evict_normal();
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel)
       tma_load_4d(s_tile + panel * Tile::kPanelBytes, map, s_full, policy, panel * 64, row, head, batch);
@@ -361,7 +361,7 @@ struct AttentionBwdBlocksSm90 {
     const int col = place.col();
     const i64 first = w.batch * p.row_stride_b + place.head * p.row_stride_h + w.col_base + col;
     Queries& s = reinterpret_cast<Queries*>(smem + Smem::kStatistics)[at.stage];
-    const StatisticsInRegisters<kCols> r(p, first, w.band.cols - col);
+    const StatisticsInRegisters<kCols> r(p, first, w.band.cols - col, lse_unit<Bias>());
     rings.x.wait_empty(at);
     r.store(s.of);
     if (lane_id() == 0) s.col = col, s.head = place.head;

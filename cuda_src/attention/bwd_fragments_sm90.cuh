@@ -9,17 +9,17 @@
 
 namespace fm {
 
-// A warp's share of lse, in units of log2, and delta of kCols queries; those behind the last one get weights
-// of 0.
+// A warp's share of lse, by default in units of log2, and delta of kCols queries; those behind the last one
+// get weights of 0.
 template <int kCols>
 struct StatisticsInRegisters {
   float lse[kCols / 32], delta[kCols / 32];
   // first: place of the first query in row_lse; there: how many exist from it on.
-  FM_DEVICE StatisticsInRegisters(const AttentionBwdParams& p, i64 first, int there) {
+  FM_DEVICE StatisticsInRegisters(const AttentionBwdParams& p, i64 first, int there, float unit = kLog2e) {
 #pragma unroll
     for (int i = 0; i < kCols / 32; ++i) {
       const int query = i * 32 + lane_id();
-      lse[i] = query < there ? p.row_lse[first + query] * kLog2e : infinity();
+      lse[i] = query < there ? p.row_lse[first + query] * unit : infinity();
       delta[i] = query < there ? p.row_delta[first + query] : 0.f;
     }
   }

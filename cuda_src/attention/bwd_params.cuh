@@ -76,6 +76,11 @@ struct AttentionBwdSm90Params : AttentionBwdParams {
   TensorMap q_map, k_map, v_map, dout_map;
 };
 
+// The same with a bias: (seqlen_k, seqlen_q, heads, batch), in boxes of bwd_bias_tiles_sm90.cuh.
+struct AttentionBwdBiasedSm90Params : AttentionBwdSm90Params {
+  TensorMap bias_map;
+};
+
 // Tiles are worked on section by section. Of a section those of all heads with the same place in their head
 // come one after the other: where the first ones have the most to do, no block has much more left in the end
 // than the others.
@@ -106,6 +111,12 @@ struct AttentionBwdBiasParams : AttentionBwdParams {
   i64 dbias_stride_b, dbias_stride_h, dbias_stride_q, dbias_stride_k;
   int batch;                                 // entries of q
   int bias_batch, bias_heads, bias_queries, bias_keys;  // sizes of the bias
+  int tiles;                                 // of the bias, over all its entries and heads
+};
+
+// For the Hopper kernel: the same, then the tensor maps, as above.
+struct AttentionBwdBiasSm90Params : AttentionBwdBiasParams {
+  TensorMap q_map, k_map, v_map, dout_map, bias_map;
 };
 
 // dq from its sums.

@@ -1,5 +1,5 @@
 // Attention backward for Hopper (sm_90a): the same gradients as bwd_sm80.cuh, for bf16 and fp16 rows that
-// start at multiples of 16 bytes and scores without a bias.
+// start at multiples of 16 bytes. With a bias sequences have even lengths.
 //
 //   S = scale q k^T   P = exp(S - lse)   dP = dout v^T   dS = P (dP - delta)
 //   dv = P^T dout     dk = scale dS^T q  dq = scale dS k      (FlashAttention-2, algorithm 2)
@@ -25,8 +25,9 @@ struct AttentionBwdSm90
   using Blocks =
       AttentionBwdBlocksSm90<Element_, kHeadDim_, kHeadDimV_, kRows_, kCols_, kStages_, kWanted_, Variant_>;
   using Variant = Variant_;
-  using Params = AttentionBwdSm90Params;
+  using Params = typename Blocks::Params;
   using Element = Element_;
+  using Bias = typename Blocks::Bias;
   using Work = typename Blocks::Work;
   using Queries = typename Blocks::Queries;
   using Rings = typename Blocks::Rings;
@@ -106,7 +107,7 @@ struct AttentionBwdSm90
         for (int i = 0; i < 2; ++i) {
           const int query = row + i * 8 + (lane_id() >> 2);
           const i64 at = w.batch * p.row_stride_b + w.head * p.row_stride_h + w.row_base + query;
-          lse[i] = query < w.band.rows ? p.row_lse[at] * kLog2e : infinity();
+          lse[i] = query < w.band.rows ? p.row_lse[at] * lse_unit<Bias>() : infinity();
           delta[i] = query < w.band.rows ? p.row_delta[at] : 0.f;
         }
       }
@@ -148,9 +149,14 @@ struct AttentionBwdSm90
         }
         u32 r_slope[kCols / 16][4];
         change_scores(p, w, head, r_s, r_slope, row, col);
+        if constexpr (Bias::kUsed) {
+          const int tile = at.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
+          Bias::add(r_s[0], p.softmax_scale, s_base + Smem::kBias + tile, row - tile_row);
+        }
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int i, int, int, int j) {
-          s = exp2_approx(fmaf(s, scale, -(kByKey ? s_of.lse[j] : lse[i])));
+          const float its = kByKey ? s_of.lse[j] : lse[i];
+          s = exp2_approx(Bias::kUsed ? (s - its) * kLog2e : fmaf(s, scale, -its));
         });
         if constexpr (!kScores) {
           __syncwarp();  // all lanes have read lse, which comes with x

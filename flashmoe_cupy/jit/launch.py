@@ -181,10 +181,11 @@ class Launch:
         self.counter, self.early, self.at_once = counter, early, at_once
 
 
-def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap], size: int) -> Launch:
-    """The launch with tensor maps from byte `at` of Params on, the i-th over the array of the i-th pointer.
+def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap], size: int, mapped: Sequence[int]) -> Launch:
+    """The launch with tensor maps from byte `at` of Params on, the i-th over the array of pointer mapped[i].
 
-    size: of Params. Zeros are in the place of maps that the kernel has and a configuration does not use.
+    mapped: of all maps that the kernel has. size: of Params. Zeros are in the place of those that a configuration does
+    not use.
     """
     if at == size:
         return kernel
@@ -196,10 +197,10 @@ def with_maps(kernel: Launch, at: int, maps: Sequence[TensorMap], size: int) -> 
     if len(known) < len(maps):
         room = bytes(tensormap.BYTES * len(maps))
         made.tail += room
-        made.encoded = tuple([(place, one, i) for i, (place, one) in enumerate(zip(places, maps, strict=True))])
+        made.encoded = tuple([(place, one, i) for place, one, i in zip(places, maps, mapped, strict=False)])
     else:
         made.tail += b"".join(known)
-        made.maps = tuple([(place // 8, i) for i, place in enumerate(places)])
+        made.maps = tuple([(place // 8, i) for place, i in zip(places, mapped, strict=False)])
     made.tail += bytes(size - at - tensormap.BYTES * len(maps))
     return made
 

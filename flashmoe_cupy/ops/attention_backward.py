@@ -224,7 +224,7 @@ _MAIN = "dout", *_QKV, "out", "lse"
 _DENSE = Call(
     _operation(
         flash_attention_backward, (*_MAIN, "dlse", "sinks", "alibi_slopes", "bias", *PADDING), 6, shapes=_dense_shapes,
-        make=backward_problem,
+        make=backward_problem, tiles=("bias",),
     )
 )
 _PACKED = Call(

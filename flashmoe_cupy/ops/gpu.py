@@ -154,7 +154,7 @@ def launch_of(
         early=kernel.waits and _may_be_early(arch), at_once=kernel.at_once(problem, config, sms),
     )  # fmt: skip
     maps = kernel.map_arguments(problem, config)
-    return driver.with_maps(ready, params.maps_at, maps, params.size), params.pointers, kernel.clears
+    return driver.with_maps(ready, params.maps_at, maps, params.size, params.mapped), params.pointers, kernel.clears
 
 
 def _may_be_early(arch: str) -> bool:

@@ -118,7 +118,7 @@ class Kernel(ABC, Generic[P, C]):
         return 0
 
     def map_arguments(self, problem: P, config: C) -> tuple[TensorMap, ...]:  # noqa: ARG002
-        """The tensor maps that end Params, the i-th one over the array of the i-th pointer."""
+        """The tensor maps that end Params, as far as this configuration has them, in their order."""
         return ()
 
     def before(self, step: Step, config: C, odd: Sequence[str]) -> tuple[list[Step], dict[str, int]]:  # noqa: ARG002

@@ -36,11 +36,13 @@ def _attention_backward() -> _Kernels:
         AttentionBwdSinks,
         AttentionBwdSm80,
     )
+    from flashmoe_cupy.plan.attention.backward_bias_sm90 import AttentionBwdBiasedSm90, AttentionBwdBiasSm90
     from flashmoe_cupy.plan.attention.backward_sm90 import AttentionBwdConvert, AttentionBwdSm90
     from flashmoe_cupy.plan.attention.backward_wide_sm90 import AttentionBwdWidePairSm90, AttentionBwdWideSm90
 
     general = AttentionBwdSm80(), AttentionBwdBiasSm80(), AttentionBwdDot(), AttentionBwdSinks(), AttentionBwdConvert()
-    return AttentionBwdSm90(), AttentionBwdWidePairSm90(), AttentionBwdWideSm90(), *general
+    fast = AttentionBwdSm90(), AttentionBwdBiasedSm90(), AttentionBwdWidePairSm90(), AttentionBwdWideSm90()
+    return *fast, AttentionBwdBiasSm90(), *general
 
 
 def _moe() -> _Kernels:
@@ -128,7 +130,7 @@ def passed_over(kernel: Kernel[Any, Any], problem: Any, arch: str, aligned: bool
             break
         if other.configs(arch):
             why += other.why_not(problem, arch, aligned)
-    return why
+    return [*dict.fromkeys(why)]  # some have the same reasons
 
 
 def linked(steps: Sequence[Step], arch: str, aligned: bool, device: DeviceProperties) -> list[Step]:
@@ -169,7 +171,8 @@ def prepared(
         fits = aligned and step.problem.rows_aligned
         kernel = choose(step.task, step.problem, arch, fits)
         more, room = kernel.before(step, kernel.choose(step.problem, arch, fits, device), odd)
-        found += more
+        made = room and room.keys() <= sizes.keys()  # what is prepared is prepared once, for all steps
+        found += more[-1:] if made else more
         sizes |= room
     return found, sizes
 

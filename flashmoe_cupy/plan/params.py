@@ -68,6 +68,11 @@ class Params:
         return tuple(name for name, field in self.fields.items() if field.kind == MAP)
 
     @cached_property
+    def mapped(self) -> tuple[int, ...]:
+        """Of each tensor map, which pointer's array it is over: that whose name it has."""
+        return tuple(self.pointers.index(name.removesuffix("_map")) for name in self.maps)
+
+    @cached_property
     def pack_pointers(self) -> Callable[..., None]:
         """`pack_pointers(buffer, offset, *addresses)` stores what it begins with."""
         return struct.Struct(f"{len(self.pointers)}Q").pack_into

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
+from flashmoe_cupy.plan.attention.backward_bias_sm90 import room_for_rows
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
     STAGES_WIDE_SM90,
@@ -25,6 +26,8 @@ from flashmoe_cupy.plan.attention.backward_tiles import (
 )
 from flashmoe_cupy.plan.attention.backward_values import (
     and_convert,
+    bias_tiles,
+    bias_values,
     dims_sm90,
     dq_values,
     fused,
@@ -234,24 +237,13 @@ class AttentionBwdBiasSm80(_Portable[BwdBias80Config]):
         return bias_config(*specialisation(problem.of)[:2])
 
     def grid(self, problem: GradientProblem, config: BwdBias80Config, sms: int = DEFAULT_SMS) -> int:  # noqa: ARG002
-        batch, heads, queries, keys = problem.of.bias_shape
-        return batch * heads * -(-queries // config.rows) * -(-keys // config.cols)
+        return bias_tiles(problem.of, config.rows, config.cols)
 
     def values(
         self, problem: GradientProblem, config: BwdBias80Config, aligned: bool, sms: int = DEFAULT_SMS
     ) -> Values:  # fmt: skip
-        batch, heads, queries, keys = problem.of.bias_shape
-        like = AttentionBwdSm80().values(problem, config.like, aligned, sms)
-        strides = (heads * queries * keys, queries * keys, keys, 1)
-        return {
-            **like,
-            **{f"dbias_stride_{axis}": n for axis, n in zip("bhqk", strides, strict=True)},
-            "batch": problem.of.forward.batch,
-            "bias_batch": batch,
-            "bias_heads": heads,
-            "bias_queries": queries,
-            "bias_keys": keys,
-        }
+        tile = config.rows, config.cols
+        return AttentionBwdSm80().values(problem, config.like, aligned, sms) | bias_values(problem.of, *tile)
 
     def slow(self, problem: GradientProblem, aligned: bool) -> str:  # noqa: ARG002
         return "" if aligned else _ALIGNED
@@ -292,4 +284,5 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
         steps.append(Step("attention_bwd_sinks", GradientProblem(p, "sinks"), sinks))
     sums = {"dq_sums": 4 * dq_values(p)} if at_once else {}
     counters = 32 + 4 * turns(p)
-    return steps, {"row_lse": max(rows, 4), "row_delta": max(rows, 4), "tile_counters": counters} | sums
+    shared = {"row_lse": max(rows, 4), "row_delta": max(rows, 4), "tile_counters": counters}
+    return steps, shared | sums | room_for_rows(f)

@@ -69,7 +69,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
         if not aligned:
             why.append(f"{UNALIGNED_ROWS}: the copy engine cannot fetch them")
         if variant_of(p) not in (PLAIN, SCORES):
-            why.append("biases have no Hopper kernel of the backward yet")
+            why.append("a bias has Hopper kernels of its own")
         widest = [*(TILES_DQ_SM90 if problem.part == "q" and variant_of(p) == PLAIN else TILES_BWD_SM90)][-1][0]
         if max(p.head_dim, p.head_dim_v) > widest:
             why.append(f"head dims beyond {widest} have no such Hopper kernel of the backward")

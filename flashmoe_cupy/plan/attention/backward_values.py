@@ -69,6 +69,27 @@ def values_of(problem: GradientProblem, config: _Config, aligned: bool) -> Value
     }
 
 
+def bias_tiles(of: AttentionBwdProblem, rows: int, cols: int) -> int:
+    """Tiles of the bias, over all its entries and heads."""
+    batch, heads, queries, keys = of.bias_shape
+    return batch * heads * -(-queries // rows) * -(-keys // cols)
+
+
+def bias_values(of: AttentionBwdProblem, rows: int, cols: int) -> Values:
+    """What AttentionBwdBiasParams holds beyond that, for such tiles. dbias is row-major."""
+    batch, heads, queries, keys = of.bias_shape
+    strides = (heads * queries * keys, queries * keys, keys, 1)
+    return {
+        **{f"dbias_stride_{axis}": n for axis, n in zip("bhqk", strides, strict=True)},
+        "batch": of.forward.batch,
+        "bias_batch": batch,
+        "bias_heads": heads,
+        "bias_queries": queries,
+        "bias_keys": keys,
+        "tiles": bias_tiles(of, rows, cols),
+    }
+
+
 def blocks_of(problem: GradientProblem, config: _Config) -> int:
     p = problem.of.forward
     return max(1, -(-(p.seqlen_q if problem.part == "q" else p.seqlen_k) // config.rows))

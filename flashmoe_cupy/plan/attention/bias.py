@@ -126,7 +126,7 @@ class AttentionBiasRows(Kernel[AttentionProblem, BiasRowsConfig]):
 
     op, task, name = "attention", "attention_bias_rows", "attention_bias_rows"
     header = "attention/bias_rows.cuh"
-    summary = "a bias in rows from multiples of 16 bytes on, for attention_fwd_sm90"
+    summary = "a bias in rows from multiples of 16 bytes on, for the Hopper kernels"
     params = Params(header, "AttentionBiasRowsParams")
 
     def configs(self, arch: str) -> list[BiasRowsConfig]:
