@@ -126,3 +126,35 @@ def test_when_a_bias_is_written_again() -> None:
     assert names(turned)[0] == first
     assert names(problem(array(BF16, 300, 1)))[0] == first  # a value for each query
     assert names(problem(array(BF16, 2, 1, 1, 400)))[0] != first
+
+
+OWN = array(BF16, 2, 4, 300, 400)
+APART: dict[str, AttentionBwdProblem] = {
+    "a mask": problem(OWN, causal=True),
+    "a window": problem(OWN, window_size=(100, 100)),
+    "entries share it": problem(array(BF16, 1, 4, 300, 400)),
+    "heads share it": problem(array(BF16, 2, 1, 300, 400)),
+    "queries share it": problem(array(BF16, 2, 4, 1, 400)),
+    "queries share memory": problem(array(BF16, 2, 4, 300, 400, strides=(1600, 400, 0, 1))),
+    "keys share it": problem(array(BF16, 2, 4, 300, 1)),
+    "rows of dbias at odd places": problem(array(BF16, 2, 4, 300, 401), k=401),
+    "dq is not wanted": problem(OWN, need="k v bias"),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_when_dbias_has_a_launch_of_its_own(name: str) -> None:
+    assert names(APART[name])[-1] == OF_BIAS
+
+
+def test_dbias_with_dq() -> None:
+    """Where each score has a value of its own, and on Hopper alone."""
+    assert names(problem(OWN)) == [BIASED, BIASED] and names(problem(OWN, need="q bias")) == [BIASED]
+    turned = array(BF16, 2, 4, 300, 400, strides=(480000, 120000, 1, 300))
+    assert names(problem(turned)) == ["attention_bias_rows", BIASED, BIASED]
+    assert names(problem(OWN), arch="sm_80") == [PORTABLE, PORTABLE, OF_BIAS_PORTABLE]
+    softcap = problem(OWN, softcap=5.0)
+    assert names(softcap) == [PORTABLE, PORTABLE, OF_BIAS_PORTABLE]
+    for p, arch in ((problem(OWN), "sm_90a"), (problem(OWN), "sm_80"), (softcap, "sm_90a")):
+        given = ["dbias" in step.arguments for step, name in launches(p, arch=arch) if name != "attention_bwd_dot"]
+        assert given == ([False, True] if (arch, p) == ("sm_90a", problem(OWN)) else [False, False, True])

@@ -54,7 +54,12 @@ class Turned(AttentionCase):
 
 # Each kind of bias and type of value, each compiled head dim and sizes below it, groups of heads, masks, sizes that are
 # no multiple of a tile, rows that the copy engine can fetch (multiples of 8 or 4 keys) and such that it cannot.
+# The first four have dbias beside dq.
 CASES: tuple[AttentionCase, ...] = (
+    AttentionCase(150, 136, 2, 4, 2, 40, bias="bhqk"),
+    AttentionCase(200, 264, 1, 2, 1, 96, bias="bhqk", bias_dtype="float32"),
+    AttentionCase(70, 200, 2, 2, 2, 128, bias="bhqk", dtype="float16", sinks="float32"),
+    Hiding(130, 72, 2, 4, 2, 64, bias="bhqk", bias_dtype="float32"),
     AttentionCase(70, 136, 1, 2, 2, 64, bias="bhqk"),
     AttentionCase(150, 200, 2, 4, 2, 64, bias="hqk", causal=True),
     AttentionCase(200, 331, 2, 4, 2, 128, bias="b1qk", dtype="float16", window_size=(40, 7)),
@@ -179,6 +184,23 @@ def shows(case: AttentionCase, wanted: tuple[str, ...], header: str, old: str, n
         except emulate.EmulationError:
             return True
     return False
+
+
+STORE_FAULTS = {
+    "dbias stored over what other warps' rows have": (_TILES, "s_tile + row * 128 + panel", "s_tile + panel"),
+    "dbias fetched before it is there": (_TILES, "    fence_proxy_async();\n    __syncwarp();\n", ""),
+    "a stage given back before dbias is read": (
+        _90, "      if (p.dbias != nullptr && lane_id() == 0) bulk_wait_group_read<0>();\n", "      (void)p;\n",
+    ),
+    "dbias of the first head": (_TILES, "query, head, batch);\n    bulk_commit", "query, 0, batch);\n    bulk_commit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STORE_FAULTS)
+@pytest.mark.parametrize("dtype", ["same", "float32"])
+def test_faults_of_what_dq_stores_are_found(name: str, dtype: str) -> None:
+    case = AttentionCase(200, 392, 1, 2, 2, 64, bias="bhqk", bias_dtype=dtype)
+    assert shows(case, ("dq", "dbias"), *STORE_FAULTS[name]), f"{name}: no order of events shows it"
 
 
 @pytest.mark.parametrize("bias", ["1k", "11"])

@@ -9,7 +9,8 @@
 //   BwdKeyBiasOfKeysSm90      a value for each key alone, and rows are keys: two values for a thread
 //
 // Each has load(), for one thread that has told s_full of kLoaded bytes, and add(), which turns a warp's
-// products into scale * product + bias: in natural units.
+// products into scale * product + bias: in natural units. kGradient: store_gradient() writes dS into dbias,
+// for a bias that no two scores share.
 #pragma once
 #include "attention/bias_sm90.cuh"
 #include "attention/bwd_params.cuh"
@@ -20,8 +21,8 @@ namespace fm {
 // What a kernel asks where its variant has no bias.
 struct NoBwdBias {
   using Params = AttentionBwdSm90Params;
-  enum : bool { kUsed = false };
-  enum : int { kBytes = 0 };
+  enum : bool { kUsed = false, kGradient = false };
+  enum : int { kBytes = 0, kConsumerBytes = 0 };
   enum : u32 { kLoaded = 0 };
   template <class P>
   FM_DEVICE static void load(const P&, u32, u32, int, int, int, int) {}
@@ -45,16 +46,51 @@ FM_DEVICE void load_bias_tile(const P& p, u32 s_stage, u32 s_full, int query, in
 template <class Value, int kRows, int kCols>
 struct BwdBiasOfQueriesSm90 : AttentionBiasSm90<Value, kRows, kCols> {
   using Params = AttentionBwdBiasedSm90Params;
+  using Base = AttentionBiasSm90<Value, kRows, kCols>;
+  enum : bool { kGradient = true };
   template <class P>
   FM_DEVICE static void load(const P& p, u32 s_stage, u32 s_full, int query, int key, int head, int batch) {
     load_bias_tile<Value, kRows, kCols, 64>(p, s_stage, s_full, query, key, head, batch);
+  }
+
+  // A warp's dS, to where its bias was, and from there to dbias. r_ds: packed. s_tile: the consumer's part of
+  // the stage; row: the warp's first among the 64; query, key: of the array, the warp's first ones. The stage
+  // may be given back when lane 0's bulk group has been read.
+  template <class P, int kN>
+  FM_DEVICE static void store_gradient(const P& p, const float (&r)[kN][4], const u32 (&r_ds)[kN / 2][4],
+                                       u32 s_tile, int row, int query, int key, int head, int batch) {
+    const int lane = lane_id();
+    if constexpr (sizeof(Value) == 2) {
+      const int mine = row + (lane & 15), swizzle = (mine & 7) ^ (lane >> 4);
+#pragma unroll
+      for (int n = 0; n < kN; n += 2)
+        stmatrix_x4(s_tile + mine * 128 + n / 8 * Base::kPanelBytes + ((n % 8 ^ swizzle) << 4), r_ds[n / 2]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int mine = row + i * 8 + (lane >> 2), swizzle = (mine & 7) ^ (lane >> 1 & 1);
+        const u32 s_row = s_tile + mine * 128 + (lane & 1) * 8;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+          st_shared_v2_f32(s_row + n / 4 * Base::kPanelBytes + ((n % 4 * 2 ^ swizzle) << 4), r[n][2 * i],
+                           r[n][2 * i + 1]);
+      }
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane != 0) return;
+#pragma unroll
+    for (int panel = 0; panel < Base::kPanels; ++panel)
+      tma_store_4d(p.dbias_map, s_tile + row * 128 + panel * Base::kPanelBytes, key + panel * Base::kColumns,
+                   query, head, batch);
+    bulk_commit_group();
   }
 };
 
 template <class Value, int kRows, int kCols>
 struct BwdBiasOfKeysSm90 {
   using Params = AttentionBwdBiasedSm90Params;
-  enum : bool { kUsed = true };
+  enum : bool { kUsed = true, kGradient = false };
   enum : int {
     kSize = static_cast<int>(sizeof(Value)),
     kPanelBytes = kCols * 128,
@@ -106,6 +142,7 @@ struct BwdBiasOfKeysSm90 {
 template <class Value, int kKeys>
 struct BwdKeyBiasOfQueriesSm90 : AttentionKeyBiasSm90<Value, kKeys> {
   using Params = AttentionBwdBiasedSm90Params;
+  enum : bool { kGradient = false };
   template <class P>
   FM_DEVICE static void load(const P& p, u32 s_stage, u32 s_full, int, int key, int head, int batch) {
     tma_load_4d(s_stage, p.bias_map, s_full, createpolicy_evict_last(), key, 0, head, batch);

@@ -76,9 +76,10 @@ struct AttentionBwdSm90Params : AttentionBwdParams {
   TensorMap q_map, k_map, v_map, dout_map;
 };
 
-// The same with a bias: (seqlen_k, seqlen_q, heads, batch), in boxes of bwd_bias_tiles_sm90.cuh.
+// The same with a bias: (seqlen_k, seqlen_q, heads, batch), in boxes of bwd_bias_tiles_sm90.cuh. dbias, if not
+// null, is written beside dq, in boxes of 16 queries.
 struct AttentionBwdBiasedSm90Params : AttentionBwdSm90Params {
-  TensorMap bias_map;
+  TensorMap bias_map, dbias_map;
 };
 
 // Tiles are worked on section by section. Of a section those of all heads with the same place in their head

@@ -145,14 +145,12 @@ struct AttentionBwdSm90
         if constexpr (kScores) {
           wgmma_fence_operand(r_dx);
           __syncwarp();  // all lanes have read what comes with x
-          if (step > 0) x.release(at.before());
+          if (step > 0) release_x(p, x, at.before());
         }
         u32 r_slope[kCols / 16][4];
         change_scores(p, w, head, r_s, r_slope, row, col);
-        if constexpr (Bias::kUsed) {
-          const int tile = at.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
-          Bias::add(r_s[0], p.softmax_scale, s_base + Smem::kBias + tile, row - tile_row);
-        }
+        const u32 s_bias = s_base + Smem::kBias + at.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
+        if constexpr (Bias::kUsed) Bias::add(r_s[0], p.softmax_scale, s_bias, row - tile_row);
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int i, int, int, int j) {
           const float its = kByKey ? s_of.lse[j] : lse[i];
@@ -179,6 +177,9 @@ struct AttentionBwdSm90
             ds = weight * (ds - (kByKey ? s_of.delta[j] : delta[i]));
           });
           pack_operand<Element>(r_ds, r_dp[0]);
+          if constexpr (Bias::kGradient)
+            if (p.dbias != nullptr)
+              Bias::store_gradient(p, r_dp[0], r_ds, s_bias, row - tile_row, row, col, head, w.batch);
           wgmma_fence();
           multiply<Element, 1>(r_dx, r_ds, MNMajor<TileColX>(s_x), false, [] {});
           wgmma_commit_group();
@@ -192,7 +193,7 @@ struct AttentionBwdSm90
       if constexpr (kScores) {
         wgmma_wait_group<0>(r_dx);
         __syncwarp();
-        x.release(at.before());
+        release_x(p, x, at.before());
       }
     }
     if constexpr (kValues) store_values(p, w, row, r_dv);
@@ -200,6 +201,13 @@ struct AttentionBwdSm90
       store(p, w, row, r_dx, static_cast<Element*>(kByKey ? p.dk : p.dq),
             kByKey ? p.dk_stride_b : p.dq_stride_b, kByKey ? p.dk_stride_s : p.dq_stride_s,
             kByKey ? p.dk_stride_h : p.dq_stride_h, p.head_dim, p.softmax_scale);
+  }
+
+  // Also what comes with x, when it has been stored as dbias.
+  FM_DEVICE static void release_x(const Params& p, const RingBarriers<kStages>& x, int stage) {
+    if constexpr (Bias::kGradient)
+      if (p.dbias != nullptr && lane_id() == 0) bulk_wait_group_read<0>();
+    x.release(stage);
   }
 
   // ---- consumer of dq, dk and dv at once ----

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.plan.archs import ELEMENT_BYTES, MAX_SMEM
-from flashmoe_cupy.plan.attention.backward_bias_sm90 import room_for_rows
+from flashmoe_cupy.plan.attention.backward_bias_sm90 import dbias_apart, dbias_with_dq, room_for_rows
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
     STAGES_WIDE_SM90,
@@ -201,6 +201,8 @@ class AttentionBwdSm80(_Portable[_Config80]):
     ) -> tuple[list[Step], dict[str, int]]:  # fmt: skip
         """Parts of their own for all that is wanted at once, as far as there is no kernel of them."""
         of, part = step.problem.of, step.problem.part
+        if "dbias" in step.arguments:
+            return dbias_apart(step), {}
         if config.part == "qkv":
             return and_convert(step), {}
         parts = ["kv"] if together(*specialisation(of)) else ["k", "v"]
@@ -272,12 +274,14 @@ def backward_steps(p: AttentionBwdProblem) -> tuple[list[Step], dict[str, int]]:
     parts = "".join(name for name in "kv" if f"d{name}" in p.wanted)
     of_keys = [parts] if together(*specialisation(p)) or dims_sm90(p) in STAGES_WIDE_SM90 else [*parts]
     at_once = steps[-1:] and steps[-1].problem.part == "qkv"
+    both = dbias_with_dq(p)  # dq and dbias, in one launch
     for part in [*filter(None, of_keys), *(["q"] if "dq" in p.wanted else [])] if not at_once else ():
         if not sizes[f"d{part[0]}"]:
             continue  # no rows
         clears = {f"d{x}": sizes[f"d{x}"] * f.dtype.itemsize for x in part if not f.even and f"d{x}" in p.new}
-        steps.append(Step("attention_bwd", GradientProblem(p, part), _ARRAYS, None, clears))
-    if "dbias" in p.wanted and 0 not in p.bias_shape:
+        arrays = _ARRAYS | (same("dbias") if part == "q" and both else {})
+        steps.append(Step("attention_bwd", GradientProblem(p, part), arrays, None, clears))
+    if "dbias" in p.wanted and 0 not in p.bias_shape and not both:
         steps.append(Step("attention_bwd_bias", GradientProblem(p, "bias"), _ARRAYS | same("dbias")))
     if "dsinks" in p.wanted:
         sinks = same("row_lse", "row_delta", "sinks", "dsinks", "cu_seqlens_q", "seqused_q", "leftpad_q")

@@ -13,6 +13,7 @@ from flashmoe_cupy.plan.attention.backward_sm90 import AttentionBwdSm90
 from flashmoe_cupy.plan.attention.backward_tiles import Bwd90Config, Tile
 from flashmoe_cupy.plan.attention.backward_values import bias_tiles, bias_values, values_of
 from flashmoe_cupy.plan.attention.bias_layout import rows_fit, with_rows
+from flashmoe_cupy.plan.attention.choice import window
 from flashmoe_cupy.plan.attention.forward import UNALIGNED_ROWS, array_map
 from flashmoe_cupy.plan.attention.gradient import AttentionBwdProblem, GradientProblem
 from flashmoe_cupy.plan.attention.problem import AttentionProblem
@@ -21,6 +22,7 @@ from flashmoe_cupy.plan.kernel import DEFAULT_SMS, EMPTY, MAX_TILES, Kernel, far
 from flashmoe_cupy.plan.params import Params
 from flashmoe_cupy.plan.step import Step, Values, same
 
+_STORED_QUERIES = 16  # of a box of dbias: a warp's
 VARIANTS = (*BIASES, *KEY_BIASES)
 # By compiled head dims and variant: of dk and dv, and of dq. Not measured.
 TILES: dict[tuple[int, int], dict[str, tuple[Tile, Tile]]] = {
@@ -166,6 +168,24 @@ def room_for_rows(p: AttentionProblem) -> dict[str, int]:
     return {"bias_rows": with_rows(p)[1]}
 
 
+def dbias_with_dq(of: AttentionBwdProblem) -> bool:
+    """Whether the Hopper kernel of dq writes dbias, too: each score has a value of its own, and no mask hides any."""
+    p = of.forward
+    if not {"dq", "dbias"} <= {*of.wanted} or why_not_biased(p, "sm_90a", aligned=True):
+        return False
+    assert p.bias_dtype is not None
+    own = of.bias_shape == (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k) and variant_of_bias(p) in BIASES
+    full = window(p.window_left, p) < 0 and window(p.window_right, p) < 0
+    return own and full and p.seqlen_k * p.bias_dtype.itemsize % 16 == 0
+
+
+def dbias_apart(step: Step) -> list[Step]:
+    """A launch of dq without dbias, and the one that makes dbias."""
+    alone = {name: array for name, array in step.arguments.items() if name != "dbias"}
+    bias = Step("attention_bwd_bias", GradientProblem(step.problem.of, "bias"), step.arguments)
+    return [Step(step.task, step.problem, alone, step.values, step.clears), bias]
+
+
 def bias_map(p: AttentionProblem, variant: str, queries: int, keys: int) -> TensorMap:
     """Boxes of 128 bytes of keys and so many queries, or of so many keys of the row that all queries share."""
     assert p.bias_dtype is not None
@@ -230,9 +250,13 @@ class AttentionBwdBiasedSm90(AttentionBwdSm90):
         return with_bias_rows(step, odd)
 
     def map_arguments(self, problem: GradientProblem, config: Bwd90Config) -> tuple[TensorMap, ...]:
+        of, p = problem.of, problem.of.forward
         queries, keys = (64, config.cols) if problem.part == "q" else (config.cols, config.rows)
-        bias = bias_map(problem.of.forward, config.variant, queries, keys)
-        return (*super().map_arguments(problem, config), bias)
+        maps = *super().map_arguments(problem, config), bias_map(p, config.variant, queries, keys)
+        if problem.part != "q" or not dbias_with_dq(of):
+            return maps
+        steps = p.heads_q * p.seqlen_q * p.seqlen_k, p.seqlen_q * p.seqlen_k, p.seqlen_k, 1  # dbias is row-major
+        return *maps, bias_map(p._replace(bias_strides=steps), config.variant, _STORED_QUERIES, keys)
 
 
 def _config(element: str, dims: tuple[int, int], part: str, variant: str) -> BwdBiased90Config:
@@ -286,7 +310,7 @@ class AttentionBwdBiasSm90(Kernel[GradientProblem, BwdBias90Config]):
 
     def map_arguments(self, problem: GradientProblem, config: BwdBias90Config) -> tuple[TensorMap, ...]:
         queries = GradientProblem(problem.of, "q")  # their rows lie as those of dq
-        return _BIASED.map_arguments(queries, _like(config))
+        return _BIASED.map_arguments(queries, _like(config))[: len(self.params.maps)]
 
 
 _BIASED = AttentionBwdBiasedSm90()
