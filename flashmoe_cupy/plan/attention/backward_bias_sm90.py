@@ -24,7 +24,7 @@ from flashmoe_cupy.plan.step import Step, Values, same
 
 _STORED_QUERIES = 16  # of a box of dbias: a warp's
 VARIANTS = (*BIASES, *KEY_BIASES)
-# By compiled head dims and variant: of dk and dv, and of dq. Not measured.
+# By compiled head dims and variant: of dk and dv, and of dq. Others are at most 4 % faster (benchmarks/NOTEBOOK.md).
 TILES: dict[tuple[int, int], dict[str, tuple[Tile, Tile]]] = {
     (64, 64): {
         BIAS16: ((128, 64, 4), (192, 64, 3)),
@@ -44,7 +44,7 @@ TILES: dict[tuple[int, int], dict[str, tuple[Tile, Tile]]] = {
 }  # fmt: skip
 
 
-# Of the gradient of the bias: queries and keys of a tile, slots of the ring, tiles of the bias at once. Not measured.
+# Of the gradient of the bias: queries and keys of a tile, slots of the ring, tiles of the bias at once.
 BiasTile = tuple[int, int, int, int]
 TILES_DBIAS: dict[tuple[int, int], dict[str, BiasTile]] = {
     (64, 64): {
