@@ -109,8 +109,9 @@ INCLUDES: dict[str, tuple[str, ...]] = {
 SHARED = (
     "activation.cuh", "assignments.cuh", "bias_sm80.cuh", "bias_sm90.cuh", "bwd_bias_tiles_sm90.cuh",
     "bwd_blocks_sm90.cuh", "bwd_fragments_sm90.cuh", "bwd_params.cuh", "bwd_sm80.cuh", "bwd_sums_sm90.cuh",
-    "bwd_wide_blocks_sm90.cuh", "epilogue_sm90.cuh", "key_tiles.cuh", "keys.cuh", "next_weights.cuh", "outside_sm90.cuh", "params.cuh",
-    "schedule.cuh", "schedule_sm90.cuh", "scores_sm90.cuh", "smem_sm90.cuh", "variant.cuh", "walk_sm90.cuh",
+    "bwd_wide_blocks_sm90.cuh", "epilogue_sm90.cuh", "key_tiles.cuh", "keys.cuh", "next_weights.cuh",
+    "outside_sm90.cuh", "params.cuh", "schedule.cuh", "schedule_sm90.cuh", "scores_sm90.cuh", "smem_sm90.cuh",
+    "variant.cuh", "walk_sm90.cuh",
 )  # fmt: skip
 
 
