@@ -27,25 +27,34 @@ struct AttentionBwdDot {
     if (blockIdx.x == 0 && threadIdx.x < kTileCounters) p.tile_counters[threadIdx.x] = 0;
     for (int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x); i < p.turns; i += gridDim.x * kThreads)
       p.tile_counters[kTileCounters + i] = 0;
-    if (p.dq_sums != nullptr)
-      for (i64 i = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * 4; i < p.dq_values;
-           i += static_cast<i64>(gridDim.x) * kThreads * 4)
-        *reinterpret_cast<float4*>(p.dq_sums + i) = make_float4(0.f, 0.f, 0.f, 0.f);
     // All indices fit into 32 bits, whose division is cheap.
     const int head = static_cast<int>(blockIdx.x) % p.heads, first = blockIdx.x / p.heads * kRows;
-    float sum[kAtOnce] = {};
+    const int col = threadIdx.x % kLanes * kPerChunk;
+    const Element *g_out[kAtOnce], *g_dout[kAtOnce];
+    uint4 out[kAtOnce], dout[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int row = first + threadIdx.x / kLanes + i * (kRows / kAtOnce);
-      if (row >= p.rows) continue;  // all lanes go on, to the sum
       const int b = row / p.seqlen, s = row % p.seqlen;
-      const Element* g_out = static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s +
-                             head * p.out_stride_h;
-      const Element* g_dout = static_cast<const Element*>(p.dout) + b * p.dout_stride_b +
-                              s * p.dout_stride_s + head * p.dout_stride_h;
-      for (int col = threadIdx.x % kLanes * kPerChunk; col < p.head_dim_v; col += kLanes * kPerChunk)
-        sum[i] +=
-            dot_chunk(load_chunk(g_out + col, p.aligned != 0), load_chunk(g_dout + col, p.aligned != 0));
+      g_out[i] = static_cast<const Element*>(p.out) + b * p.out_stride_b + s * p.out_stride_s +
+                 head * p.out_stride_h;
+      g_dout[i] = static_cast<const Element*>(p.dout) + b * p.dout_stride_b + s * p.dout_stride_s +
+                  head * p.dout_stride_h;
+      out[i] = dout[i] = make_uint4(0, 0, 0, 0);
+      if (row >= p.rows || col >= p.head_dim_v) continue;  // all lanes go on, to the sum
+      out[i] = load_chunk(g_out[i] + col, p.aligned != 0);
+      dout[i] = load_chunk(g_dout[i] + col, p.aligned != 0);
+    }
+    clear(p);  // while the rows come
+    float sum[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first + threadIdx.x / kLanes + i * (kRows / kAtOnce);
+      sum[i] = dot_chunk(out[i], dout[i]);
+      if (row < p.rows)
+        for (int c = col + kLanes * kPerChunk; c < p.head_dim_v; c += kLanes * kPerChunk)
+          sum[i] +=
+              dot_chunk(load_chunk(g_out[i] + c, p.aligned != 0), load_chunk(g_dout[i] + c, p.aligned != 0));
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -57,6 +66,12 @@ struct AttentionBwdDot {
     }
   }
 
+  FM_DEVICE static void clear(const AttentionBwdDotParams& p) {
+    if (p.dq_sums == nullptr) return;
+    for (i64 i = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * 4; i < p.dq_values;
+         i += static_cast<i64>(gridDim.x) * kThreads * 4)
+      *reinterpret_cast<float4*>(p.dq_sums + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
   FM_DEVICE static void finish(const AttentionBwdDotParams& p, int b, int s, int head, float sum) {
     const float lse = p.lse[b * p.lse_stride_b + head * p.lse_stride_h + s * p.lse_stride_s];
     if (p.dlse != nullptr) sum -= p.dlse[b * p.dlse_stride_b + head * p.dlse_stride_h + s * p.dlse_stride_s];

@@ -66,6 +66,13 @@ struct AttentionBwdSm90
           consume(p, w, smem, s_base, rings, walk, consumer);
         }
       }
+      if constexpr (kQueries)
+        if (count.owes_dq) {
+          if (kLastPiece == 64 || consumer == 0)
+            finish_dq<64>(s_base, rings, count, consumer);
+          else
+            finish_dq<kLastPiece>(s_base, rings, count, consumer);
+        }
     });
   }
 
@@ -78,14 +85,17 @@ struct AttentionBwdSm90
   // The same as counts, which takes fewer registers.
   struct Counts {
     u32 steps = 0, tiles = 0;  // tiles: those with steps
+    u32 ends = 0;              // tiles that had their last dq before the next one began
+    bool owes_dq = false;      // dq of the step before is not multiplied yet
     template <int kAtOnce>
     FM_DEVICE static Ring<kAtOnce> ring(u32 count) {
       return {static_cast<int>(count % kAtOnce), count / kAtOnce & 1};
     }
     FM_DEVICE Stage at() const { return ring<kStages>(steps); }
     FM_DEVICE Ring<Blocks::kRowStages> row_x() const { return ring<Blocks::kRowStages>(tiles); }
+    FM_DEVICE Ring<Blocks::kRowStages> row_x_before() const { return ring<Blocks::kRowStages>(tiles - 1); }
     FM_DEVICE Ring<1> row_y() const { return ring<1>(tiles); }
-    FM_DEVICE u32 turn() const { return (steps + tiles) & 1; }  // whose buffer of dS is next
+    FM_DEVICE u32 turn() const { return (steps + ends) & 1; }  // whose buffer of dS is next
   };
 
   // ---- consumer ----
@@ -213,7 +223,8 @@ struct AttentionBwdSm90
   // ---- consumer of dq, dk and dv at once ----
 
   // While exponentials are computed, dP runs; while dS is, dv runs; dk runs while a piece of dq is put down.
-  // dq of a step is multiplied in the next one: dS of the other consumer has long been stored by then.
+  // dq of a step is multiplied in the next one: dS of the other consumer has long been stored by then. So
+  // that of a tile's last step is multiplied in the next tile, whose keys have a place of their own.
   template <int kDqColumns>
   FM_DEVICE static void consume_all(const Params& p, const Work& w, u8* smem, u32 s_base, const Rings& rings,
                                     Counts& count, int consumer) {
@@ -222,11 +233,12 @@ struct AttentionBwdSm90
     const int row = tile_row + (warp_id() & 3) * 16;  // of this warp
     float r_dk[kHeadDim / 8][4] = {}, r_dv[kHeadDimV / 8][4] = {};
     if (steps > 0) {
-      const u32 s_k = s_base + Smem::kRowX + count.row_x().stage * 2 * TileRowX::kBytes;
+      const u32 s_k = keys_of(s_base, count.tiles);
       const KMajor<TileRowX> k(s_k + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> v(s_base + Smem::kRowY + consumer * TileRowY::kBytes);
       const float scale = (Variant::kScore ? 1.f : p.softmax_scale) * kLog2e;
-      barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
+      if (!count.owes_dq) barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
+      u32 s_k_before = count.owes_dq ? keys_of(s_base, count.tiles - 1) : s_k;  // of the step before
       rings.row_x.wait_full(count.row_x());
       rings.row_y.wait_full(count.row_y());
       if (!w.even && w.row0 + kRows > w.band.rows) clear_keys(s_base, s_k, w.band.rows - w.row0);
@@ -280,10 +292,10 @@ struct AttentionBwdSm90
         store_scores<TileScores>(s_base + Smem::kScoresTile + count.turn() * TileScores::kBytes,
                                  consumer * 64 + (warp_id() & 3) * 16, r_ds);
         fence_proxy_async();
-        // In step 0 nobody reads what comes out: behind a branch this product would cost all others their
-        // order.
+        // If nothing is owed nobody reads what comes out: behind a branch this product would cost all others
+        // their order.
         wgmma_fence();
-        multiply_keys(r_dq, s_base, s_k, count.turn() ^ 1, consumer);
+        multiply_keys(r_dq, s_base, s_k_before, count.turn() ^ 1, consumer);
         wgmma_commit_group();
         wgmma_fence();
         multiply<Element, 1>(r_dk, r_ds, MNMajor<TileColX>(s_q), false, [] {});
@@ -292,29 +304,47 @@ struct AttentionBwdSm90
         wgmma_fence_operand(r_dq[0]);
         y.release(at);
         barrier_arrive(kScoresStored + 2 * consumer + count.turn(), 256);
-        if (step > 0) put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
+        if (step == 0 && count.owes_dq) rings.row_x.release(count.row_x_before());
+        if (count.owes_dq) put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
+        count.owes_dq = true;
+        s_k_before = s_k;
         ++count.steps;
       }
-      float r_dq[1][kDqColumns / 8][4];
-      barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
-      wgmma_fence();
-      multiply_keys(r_dq, s_base, s_k, count.turn() ^ 1, consumer);
-      wgmma_commit_group();
       store_values(p, w, row, r_dv);
-      wgmma_wait_group<0>(r_dq[0]);
-      wgmma_fence_operand(r_dk);
+      wgmma_wait_group<0>(r_dk);
       __syncwarp();
       x.release(count.at().before());
-      rings.row_x.release(count.row_x());
-      put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
       ++count.tiles;
     } else {
       store_values(p, w, row, r_dv);
+    }
+    // Another block waits for all that this tile adds, or nobody would go on: this tile has no step.
+    if (count.owes_dq && (p.at_once || steps == 0)) {
+      finish_dq<kDqColumns>(s_base, rings, count, consumer);
+      rings.row_x.release(count.row_x_before());
+      ++count.ends;
+      count.owes_dq = false;
     }
     store(p, w, row, r_dk, static_cast<Element*>(p.dk), p.dk_stride_b, p.dk_stride_s, p.dk_stride_h,
           p.head_dim, p.softmax_scale);
   }
 
+  // dq of the step before.
+  template <int kDqColumns>
+  FM_DEVICE static void finish_dq(u32 s_base, const Rings& rings, const Counts& count, int consumer) {
+    float r_dq[1][kDqColumns / 8][4];
+    barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
+    wgmma_fence();
+    multiply_keys(r_dq, s_base, keys_of(s_base, count.tiles - 1), count.turn() ^ 1, consumer);
+    wgmma_commit_group();
+    wgmma_wait_group<0>(r_dq[0]);
+    put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
+  }
+  // Where the keys of a tile are.
+  FM_DEVICE static u32 keys_of(u32 s_base, u32 tile) {
+    return s_base + Smem::kRowX +
+           Counts::template ring<Blocks::kRowStages>(tile).stage * 2 * TileRowX::kBytes;
+  }
   // A consumer's piece of dq: dS of buffer `buffer`, all keys of the block.
   template <int kTiles>
   FM_DEVICE static void multiply_keys(float (&r_dq)[1][kTiles][4], u32 s_base, u32 s_k, int buffer,
