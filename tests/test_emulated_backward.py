@@ -111,6 +111,19 @@ def test_which_kernel_makes_all_gradients(arch: str, d: int) -> None:
         assert (steps[-1].task == "attention_bwd_convert") == at_once
 
 
+@pytest.mark.parametrize("d", [64, 96, 128])
+@pytest.mark.parametrize("change", [{"softcap": 5.0}, {"alibi": "h"}], ids=["softcap", "ALiBi"])
+def test_scores_that_change_take_one_launch(d: int, change: dict[str, Any]) -> None:
+    """Of Hopper's kernel in any order of sums, and of the portable ones from 65 columns on."""
+    case = AttentionCase(40, 50, 1, 2, 2, d, causal=True)._replace(**change)
+    for deterministic in (False, True):
+        problem = problem_of(case, inputs(case), ALL)._replace(deterministic=deterministic)
+        for arch, at_once in (("sm_90a", True), ("sm_80", d > 64 and not deterministic)):
+            steps = prepared(backward_steps(problem)[0], arch, True, H100, ())[0]
+            parts = [step.problem.part for step in steps if step.task == "attention_bwd"]
+            assert parts == (["qkv"] if at_once else ["kv", "q"])
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_every_launch_of_empty_arrays_has_blocks(arch: str, deterministic: bool) -> None:
@@ -152,6 +165,12 @@ HOPPER: tuple[tuple[Case, tuple[str, ...]], ...] = (
     (AttentionCase(130, 200, 2, 2, 2, 64, softcap=20.0, alibi="bh", dtype="float16"), ALL),
     (RAGGED._replace(head_dim=128, causal=True, alibi="h"), ALL),
     (AttentionCase(70, 131, 1, 2, 1, 96, softmax_scale=-0.1), ALL),
+    (AttentionCase(150, 403, 1, 4, 2, 64, causal=True, softcap=5.0), ALL),
+    (AttentionCase(300, 140, 2, 2, 1, 40, 64, alibi="h", window_size=(60, 7)), ALL),
+    (AttentionCase(450, 300, 1, 2, 2, 64, softcap=30.0, softmax_scale=-0.1, dtype="float16"), ALL),
+    (AttentionCase(70, 131, 1, 4, 1, 64, softmax_scale=-0.1, alibi="bh", causal=True), ALL),
+    (RAGGED._replace(causal=True, softcap=5.0, alibi="h"), ALL),
+    (PADDED._replace(window_size=(30, 5), softcap=0.7, dtype="float16"), ALL),
 )
 
 
@@ -176,14 +195,15 @@ def test_hopper_in_every_order(case: Case, wanted: tuple[str, ...], deterministi
 
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
+@pytest.mark.parametrize("softcap", [0.0, 300.0])
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_80", "sm_100"])
-def test_keys_behind_the_end(d: int, deterministic: bool, arch: str) -> None:
+def test_keys_behind_the_end(d: int, deterministic: bool, softcap: float, arch: str) -> None:
     """Where every score is so low that exp(-lse) is infinite, rows that are loaded as zeros must not count."""
-    case = AttentionCase(70, 70, 1, 2, 2, d)
+    case = AttentionCase(70, 70, 1, 2, 2, d, softcap=softcap)
     arrays = inputs(case)
     arrays["q"][...], arrays["k"][...] = 5.0, -5.0
     q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
-    out, lse = reference.flash_attention(q, k, v, return_lse=True)
+    out, lse = reference.flash_attention(q, k, v, softcap=softcap, return_lse=True)
     arrays |= {"out": out.astype(arrays["q"].dtype), "lse": lse.astype(np.float32)}
     found = backward(case, arrays, 0, ALL, arch, deterministic=deterministic)
     assert all(np.isfinite(found[name].astype(np.float32)).all() for name in ALL)
@@ -234,12 +254,19 @@ HOPPER_FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOPPER_FAULTS)
-def test_hopper_faults_are_found(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, AttentionCase(300, 200, 1, 4, 2, 128, causal=True)) for name in HOPPER_FAULTS]  # a ring of two steps
+    + [
+        (name, AttentionCase(400, 200, 1, 4, 2, 64, causal=True, softcap=5.0))  # a piece of dq for both consumers
+        for name, (fast, *_) in HOPPER_FAULTS.items()
+        if fast
+    ],
+)
+def test_hopper_faults_are_found(name: str, case: AttentionCase) -> None:
     fast, header, old, new = HOPPER_FAULTS[name]
     text = (CUDA / header).read_text(encoding="utf-8")
     assert old in text, f"{header} no longer holds {old!r}"
-    case = AttentionCase(300, 200, 1, 4, 2, 128, causal=True)  # a ring of two steps
     arrays = inputs(case)
     want = truth(case, arrays)
     wanted = ALL if fast else ("dk", "dv")
@@ -259,9 +286,10 @@ def test_hopper_faults_are_found(name: str) -> None:
     [
         AttentionCase(256, 900, 1, 2, 2, 64), AttentionCase(700, 600, 1, 4, 2, 96),
         AttentionCase(600, 600, 1, 2, 2, 64, window_size=(150, -1)), AttentionCase(500, 500, 3, 2, 2, 64, causal=True),
-        AttentionCase(400, 400, 1, 4, 2, 128, causal=True),
+        AttentionCase(400, 400, 1, 4, 2, 128, causal=True), AttentionCase(256, 900, 1, 2, 2, 64, softcap=5.0),
+        AttentionCase(500, 500, 3, 2, 2, 64, causal=True, softcap=30.0),
     ],
-    ids=["all keys", "all keys, groups", "window", "causal", "causal, groups"],
+    ids=["all keys", "all keys, groups", "window", "causal", "causal, groups", "softcap", "softcap, causal"],
 )  # fmt: skip
 def test_the_order_of_sums_is_kept(case: AttentionCase) -> None:
     """Without their turns blocks add in another order in some run, and the last bits of dq tell."""

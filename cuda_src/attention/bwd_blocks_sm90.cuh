@@ -43,12 +43,16 @@ struct AttentionBwdBlocksSm90 {
   using Bias = BwdBiasOf<Element, Variant, kRows, kCols, kByKey>;
   using Params = typename Bias::Params;
   // dq, too: products of dS, which both consumers see in shared memory, with the keys, added up in dq_sums by
-  // all blocks. A piece of it is 64 queries by up to 64 columns; each consumer takes one of a step.
+  // all blocks. A piece of it is 64 queries by up to 64 columns; each consumer takes one of a step. Steps of
+  // 64 queries and 64 columns have one piece: each consumer takes half of its columns.
   static constexpr int kPieces = div_up(kHeadDim, 64);  // along a row of dq
+  static constexpr bool kHalves = kQueries && kCols * kPieces == 64;
+  static constexpr int kPieceColumns = kHalves ? 32 : 64;
   // Columns of the last one. Beside scores that change there are no registers for two versions of the loop.
-  static constexpr int kLastPiece = Variant::kScore ? 64 : kHeadDim - 64 * (kPieces - 1);
-  static constexpr int kPieceBytes = 64 * 64 * 4;
-  static_assert(!kQueries || (kConsumers == 2 && kCols * kPieces == 128));
+  static constexpr int kLastPiece =
+      kHalves || Variant::kScore ? kPieceColumns : kHeadDim - 64 * (kPieces - 1);
+  static constexpr int kPieceBytes = 64 * kPieceColumns * 4;
+  static_assert(!kQueries || (kConsumers == 2 && (kHalves || kCols * kPieces == 128)));
   // Named barriers of the block. A consumer reports its dS of a step at kScoresStored + 2 * consumer + step
   // % 2.
   enum Barrier { kScoresStored = 1, kColumnsCleared = 5 };

@@ -40,8 +40,8 @@ struct AttentionBwdSm90
   using TileScores = typename Blocks::TileScores;
   using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kRows, Blocks::kCols, Blocks::kStages,
       Blocks::kConsumers, Blocks::kByKey;
-  using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kLastPiece,
-      Blocks::kRounded;
+  using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kPieceColumns,
+      Blocks::kLastPiece, Blocks::kHalves, Blocks::kRounded;
   using Blocks::kScoresStored, Blocks::kColumnsCleared;
 
   FM_DEVICE static void run(const Params& p) {
@@ -55,13 +55,13 @@ struct AttentionBwdSm90
         const Work w = s_work;
         __syncwarp();
         rings.work.release(works);
-        if constexpr (kQueries && kLastPiece < 64) {
+        if constexpr (kQueries && kLastPiece < kPieceColumns) {
           if (consumer == 0)
-            consume_all<64>(p, w, smem, s_base, rings, count, 0);
+            consume_all<kPieceColumns>(p, w, smem, s_base, rings, count, 0);
           else
             consume_all<kLastPiece>(p, w, smem, s_base, rings, count, 1);
         } else if constexpr (kQueries) {
-          consume_all<64>(p, w, smem, s_base, rings, count, consumer);
+          consume_all<kPieceColumns>(p, w, smem, s_base, rings, count, consumer);
         } else {
           consume(p, w, smem, s_base, rings, walk, consumer);
         }
@@ -350,8 +350,11 @@ struct AttentionBwdSm90
   FM_DEVICE static void multiply_keys(float (&r_dq)[1][kTiles][4], u32 s_base, u32 s_k, int buffer,
                                       int consumer) {
     const u32 s_ds = s_base + Smem::kScoresTile + buffer * TileScores::kBytes +
-                     (kPieces == 1 ? consumer * TileScores::kPanelBytes : 0);
-    const u32 s_keys = s_k + (kPieces == 2 ? consumer * TileRowX::kPanelBytes : 0);
+                     (kCols == 128 ? consumer * TileScores::kPanelBytes : 0);
+    // The swizzle moves the chunks of 16 bytes by their address, so that half a panel begins within one.
+    const u32 s_keys = s_k + (kPieces == 2 ? consumer * TileRowX::kPanelBytes
+                              : kHalves    ? consumer * 2 * kPieceColumns
+                                           : 0);
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i)
       multiply<Element, 64>(r_dq, MNMajor<TileScores>(s_ds + i * 64 * TileScores::kRowBytes),

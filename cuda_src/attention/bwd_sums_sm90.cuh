@@ -18,8 +18,8 @@ struct AttentionBwdSumsSm90 {
   static constexpr int kRows = Blocks::kRows, kCols = Blocks::kCols, kConsumers = Blocks::kConsumers;
   static constexpr int kPieces = Blocks::kPieces, kPieceBytes = Blocks::kPieceBytes;
 
-  // One thread. Lets the copy engine add what the consumers put down, a piece of 64 x 64 in the order of
-  // their registers, to the sums in memory.
+  // One thread. Lets the copy engine add what the consumers put down, a piece of 64 x 64 (or half of its
+  // columns) in the order of their registers, to the sums in memory.
   FM_DEVICE static void add_sums(const Params& p, u8* smem, u32 s_base, const Rings& rings) {
     const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
     Work& w = *reinterpret_cast<Work*>(smem + Smem::kSumsWork);
@@ -92,12 +92,13 @@ struct AttentionBwdSumsSm90 {
     return (w.sums + place.head * p.dq_blocks + place.col() / 64) * kPieces;
   }
   FM_DEVICE static bool exists(const Work& w, const Place& place, int consumer) {
-    return kPieces == 2 || place.col() / 64 + consumer < w.sum_blocks;
+    return kCols == 64 || place.col() / 64 + consumer < w.sum_blocks;
   }
   FM_DEVICE static void add_piece(const Params& p, u32 s_base, int piece, int i) {
     const int bytes = i + 1 < kPieces ? kPieceBytes : 64 * Blocks::kLastPiece * 4;
-    bulk_reduce_add_f32(p.dq_sums + static_cast<i64>(piece + i) * (64 * 64),
-                        s_base + Smem::kSums + i * kPieceBytes, bytes);
+    const i64 block = Blocks::kHalves ? piece : piece + i;
+    float* sums = p.dq_sums + block * (64 * 64) + (Blocks::kHalves ? i * (kPieceBytes / 4) : 0);
+    bulk_reduce_add_f32(sums, s_base + Smem::kSums + i * kPieceBytes, bytes);
   }
 
   // How many blocks of keys add to the queries of a step before this one. Under a causal mask the last keys

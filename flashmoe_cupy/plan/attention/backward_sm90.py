@@ -8,7 +8,6 @@ from flashmoe_cupy.jit.device import H100, DeviceProperties
 from flashmoe_cupy.jit.tensormap import TensorMap
 from flashmoe_cupy.plan.archs import MAX_SMEM
 from flashmoe_cupy.plan.attention.backward_tiles import (
-    FUSED_SM90,
     PARTS,
     TILES_BWD_SM90,
     TILES_DQ_SM90,
@@ -22,7 +21,6 @@ from flashmoe_cupy.plan.attention.backward_values import (
     dims_sm90,
     dq_blocks,
     dq_columns,
-    fused,
     lengths_code,
     section,
     values_of,
@@ -56,7 +54,7 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
             for variant in (PLAIN, SCORES)
             for dims in (*TILES_BWD_SM90, *(TILES_DQ_SM90 if variant == PLAIN else ()))
             for part in PARTS
-            if part == "q" or (dims in TILES_BWD_SM90 and (part != "qkv" or (dims, variant) in FUSED_SM90))
+            if part == "q" or dims in TILES_BWD_SM90
         ]
 
     def why_not(self, problem: GradientProblem, arch: str, aligned: bool = True) -> list[str]:
@@ -75,8 +73,6 @@ class AttentionBwdSm90(Kernel[GradientProblem, Bwd90Config]):
             why.append(f"head dims beyond {widest} have no such Hopper kernel of the backward")
         if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
             why.append(EMPTY)
-        if problem.part == "qkv" and not fused(problem.of):
-            why.append("dq, dk and dv are not made in one launch for head dims up to 64 if scores change")
         if why:
             return why
         tiles = self._tiles(problem, self.choose(problem, arch, aligned))

@@ -202,8 +202,9 @@ class Bwd90Config(NamedTuple):
         size, by_key = ELEMENT_BYTES[self.element], self.part != "q"
         width, width_v = (-(-dim // 64) * 64 * size for dim in (self.head_dim, self.head_dim_v))
         rows = self.rows * (width + (self.part != "v") * width_v)
-        # The next tile's keys, dS, pieces of dq, and their barriers.
-        more = (self.part == "qkv") * (self.rows * (width + 2 * self.cols * size) + 2 * (64 * 64 * 4 + 16) + 16)
+        # The next tile's keys, dS, pieces of dq (one block of 64 x 64 or two), and their barriers.
+        pieces = 4 * 64 * 64 * (1 if self.cols * width == 64 * 128 else 2)
+        more = (self.part == "qkv") * (self.rows * (width + 2 * self.cols * size) + pieces + 2 * 16 + 16)
         work = 24 * 4 * (2 + (self.part == "qkv")) + 16 * 3 + 8  # tiles, their barriers, and those of the rows
         return rows + more + self.stages * (self.cols * (width + width_v) + (8 * self.cols + 16) * by_key + 32) + work
 
@@ -389,7 +390,7 @@ _ALL_ON: dict[tuple[str, tuple[int, int], str], tuple[Grid, ...]] = {
 
 def all_config(arch: str, element: str, dims: tuple[int, int] | None, variant: str) -> BwdAll80Config | None:
     """The configuration that makes all three gradients; None: there is none."""
-    if dims not in TILES_ALL_SM80 or (dims, variant) not in (*FUSED_SM90, *((d, PLAIN) for d in STAGES_PAIR_SM90)):
+    if dims not in TILES_ALL_SM80 or (variant != PLAIN and dims not in ((96, 96), (128, 128))):  # 64 would spill
         return None
     grids = _ALL_ON.get((SIBLINGS.get(arch, arch), dims, variant), TILES_ALL_SM80[dims])
     known = [BwdAll80Config(element, *dims, *grid, variant) for grid in grids]
@@ -436,12 +437,9 @@ def config_sm90(element: str, dims: tuple[int, int], part: str, variant: str = P
     if part == "q" and dims in TILES_DQ_SM90:
         return Bwd90Config(element, *dims, *TILES_DQ_SM90[dims], part, variant)
     if part == "qkv":
-        return Bwd90Config(element, *dims, 128, 64 if dims[0] > 64 else 128, 2, part, variant)
+        tile = (64, 2) if dims[0] > 64 else (128, 2) if variant == PLAIN else (64, 4)
+        return Bwd90Config(element, *dims, 128, *tile, part, variant)
     return Bwd90Config(element, *dims, *TILES_BWD_SM90[dims][part == "q"], part, variant)
-
-
-# Compiled head dims and variants of the kernel of dq, dk and dv at once. Scores that change spill with 64.
-FUSED_SM90 = (((64, 64), PLAIN), ((96, 96), PLAIN), ((96, 96), SCORES), ((128, 128), PLAIN), ((128, 128), SCORES))
 
 
 def together(element: str, dims: tuple[int, int], variant: str) -> bool:

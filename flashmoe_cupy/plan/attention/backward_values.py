@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flashmoe_cupy.plan.attention.backward_tiles import (
     DIMS_FP32,
-    FUSED_SM90,
     STAGES_PAIR_SM90,
     STAGES_WIDE_SM90,
     TILES_BWD_SM90,
@@ -153,8 +152,8 @@ def fused(of: AttentionBwdProblem) -> bool:
     p = of.forward
     if 0 in (p.batch, p.heads_q, p.heads_k, p.seqlen_q, p.seqlen_k, p.total_q, p.total_k):
         return False
-    dims, variant = dims_sm90(of), variant_of(p)
-    return (dims, variant) in FUSED_SM90 or (dims in STAGES_PAIR_SM90 and p.even)
+    dims = dims_sm90(of)
+    return dims in TILES_BWD_SM90 or (dims in STAGES_PAIR_SM90 and p.even)
 
 
 def dq_blocks(of: AttentionBwdProblem) -> int:
