@@ -17,6 +17,7 @@ from benchmarks.cases import (
     OURS_FLASH_ATTN,
     OURS_SDPA,
     OURS_SM80,
+    OURS_WITHOUT,
     SUITES,
     Case,
     Suite,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class BackwardCase(Case):
     """The gradients of one attention problem with respect to q, k and v, and to the sinks and bias where it has them.
 
-    No case has ALiBi slopes, padding, a boolean bias or a softcap beside a bias: the check does not know them.
+    No case has padding, a boolean bias, or a softcap beside a bias or ALiBi slopes: the check does not know them.
     """
 
     __slots__ = ()
@@ -43,6 +44,10 @@ class BackwardCase(Case):
         queries, keys = self.tokens_q * self.heads_q, self.tokens_k * self.heads_k
         moved = 2 * (self.head_dim + self.head_dim_v) * (queries + keys)  # q, dq, out, dout, k, dk, v, dv
         return ITEMSIZE[self.dtype] * moved + ITEMSIZE["float32"] * queries + 2 * self.bias_bytes()
+
+    def without(self) -> BackwardCase:
+        """The same shape without softcap, sinks, ALiBi slopes and packing."""
+        return self._replace(softcap=0.0, sinks=False, alibi=False, seqlens=())
 
 
 FEATURES = (
@@ -61,6 +66,20 @@ def _backward(suite: str, forward: str, names: tuple[str, ...] = ()) -> Iterator
     for case in SUITES[forward].cases:
         if not names or case.name in names:
             yield BackwardCase(*case._replace(suite=suite, source=f"{case.source}, forward"))
+
+
+def _cost() -> Iterator[BackwardCase]:
+    """Softcap, ALiBi slopes, sinks and packed sequences of one length, for head dims 64 and 128."""
+    name, source = "attention_backward_cost", "what a feature costs"
+    named = {case.name: case._replace(source=source) for case in _backward(name, "attention_forward_features")}
+    for feature in ("softcap", "alibi"):
+        case = named[f"{feature}_d128_8k_causal"]
+        yield case
+        yield case._replace(name=f"{feature}_d64_8k_causal", head_dim=64, head_dim_v=64)
+    yield named["sinks_window128_gqa_64_8_d64_8k"]
+    for d in (128, 64):
+        shape, lengths = (8, 2048, 2048, 2048 // d, 2048 // d, d, d), 8 * (2048,)
+        yield BackwardCase(f"packed_d{d}_8_of_2k_causal", name, source, *shape, causal=True, seqlens=lengths)
 
 
 _LIBRARIES = (OURS, OURS_DETERMINISTIC, "torch_cudnn", "torch_flash", "fa3", "fa3_deterministic", "fa4")
@@ -83,6 +102,13 @@ BACKWARD_SUITES: dict[str, Suite[BackwardCase]] = {
             tuple(_backward("attention_backward_features", "attention_forward_features", FEATURES)),
             _LIBRARIES,
             _RIVALS,
+        ),
+        Suite(
+            "attention_backward_cost",
+            "gradients with a softcap, sinks, ALiBi slopes or packed sequences beside the same shape without it",
+            tuple(_cost()),
+            (OURS, OURS_WITHOUT),
+            (OURS_WITHOUT,),
         ),
         Suite(
             "attention_backward_portable",

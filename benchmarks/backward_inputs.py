@@ -104,8 +104,8 @@ def truth_of(
     """
     import torch
 
-    assert inputs.dout is not None and inputs.alibi_slopes is None and not case.padding
-    assert not case.bias or (case.bias != "bool" and not case.softcap)
+    assert inputs.dout is not None and not case.padding and case.bias != "bool"
+    assert not case.softcap or not (case.bias or case.alibi)
     shared = h // (case.heads_q // case.heads_k)
     q, dout = one_head(case, inputs.q, b, h).double(), one_head(case, inputs.dout, b, h).double()
     k, v = one_head(case, inputs.k, b, shared).double(), one_head(case, inputs.v, b, shared).double()

@@ -11,8 +11,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.attention_inputs import Inputs
-from benchmarks.backward_inputs import cast_bias, joined, parts
-from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80
+from benchmarks.backward_inputs import cast_bias, check, joined, parts
+from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80, OURS_WITHOUT
 from benchmarks.cudnn_rival import CudnnBackward
 from benchmarks.flash_rivals import FA3, FA4
 from benchmarks.library import Library, Prepared, Setup, bhsd, bshd, first_reason, from_torch, to_torch
@@ -108,6 +108,31 @@ class OursBackwardForced(OursBackward):
     def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:
         kernels = importlib.import_module("flashmoe_cupy.plan.kernels")
         return super().prepare(case, sets, setup)._replace(scope=lambda: kernels.only(self.kernel))
+
+
+class OursBackwardWithout(OursBackward):
+    """flashmoe_cupy's backward on the same arrays without the case's feature; packed sequences become a batch.
+
+    It has a forward of its own, and its answer is checked as that of the shape without the feature.
+    """
+
+    def why_not(self, case: Any, setup: Setup) -> str:
+        return super().why_not(case, setup) or first_reason(
+            (case == case.without(), "the case has no feature to leave out"),
+            (len(set(case.seqlens)) > 1, "sequences of several lengths are no batch"),
+        )
+
+    def prepare(self, case: Any, sets: Sequence[Inputs], setup: Setup) -> Prepared:
+        plain = case.without()
+
+        def batch(x: torch.Tensor | None) -> Any:
+            return x.unflatten(0, (case.batch, case.seqlen_q)) if case.varlen and x is not None else x
+
+        bare = [one._replace(sinks=None, alibi_slopes=None, cu_seqlens=None) for one in sets]
+        without = [one._replace(q=batch(one.q), k=batch(one.k), v=batch(one.v), dout=batch(one.dout)) for one in bare]
+        made = super().prepare(plain, without, setup)
+        # Without `into`: what is handed to it has the size of the case's gradients, those of sinks among them.
+        return made._replace(into=None, check=lambda out: check(plain, without[0], out))
 
 
 def _leaves(arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -230,6 +255,7 @@ BACKWARD_LIBRARIES: dict[str, Library] = {
     for library in (
         OursBackward(OURS),
         OursBackward(OURS_DETERMINISTIC, deterministic=True),
+        OursBackwardWithout(OURS_WITHOUT),
         OursBackwardForced(OURS_SM80, "attention_bwd_sm80"),
         SdpaBackward("torch_cudnn", "CUDNN_ATTENTION"),
         SdpaBackward("torch_flash", "FLASH_ATTENTION"),

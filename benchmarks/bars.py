@@ -6,7 +6,16 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.backward_cases import AUTOGRAD_SUITES, BACKWARD_SUITES
-from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_FLASH_ATTN, OURS_PACKED, OURS_SDPA, OURS_SM80, SUITES
+from benchmarks.cases import (
+    OURS,
+    OURS_DETERMINISTIC,
+    OURS_FLASH_ATTN,
+    OURS_PACKED,
+    OURS_SDPA,
+    OURS_SM80,
+    OURS_WITHOUT,
+    SUITES,
+)
 from benchmarks.moe_cases import DRAWN, MOE_SUITES
 from benchmarks.numpy_backend import NAME, TORCH
 from benchmarks.rows import LABELS, Row, Table, of_device, state, timed
@@ -122,6 +131,7 @@ BARS = (
     *_all("attention_backward", _names("attention_backward"), "rows", 1.0, 0.92, ("fa3", "torch_cudnn", "fa4")),
     *_deterministic(),
     *_all("attention_backward_features", _names("attention_backward_features"), "rows", 1.0, 0.9, ("fa3",)),
+    *(Bar("attention_backward_cost", name, TIME, 1.25, (OURS_WITHOUT,)) for name in _names("attention_backward_cost")),
     *(
         Bar("attention_backward_bias", name, TIME, 0.6, ("torch_efficient",))
         for name in _names("attention_backward_bias")

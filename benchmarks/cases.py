@@ -23,10 +23,20 @@ OURS = "flashmoe_cupy"  # with the kernel that the library chooses for the devic
 OURS_SM80 = "flashmoe_cupy_sm80"  # with the portable kernel, also where the library would choose another
 OURS_PLAIN = "flashmoe_cupy_plain"  # the same call without the case's bias: what the bias costs
 OURS_PACKED = "flashmoe_cupy_packed"  # the packed call on the rows that count, gathered before
+OURS_WITHOUT = "flashmoe_cupy_without"  # the same shape without the feature that a case is about: what that costs
 OURS_DETERMINISTIC = "flashmoe_cupy_deterministic"  # the backward that gives the same bits in every run
 OURS_FLASH_ATTN = "flashmoe_cupy_flash_attn"  # through integrations.flash_attn
 OURS_SDPA = "flashmoe_cupy_sdpa"  # through integrations.sdpa
-OUR_LIBRARIES = (OURS, OURS_SM80, OURS_PLAIN, OURS_PACKED, OURS_DETERMINISTIC, OURS_FLASH_ATTN, OURS_SDPA)
+OUR_LIBRARIES = (
+    OURS,
+    OURS_SM80,
+    OURS_PLAIN,
+    OURS_PACKED,
+    OURS_WITHOUT,
+    OURS_DETERMINISTIC,
+    OURS_FLASH_ATTN,
+    OURS_SDPA,
+)
 MASK_TILE = 128  # rows and columns of a tile of the pattern "tiles"
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 # ||out - truth|| / ||truth|| that a right kernel of that dtype stays under; one row may have three times as much.

@@ -14,6 +14,7 @@ from benchmarks.cases import (
     OURS_PLAIN,
     OURS_SDPA,
     OURS_SM80,
+    OURS_WITHOUT,
 )
 from benchmarks.moe_cases import ALL_SUITES
 
@@ -26,6 +27,7 @@ LABELS = {
     OURS_SM80: "flashmoe_cupy (sm_80 kernel)",
     OURS_PLAIN: "flashmoe_cupy without the bias",
     OURS_PACKED: "flashmoe_cupy, packed rows",
+    OURS_WITHOUT: "flashmoe_cupy without the feature",
     OURS_DETERMINISTIC: "flashmoe_cupy, deterministic",
     OURS_FLASH_ATTN: "flashmoe_cupy as flash-attn",
     OURS_SDPA: "flashmoe_cupy as SDPA",

@@ -70,6 +70,7 @@ GROUPS = {
     ),
     "h200_backward": (
         "attention_backward_bias",
+        "attention_backward_cost",
         "attention_backward_features",
         "attention_backward_portable",
         "attention_backward",

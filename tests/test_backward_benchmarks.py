@@ -19,7 +19,7 @@ from benchmarks.bars import BARS, LEAST, MEAN
 from benchmarks.cases import OURS, OURS_DETERMINISTIC, OURS_SM80, SUITES
 from flashmoe_cupy import reference
 
-ROWS, FEATURES, PORTABLE, _ = BACKWARD_SUITES.values()
+ROWS, FEATURES, _, PORTABLE, _ = BACKWARD_SUITES.values()
 TINY = BackwardCase("x", "attention_backward", "", 2, 9, 9, 4, 2, 16, 16, "float32", causal=True)
 KINDS: dict[str, BackwardCase] = {
     "causal": TINY,
@@ -27,6 +27,7 @@ KINDS: dict[str, BackwardCase] = {
     "few_keys": TINY._replace(seqlen_k=5),  # the first queries see nothing
     "window": TINY._replace(causal=False, window_size=(3, 1), heads_k=4),
     "softcap": TINY._replace(softcap=0.7),
+    "alibi": TINY._replace(alibi=True, seqlen_k=21),
     "sinks": TINY._replace(sinks=True, window_size=(4, 0)),
     "bhsd": TINY._replace(layout="bhsd"),
     "packed": TINY._replace(batch=3, seqlen_q=8, seqlen_k=8, seqlens=(3, 8, 1)),
@@ -110,6 +111,8 @@ def true_gradients(case: BackwardCase, inputs: Any) -> list[Any]:
     options: dict[str, Any] = {"causal": case.causal, "window_size": case.window_size, "softcap": case.softcap}
     if case.sinks:
         options["sinks"] = inputs.sinks.double().numpy()
+    if case.alibi:
+        options["alibi_slopes"] = inputs.alibi_slopes.double().numpy()
     if case.varlen:
         cu = inputs.cu_seqlens.numpy()
         options |= {
@@ -216,7 +219,7 @@ def test_the_command_line_knows_the_suites(capsys: pytest.CaptureFixture[str]) -
     from benchmarks.run import chosen, main, parse
 
     found = chosen(parse(["--suite", "h200_backward"]))
-    assert len(found) == 8 + 7 + 24 + 36
+    assert len(found) == 8 + 7 + 7 + 24 + 36
     assert all(libraries == BACKWARD_SUITES[case.suite].libraries for case, libraries in found)
     assert chosen(parse(["--suite", "attention_backward", "--libraries", "torch_fa2"])) == []
     assert main(["--suite", "attention_backward", "--cases", "^d64_s512_full$", "--list"]) == 0

@@ -213,6 +213,23 @@ def test_the_gradient_of_a_packed_tensor_is_written_in_place(monkeypatch: pytest
     assert seen[1]["need"] == "k v" and seen[1]["dk"].data_ptr() == made.data_ptr()
 
 
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_packed_compiles(varlen: bool) -> None:
+    rows = (19,) if varlen else (3, 11)
+    q, kv, qkv = (normal(*rows, *heads, 16).requires_grad_() for heads in ((2,), (2, 1), (3, 2)))
+    options = {"window_size": (5, 3), "softcap": 4.0, "deterministic": True, "return_attn_probs": True}
+    for packed, _, leaves in packed_calls(q, kv, qkv, varlen):
+        torch._dynamo.reset()
+        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        found = []
+        for call in (packed, compiled):
+            out, lse, none = call(*leaves, **options)
+            assert none is None
+            found.append((out, *torch.autograd.grad(out.square().sum() + lse[..., :17].sum(), leaves)))
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y)
+
+
 def test_packed_elsewhere() -> None:
     """Frozen parts, autocast, torch.func, torch.compile and second derivatives go the way of separate tensors."""
     q, kv, qkv = normal(2, 7, 2, 16).requires_grad_(), normal(2, 7, 2, 2, 16), normal(2, 7, 3, 2, 16)
@@ -342,6 +359,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: fa.flash_attn_func(X[..., :11], X[..., :12], X), "head_dim"),
     (lambda: fa.flash_attn_func(X, X[:, :, :3], X[:, :, :3]), "heads"),
     (lambda: fa.flash_attn_func(X, X, X, alibi_slopes=torch.ones(3)), "alibi_slopes"),
+    (lambda: fa.flash_attn_func(X, X, X, alibi_slopes=torch.ones(4).requires_grad_()), "alibi_slopes requires grad"),
     (lambda: fa.flash_attn_func(X.double(), X.double(), X.double()), "float64"),
     (lambda: fa.flash_attn_kvpacked_func(X, QKV), r"kv must have shape \(batch, seqlen_k, 2, heads_k, head_dim\)"),
     (lambda: fa.flash_attn_qkvpacked_func(X), r"qkv must have shape \(batch, .*, but has \(2, 5, 4, 16"),

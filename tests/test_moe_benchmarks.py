@@ -83,7 +83,7 @@ def test_every_case_is_legal() -> None:
     graphs = {case.suite for case in ALL_CASES if case.graph}
     assert graphs == {"moe_decode", "moe_curve", "moe_smoke"}
     assert all(case.routing for case in MOE_SUITES["moe_forward"].cases)
-    assert set(ALL_SUITES) > set(MOE_SUITES) and len(ALL_SUITES) == 26
+    assert set(ALL_SUITES) > set(MOE_SUITES) and len(ALL_SUITES) == 27
 
 
 # ---- inputs and the check of an answer -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ bottom right. What differs from flash-attn:
 - There is no dropout: dropout_p must be 0. There are no paged caches: block_table must be None, and
   `flash_attn_with_kvcache` says what runs instead.
 - float32 and tensors in host memory run, too. v may have a head dim of its own.
+- alibi_slopes that require a gradient are refused; flash-attn leaves them without one and says nothing.
 - return_attn_probs gives (out, softmax_lse, None): probabilities are never formed. softmax_lse is differentiable, and
   -inf for a query that sees no key, where flash-attn has +inf.
 - deterministic=False, the default, follows torch.use_deterministic_algorithms at the backward. True asks for the same
