@@ -72,6 +72,7 @@ class BwdAll80Config(NamedTuple):
     down_s: int  # warps along the keys of S and dP, ...
     down_d: int  # ... along the keys of dk and dv, ...
     down_q: int  # ... and along the queries of dq
+    plan: int  # bits of BwdAllPlan: what is done beside what
     variant: str  # what happens to the scores: PLAIN or SCORES
 
     @property
@@ -108,7 +109,8 @@ class BwdAll80Config(NamedTuple):
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdAllSm80::Smem`."""
         held = self.warps == self.down_s == self.down_d
-        return self.like.smem_bytes + (2 - held) * self.rows * self.cols * ELEMENT_BYTES[self.element]
+        tiles = (2 - held) * self.rows * self.cols * ELEMENT_BYTES[self.element]
+        return self.like.smem_bytes - 8 * self.cols * (self.stages - 1) + tiles + 192
 
     @property
     def struct(self) -> str:
@@ -370,20 +372,20 @@ def config_sm80(arch: str, element: str, dims: tuple[int, int], part: str, varia
 # Of the portable kernel that makes dq, dk and dv at once, by compiled head dims: the first of which shared memory holds
 # as many blocks as registers do, or the first that it holds. 64, 128 and 256 were compared on an H200; the
 # grids of dq for 64 and 256 are those that spill nowhere under NVRTC 12.9 and 13.
-Grid = tuple[int, int, int, int, int, int, int]  # BwdAll80Config from rows to down_q
+Grid = tuple[int, int, int, int, int, int, int, int]  # BwdAll80Config from rows to plan
 TILES_ALL_SM80: dict[tuple[int, int], tuple[Grid, ...]] = {
-    (64, 64): ((128, 64, 4, 1, 4, 4, 4), (128, 64, 8, 2, 4, 4, 4)),
-    (96, 96): ((128, 64, 8, 2, 4, 4, 4), (64, 64, 4, 2, 2, 2, 2)),
-    (128, 128): ((128, 64, 8, 2, 4, 2, 2), (64, 64, 4, 1, 2, 2, 2)),
-    (256, 256): ((64, 64, 8, 2, 2, 2, 1), (64, 64, 8, 1, 2, 2, 2)),
+    (64, 64): ((128, 64, 4, 1, 4, 4, 4, 0), (128, 64, 8, 2, 4, 4, 4, 0)),
+    (96, 96): ((128, 64, 8, 2, 4, 4, 4, 0), (64, 64, 4, 2, 2, 2, 2, 0)),
+    (128, 128): ((128, 64, 8, 2, 4, 2, 2, 0), (64, 64, 4, 1, 2, 2, 2, 0)),
+    (256, 256): ((64, 64, 8, 2, 2, 2, 1, 0), (64, 64, 8, 1, 2, 2, 2, 0)),
 }
 # Where another architecture's register allocation would spill with those.
 _ALL_ON: dict[tuple[str, tuple[int, int], str], tuple[Grid, ...]] = {
-    ("sm_86", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
-    ("sm_89", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
-    ("sm_100", (128, 128), SCORES): ((128, 64, 8, 2, 4, 4, 2),),
-    ("sm_120", (128, 128), PLAIN): ((64, 64, 4, 1, 2, 2, 4),),
-    ("sm_120", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
+    ("sm_86", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
+    ("sm_89", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
+    ("sm_100", (128, 128), SCORES): ((128, 64, 8, 2, 4, 4, 2, 0),),
+    ("sm_120", (128, 128), PLAIN): ((64, 64, 4, 1, 2, 2, 4, 0),),
+    ("sm_120", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
 }
 
 
