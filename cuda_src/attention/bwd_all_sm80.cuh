@@ -8,28 +8,13 @@
 // One block takes kRows keys and walks over the queries that see them, kCols a step. Warps lie in another
 // grid for each product, so that they read as little of their operands twice as they can: shared memory, not
 // the tensor cores, bounds the kernel. P and dS go from grid to grid through shared memory, in 16 bits. Where
-// each warp has keys of its own (kHeld), dk and dv take them from registers, and dS alone is exchanged. What
-// changes from step to step, a thread keeps in a few registers and moves on by additions.
+// each warp has keys of its own (kHeld), dk and dv take them from registers, and dS alone is exchanged.
 #pragma once
 #include "attention/bwd_sm80.cuh"
 #include "ptx/global_memory.cuh"
 #include "tile/lane_gemm.cuh"
 
 namespace fm {
-
-// Warps in a grid over a matrix of kRows x kCols, kDown of them from its first row to its last one.
-template <int kWarps, int kDown, int kRows, int kCols>
-struct WarpGrid {
-  static constexpr int kAcross = kWarps / kDown, kTileRows = kRows / kDown, kTileCols = kCols / kAcross;
-  static constexpr int kM = kTileRows / 16, kN = kTileCols / 8;
-  using Tile = float[kM][kN][4];  // accumulators of a warp
-  static_assert(kDown * kAcross == kWarps && kDown * kM * 16 == kRows && kAcross * kN * 8 == kCols);
-  static_assert(kN % 2 == 0, "products make pairs of 8 columns");
-
-  // Of a thread's warp: no shuffle, which would take longer.
-  FM_DEVICE static int row(u32 thread) { return static_cast<int>(thread / (32 * kAcross) * kTileRows); }
-  FM_DEVICE static int col(u32 thread) { return static_cast<int>(thread / 32 % kAcross * kTileCols); }
-};
 
 template <class Scores>
 struct AlignedRows : Scores {
@@ -42,7 +27,8 @@ enum BwdAllPlan : int {
   kAheadS = 2,       // operands of S and dP are loaded one slice ahead, ...
   kAheadD = 4,       // ... those of dk and dv ...
   kAheadQ = 8,       // ... and those of dq
-  kStagger = 16      // the second half of the warps makes dP before S: two warps of a scheduler take turns
+  kStagger = 16,     // the second half of the warps makes dP before S: two warps of a scheduler take turns
+  kSplit = 32        // the first half of the warps makes S, the second half dP, of larger tiles
 };
 
 // kDownS, kDownD, kDownQ: of the grids for S and dP, for dk and dv, for dq.
@@ -57,7 +43,8 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
   using typename Base::Element, typename Base::Work, typename Base::TileRowX, typename Base::TileRowY;
   using typename Base::TileColX, typename Base::TileColY;
   using TileScores = SmemTile<Element, kRows, kCols>;  // P or dS of a step
-  using GridS = WarpGrid<kWarps, kDownS, kRows, kCols>;
+  static constexpr bool kApart = kPlan & kSplit;
+  using GridS = WarpGrid<kApart ? kWarps / 2 : kWarps, kDownS, kRows, kCols>;
   using GridK = WarpGrid<kWarps, kDownD, kRows, kHeadDim>;
   using GridV = WarpGrid<kWarps, kDownD, kRows, kHeadDimV>;
   using GridQ = WarpGrid<kWarps, kDownQ, kCols, kHeadDim>;
@@ -74,7 +61,8 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
     static constexpr int kStep = Base::Smem::kColStatistics;
     static constexpr int kStatistics = Base::Smem::kColumns + kStages * kStep;
     static constexpr int kDs = kStatistics + Statistics<kCols>::kBytes, kP = kDs + TileScores::kBytes;
-    static constexpr int kPlaces = kP + (kHeld ? 0 : TileScores::kBytes), kBytes = kPlaces + 4 * 48;
+    static constexpr int kWeights = kP + (kHeld ? 0 : TileScores::kBytes);
+    static constexpr int kPlaces = kWeights + (kApart ? 4 * kRows * kCols : 0), kBytes = kPlaces + 4 * 48;
   };
 
   // Where a step lies. One thread goes ahead and leaves it in shared memory: registers are taken.
@@ -153,9 +141,13 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
         }
       } else {
         Piece r_ds;
-        make_scores(
-            p, f, w, s_base, s_x, s_y, s_cols, at, thread, GridS::col(thread), r_ds, load_next,
-            [&](const Piece& r_p) { store_scores(thread, s_base + Smem::kP, r_p, GridS::col(thread)); });
+        const u32 of_half = kApart ? thread & (kThreads / 2 - 1) : thread;
+        const int first = GridS::col(of_half);
+        auto put = [&](const Piece& r_p) { store_scores(of_half, s_base + Smem::kP, r_p, first); };
+        if constexpr (kApart)
+          make_apart(p, w, s_base, s_x, s_cols, at, of_half, thread != of_half, first, load_next, put);
+        else
+          make_scores(p, f, w, s_base, s_x, s_y, s_cols, at, thread, first, r_ds, load_next, put);
       }
       __syncthreads();  // P and dS are here for all
       Row next;
@@ -279,20 +271,84 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
     }
   }
 
-  // Scores of a warp's keys and of queries from `col` on that the band or the end leaves out.
+  // Leaves out scores of a warp's keys, of queries from `col` on: those that the band or the end does not
+  // have.
   FM_DEVICE static void mask(const Task& w, Piece& r_s, u32 thread, int col) {
+    const Whole whole = w.whole[thread / (32 * GridS::kAcross)];
+    if (col < whole.first) mask_side<true>(w, r_s, thread, col);
+    if (col > whole.last) mask_side<false>(w, r_s, thread, col);
+  }
+  template <bool kFirst>
+  FM_DEVICE static void mask_side(const Task& w, Piece& r_s, u32 thread, int col) {
     const int left_of = col + 2 * static_cast<int>(thread % 4);
 #pragma unroll
     for (int i = 0; i < 2 * GridS::kM; ++i) {
       const int row = w.row0 + GridS::row(thread) + i * 8 + static_cast<int>(thread % 32 / 4);
-      const int first = w.band.first(row) - left_of;
-      const int last = row < w.band.rows ? w.band.last(row) - left_of : -1;
+      const int side = kFirst ? w.band.first(row) : row < w.band.rows ? w.band.last(row) : -1;
 #pragma unroll
       for (int n = 0; n < kPiece / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          if (8 * n + e < first || 8 * n + e > last) r_s[i / 2][n][i % 2 * 2 + e] = -infinity();
+          if (kFirst ? 8 * n + e < side - left_of : 8 * n + e > side - left_of)
+            r_s[i / 2][n][i % 2 * 2 + e] = -infinity();
     }
+  }
+  // Whether there are any.
+  FM_DEVICE static bool cuts(const Task& w, u32 thread, int col) {
+    const Whole whole = w.whole[thread / (32 * GridS::kAcross)];
+    return col < whole.first || col > whole.last;
+  }
+
+  // The same by halves of the warps: `thread` of each makes S, or dP, which `second` has.
+  template <class B, class F>
+  FM_DEVICE static void make_apart(const AttentionBwdParams& p, const Task& w, u32 s_base, u32 s_x,
+                                   const Statistics<kCols>& s_cols, const Place& at, u32 thread, bool second,
+                                   int first, B&& beside, F&& use) {
+    static_assert(kHeadDim == kHeadDimV && !Variant_::kScore);
+    constexpr int kN = kPiece / 8;
+    const int col = at.col + first, t = static_cast<int>(thread % 4);
+    const float scale = p.softmax_scale * kLog2e;
+    const bool cut = cuts(w, thread, col);
+    float r_row[kN][2];
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int j = first + n * 8 + 2 * t + e;
+        r_row[n][e] = second ? s_cols.delta[j] : s_cols.lse[j];
+      }
+    Piece r_s;
+    clear_accumulator(r_s);
+    lane_gemm<Element, kHeadDim / 16, (kPlan & kAheadS) != 0>(
+        r_s, LaneRowsA<TileRowX>(thread, s_base + (second ? Smem::kRowY : Smem::kRowX), GridS::row(thread)),
+        LaneRowsB<TileColX>(thread, s_x + (second ? Smem::kColY : 0), first), beside);
+    const u32 s_weights = s_base + Smem::kWeights + thread / 32 * (GridS::kM * kN * 512) + thread % 32 * 16;
+    if (!second) {
+      if (cut) mask(w, r_s, thread, col);
+      Base::each(r_s, [&](float& s, int, int n, int e, int, int) {
+        s = exp2_approx(fmaf(s, scale, -r_row[n][e % 2]));
+      });
+      use(r_s);
+#pragma unroll
+      for (int i = 0; i < GridS::kM * kN; ++i) {
+        const float (&x)[4] = r_s[i / kN][i % kN];
+        st_shared_v4_b32(s_weights + i * 512, __float_as_uint(x[0]), __float_as_uint(x[1]),
+                         __float_as_uint(x[2]), __float_as_uint(x[3]));
+      }
+    }
+    __syncthreads();  // the weights are here for the other half
+    if (!second) return;
+#pragma unroll
+    for (int i = 0; i < GridS::kM * kN; ++i) {
+      u32 weight[4];
+      ld_shared_v4_b32(weight, s_weights + i * 512);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& ds = r_s[i / kN][i % kN][e];
+        ds = __uint_as_float(weight[e]) * (ds - r_row[i % kN][e % 2]);
+      }
+    }
+    store_scores(thread, s_base + Smem::kDs, r_s, first);
   }
 
   // P and dS of a warp's keys and of queries from `first` of a step on; dS goes to shared memory as well.
@@ -307,8 +363,7 @@ struct AttentionBwdAllSm80 : AttentionBwdSm80<Element_, kHeadDim_, kHeadDimV_, k
     // What lies in shared memory is read early.
     const int col = at.col + first, t = static_cast<int>(thread % 4);
     const float scale = p.softmax_scale * kLog2e;
-    const Whole whole = w.whole[thread / (32 * GridS::kAcross)];
-    const bool cut = col < whole.first || col > whole.last;
+    const bool cut = cuts(w, thread, col);
     float r_lse[kPiece / 8][2];
 #pragma unroll
     for (int n = 0; n < kPiece / 8; ++n)

@@ -5,6 +5,20 @@
 
 namespace fm {
 
+// Warps in a grid over a matrix of kRows x kCols, kDown of them from its first row to its last one.
+template <int kWarps, int kDown, int kRows, int kCols>
+struct WarpGrid {
+  static constexpr int kAcross = kWarps / kDown, kTileRows = kRows / kDown, kTileCols = kCols / kAcross;
+  static constexpr int kM = kTileRows / 16, kN = kTileCols / 8;
+  using Tile = float[kM][kN][4];  // accumulators of a warp
+  static_assert(kDown * kAcross == kWarps && kDown * kM * 16 == kRows && kAcross * kN * 8 == kCols);
+  static_assert(kN % 2 == 0, "products make pairs of 8 columns");
+
+  // Of a thread's warp: no shuffle, which would take longer.
+  FM_DEVICE static int row(u32 thread) { return static_cast<int>(thread / (32 * kAcross) * kTileRows); }
+  FM_DEVICE static int col(u32 thread) { return static_cast<int>(thread / 32 % kAcross * kTileCols); }
+};
+
 // What a lane gives to ldmatrix: the chunk of its own, in its row of a tile at a multiple of 128 bytes, and
 // those kWidth chunks that follow, of which the warp's first one is a multiple of kWidth.
 template <class T, int kWidth>
