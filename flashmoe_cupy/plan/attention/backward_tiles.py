@@ -379,8 +379,7 @@ TILES_ALL_SM80: dict[tuple[int, int], tuple[Grid, ...]] = {
 }
 # Where another architecture's register allocation would spill with those.
 _ALL_ON: dict[tuple[str, tuple[int, int], str], tuple[Grid, ...]] = {
-    ("sm_86", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
-    ("sm_89", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
+    **{(arch, (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),) for arch in ("sm_80", "sm_86", "sm_89")},
     ("sm_100", (128, 128), SCORES): ((128, 64, 8, 2, 4, 4, 2, 0),),
     ("sm_120", (128, 128), PLAIN): ((64, 64, 4, 1, 2, 2, 4, 0),),
     ("sm_120", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
