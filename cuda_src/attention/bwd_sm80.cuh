@@ -258,8 +258,21 @@ struct AttentionBwdSm80 {
                                       float (&r_s)[kTilesM][kTilesN][4],
                                       float (&r_slope)[kTilesM][kTilesN][4], const Bias& bias, int row,
                                       int col) {
+    change_products(f, w, head, r_s, r_slope, row, col);
+    bias.add(f, r_s);
     const BandMask band = w.band;
+    if (!band.template cuts<16 * kTilesM, 8 * kTilesN>(row, col)) return;
+    for_each_score(r_s, row, col, [&](float& s, int i, int j) {
+      if (j < band.first(i) || j > band.last(i)) s = -infinity();
+    });
+  }
+  // The same without bias and mask.
+  template <int kTilesM, int kTilesN>
+  FM_DEVICE static void change_products(const AttentionFwdParams& f, const Work& w, int head,
+                                        float (&r_s)[kTilesM][kTilesN][4],
+                                        float (&r_slope)[kTilesM][kTilesN][4], int row, int col) {
     if constexpr (Variant::kScore) {
+      const BandMask band = w.band;
       each(r_s, [&](float& s, int m, int n, int e, int, int) {
         s *= f.softmax_scale;
         r_slope[m][n][e] = 1.f;
@@ -274,11 +287,6 @@ struct AttentionBwdSm80 {
       }
       Variant::add_alibi(f, r_s, w.batch, head, row, col, band, 1.f);
     }
-    bias.add(f, r_s);
-    if (!band.template cuts<16 * kTilesM, 8 * kTilesN>(row, col)) return;
-    for_each_score(r_s, row, col, [&](float& s, int i, int j) {
-      if (j < band.first(i) || j > band.last(i)) s = -infinity();
-    });
   }
 
   // Scores to weights. lse(i, j): of row i of the warp's, or of column j.

@@ -72,6 +72,7 @@ class BwdAll80Config(NamedTuple):
     down_s: int  # warps along the keys of S and dP, ...
     down_d: int  # ... along the keys of dk and dv, ...
     down_q: int  # ... and along the queries of dq
+    plan: int  # bits of BwdAllPlan: what is done beside what
     variant: str  # what happens to the scores: PLAIN or SCORES
 
     @property
@@ -107,8 +108,9 @@ class BwdAll80Config(NamedTuple):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: the same arithmetic as `AttentionBwdAllSm80::Smem`."""
-        held = self.warps == self.down_s == self.down_d
-        return self.like.smem_bytes + (2 - held) * self.rows * self.cols * ELEMENT_BYTES[self.element]
+        exchanged = 1 if self.warps == self.down_s == self.down_d else 2  # dS, and P
+        a_score = exchanged * ELEMENT_BYTES[self.element] + 4 * (self.plan >> 5 & 1)
+        return self.like.smem_bytes - 8 * self.cols * (self.stages - 1) + a_score * self.rows * self.cols + 192
 
     @property
     def struct(self) -> str:
@@ -368,23 +370,20 @@ def config_sm80(arch: str, element: str, dims: tuple[int, int], part: str, varia
     return config if config.smem_bytes <= MAX_SMEM[arch] else config._replace(cols=32)
 
 
-# Of the portable kernel that makes dq, dk and dv at once, by compiled head dims: the first of which shared memory holds
-# as many blocks as registers do, or the first that it holds. 64, 128 and 256 were compared on an H200; the
-# grids of dq for 64 and 256 are those that spill nowhere under NVRTC 12.9 and 13.
-Grid = tuple[int, int, int, int, int, int, int]  # BwdAll80Config from rows to down_q
+# For dq, dk and dv at once: the first of which shared memory holds as many blocks as registers do, or that it holds.
+Grid = tuple[int, int, int, int, int, int, int, int]  # BwdAll80Config from rows to plan
 TILES_ALL_SM80: dict[tuple[int, int], tuple[Grid, ...]] = {
-    (64, 64): ((128, 64, 4, 1, 4, 4, 4), (128, 64, 8, 2, 4, 4, 4)),
-    (96, 96): ((128, 64, 8, 2, 4, 4, 4), (64, 64, 4, 2, 2, 2, 2)),
-    (128, 128): ((128, 64, 8, 2, 4, 2, 2), (64, 64, 4, 1, 2, 2, 2)),
-    (256, 256): ((64, 64, 8, 2, 2, 2, 1), (64, 64, 8, 1, 2, 2, 2)),
+    (64, 64): ((128, 64, 4, 1, 4, 4, 4, 1), (128, 64, 8, 2, 4, 4, 4, 0)),
+    (96, 96): ((128, 64, 8, 2, 4, 4, 4, 0), (64, 64, 4, 2, 2, 2, 2, 0)),
+    (128, 128): ((128, 64, 8, 2, 4, 2, 2, 2), (64, 64, 4, 1, 2, 2, 2, 0)),
+    (256, 256): ((64, 64, 8, 2, 2, 2, 1, 0), (64, 64, 8, 1, 2, 2, 2, 0)),
 }
 # Where another architecture's register allocation would spill with those.
 _ALL_ON: dict[tuple[str, tuple[int, int], str], tuple[Grid, ...]] = {
-    ("sm_86", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
-    ("sm_89", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
-    ("sm_100", (128, 128), SCORES): ((128, 64, 8, 2, 4, 4, 2),),
-    ("sm_120", (128, 128), PLAIN): ((64, 64, 4, 1, 2, 2, 4),),
-    ("sm_120", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2),),
+    **{(arch, (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),) for arch in ("sm_80", "sm_86", "sm_89")},
+    ("sm_100", (128, 128), SCORES): ((128, 64, 8, 2, 4, 4, 2, 0),),
+    ("sm_120", (128, 128), PLAIN): ((64, 64, 4, 1, 2, 2, 4, 0),),
+    ("sm_120", (128, 128), SCORES): ((64, 64, 8, 1, 2, 2, 2, 0),),
 }
 
 
