@@ -44,6 +44,9 @@ struct AttentionBwdSm90
       Blocks::kLastPiece, Blocks::kHalves, Blocks::kRounded;
   using Blocks::kScoresStored, Blocks::kColumnsCleared;
 
+  // Whether the last dq of a tile waits for the next tile. Beside two versions of the loop that would spill.
+  static constexpr bool kCarries = kQueries && kLastPiece == kPieceColumns;
+
   FM_DEVICE static void run(const Params& p) {
     Blocks::run_with(p, [&](u8* smem, u32 s_base, const Rings& rings, int consumer) {
       const Work& s_work = *reinterpret_cast<const Work*>(smem + Smem::kWork);
@@ -66,13 +69,8 @@ struct AttentionBwdSm90
           consume(p, w, smem, s_base, rings, walk, consumer);
         }
       }
-      if constexpr (kQueries)
-        if (count.owes_dq) {
-          if (kLastPiece == 64 || consumer == 0)
-            finish_dq<64>(s_base, rings, count, consumer);
-          else
-            finish_dq<kLastPiece>(s_base, rings, count, consumer);
-        }
+      if constexpr (kCarries)
+        if (count.owes_dq) finish_dq<kPieceColumns>(s_base, rings, count, consumer);
     });
   }
 
@@ -319,7 +317,7 @@ struct AttentionBwdSm90
       store_values(p, w, row, r_dv);
     }
     // Another block waits for all that this tile adds, or nobody would go on: this tile has no step.
-    if (count.owes_dq && (p.at_once || steps == 0)) {
+    if (count.owes_dq && (!kCarries || p.at_once || steps == 0)) {
       finish_dq<kDqColumns>(s_base, rings, count, consumer);
       rings.row_x.release(count.row_x_before());
       ++count.ends;
