@@ -58,7 +58,8 @@ struct AttentionBwdBlocksSm90 {
   enum Barrier { kScoresStored = 1, kColumnsCleared = 5 };
 
   // Where registers do not do for weights in fp32 beside the two sums, dS has those that dv has.
-  static constexpr bool kRounded = kValues && (kHeadDim + kHeadDimV > 192 || kCols > 96);
+  static constexpr bool kRounded =
+      kValues && (kHeadDim + kHeadDimV > 192 || kCols > (Variant::kScore ? 64 : 96));
 
   // Tiles of the rows of one consumer, and of the columns of a step.
   using TileRowX = SmemTile<Element, 64, div_up(kHeadDim, 64) * 64>;

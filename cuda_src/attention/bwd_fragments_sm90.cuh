@@ -68,4 +68,50 @@ FM_DEVICE float value_of(const u32 (&r)[kSteps][4], int n, int e) {
   return e % 2 == 0 ? low_of<E>(both) : high_of<E>(both);
 }
 
+// How fast scores grow with their scaled products, under a softcap: as they are, or rounded in pairs.
+template <class E, int kCols, bool kRounded>
+struct ScoreSlopes {
+  float r[kCols / 8][4];
+  FM_DEVICE void put(int n, int e, float low, float high) { r[n][e] = low, r[n][e + 1] = high; }
+  FM_DEVICE float at(int n, int e) const { return r[n][e]; }
+};
+template <class E, int kCols>
+struct ScoreSlopes<E, kCols, true> {
+  u32 r[kCols / 16][4];
+  FM_DEVICE void put(int n, int e, float low, float high) {
+    r[n / 2][n % 2 * 2 + e / 2] = pack2<E>(low, high);
+  }
+  FM_DEVICE float at(int n, int e) const { return value_of<E>(r, n, e); }
+};
+
+// Products become the tanh of `to_tanh` times each, by polynomials where a warp's are all small.
+template <class Slopes, int kN>
+FM_DEVICE void cap_scores(float (&r_s)[kN][4], float to_tanh, Slopes& slopes) {
+  u32 bits[2] = {0, 0};  // of all: two chains, or they would wait for themselves
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      r_s[n][e] *= 4.f * to_tanh;
+      bits[e / 2] |= __float_as_uint(r_s[n][e]);
+    }
+  constexpr u32 kTwoOrMore = 0x40000000;  // the highest bit of the exponent
+  if (__all_sync(0xffffffffu, ((bits[0] | bits[1]) & kTwoOrMore) == 0)) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) r_s[n][e] = tanh_of_fourth(r_s[n][e]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) r_s[n][e] = tanh_exp2(0.25f * r_s[n][e]);
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; e += 2)
+      slopes.put(n, e, fmaf(-r_s[n][e], r_s[n][e], 1.f), fmaf(-r_s[n][e + 1], r_s[n][e + 1], 1.f));
+}
+
 }  // namespace fm

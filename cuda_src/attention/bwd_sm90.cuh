@@ -43,6 +43,9 @@ struct AttentionBwdSm90
   using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kPieceColumns,
       Blocks::kLastPiece, Blocks::kHalves, Blocks::kRounded;
   using Blocks::kScoresStored, Blocks::kColumnsCleared;
+  // Where there are registers for it, weights are multiplied by the slopes of a softcap while dP is made.
+  static constexpr bool kSlopesLate = !kQueries || kRounded;
+  using Slopes = ScoreSlopes<Element, kCols, kSlopesLate>;
 
   // Whether the last dq of a tile waits for the next tile. Beside two versions of the loop that would spill.
   static constexpr bool kCarries = kQueries && kLastPiece == kPieceColumns;
@@ -108,7 +111,7 @@ struct AttentionBwdSm90
     if (steps > 0) {
       const KMajor<TileRowX> row_x(s_base + Smem::kRowX + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> row_y(s_base + Smem::kRowY + (kScores ? consumer * TileRowY::kBytes : 0));
-      const float scale = (Variant::kScore ? 1.f : p.softmax_scale) * kLog2e;
+      const float scale = unit(p) * kLog2e;
       float lse[2], delta[2];  // of the thread's rows, where rows are queries
       if constexpr (!kByKey) {
 #pragma unroll
@@ -155,8 +158,8 @@ struct AttentionBwdSm90
           __syncwarp();  // all lanes have read what comes with x
           if (step > 0) release_x(p, x, at.before());
         }
-        u32 r_slope[kCols / 16][4];
-        change_scores(p, w, head, r_s, r_slope, row, col);
+        Slopes slopes;
+        change_scores(p, w, r_s, slopes, alibi_slope(p, w, head), row, col);
         const u32 s_bias = s_base + Smem::kBias + at.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
         if constexpr (Bias::kUsed) Bias::add(r_s[0], p.softmax_scale, s_bias, row - tile_row);
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
@@ -178,12 +181,8 @@ struct AttentionBwdSm90
           wgmma_wait_group<kValues ? 1 : 0>(r_dp[0]);
           if (step == steps - 1) rings.row_y.release(walk.row_y), walk.row_y.advance();
           if constexpr (!kValues) y.release(at);
-          each(r_dp, [&](float& ds, int i, int n, int e, int j) {
-            float weight = r_s[0][n][e];
-            if constexpr (kRounded) weight = value_of<Element>(r_p, n, e);
-            if constexpr (Variant::kScore) weight *= value_of<Element>(r_slope, n, e);
-            ds = weight * (ds - (kByKey ? s_of.delta[j] : delta[i]));
-          });
+          differentiate(p, r_dp, r_s, r_p, slopes,
+                        [&](int i, int j) { return kByKey ? s_of.delta[j] : delta[i]; });
           pack_operand<Element>(r_ds, r_dp[0]);
           if constexpr (Bias::kGradient)
             if (p.dbias != nullptr)
@@ -234,7 +233,7 @@ struct AttentionBwdSm90
       const u32 s_k = keys_of(s_base, count.tiles);
       const KMajor<TileRowX> k(s_k + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> v(s_base + Smem::kRowY + consumer * TileRowY::kBytes);
-      const float scale = (Variant::kScore ? 1.f : p.softmax_scale) * kLog2e;
+      const float scale = unit(p) * kLog2e;
       if (!count.owes_dq) barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
       u32 s_k_before = count.owes_dq ? keys_of(s_base, count.tiles - 1) : s_k;  // of the step before
       rings.row_x.wait_full(count.row_x());
@@ -250,7 +249,8 @@ struct AttentionBwdSm90
         const u32 s_dout = s_base + Smem::kColY + at.stage * TileColY::kBytes;
         float r_dq[1][kDqColumns / 8][4], r_s[1][kCols / 8][4], r_dp[1][kCols / 8][4];
         x.wait_full(at);
-        const int col = s_queries.col, head = s_queries.head;
+        const int col = s_queries.col;
+        const float alibi = alibi_slope(p, w, s_queries.head);  // long before it is used
         if (!w.even && col + kCols > w.band.cols) {
           y.wait_full(at);
           clear_columns(s_q, s_dout, w.band.cols - col);
@@ -266,8 +266,8 @@ struct AttentionBwdSm90
         multiply<Element, kHeadDimV>(r_dp, v, KMajor<TileColY>(s_dout), true);
         wgmma_commit_group();
         wgmma_wait_group<1>(r_s[0]);
-        u32 r_slope[kCols / 16][4];
-        change_scores(p, w, head, r_s, r_slope, row, col);
+        Slopes slopes;
+        change_scores(p, w, r_s, slopes, alibi, row, col);
         if (w.band.template cuts<64, kCols>(tile_row, col) || tile_row + 64 > w.band.rows)
           mask_keys(r_s[0], w.band, row, col);
         each(r_s, [&](float& s, int, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
@@ -276,14 +276,11 @@ struct AttentionBwdSm90
         wgmma_fence();
         multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(s_dout), false, [] {});
         wgmma_commit_group();
+        if constexpr (Variant::kScore && !kSlopesLate)  // beside the products
+          if (p.softcap > 0.f) each(r_s, [&](float& s, int, int n, int e, int) { s *= slopes.at(n, e); });
         wgmma_wait_group<1>(r_dp[0]);
         if (step == steps - 1) rings.row_y.release(count.row_y());
-        each(r_dp, [&](float& ds, int, int n, int e, int j) {
-          float weight = r_s[0][n][e];
-          if constexpr (kRounded) weight = value_of<Element>(r_p, n, e);
-          if constexpr (Variant::kScore) weight *= value_of<Element>(r_slope, n, e);
-          ds = weight * (ds - s_of.delta[j]);
-        });
+        differentiate(p, r_dp, r_s, r_p, slopes, [&](int, int j) { return s_of.delta[j]; });
         pack_operand<Element>(r_ds, r_dp[0]);
         // The other consumer has stored its dS of the step before, and its dq of the one before that is done.
         barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
@@ -404,31 +401,41 @@ struct AttentionBwdSm90
       for (int e = 0; e < 4; ++e) f(r_s[0][n][e], e / 2, n, e, n * 8 + 2 * t + e % 2);
   }
 
-  // Scores that change: from products to natural units. r_slope says, rounded, how fast each grows with its
-  // scaled product; it is an operand of products as r_p is.
-  FM_DEVICE static void change_scores(const Params& p, const Work& w, int head, float (&r_s)[1][kCols / 8][4],
-                                      u32 (&r_slope)[kCols / 16][4], int row, int col) {
+  // ---- scores that change ----
+
+  // What scores are multiplied by to be in natural units, after change_scores.
+  FM_DEVICE static float unit(const Params& p) {
+    if constexpr (!Variant::kScore) return p.softmax_scale;
+    return p.softcap > 0.f ? p.softcap : p.softmax_scale > 0.f ? p.softmax_scale : 1.f;
+  }
+  FM_DEVICE static float alibi_slope(const Params& p, const Work& w, int head) {
+    if constexpr (Variant::kScore)
+      if (p.alibi_slopes != nullptr) return Variant::alibi_slope(forward_params(p), w.batch, head);
+    return 0.f;
+  }
+  // slopes: only with a softcap. alibi: of ALiBi, if there is one.
+  FM_DEVICE static void change_scores(const Params& p, const Work& w, float (&r_s)[1][kCols / 8][4],
+                                      Slopes& slopes, float alibi, int row, int col) {
     if constexpr (Variant::kScore) {
-      each(r_s, [&](float& s, int, int, int, int) { s *= p.softmax_scale; });
-      if (p.softcap > 0.f) {
-        const float inverse = 1.f / p.softcap;
-        each(r_s, [&](float& s, int, int, int, int) { s = tanh_exp2(s * inverse); });
-#pragma unroll
-        for (int n = 0; n < kCols / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float low = r_s[0][n][2 * i], high = r_s[0][n][2 * i + 1];
-            r_slope[n / 2][n % 2 * 2 + i] = pack2<Element>(fmaf(-low, low, 1.f), fmaf(-high, high, 1.f));
-          }
-        each(r_s, [&](float& s, int, int, int, int) { s *= p.softcap; });
-      } else {
-#pragma unroll
-        for (int i = 0; i < kCols / 16; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) r_slope[i][j] = pack2<Element>(1.f, 1.f);
-      }
-      Variant::add_alibi(forward_params(p), r_s, w.batch, head, row, col, w.band, 1.f);
+      if (p.softcap > 0.f)
+        cap_scores(r_s[0], p.softmax_scale / p.softcap, slopes);
+      else if (!(p.softmax_scale > 0.f))
+        each(r_s, [&](float& s, int, int, int, int) { s *= p.softmax_scale; });
+      if (p.alibi_slopes != nullptr) Variant::add_alibi(alibi / unit(p), r_s, row, col, w.band);
     }
+  }
+  // dS from dP and weights. delta(i, j): of row i of the thread, or of column j.
+  template <class F>
+  FM_DEVICE static void differentiate(const Params& p, float (&r_dp)[1][kCols / 8][4],
+                                      const float (&r_s)[1][kCols / 8][4], const u32 (&r_p)[kCols / 16][4],
+                                      const Slopes& slopes, F&& delta) {
+    auto weight = [&](int n, int e) { return kRounded ? value_of<Element>(r_p, n, e) : r_s[0][n][e]; };
+    if (Variant::kScore && kSlopesLate && p.softcap > 0.f)
+      each(r_dp, [&](float& ds, int i, int n, int e, int j) {
+        ds = weight(n, e) * slopes.at(n, e) * (ds - delta(i, j));
+      });
+    else
+      each(r_dp, [&](float& ds, int i, int n, int e, int j) { ds = weight(n, e) * (ds - delta(i, j)); });
   }
 
   template <int kN>

@@ -99,8 +99,14 @@ struct ModifiedScores : ScoresAlone {
   FM_DEVICE static void add_alibi(const AttentionFwdParams& p, float (&r_s)[kM][kN][4], int batch, int head,
                                   int row, int col, const BandMask& band, float unit) {
     if (p.alibi_slopes == nullptr) return;
-    const float slope =
-        static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head] / unit;
+    add_alibi(alibi_slope(p, batch, head) / unit, r_s, row, col, band);
+  }
+  FM_DEVICE static float alibi_slope(const AttentionFwdParams& p, int batch, int head) {
+    return static_cast<const float*>(p.alibi_slopes)[static_cast<i64>(batch) * p.alibi_stride_b + head];
+  }
+  template <int kM, int kN>
+  FM_DEVICE static void add_alibi(float slope, float (&r_s)[kM][kN][4], int row, int col,
+                                  const BandMask& band) {
     // Distances from the thread's first score: one conversion to float for all.
     const float first = static_cast<float>(row + (lane_id() >> 2) + band.shift - col - 2 * (lane_id() & 3));
 #pragma unroll

@@ -18,6 +18,13 @@ FM_DEVICE float tanh_exp2(float x) {
   return fmaf(-2.f, rcp_approx_ftz_f32(e + 1.f), 1.f);
 }
 
+// tanh(x / 4) for |x| below 2, on the FMA units alone: relative error 6e-7.
+FM_DEVICE float tanh_of_fourth(float x) {
+  const float y = x * x;
+  const float c = fmaf(fmaf(-0.0444022f / 16384, y, 0.13190296f / 1024), y, -0.33326318f / 64);
+  return x * fmaf(c, y, 0.99999946f / 4);
+}
+
 // The exponent (of 2) that a score s gets in the softmax is scale * log2(e) * s ...
 template <bool kWide_>
 struct LinearExponent {

@@ -22,6 +22,7 @@ _Config = Bwd80Config | BwdAll80Config | Bwd90Config | BwdWide90Config
 _CONVERTED = same("dq_sums", "dq", "cu_seqlens_q", "seqused_q", "leftpad_q")
 
 
+_MAX_SOFTCAP = 2.0**100  # a larger one changes no score that has a weight, and times log2(e) it may overflow
 _L2_BYTES = 40 << 20  # what of the 50 MB of an H100's or H200's L2 is counted on
 
 
@@ -63,7 +64,7 @@ def values_of(problem: GradientProblem, config: _Config, aligned: bool) -> Value
         "aligned": int(aligned),
         "lengths": lengths_code(of),
         "softmax_scale": p.softmax_scale,
-        "softcap": p.softcap,
+        "softcap": min(p.softcap, _MAX_SOFTCAP),
         "dq_blocks": dq_blocks(of),
     }
 
