@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "the bias masked with the scores": (
         ("dq",), _90, "if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);\n"
-        "        each(r_s, [&](float& s, int i, int, int, int j) {\n          const float its",
-        "each(r_s, [&](float& s, int i, int, int, int j) {\n          const float its",
+        "        each_score(r_s, [&](float& s, int i, int, int, int j) {\n          const float its",
+        "each_score(r_s, [&](float& s, int i, int, int, int j) {\n          const float its",
     ),
     "scores not waited for": (("dbias",), _DBIAS, "wgmma_wait_group<1>(r_s[0]);", ""),
     "a slot given back before its product": (

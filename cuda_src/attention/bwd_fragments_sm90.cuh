@@ -84,6 +84,30 @@ struct ScoreSlopes<E, kCols, true> {
   FM_DEVICE float at(int n, int e) const { return value_of<E>(r, n, e); }
 };
 
+// f(value, i, n, e, j) for each value a thread holds: its row i, column j of the tile.
+template <int kN, class F>
+FM_DEVICE void each_score(float (&r_s)[1][kN][4], F&& f) {
+  const int t = lane_id() & 3;
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) f(r_s[0][n][e], e / 2, n, e, n * 8 + 2 * t + e % 2);
+}
+
+// What scores are multiplied by to be in natural units, after change_scores.
+template <class Variant>
+FM_DEVICE float score_unit(const AttentionBwdParams& p) {
+  if constexpr (!Variant::kScore) return p.softmax_scale;
+  return p.softcap > 0.f ? p.softcap : p.softmax_scale > 0.f ? p.softmax_scale : 1.f;
+}
+// Of a head; 0: there is none.
+template <class Variant>
+FM_DEVICE float alibi_slope_of(const AttentionBwdParams& p, int batch, int head) {
+  if constexpr (Variant::kScore)
+    if (p.alibi_slopes != nullptr) return Variant::alibi_slope(forward_params(p), batch, head);
+  return 0.f;
+}
+
 // Products become the tanh of `to_tanh` times each, by polynomials where a warp's are all small.
 template <class Slopes, int kN>
 FM_DEVICE void cap_scores(float (&r_s)[kN][4], float to_tanh, Slopes& slopes) {

@@ -49,6 +49,7 @@ struct AttentionBwdSm90
 
   // Whether the last dq of a tile waits for the next tile. Beside two versions of the loop that would spill.
   static constexpr bool kCarries = kQueries && kLastPiece == kPieceColumns;
+  static constexpr int kCarrySteps = 4;  // of a tile, at least
 
   FM_DEVICE static void run(const Params& p) {
     Blocks::run_with(p, [&](u8* smem, u32 s_base, const Rings& rings, int consumer) {
@@ -111,7 +112,7 @@ struct AttentionBwdSm90
     if (steps > 0) {
       const KMajor<TileRowX> row_x(s_base + Smem::kRowX + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> row_y(s_base + Smem::kRowY + (kScores ? consumer * TileRowY::kBytes : 0));
-      const float scale = unit(p) * kLog2e;
+      const float scale = score_unit<Variant>(p) * kLog2e;
       float lse[2], delta[2];  // of the thread's rows, where rows are queries
       if constexpr (!kByKey) {
 #pragma unroll
@@ -159,11 +160,11 @@ struct AttentionBwdSm90
           if (step > 0) release_x(p, x, at.before());
         }
         Slopes slopes;
-        change_scores(p, w, r_s, slopes, alibi_slope(p, w, head), row, col);
+        change_scores(p, w, r_s, slopes, alibi_slope_of<Variant>(p, w.batch, head), row, col);
         const u32 s_bias = s_base + Smem::kBias + at.stage * Bias::kBytes + consumer * Bias::kConsumerBytes;
         if constexpr (Bias::kUsed) Bias::add(r_s[0], p.softmax_scale, s_bias, row - tile_row);
         if (w.band.template cuts<64, kCols>(tile_row, col)) mask_scores(r_s[0], w.band, row, col);
-        each(r_s, [&](float& s, int i, int, int, int j) {
+        each_score(r_s, [&](float& s, int i, int, int, int j) {
           const float its = kByKey ? s_of.lse[j] : lse[i];
           s = exp2_approx(Bias::kUsed ? (s - its) * kLog2e : fmaf(s, scale, -its));
         });
@@ -233,7 +234,7 @@ struct AttentionBwdSm90
       const u32 s_k = keys_of(s_base, count.tiles);
       const KMajor<TileRowX> k(s_k + consumer * TileRowX::kBytes);
       const KMajor<TileRowY> v(s_base + Smem::kRowY + consumer * TileRowY::kBytes);
-      const float scale = unit(p) * kLog2e;
+      const float scale = score_unit<Variant>(p) * kLog2e;
       if (!count.owes_dq) barrier_arrive(kScoresStored + 2 * consumer + (count.turn() ^ 1), 256);
       u32 s_k_before = count.owes_dq ? keys_of(s_base, count.tiles - 1) : s_k;  // of the step before
       rings.row_x.wait_full(count.row_x());
@@ -250,7 +251,7 @@ struct AttentionBwdSm90
         float r_dq[1][kDqColumns / 8][4], r_s[1][kCols / 8][4], r_dp[1][kCols / 8][4];
         x.wait_full(at);
         const int col = s_queries.col;
-        const float alibi = alibi_slope(p, w, s_queries.head);  // long before it is used
+        const float alibi = alibi_slope_of<Variant>(p, w.batch, s_queries.head);  // long before it is used
         if (!w.even && col + kCols > w.band.cols) {
           y.wait_full(at);
           clear_columns(s_q, s_dout, w.band.cols - col);
@@ -270,14 +271,16 @@ struct AttentionBwdSm90
         change_scores(p, w, r_s, slopes, alibi, row, col);
         if (w.band.template cuts<64, kCols>(tile_row, col) || tile_row + 64 > w.band.rows)
           mask_keys(r_s[0], w.band, row, col);
-        each(r_s, [&](float& s, int, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
+        each_score(r_s,
+                   [&](float& s, int, int, int, int j) { s = exp2_approx(fmaf(s, scale, -s_of.lse[j])); });
         u32 r_p[kCols / 16][4];
         pack_operand<Element>(r_p, r_s[0]);
         wgmma_fence();
         multiply<Element, 1>(r_dv, r_p, MNMajor<TileColY>(s_dout), false, [] {});
         wgmma_commit_group();
         if constexpr (Variant::kScore && !kSlopesLate)  // beside the products
-          if (p.softcap > 0.f) each(r_s, [&](float& s, int, int n, int e, int) { s *= slopes.at(n, e); });
+          if (p.softcap > 0.f)
+            each_score(r_s, [&](float& s, int, int n, int e, int) { s *= slopes.at(n, e); });
         wgmma_wait_group<1>(r_dp[0]);
         if (step == steps - 1) rings.row_y.release(count.row_y());
         differentiate(p, r_dp, r_s, r_p, slopes, [&](int, int j) { return s_of.delta[j]; });
@@ -313,8 +316,9 @@ struct AttentionBwdSm90
     } else {
       store_values(p, w, row, r_dv);
     }
-    // Another block waits for all that this tile adds, or nobody would go on: this tile has no step.
-    if (count.owes_dq && (!kCarries || p.at_once || steps == 0)) {
+    // Another block may wait for all that this tile adds, or the producer for the place of the keys. Without
+    // a step nobody would go on.
+    if (count.owes_dq && (!kCarries || p.at_once || steps < kCarrySteps)) {
       finish_dq<kDqColumns>(s_base, rings, count, consumer);
       rings.row_x.release(count.row_x_before());
       ++count.ends;
@@ -391,28 +395,9 @@ struct AttentionBwdSm90
     fence_proxy_async();
     barrier_sync(kColumnsCleared, 128 * kConsumers);
   }
-  // f(value, i, n, e, j) for each value a thread holds: its row i, column j of the tile.
-  template <class F>
-  FM_DEVICE static void each(float (&r_s)[1][kCols / 8][4], F&& f) {
-    const int t = lane_id() & 3;
-#pragma unroll
-    for (int n = 0; n < kCols / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) f(r_s[0][n][e], e / 2, n, e, n * 8 + 2 * t + e % 2);
-  }
 
   // ---- scores that change ----
 
-  // What scores are multiplied by to be in natural units, after change_scores.
-  FM_DEVICE static float unit(const Params& p) {
-    if constexpr (!Variant::kScore) return p.softmax_scale;
-    return p.softcap > 0.f ? p.softcap : p.softmax_scale > 0.f ? p.softmax_scale : 1.f;
-  }
-  FM_DEVICE static float alibi_slope(const Params& p, const Work& w, int head) {
-    if constexpr (Variant::kScore)
-      if (p.alibi_slopes != nullptr) return Variant::alibi_slope(forward_params(p), w.batch, head);
-    return 0.f;
-  }
   // slopes: only with a softcap. alibi: of ALiBi, if there is one.
   FM_DEVICE static void change_scores(const Params& p, const Work& w, float (&r_s)[1][kCols / 8][4],
                                       Slopes& slopes, float alibi, int row, int col) {
@@ -420,8 +405,9 @@ struct AttentionBwdSm90
       if (p.softcap > 0.f)
         cap_scores(r_s[0], p.softmax_scale / p.softcap, slopes);
       else if (!(p.softmax_scale > 0.f))
-        each(r_s, [&](float& s, int, int, int, int) { s *= p.softmax_scale; });
-      if (p.alibi_slopes != nullptr) Variant::add_alibi(alibi / unit(p), r_s, row, col, w.band);
+        each_score(r_s, [&](float& s, int, int, int, int) { s *= p.softmax_scale; });
+      if (p.alibi_slopes != nullptr)
+        Variant::add_alibi(alibi / score_unit<Variant>(p), r_s, row, col, w.band);
     }
   }
   // dS from dP and weights. delta(i, j): of row i of the thread, or of column j.
@@ -431,11 +417,12 @@ struct AttentionBwdSm90
                                       const Slopes& slopes, F&& delta) {
     auto weight = [&](int n, int e) { return kRounded ? value_of<Element>(r_p, n, e) : r_s[0][n][e]; };
     if (Variant::kScore && kSlopesLate && p.softcap > 0.f)
-      each(r_dp, [&](float& ds, int i, int n, int e, int j) {
+      each_score(r_dp, [&](float& ds, int i, int n, int e, int j) {
         ds = weight(n, e) * slopes.at(n, e) * (ds - delta(i, j));
       });
     else
-      each(r_dp, [&](float& ds, int i, int n, int e, int j) { ds = weight(n, e) * (ds - delta(i, j)); });
+      each_score(r_dp,
+                 [&](float& ds, int i, int n, int e, int j) { ds = weight(n, e) * (ds - delta(i, j)); });
   }
 
   template <int kN>
