@@ -103,6 +103,12 @@ struct AttentionBwdBlocksSm90 {
       if (!w.heads_inside && tile == w.begin) ++head;
     }
   };
+  // Where a consumer is.
+  struct Walk {
+    Ring<kRowStages> row_x;
+    Ring<1> row_y;
+    Stage at;  // the step at hand; x of the one before is still in use
+  };
   // What comes with the columns of a step, if they are queries.
   struct alignas(16) Queries {
     Statistics<kCols> of;

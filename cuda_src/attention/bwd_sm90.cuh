@@ -33,16 +33,16 @@ struct AttentionBwdSm90
   using Rings = typename Blocks::Rings;
   using Smem = typename Blocks::Smem;
   using Stage = typename Blocks::Stage;
+  using Walk = typename Blocks::Walk;
   using TileRowX = typename Blocks::TileRowX;
   using TileRowY = typename Blocks::TileRowY;
   using TileColX = typename Blocks::TileColX;
   using TileColY = typename Blocks::TileColY;
   using TileScores = typename Blocks::TileScores;
   using Blocks::kHeadDim, Blocks::kHeadDimV, Blocks::kRows, Blocks::kCols, Blocks::kStages,
-      Blocks::kConsumers, Blocks::kByKey;
-  using Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces, Blocks::kPieceColumns,
-      Blocks::kLastPiece, Blocks::kHalves, Blocks::kRounded;
-  using Blocks::kScoresStored, Blocks::kColumnsCleared;
+      Blocks::kConsumers, Blocks::kByKey, Blocks::kScores, Blocks::kValues, Blocks::kQueries, Blocks::kPieces,
+      Blocks::kPieceColumns, Blocks::kLastPiece, Blocks::kHalves, Blocks::kRounded, Blocks::kScoresStored,
+      Blocks::kColumnsCleared;
   // Where there are registers for it, weights are multiplied by the slopes of a softcap while dP is made.
   static constexpr bool kSlopesLate = !kQueries || kRounded;
   using Slopes = ScoreSlopes<Element, kCols, kSlopesLate>;
@@ -74,17 +74,11 @@ struct AttentionBwdSm90
         }
       }
       if constexpr (kCarries)
-        if (count.owes_dq) finish_dq<kPieceColumns>(s_base, rings, count, consumer);
+        if (count.owes_dq) finish_dq<kPieceColumns>(s_base, rings, count, consumer, [] {});
     });
   }
 
-  // Where a consumer is.
-  struct Walk {
-    Ring<Blocks::kRowStages> row_x;
-    Ring<1> row_y;
-    Stage at;  // the step at hand; x of the one before is still in use
-  };
-  // The same as counts, which takes fewer registers.
+  // Walk as counts, which take fewer registers.
   struct Counts {
     u32 steps = 0, tiles = 0;  // tiles: those with steps
     u32 ends = 0;              // tiles that had their last dq before the next one began
@@ -204,7 +198,9 @@ struct AttentionBwdSm90
         release_x(p, x, at.before());
       }
     }
-    if constexpr (kValues) store_values(p, w, row, r_dv);
+    if constexpr (kValues)
+      store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
+            p.head_dim_v, 1.f);
     if constexpr (kScores)
       store(p, w, row, r_dx, static_cast<Element*>(kByKey ? p.dk : p.dq),
             kByKey ? p.dk_stride_b : p.dq_stride_b, kByKey ? p.dk_stride_s : p.dq_stride_s,
@@ -308,34 +304,42 @@ struct AttentionBwdSm90
         s_k_before = s_k;
         ++count.steps;
       }
-      store_values(p, w, row, r_dv);
+      store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
+            p.head_dim_v, 1.f);
       wgmma_wait_group<0>(r_dk);
       __syncwarp();
       x.release(count.at().before());
       ++count.tiles;
     } else {
-      store_values(p, w, row, r_dv);
+      store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
+            p.head_dim_v, 1.f);
     }
     // Another block may wait for all that this tile adds, or the producer for the place of the keys. Without
     // a step nobody would go on.
+    const auto store_keys = [&] {
+      store(p, w, row, r_dk, static_cast<Element*>(p.dk), p.dk_stride_b, p.dk_stride_s, p.dk_stride_h,
+            p.head_dim, p.softmax_scale);
+    };
     if (count.owes_dq && (!kCarries || p.at_once || steps < kCarrySteps)) {
-      finish_dq<kDqColumns>(s_base, rings, count, consumer);
+      finish_dq<kDqColumns>(s_base, rings, count, consumer, store_keys);
       rings.row_x.release(count.row_x_before());
       ++count.ends;
       count.owes_dq = false;
+    } else {
+      store_keys();
     }
-    store(p, w, row, r_dk, static_cast<Element*>(p.dk), p.dk_stride_b, p.dk_stride_s, p.dk_stride_h,
-          p.head_dim, p.softmax_scale);
   }
 
   // dq of the step before.
-  template <int kDqColumns>
-  FM_DEVICE static void finish_dq(u32 s_base, const Rings& rings, const Counts& count, int consumer) {
+  template <int kDqColumns, class F>
+  FM_DEVICE static void finish_dq(u32 s_base, const Rings& rings, const Counts& count, int consumer,
+                                  F&& meanwhile) {
     float r_dq[1][kDqColumns / 8][4];
     barrier_sync(kScoresStored + 2 * (consumer ^ 1) + (count.turn() ^ 1), 256);
     wgmma_fence();
     multiply_keys(r_dq, s_base, keys_of(s_base, count.tiles - 1), count.turn() ^ 1, consumer);
     wgmma_commit_group();
+    meanwhile();
     wgmma_wait_group<0>(r_dq[0]);
     put_down(s_base, rings.sums(consumer), count, consumer, r_dq[0]);
   }
@@ -425,11 +429,6 @@ struct AttentionBwdSm90
                  [&](float& ds, int i, int n, int e, int j) { ds = weight(n, e) * (ds - delta(i, j)); });
   }
 
-  template <int kN>
-  FM_DEVICE static void store_values(const Params& p, const Work& w, int row, const float (&r_dv)[kN][4]) {
-    store(p, w, row, r_dv, static_cast<Element*>(p.dv), p.dv_stride_b, p.dv_stride_s, p.dv_stride_h,
-          p.head_dim_v, 1.f);
-  }
   // A warp's 16 rows of a gradient, where they exist.
   template <int kN>
   FM_DEVICE static void store(const Params& p, const Work& w, int row, const float (&r_d)[kN][4],
